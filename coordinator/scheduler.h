@@ -1,0 +1,154 @@
+/* scheduler.h - which rows run in the next step: a pure function of state, events and time. Prefix sched_.
+ *
+ * No clock, thread, random number or I/O in here: the caller passes the time, so a test or a simulator replays exactly
+ * what a server does. Stall-free batching (Sarathi-Serve, arXiv 2403.02310) within a token budget:
+ *
+ *     all running decodes (one row each), then chunks of unfinished prefills, then new requests, oldest first
+ *
+ *     QUEUED --admit--> PREFILL --last chunk--> DECODE --stop--> finished        (slot and pages are held in between)
+ *        ^-------------------preempt-----------------'           any --cancel, deadline, group lost--> failed
+ *
+ * Memory: pages are counted with proto/kv_account.h, exactly as the ranks do. A request is accepted only if it can ever
+ * fit alone. It is admitted when the pages of all its known tokens are free. A decode that needs a page when none is free
+ * preempts the youngest running request (perhaps itself): its slot is released and its tokens, prompt and generated, are
+ * computed again later; it keeps its place in the order. The oldest is never preempted, so every request finishes.
+ *
+ * Pipeline: up to `depth` plans are in flight; a decode row's input may be the token of the step before, which only the
+ * rank knows yet. Its stop is then seen one step late: one wasted row, whose result is dropped. Pages released in plan k
+ * count as free in plans made after the result of k-1 has arrived: no earlier step can read them then.
+ *
+ *     sched_submit(s, now, &req, st);
+ *     while (sched_plan(s, now, &plan)) send(plan);
+ *     ... sched_result(s, now, step, tokens, n, st);  while (sched_next_event(s, &ev)) ...
+ *
+ * One thread. Time in microseconds of one monotonic clock.
+ */
+#ifndef TANDEM_SCHEDULER_H
+#define TANDEM_SCHEDULER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto/kv_account.h"
+#include "proto/status.h"
+
+struct sched;
+
+struct sched_config {
+    uint32_t max_slots;         /* running requests at most: 1 to 65536 */
+    uint32_t max_context;       /* tokens of one request, prompt and completion */
+    uint32_t step_token_budget; /* rows of a step at most; at least max_slots is advised: less starves prefill */
+    uint32_t max_queued;        /* requests that wait to be admitted for the first time */
+    uint64_t max_queued_tokens; /* their prompt tokens together */
+    uint32_t depth;             /* plans in flight: 1 or 2 */
+    struct kv_account kv;
+};
+
+struct sched_sample {
+    float temperature; /* 0: greedy */
+    uint32_t top_k;    /* 0: all */
+    float top_p;
+    uint64_t seed;
+};
+
+struct sched_request {
+    uint64_t id;              /* the caller's; unique among live requests */
+    const uint32_t *prompt;   /* copied */
+    uint32_t n_prompt;        /* at least 1 */
+    uint32_t max_new;         /* at least 1; n_prompt + max_new <= max_context */
+    const uint32_t *stop_ids; /* copied; eos ids included by the caller */
+    uint32_t n_stop;
+    int64_t deadline_us; /* INT64_MAX: none */
+    struct sched_sample sample;
+};
+
+enum sched_event_kind {
+    SCHED_TOKEN,    /* a new token */
+    SCHED_FINISHED, /* by length or stop; the last event of the request */
+    SCHED_FAILED,   /* code says why: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE; the last event of the request */
+};
+
+struct sched_event {
+    uint64_t id;
+    enum sched_event_kind kind;
+    uint32_t token;        /* TOKEN; FINISHED by stop: the stop token (which came as TOKEN before) */
+    bool stopped;          /* FINISHED: by a stop id, else by length */
+    enum status_code code; /* FAILED */
+    /* FINISHED and FAILED: */
+    uint32_t n_prompt, n_new, preemptions;
+    int64_t arrived_us, started_us, first_token_us, last_token_us; /* 0 where it did not come to that */
+};
+
+/* What one step does; the arrays belong to the scheduler and stay until the next call of sched_plan or sched_destroy. */
+struct sched_chunk {
+    uint64_t id;
+    uint32_t slot;
+    uint32_t position;
+    const uint32_t *tokens; /* valid like the arrays */
+    uint32_t n_tokens;
+    bool sample; /* reaches the last known token: the rank samples the next */
+};
+struct sched_admit {
+    uint64_t id;
+    uint32_t slot;
+    struct sched_sample sample;
+};
+struct sched_plan {
+    uint64_t step; /* 1, 2, 3 ... since sched_attach */
+    const uint32_t *release;
+    uint32_t n_release;
+    const struct sched_admit *admit;
+    uint32_t n_admit;
+    const uint32_t *decode; /* slots */
+    uint32_t n_decode;
+    const struct sched_chunk *chunk;
+    uint32_t n_chunk;
+    uint32_t rows;    /* decodes and chunk tokens */
+    uint32_t samples; /* tokens that the result will hold: decodes first, then chunks with sample, in order */
+};
+
+struct sched_load {
+    uint32_t queued, running, in_flight;
+    uint64_t queued_tokens;
+    uint64_t used_pages, total_pages; /* fenced ones count as used */
+    uint64_t steps, prompt_tokens, generated_tokens, finished, failed, preemptions;
+};
+
+STATUS_MUST_CHECK enum status_code sched_create(struct sched **out, const struct sched_config *cfg, struct status *st);
+void sched_destroy(struct sched *s); /* NULL is fine */
+
+/* A worker group is there (at first, or a new one): its account and slot count replace the configured ones; steps count
+ * from 1 again. Queued requests that can never fit any more fail (INVALID_ARGUMENT in the event). Before the first attach
+ * requests queue up. */
+STATUS_MUST_CHECK enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, uint32_t max_context,
+                                                const struct kv_account *kv, struct status *st);
+/* The group is gone: admitted requests fail with UNAVAILABLE, those that wait for their first admission stay. Nothing is
+ * planned until the next sched_attach. */
+void sched_detach(struct sched *s, int64_t now_us);
+
+/* INVALID_ARGUMENT (names the field; also what can never fit), RESOURCE_EXHAUSTED (queue full), ALREADY_EXISTS (id). */
+STATUS_MUST_CHECK enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sched_request *req,
+                                                struct status *st);
+/* Ends a request with a FAILED event of this code; the slot is released in the next plan. NOT_FOUND. */
+STATUS_MUST_CHECK enum status_code sched_cancel(struct sched *s, int64_t now_us, uint64_t id, enum status_code code,
+                                                struct status *st);
+/* The tokens of plan `step`; steps come in order. INTERNAL when step or count is not what was planned. */
+STATUS_MUST_CHECK enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, const uint32_t *tokens,
+                                                uint32_t n_tokens, struct status *st);
+/* Fails what is past its deadline. sched_plan does this too. */
+void sched_expire(struct sched *s, int64_t now_us);
+
+/* The next plan; false: nothing to do, or the pipeline is full. A plan may have no rows (releases only): it is sent
+ * and answered like any other. */
+bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan);
+
+/* Takes one event, in order. Events are bounded by live requests plus tokens of one result: take them after each call. */
+bool sched_next_event(struct sched *s, struct sched_event *ev);
+
+/* Earliest deadline of a live request; INT64_MAX: none. */
+int64_t sched_next_deadline_us(const struct sched *s);
+struct sched_load sched_load(const struct sched *s);
+/* Walks all state; aborts the process with a message when an invariant is broken. For tests and the simulator. */
+void sched_check(const struct sched *s);
+
+#endif

@@ -1,0 +1,159 @@
+/* rpc.h - gRPC in C: a server and a client over the gRPC C core, messages by protobuf-c. Prefix rpc_.
+ *
+ * Server: a table of methods with callbacks. Everything is asynchronous; callbacks run on poll threads and must not block
+ * (hand the call to another thread; every function on a call may be used from any thread).
+ *
+ *     static void on_open(struct rpc_call *call, const void *msg, size_t len, void *ctx) {
+ *         Req *r = (Req *)rpc_unpack(&req__descriptor, msg, len);         // NULL: not a valid message
+ *         rpc_call_set_data(call, new_request(r, rpc_call_ref(call)));    // keep a reference as long as you use it
+ *     }
+ *     static const struct rpc_method methods[] = {{ "/pkg.Svc/Method", RPC_SERVER_STREAM, .on_open = on_open, ... }};
+ *     rpc_server_start(&server, &(struct rpc_server_config){ .methods = methods, ... }, st);
+ *
+ * Life of a server call: on_open once; on_message for each message of a bidi stream, then on_half_close; on_writable each
+ * time that the send queue has run empty; on_close once and last (success, cancel, deadline, lost connection alike).
+ * Callbacks of one call never overlap. Methods that are not in the table are answered UNIMPLEMENTED at once.
+ *
+ * Client: blocking calls with a bound on every wait.
+ */
+#ifndef TANDEM_RPC_H
+#define TANDEM_RPC_H
+
+#include <protobuf-c/protobuf-c.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "proto/status.h"
+
+#define RPC_WORKER_PROTOCOL    1           /* Hello.protocol of worker_control.proto */
+#define RPC_MAX_MESSAGE_BYTES  (16u << 20) /* a prompt of a million ids is about 3 MB */
+#define RPC_MAX_METADATA_BYTES (16u << 10) /* request headers of one call */
+#define RPC_MAX_STREAMS        4096        /* at once on one connection */
+
+/* ---- messages ---- */
+
+/* NULL when the bytes are not a valid message. Free with protobuf_c_message_free_unpacked(m, NULL). */
+ProtobufCMessage *rpc_unpack(const ProtobufCMessageDescriptor *d, const void *data, size_t len);
+
+/* ---- server ---- */
+
+struct rpc_server;
+struct rpc_call;
+
+enum rpc_kind {
+    RPC_UNARY,         /* one message in, rpc_call_reply or rpc_call_finish with an error */
+    RPC_SERVER_STREAM, /* one message in, any number out */
+    RPC_BIDI,
+};
+
+struct rpc_method {
+    const char *path; /* "/package.Service/Method", static */
+    enum rpc_kind kind;
+    /* UNARY, SERVER_STREAM: msg is the request, valid during the callback. BIDI: msg NULL, len 0. */
+    void (*on_open)(struct rpc_call *call, const void *msg, size_t len, void *ctx);
+    /* BIDI only. The next message is read when this has returned: a slow handler slows its peer and nobody else. */
+    void (*on_message)(struct rpc_call *call, const void *msg, size_t len, void *ctx);
+    void (*on_half_close)(struct rpc_call *call, void *ctx);            /* BIDI only, optional */
+    void (*on_writable)(struct rpc_call *call, void *ctx);              /* optional */
+    void (*on_close)(struct rpc_call *call, bool cancelled, void *ctx); /* optional */
+    void *ctx;
+};
+
+struct rpc_server_config {
+    const struct rpc_method *methods; /* stay valid as long as the server */
+    size_t n_methods;
+    const char *const *listen; /* "127.0.0.1:50051", "[::]:50051", "unix:/path"; port 0 takes a free one */
+    size_t n_listen;
+    uint32_t max_message_bytes;    /* 0: RPC_MAX_MESSAGE_BYTES. Larger ones end the call: RESOURCE_EXHAUSTED */
+    uint32_t max_metadata_bytes;   /* 0: RPC_MAX_METADATA_BYTES */
+    uint32_t max_streams;          /* 0: RPC_MAX_STREAMS */
+    uint32_t max_send_queue_bytes; /* of one call; 0: 4 MiB */
+    uint32_t poll_threads;         /* 0: 2 (with one, a busy writer starves reads) */
+};
+
+/* ALREADY_EXISTS when an address is in use, INVALID_ARGUMENT when it is none; the message names it. A stale unix socket
+ * (nobody accepts on it) is replaced; one that is alive is in use. */
+STATUS_MUST_CHECK enum status_code rpc_server_start(struct rpc_server **out, const struct rpc_server_config *cfg,
+                                                    struct status *st);
+/* Port that listen[i] was bound to; 0 for a unix socket. */
+uint16_t rpc_server_port(const struct rpc_server *s, size_t i);
+/* Refuses new calls, lets live ones end for grace_ms, cancels the rest. All on_close have run on return. */
+void rpc_server_shutdown(struct rpc_server *s, uint32_t grace_ms);
+void rpc_server_destroy(struct rpc_server *s); /* shuts down with no grace if that was not done; NULL is fine */
+/* Calls that are open now. */
+uint32_t rpc_server_live_calls(const struct rpc_server *s);
+
+struct rpc_call *rpc_call_ref(struct rpc_call *call);
+void rpc_call_unref(struct rpc_call *call);
+void rpc_call_set_data(struct rpc_call *call, void *data); /* any pointer of the user's */
+void *rpc_call_data(const struct rpc_call *call);
+/* CLOCK_MONOTONIC microseconds; INT64_MAX without a deadline. */
+int64_t rpc_call_deadline_us(const struct rpc_call *call);
+/* "ipv4:10.0.0.7:4711"; valid as long as the call. */
+const char *rpc_call_peer(const struct rpc_call *call);
+/* Value of a request header (lower-case key), NULL without it; valid as long as the call. */
+const char *rpc_call_metadata(const struct rpc_call *call, const char *key);
+
+/* Queues a message (packed before this returns). RESOURCE_EXHAUSTED: the send queue is full, nothing was queued. After
+ * the call was finished or cancelled: CANCELLED, and nothing happens. */
+STATUS_MUST_CHECK enum status_code rpc_call_send(struct rpc_call *call, const ProtobufCMessage *m, struct status *st);
+/* Messages queued or being written. 0: a message sent now goes out at once. */
+uint32_t rpc_call_pending(const struct rpc_call *call);
+/* Ends the call with this status after what is queued has gone out; an error with nothing sent yet travels before any
+ * message (so that clients may retry). The first call wins, later ones do nothing. retry_after_ms > 0 adds the trailer
+ * retry-after-ms. st NULL: OK. */
+void rpc_call_finish(struct rpc_call *call, const struct status *st, uint32_t retry_after_ms);
+/* UNARY: the answer and OK. */
+void rpc_call_reply(struct rpc_call *call, const ProtobufCMessage *m);
+/* Drops the call at once, queued messages included: for a client that does not read. */
+void rpc_call_cancel(struct rpc_call *call, const struct status *st);
+
+/* ---- grpc.health.v1 ---- */
+
+/* Serving states by service name; Check, Watch and List answer from it. Thread-safe. At most 32 services. */
+struct rpc_health;
+STATUS_MUST_CHECK enum status_code rpc_health_create(struct rpc_health **out, struct status *st);
+void rpc_health_destroy(struct rpc_health *h); /* after the server; NULL is fine */
+void rpc_health_set(struct rpc_health *h, const char *service, bool serving);
+/* Ends all Watch calls, after a last update: so that they do not hold up a drain. */
+void rpc_health_close_watchers(struct rpc_health *h);
+#define RPC_HEALTH_METHODS 3
+/* Fills RPC_HEALTH_METHODS entries of a method table. */
+void rpc_health_methods(struct rpc_health *h, struct rpc_method *methods);
+
+/* ---- client ---- */
+
+struct rpc_channel;
+struct rpc_stream;
+
+/* address as in listen. Connects lazily. */
+STATUS_MUST_CHECK enum status_code rpc_channel_create(struct rpc_channel **out, const char *address, struct status *st);
+void rpc_channel_destroy(struct rpc_channel *ch); /* after its streams; NULL is fine */
+
+/* One message each way. *reply: unpacked, freed by the caller with protobuf_c_message_free_unpacked. The error is the
+ * status of the call; when nobody listens: UNAVAILABLE. timeout_ms 0: 10000. */
+STATUS_MUST_CHECK enum status_code rpc_unary(struct rpc_channel *ch, const char *path, const ProtobufCMessage *request,
+                                             const ProtobufCMessageDescriptor *reply_type, ProtobufCMessage **reply,
+                                             uint32_t timeout_ms, struct status *st);
+
+/* deadline_ms 0: none. */
+STATUS_MUST_CHECK enum status_code rpc_stream_open(struct rpc_stream **out, struct rpc_channel *ch, const char *path,
+                                                   uint64_t deadline_ms, struct status *st);
+/* Any thread, one after the other (a lock is inside). Waits until the message is written, timeout_ms at most
+ * (DEADLINE_EXCEEDED: the stream is of no use then). UNAVAILABLE or the call's status when the stream has ended. */
+STATUS_MUST_CHECK enum status_code rpc_stream_send(struct rpc_stream *s, const ProtobufCMessage *m, uint32_t timeout_ms,
+                                                   struct status *st);
+STATUS_MUST_CHECK enum status_code rpc_stream_half_close(struct rpc_stream *s, struct status *st);
+/* One thread. *msg: the next message (valid until the next recv), NULL at the end of the stream with status OK. Another
+ * end is returned as its status. timeout_ms 0: no bound but the call's own. DEADLINE_EXCEEDED with *timed_out set: nothing
+ * came in time, the stream is intact. timed_out may be NULL. */
+STATUS_MUST_CHECK enum status_code rpc_stream_recv(struct rpc_stream *s, const void **msg, size_t *len,
+                                                   uint32_t timeout_ms, bool *timed_out, struct status *st);
+/* Any thread; a recv or send under way ends with CANCELLED. */
+void rpc_stream_cancel(struct rpc_stream *s);
+/* Value of a trailer after the end of the stream; NULL without it. */
+const char *rpc_stream_trailer(const struct rpc_stream *s, const char *key);
+void rpc_stream_close(struct rpc_stream *s); /* cancels what is under way; NULL is fine */
+
+#endif

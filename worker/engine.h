@@ -1,0 +1,77 @@
+/* engine.h - one rank's part of the model: weights, KV pool and the forward pass, behind one step function. Prefix engine_.
+ *
+ * An engine is a deterministic state machine over a numbered stream of step plans: same plans in, same tokens out. It reads
+ * no clock to decide anything. All ranks of a group run the same plan at the same time; the all-reduces inside join them.
+ *
+ *     engine_create(&e, &cfg, st);  engine_reset(e);
+ *     engine_step(e, plan, &result, st);          // plan->step is 1, 2, 3 ... since the reset
+ *
+ * Threads: one, the step loop. Errors of engine_step mean that the rank cannot go on (a plan that contradicts its state,
+ * a lost peer): the state is undefined then.
+ */
+#ifndef TANDEM_ENGINE_H
+#define TANDEM_ENGINE_H
+
+#include <stdint.h>
+
+#include "comm/comm.h"
+#include "proto/kv_account.h"
+#include "proto/status.h"
+#include "tandem/v1/worker_control.pb-c.h"
+
+struct engine;
+
+#define ENGINE_MAX_EOS 16
+
+struct engine_config {
+    const char *model_dir;
+    struct comm *comm;        /* owned by the caller, outlives the engine */
+    uint32_t threads;         /* of this rank; 0: its share of the machine's cores */
+    uint32_t max_slots;       /* 0: 256 */
+    uint32_t max_context;     /* 0: the model's own; more than that is INVALID_ARGUMENT */
+    uint32_t max_step_tokens; /* rows of a step; 0: 512 */
+    uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most a quarter of the machine's
+                                 memory divided by the ranks on it */
+    uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
+    /* Called now and then while weights load, on the calling thread. Optional. */
+    void (*progress)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
+    void *progress_ctx;
+};
+
+struct engine_info {
+    uint32_t max_slots, max_context, max_step_tokens, vocab_size;
+    struct kv_account kv;
+    uint64_t weight_bytes; /* of this rank, in memory */
+    char device[64];       /* "host, 2 threads" */
+    /* of the model, the same on all ranks */
+    char architecture[64];
+    uint32_t layers, hidden, heads, kv_heads, head_dim;
+    int64_t bos_id;                          /* -1: none */
+    uint32_t eos_ids[ENGINE_MAX_EOS], n_eos; /* of generation_config.json, else config.json */
+    /* what generation_config.json says for sampling; temperature 1, top_k 0, top_p 1 where it says nothing; greedy
+     * (temperature 0) when it says do_sample false */
+    float temperature, top_p;
+    uint32_t top_k;
+};
+
+/* tokens: of all samples of the plan in order (worker_control.proto); valid until the next step. */
+struct engine_result {
+    const uint32_t *tokens;
+    uint32_t n_tokens;
+    uint64_t used_pages;
+};
+
+/* NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED (names the architecture, dtype or option), DATA_LOSS (damaged file: names the
+ * file and the tensor), RESOURCE_EXHAUSTED (with the arithmetic). Uses comm for rank and size only: nothing is exchanged
+ * before the first step, so a rank that fails here leaves nobody waiting. */
+STATUS_MUST_CHECK enum status_code engine_create(struct engine **out, const struct engine_config *cfg,
+                                                 struct status *st);
+void engine_destroy(struct engine *e); /* NULL is fine */
+struct engine_info engine_info(const struct engine *e);
+
+/* Forgets all slots; the next plan is step 1. */
+void engine_reset(struct engine *e);
+STATUS_MUST_CHECK enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan,
+                                               struct engine_result *result, struct status *st);
+
+#endif
