@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Format and static checks. `lint.sh` is quick; `lint.sh tidy` runs clang-tidy over build/release (configured before).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "${1:-}" = tidy ]; then
+    run-clang-tidy-14 -clang-tidy-binary clang-tidy-14 -p build/release -quiet -j "$(nproc)" \
+        "$(pwd)/(proto|coordinator|worker|comm|memory|attention|tests)/.*\\.c\$" >build/tidy.log 2>&1 || {
+        grep -E 'warning:|error:' build/tidy.log | sort -u >&2
+        echo "lint: clang-tidy found something; all of it is in build/tidy.log" >&2
+        exit 1
+    }
+    exit 0
+fi
+git ls-files -z '*.c' '*.h' '*.cu' '*.cuh' | xargs -0 -r clang-format-14 --dry-run -Werror
+git ls-files -z '*.sh' .ci/run | xargs -0 -r shellcheck

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Installs, builds and runs every check and test that needs no GPU.
+#   ./test.sh            all: format, lint, release, address+undefined sanitizers, thread sanitizer
+#   ./test.sh --quick    the release build's tests only
+#   ./test.sh NAME ...   ctest -R NAME on the release build
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+quick=0 only=''
+case ${1:-} in
+-h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;;
+--quick) quick=1 ;;
+-*) echo "test.sh: unknown option $1; see ./test.sh --help" >&2; exit 2 ;;
+*) only=$(IFS='|'; echo "$*") ;;
+esac
+
+.ci/setup.sh test
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 CK_VERBOSITY=minimal
+started=$SECONDS
+say() { printf '== %s (%d s)\n' "$*" $((SECONDS - started)); }
+
+build() { # build PRESET
+    say "build $1"
+    cmake --preset "$1" -DTANDEM_TESTS=ON >/dev/null
+    cmake --build --preset "$1" 2>&1 | tail -n 1
+}
+run_tests() { # run_tests PRESET ARGS...
+    local preset=$1
+    shift
+    say "test $preset"
+    ctest --preset "$preset" "$@"
+}
+
+if [ -n "$only" ]; then
+    build release
+    run_tests release -R "$only"
+    exit 0
+fi
+if [ "$quick" = 0 ]; then
+    say "format and lint"
+    .ci/lint.sh
+fi
+build release
+run_tests release
+if [ "$quick" = 0 ]; then
+    for preset in asan tsan; do
+        build "$preset"
+        run_tests "$preset"
+    done
+    say "clang-tidy"
+    .ci/lint.sh tidy
+fi
+say "all passed"
