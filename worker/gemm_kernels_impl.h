@@ -1,0 +1,176 @@
+/* gemm_kernels_impl.h - the kernels of gemm_internal.h, written once and included by gemm_kernels.c for each instruction
+ * set, with
+ *   ISA            suffix of all names
+ *   VW             floats in a vector
+ *   TARGET         function attribute that turns the instructions on
+ *   BLOCKS(X)      how many rows of W a block has with 1, 2 .. rows of x: what the registers hold
+ *   CVT_F16(h)     VW halves to floats
+ * No include guard: it is meant to be included several times.
+ */
+#define CAT2(a, b) a##_##b
+#define CAT(a, b)  CAT2(a, b)
+#define NAME(n)    CAT(n, ISA)
+#define INLINE     static inline __attribute__((always_inline)) TARGET
+
+typedef float NAME(vf) __attribute__((vector_size(VW * 4)));
+typedef uint32_t NAME(vu) __attribute__((vector_size(VW * 4)));
+typedef float NAME(vf_mem) __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+typedef uint16_t NAME(vh) __attribute__((vector_size(VW * 2)));
+typedef uint16_t NAME(vh_mem) __attribute__((vector_size(VW * 2), aligned(2), may_alias));
+
+/* VW elements from index i on, widened. */
+INLINE NAME(vf) NAME(load)(const void *p, uint64_t i, enum mat_dtype dtype)
+{
+    if (dtype == MAT_F32)
+        return *(const NAME(vf_mem) *)((const float *)p + i);
+    NAME(vh) h = *(const NAME(vh_mem) *)((const uint16_t *)p + i);
+    if (dtype == MAT_F16)
+        return CVT_F16(h);
+    return (NAME(vf))(__builtin_convertvector(h, NAME(vu)) << 16);
+}
+
+/* The same for the n < VW last elements of a row; zeros behind. */
+INLINE NAME(vf) NAME(load_tail)(const void *p, uint64_t i, uint32_t n, enum mat_dtype dtype)
+{
+    _Alignas(64) uint8_t buf[VW * 4] = {0};
+    uint32_t elem = mat_elem_bytes(dtype);
+    memcpy(buf, (const uint8_t *)p + i * elem, (size_t)n * elem);
+    return NAME(load)(buf, 0, dtype);
+}
+
+INLINE float NAME(sum)(NAME(vf) v)
+{
+    float s[VW];
+    memcpy(s, &v, sizeof v);
+    for (int half = VW / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++)
+            s[i] += s[i + half];
+    }
+    return s[0];
+}
+
+/* R rows of W from n on with TT rows of x from t on. One accumulator per product, whatever R and TT are, so that an
+ * element's sum is always formed in the same order. */
+INLINE void NAME(block)(const struct gemm_few_args *a, uint32_t t, uint32_t n, const int R, const int TT,
+                        enum mat_dtype dtype)
+{
+    const uint32_t K = a->w->cols;
+    const uint64_t row_bytes = (uint64_t)K * mat_elem_bytes(dtype);
+    const uint8_t *w = (const uint8_t *)a->w->data + n * row_bytes;
+    const float *x = a->x + t * a->ldx;
+    NAME(vf) acc[R][TT];
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 32
+        for (int i = 0; i < TT; i++)
+            acc[r][i] = (NAME(vf)){0};
+    }
+    uint32_t k = 0;
+    for (; k + VW <= K; k += VW) {
+        NAME(vf) wv[R];
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+            wv[r] = NAME(load)(w + (uint64_t)r * row_bytes, k, dtype);
+#pragma GCC unroll 32
+        for (int i = 0; i < TT; i++) {
+            NAME(vf) xv = *(const NAME(vf_mem) *)(x + (uint64_t)i * a->ldx + k);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++)
+                acc[r][i] += wv[r] * xv;
+        }
+    }
+    if (k < K) {
+#pragma GCC unroll 32
+        for (int i = 0; i < TT; i++) {
+            NAME(vf) xv = NAME(load_tail)(x + (uint64_t)i * a->ldx, k, K - k, MAT_F32);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++)
+                acc[r][i] += NAME(load_tail)(w + (uint64_t)r * row_bytes, k, K - k, dtype) * xv;
+        }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < TT; i++) {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+            a->y[(t + i) * a->ldy + n + r] = NAME(sum)(acc[r][i]);
+    }
+}
+
+#define BLOCK(R, TT)                                                                                                   \
+    for (; n + R <= end; n += R)                                                                                       \
+        NAME(block)(a, t, n, R, TT, dtype);
+#define CASE(R, TT)                                                                                                    \
+    case TT:                                                                                                           \
+        BLOCK(R, TT)                                                                                                   \
+        BLOCK(1, TT)                                                                                                   \
+        break;
+
+INLINE void NAME(few_of)(const struct gemm_few_args *a, uint32_t first, uint32_t end, enum mat_dtype dtype)
+{
+    for (uint32_t t = 0, tt; t < a->t; t += tt) {
+        tt = a->t - t < MAX_TT ? a->t - t : MAX_TT;
+        uint32_t n = first;
+        switch (tt) {
+            BLOCKS(CASE)
+        }
+    }
+}
+
+static TARGET void NAME(few)(const struct gemm_few_args *a, uint32_t first, uint32_t end)
+{
+    switch (a->w->dtype) {
+    case MAT_F32:
+        NAME(few_of)(a, first, end, MAT_F32);
+        break;
+    case MAT_BF16:
+        NAME(few_of)(a, first, end, MAT_BF16);
+        break;
+    case MAT_F16:
+        NAME(few_of)(a, first, end, MAT_F16);
+        break;
+    }
+}
+
+INLINE void NAME(widen_of)(float *dst, const void *src, uint64_t n, enum mat_dtype dtype)
+{
+    uint64_t i = 0;
+    for (; i + VW <= n; i += VW)
+        *(NAME(vf_mem) *)(dst + i) = NAME(load)(src, i, dtype);
+    if (i < n) {
+        NAME(vf) v = NAME(load_tail)(src, i, (uint32_t)(n - i), dtype);
+        memcpy(dst + i, &v, (n - i) * sizeof(float));
+    }
+}
+
+static TARGET void NAME(widen)(float *dst, const void *src, uint64_t n, enum mat_dtype dtype)
+{
+    switch (dtype) {
+    case MAT_F32:
+        memcpy(dst, src, n * sizeof(float));
+        break;
+    case MAT_BF16:
+        NAME(widen_of)(dst, src, n, MAT_BF16);
+        break;
+    case MAT_F16:
+        NAME(widen_of)(dst, src, n, MAT_F16);
+        break;
+    }
+}
+
+const struct gemm_kernels NAME(gemm_kernels) = {
+    .few = NAME(few),
+    .widen = NAME(widen),
+};
+
+#undef CAT2
+#undef CAT
+#undef NAME
+#undef INLINE
+#undef BLOCK
+#undef CASE
+#undef ISA
+#undef VW
+#undef TARGET
+#undef BLOCKS
+#undef MAX_TT
+#undef CVT_F16
