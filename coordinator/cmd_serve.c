@@ -524,8 +524,8 @@ static bool take_option(struct serve *s, struct serve_options *o, int opt, bool 
         o->model = optarg;
         break;
     case OPT_TP:
-        if (!cmd_parse_u64(optarg, 1, 1024, &u))
-            return cmd_error(CMD_USAGE, "serve", "--tp %s: expected the number of ranks, 1 to 1024", optarg), false;
+        if (!cmd_parse_u64(optarg, 1, 64, &u))
+            return cmd_error(CMD_USAGE, "serve", "--tp %s: expected the number of ranks, 1 to 64", optarg), false;
         s->tp = u;
         break;
     case OPT_LISTEN:

@@ -1,0 +1,353 @@
+"""A stock grpcio client against the server: streaming, cancel, deadline, health, limits, every kind of bad input."""
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+import unittest
+
+import grpc
+
+import health_pb2
+from cluster import PB, SLOW, SOURCE, Cluster, Result, request, tandem, wait_for
+from tandem.v1 import control_pb2, inference_pb2
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+LONG = dict(temperature=0, ignore_eos=True, max_tokens=1000)
+
+
+def raw(channel, path, message, timeout=10):
+    """A call with bytes that no generated class would make."""
+    same = lambda x: x  # noqa: E731
+    return channel.unary_stream(path, same, same)(message, timeout=timeout * SLOW)
+
+
+class Api(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.c = Cluster(tp=2, args=["--max-queued", 600, "--coordinator-arg", "--slow-client-timeout-ms",
+                                    "--coordinator-arg", "2000"])
+        cls.c.__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.c.__exit__(None, None, None)
+
+    def tearDown(self):
+        self.c.wait_idle()
+
+    def code_of(self, call):
+        with self.assertRaises(grpc.RpcError) as e:
+            list(call)
+        return e.exception.code(), e.exception.details()
+
+    # -- streaming --
+
+    def test_messages_come_one_by_one(self):
+        seen = []
+        start = time.monotonic()
+        for m in self.c.generate("Once upon a time", **{**LONG, "max_tokens": 300}):
+            seen.append((time.monotonic() - start, len(m.token_ids)))
+        self.assertGreater(len(seen), 30)
+        self.assertLess(seen[0][0], seen[-1][0] / 2)
+        self.assertEqual(sum(n for _, n in seen), 300)
+
+    def test_first_message_names_the_request(self):
+        r = self.c.run("Once", max_tokens=2, request_id="my-request.1")
+        self.assertEqual(r.request_id, "my-request.1")
+        self.assertTrue(self.c.run("Once", max_tokens=2).request_id)
+
+    def test_512_concurrent_streams(self):
+        calls = [self.c.generate("One day", temperature=0, max_tokens=8) for _ in range(512)]
+        results = [Result(s) for s in calls]
+        self.assertEqual(len({tuple(r.ids) for r in results}), 1)
+        self.assertEqual(len(results[0].ids), 8)
+
+    # -- ending early --
+
+    def test_cancel_frees_the_slot(self):
+        call = self.c.generate("Once upon a time", **LONG)
+        next(call)
+        self.assertEqual(self.c.load().running_requests, 1)
+        call.cancel()
+        self.assertLess(self.c.wait_idle(2), 1.5 * SLOW)
+
+    def test_disconnect_frees_the_slot(self):
+        channel = self.c.connect()
+        call = self.c.generate("Once upon a time", channel=channel, **LONG)
+        next(call)
+        channel.close()
+        self.assertLess(self.c.wait_idle(2), 1.5 * SLOW)
+
+    def test_deadline_while_running(self):
+        code, _ = self.code_of(self.c.generate("Once upon a time", timeout=0.15, **LONG))
+        self.assertEqual(code, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    def test_deadline_in_the_queue(self):
+        slots = self.c.load().total_slots
+        busy = [self.c.generate("Once upon a time", **LONG) for _ in range(slots)]
+        try:
+            wait_for("all slots taken", lambda: self.c.load().running_requests == slots, 30)
+            code, _ = self.code_of(self.c.generate("Once", timeout=0.3, temperature=0, max_tokens=2))
+            self.assertEqual(code, grpc.StatusCode.DEADLINE_EXCEEDED)
+        finally:
+            for b in busy:
+                b.cancel()
+
+    def test_abort_by_name(self):
+        call = self.c.generate("Once upon a time", request_id="victim", **LONG)
+        next(call)
+        reply = self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(request_ids=["victim"]))
+        self.assertEqual(reply.aborted, 1)
+        code, details = self.code_of(call)
+        self.assertEqual(code, grpc.StatusCode.CANCELLED)
+        with self.assertRaises(grpc.RpcError) as e:
+            self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(request_ids=["victim"]))
+        self.assertEqual(e.exception.code(), grpc.StatusCode.NOT_FOUND)
+
+    def test_abort_all(self):
+        calls = [self.c.generate("Once upon a time", **LONG) for _ in range(5)]
+        for call in calls:
+            next(call)
+        reply = self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(all=True))
+        self.assertEqual(reply.aborted, 5)
+        for call in calls:
+            self.assertEqual(self.code_of(call)[0], grpc.StatusCode.CANCELLED)
+
+    def test_client_that_never_reads_is_dropped_and_others_go_on(self):
+        same = lambda x: x  # noqa: E731
+        slow = self.c.connect([("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)])
+        calls = [slow.unary_stream("/tandem.v1.Inference/Generate", same, same)(
+            request("Once upon a time", **LONG).SerializeToString(), timeout=60 * SLOW) for _ in range(40)]
+        r = self.c.run("One day", temperature=0, max_tokens=16)
+        self.assertEqual(len(r.ids), 16)
+        self.c.wait_idle(30)
+        slow.close()
+        del calls
+
+    # -- health and control --
+
+    def test_health_names(self):
+        for name in ("", "tandem.v1.Inference"):
+            self.assertEqual(self.c.health(name), SERVING)
+        with self.assertRaises(grpc.RpcError) as e:
+            self.c.health("no.such.Service")
+        self.assertEqual(e.exception.code(), grpc.StatusCode.NOT_FOUND)
+
+    def test_health_watch_and_list(self):
+        watch = self.c.channel.unary_stream("/grpc.health.v1.Health/Watch",
+                                            health_pb2.HealthCheckRequest.SerializeToString,
+                                            health_pb2.HealthCheckResponse.FromString)
+        call = watch(health_pb2.HealthCheckRequest(service="tandem.v1.Inference"), timeout=20 * SLOW)
+        self.assertEqual(next(call).status, SERVING)
+        call.cancel()
+        call = watch(health_pb2.HealthCheckRequest(service="no.such.Service"), timeout=20 * SLOW)
+        self.assertEqual(next(call).status, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        call.cancel()
+        listing = self.c.channel.unary_unary("/grpc.health.v1.Health/List",
+                                             health_pb2.HealthListRequest.SerializeToString,
+                                             health_pb2.HealthListResponse.FromString)
+        statuses = listing(health_pb2.HealthListRequest(), timeout=10).statuses
+        self.assertEqual(statuses["tandem.v1.Inference"].status, SERVING)
+
+    def test_server_and_model_information(self):
+        info = self.c.info()
+        self.assertEqual((info.state, info.tensor_parallel_size), (control_pb2.ServerInfo.READY, 2))
+        self.assertEqual([r.rank for r in info.ranks], [0, 1])
+        self.assertGreaterEqual(info.epoch, 1)
+        m = self.c.control("GetModelInfo", control_pb2.ModelInfo, control_pb2.GetModelInfoRequest())
+        self.assertEqual((m.name, m.architecture, m.vocab_size, m.max_context_tokens),
+                         ("demo-model", "LlamaForCausalLM", 2048, 1024))
+        self.assertEqual((m.layers, m.hidden_size, m.query_heads, m.kv_heads, m.head_dim), (4, 192, 6, 3, 32))
+        self.assertEqual((m.bos_token_id, list(m.eos_token_ids)), (2046, [2047]))
+        self.assertAlmostEqual(m.defaults.temperature, 0.8, places=5)
+
+    def test_unknown_methods_answer_at_once(self):
+        for path in ("/tandem.v1.Inference/Nope", "/no.such.Service/Method"):
+            start = time.monotonic()
+            code, _ = self.code_of(raw(self.c.channel, path, b""))
+            self.assertEqual(code, grpc.StatusCode.UNIMPLEMENTED)
+            self.assertLess(time.monotonic() - start, 1 * SLOW)
+
+    def test_probe_command(self):
+        self.assertEqual(tandem("probe", "--address", self.c.address), (0, "SERVING\n", ""))
+        rc, out, err = tandem("probe", "--address", "127.0.0.1:1")
+        self.assertEqual((rc, out), (3, ""))
+        self.assertEqual(err.count("\n"), 1)
+
+    # -- bad input --
+
+    def refused(self, field, prompt="Once", code=grpc.StatusCode.INVALID_ARGUMENT, **options):
+        got, details = self.code_of(self.c.generate(prompt, **options))
+        self.assertEqual(got, code, details)
+        self.assertIn(field, details)
+
+    def test_options_out_of_range(self):
+        for t in (-0.1, 100.5, math.nan, math.inf, -math.inf):
+            self.refused("sampling.temperature", temperature=t)
+        for p in (0.0, -1.0, 1.01, math.nan):
+            self.refused("sampling.top_p", top_p=p)
+        self.refused("stopping.max_tokens", max_tokens=0)
+        self.refused("stopping.max_tokens", max_tokens=2000)
+        self.refused("stopping.stop_token_ids", stop_token_ids=[1] * 65)
+        self.refused("stopping.stop_token_ids", stop_token_ids=[2048])
+        self.refused("model", code=grpc.StatusCode.NOT_FOUND, model="gpt")
+        self.refused("request_id", request_id="no spaces please")
+        self.refused("request_id", request_id="x" * 129)
+
+    def test_two_live_requests_of_one_name(self):
+        call = self.c.generate("Once", request_id="twin", **LONG)
+        next(call)
+        self.refused("request_id", code=grpc.StatusCode.ALREADY_EXISTS, request_id="twin")
+        call.cancel()
+
+    def test_bad_prompts(self):
+        self.refused("prompt", prompt="")
+        self.refused("prompt", prompt=[])
+        self.refused("token_ids", prompt=[1, 2, 2048])
+        self.refused("token_ids", prompt=[4294967295])
+        self.refused("1024", prompt=[415] * 1025)
+        self.refused("1024", prompt=[415] * 1024)
+        self.refused("1024", prompt="word " * 4000)
+        code, details = self.code_of(raw(self.c.channel, "/tandem.v1.Inference/Generate",
+                                         inference_pb2.GenerateRequest().SerializeToString()))
+        self.assertEqual(code, grpc.StatusCode.INVALID_ARGUMENT)
+        self.assertIn("prompt", details)
+
+    def test_text_that_is_not_utf8(self):
+        for bad in (b"\xff", b"abc\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80"):
+            message = b"\x12" + bytes([len(bad)]) + bad
+            code, details = self.code_of(raw(self.c.channel, "/tandem.v1.Inference/Generate", message))
+            self.assertEqual(code, grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertIn("UTF-8", details)
+
+    def test_text_with_nul_is_not_cut(self):
+        a = self.c.run("One\0day", temperature=0, max_tokens=1).finish.usage.prompt_tokens
+        b = self.c.run("One", temperature=0, max_tokens=1).finish.usage.prompt_tokens
+        self.assertGreater(a, b + 1)
+
+    def test_messages_that_are_none(self):
+        for path in ("/tandem.v1.Inference/Generate", "/tandem.v1.Control/GetLoad", "/tandem.v1.Control/Abort",
+                     "/grpc.health.v1.Health/Check"):
+            code, _ = self.code_of(raw(self.c.channel, path, b"\x0a\xff\xff\xff\xff\x0f"))
+            self.assertEqual(code, grpc.StatusCode.INVALID_ARGUMENT, path)
+
+    def test_oversized_message(self):
+        code, _ = self.code_of(raw(self.c.channel, "/tandem.v1.Inference/Generate",
+                                   request("x" * (17 << 20)).SerializeToString(), 60))
+        self.assertEqual(code, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+    def test_large_prompt_does_not_hold_up_others(self):
+        big = request("word " * (3 << 20))
+        call = self.c.generate(big)
+        start = time.monotonic()
+        self.assertEqual(self.c.health(), SERVING)
+        self.c.run("One day", temperature=0, max_tokens=4)
+        self.assertLess(time.monotonic() - start, 10 * SLOW)
+        self.assertEqual(self.code_of(call)[0], grpc.StatusCode.INVALID_ARGUMENT)
+
+    def test_oversized_metadata(self):
+        call = self.c.channel.unary_stream("/tandem.v1.Inference/Generate",
+                                           inference_pb2.GenerateRequest.SerializeToString,
+                                           inference_pb2.GenerateResponse.FromString)
+        code, _ = self.code_of(call(request("Once", max_tokens=1), timeout=10 * SLOW,
+                                    metadata=[("x-big", "y" * (64 << 10))]))
+        self.assertEqual(code, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+    def test_storm_of_cancels(self):
+        def one(i):
+            call = self.c.generate("Once upon a time", **LONG)
+            if i % 3:
+                try:
+                    next(call)
+                except grpc.RpcError:
+                    pass
+            call.cancel()
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(60)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60 * SLOW)
+        self.c.wait_idle(20)
+        self.assertEqual(len(self.c.run("One", temperature=0, max_tokens=4).ids), 4)
+
+
+class ReadmeClient(unittest.TestCase):
+    def test_it_runs_and_is_in_the_readme(self):
+        path = os.path.join(SOURCE, "tests/e2e/readme_client.py")
+        with open(path) as f, open(os.path.join(SOURCE, "README.md")) as readme:
+            self.assertIn(f.read(), readme.read())
+        with Cluster() as c:
+            p = subprocess.run([sys.executable, path, c.address, "Once upon a time"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": PB}, timeout=60 * SLOW)
+            self.assertEqual((p.returncode, p.stderr), (0, b""))
+            self.assertIn(b" tokens]", p.stdout)
+
+
+class Limits(unittest.TestCase):
+    def test_full_queue_refuses_at_once_with_a_hint(self):
+        with Cluster(args=["--max-slots", 1, "--max-queued", 2]) as c:
+            running = c.generate("Once", **LONG)
+            next(running)
+            waiting = [c.generate("Once", **LONG) for _ in range(2)]
+            wait_for("queue full", lambda: c.load().queued_requests == 2)
+            start = time.monotonic()
+            call = c.generate("Once", **LONG)
+            with self.assertRaises(grpc.RpcError) as e:
+                list(call)
+            self.assertEqual(e.exception.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self.assertLess(time.monotonic() - start, 1 * SLOW)
+            self.assertIn("retry-after-ms", dict(e.exception.trailing_metadata()))
+            for call in [running] + waiting:
+                call.cancel()
+            c.wait_idle()
+
+    def test_request_that_can_never_fit_is_refused(self):
+        with Cluster(args=["--kv-memory", "256K", "--page-size", "64K"]) as c:
+            with self.assertRaises(grpc.RpcError) as e:
+                c.run("Once", temperature=0, max_tokens=900)
+            self.assertEqual(e.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertEqual(len(c.run("Once", temperature=0, max_tokens=20).ids), 20)
+
+    def test_unix_socket(self):
+        import os
+        import tempfile
+        with tempfile.TemporaryDirectory() as d:
+            path = f"unix:{os.path.join(d, 'api')}"
+            with Cluster(args=["--listen", path]) as c:
+                rc, out, err = tandem("generate", "--address", path, "--greedy", "--max-tokens", 3, "Once upon a time")
+                self.assertEqual((rc, err), (0, ""))
+                self.assertTrue(out.strip())
+                c.wait_idle()
+
+
+class Draining(unittest.TestCase):
+    def test_drain_ends_admission_and_lets_requests_finish(self):
+        with Cluster() as c:
+            running = c.generate("Once", **{**LONG, "max_tokens": 600})
+            next(running)
+            done = []
+            t = threading.Thread(target=lambda: done.append(c.control(
+                "Drain", control_pb2.DrainResponse, control_pb2.DrainRequest(timeout_ms=60000), timeout=90)))
+            t.start()
+            wait_for("draining", lambda: c.info().state == control_pb2.ServerInfo.DRAINING)
+            self.assertFalse(c.is_ready())
+            with self.assertRaises(grpc.RpcError) as e:
+                c.run("Once", max_tokens=1)
+            self.assertEqual(e.exception.code(), grpc.StatusCode.UNAVAILABLE)
+            self.assertEqual(Result(running).finish.usage.completion_tokens, 600)
+            t.join(60 * SLOW)
+            self.assertEqual(done[0].remaining_requests, 0)
+
+    def test_sigterm_drains(self):
+        with Cluster() as c:
+            running = c.generate("Once", **{**LONG, "max_tokens": 600})
+            next(running)
+            c.process.terminate()
+            self.assertEqual(Result(running).finish.usage.completion_tokens, 600)
+            self.assertEqual(c.process.wait(20 * SLOW), 0)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

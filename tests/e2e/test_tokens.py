@@ -1,0 +1,172 @@
+"""The right tokens, whatever the number of ranks, the chunk budget and the batch."""
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import unittest
+
+from cluster import DEMO, SLOW, SOURCE, Cluster, Result, expected, tandem, wait_for
+
+
+class TokensOfTheDemoModel(unittest.TestCase):
+    def check_all(self, tp, budget, concurrent):
+        cases = expected()
+        with Cluster(tp=tp, args=["--step-tokens", budget]) as c:
+            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=len(case["greedy_ids"]))
+                       for _ in range(-(-concurrent // len(cases))) for case in cases][:concurrent]
+            results = [Result(s) for s in streams]
+            for i, r in enumerate(results):
+                case = cases[i % len(cases)]
+                self.assertEqual(r.ids, case["greedy_ids"], f"request {i}, tp {tp}, budget {budget}")
+                self.assertEqual(case["prompt"] + r.text, case["text"])
+                self.assertEqual(r.finish.usage.prompt_tokens, len(case["prompt_ids"]))
+                self.assertEqual(r.finish.usage.completion_tokens, len(r.ids))
+            c.wait_idle()
+
+    def test_one_rank_one_request(self):
+        self.check_all(1, 512, 1)
+
+    def test_one_rank_64_requests_small_chunks(self):
+        self.check_all(1, 16, 64)
+
+    def test_two_ranks_64_requests(self):
+        self.check_all(2, 64, 64)
+
+    def test_three_ranks(self):
+        self.check_all(3, 512, 6)
+
+    def test_four_ranks_small_chunks(self):
+        self.check_all(4, 16, 6)
+
+
+class Sampling(unittest.TestCase):
+    def test_seed_decides_alone_and_not_batch_or_ranks(self):
+        options = dict(temperature=0.9, top_p=0.95, top_k=50, seed=1234, max_tokens=48)
+        seen = []
+        for tp in (1, 2):
+            with Cluster(tp=tp) as c:
+                seen.append(c.run("Once upon a time", **options).ids)
+                streams = [c.generate("Once upon a time", **options)] + [
+                    c.generate("One day", temperature=1.0, max_tokens=32) for _ in range(8)]
+                results = [Result(s) for s in streams]
+                seen.append(results[0].ids)
+                other = c.run("Once upon a time", **{**options, "seed": 99}).ids
+        self.assertTrue(all(s == seen[0] for s in seen), seen)
+        self.assertNotEqual(other, seen[0])
+
+    def test_defaults_come_from_the_model(self):
+        with Cluster() as c:
+            # generation_config.json says temperature 0.8: two seeds differ, and no seed means a fresh one each time.
+            a, b = (c.run("Once upon a time", max_tokens=40).ids for _ in range(2))
+            self.assertNotEqual(a, b)
+            same = [c.run("Once upon a time", max_tokens=40, seed=5).ids for _ in range(2)]
+            self.assertEqual(same[0], same[1])
+            explicit = c.run("Once upon a time", max_tokens=40, seed=5, temperature=0.8, top_p=0.95).ids
+            self.assertEqual(same[0], explicit)
+
+
+class MemoryPressure(unittest.TestCase):
+    def test_preempted_requests_give_the_same_tokens(self):
+        case = expected()[0]
+        # 12 pages of 64 KiB hold about 250 tokens of the demo model: a few of the 16 requests at a time.
+        with Cluster(args=["--kv-memory", "768K", "--page-size", "64K"]) as c:
+            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(16)]
+            results = [Result(s) for s in streams]
+            for r in results:
+                self.assertEqual(r.ids, case["greedy_ids"])
+            self.assertGreater(c.load().preemptions, 0)
+            c.wait_idle()
+
+
+class RandomModel(unittest.TestCase):
+    """Against an independent NumPy forward (tests/reference.py), through the whole cluster."""
+
+    def test_random_weights_match_numpy(self):
+        with tempfile.TemporaryDirectory() as d:
+            model = os.path.join(d, "m")
+            subprocess.run(["/usr/bin/python3", os.path.join(SOURCE, "tests/reference.py"), "--out", model,
+                            "--hidden", "96", "--heads", "6", "--kv-heads", "2", "--head-dim", "24", "--layers", "3",
+                            "--intermediate", "200", "--tokenizer", DEMO, "--dtype", "F16", "--untied"], check=True)
+            for tp in (1, 3):
+                with Cluster(model=model, tp=tp, args=["--step-tokens", 32]) as c:
+                    for case in expected(model):
+                        ids = c.run(case["prompt_ids"], temperature=0, ignore_eos=True,
+                                    max_tokens=len(case["greedy_ids"])).ids
+                        sure = next((i for i, m in enumerate(case["margins"]) if m < 1e-3), len(ids))
+                        self.assertGreater(sure, 8)
+                        self.assertEqual(ids[:sure], case["greedy_ids"][:sure], f"tp {tp}")
+
+
+class Stopping(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.c = Cluster()
+        cls.c.__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.c.__exit__(None, None, None)
+
+    def test_stop_id_ends_and_its_text_is_left_out(self):
+        from tandem.v1 import inference_pb2 as pb
+        case = expected()[0]
+        full = self.c.run(case["prompt_ids"], temperature=0, max_tokens=20)
+        stop = case["greedy_ids"][7]
+        first = case["greedy_ids"].index(stop)
+        r = self.c.run(case["prompt_ids"], temperature=0, max_tokens=20, stop_token_ids=[stop])
+        self.assertEqual(r.ids, case["greedy_ids"][:first + 1])
+        self.assertEqual(r.finish.reason, pb.Finish.STOP)
+        self.assertEqual(r.finish.stop_token_id, stop)
+        self.assertTrue(full.text.startswith(r.text))
+        self.assertLess(len(r.text), len(full.text))
+        self.c.wait_idle()
+
+    def test_length(self):
+        from tandem.v1 import inference_pb2 as pb
+        for n in (1, 2, 3):
+            r = self.c.run("Once upon a time", temperature=0, max_tokens=n)
+            self.assertEqual(len(r.ids), n)
+            self.assertEqual(r.finish.reason, pb.Finish.LENGTH)
+
+    def test_context_is_the_last_limit(self):
+        r = self.c.run([2046] + [415] * 1019, temperature=0, ignore_eos=True)
+        self.assertEqual(len(r.ids), 4)
+
+    def test_special_tokens_are_added_unless_refused(self):
+        with_bos = self.c.run("Once upon a time", temperature=0, max_tokens=1)
+        without = self.c.run("Once upon a time", temperature=0, max_tokens=1, add_special_tokens=False)
+        self.assertEqual(with_bos.finish.usage.prompt_tokens, without.finish.usage.prompt_tokens + 1)
+
+    def test_command_prints_ids_text_and_statistics(self):
+        case = expected()[1]
+        a = ("--address", self.c.address)
+        rc, out, err = tandem("generate", *a, "--greedy", "--max-tokens", 96, "--print-ids", case["prompt"])
+        self.assertEqual((rc, err), (0, ""))
+        self.assertEqual(json.loads(out), case["greedy_ids"])
+        rc, out, err = tandem("generate", *a, "--greedy", "--max-tokens", 96, "--print-ids", "--prompt-ids",
+                              json.dumps(case["prompt_ids"]))
+        self.assertEqual(json.loads(out), case["greedy_ids"])
+        rc, out, err = tandem("generate", *a, "--greedy", "--max-tokens", 96, "--stats", stdin=case["prompt"])
+        self.assertEqual(rc, 0)
+        self.assertEqual(out, case["text"][len(case["prompt"]):] + "\n")
+        self.assertIn("96 new tokens", err)
+
+    def test_many_threads_of_one_client(self):
+        case = expected()[2]
+        bad = []
+
+        def one():
+            if self.c.run(case["prompt_ids"], temperature=0, max_tokens=32).ids != case["greedy_ids"][:32]:
+                bad.append(1)
+        threads = [threading.Thread(target=one) for _ in range(24)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(120 * SLOW)
+        self.assertEqual(bad, [])
+        wait_for("idle", self.c.idle)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
