@@ -1,0 +1,45 @@
+/* backend.h - what the worker and a GPU back end that it loads at run time say to each other. Prefix backend_.
+ *
+ * The worker links no CUDA. backend_cuda.so lies beside the executable and is opened with dlopen only where libcuda.so.1
+ * can be loaded; it carries the CUDA runtime inside (static) and exports one function, BACKEND_SYMBOL:
+ *
+ *     const struct backend_api *(*entry)(uint32_t abi) = dlsym(library, BACKEND_SYMBOL);
+ *     const struct backend_api *api = entry(BACKEND_ABI);      // NULL: built for another ABI
+ *     api->devices(&count, st); api->describe(0, &device, st); api->open(&session, 0, st);
+ *
+ * Both sides come from one build; BACKEND_ABI catches a plugin that an older build has left behind. Threads: one.
+ */
+#ifndef TANDEM_BACKEND_H
+#define TANDEM_BACKEND_H
+
+#include <stdint.h>
+
+#include "proto/status.h"
+
+#define BACKEND_ABI    1u
+#define BACKEND_SYMBOL "tandem_backend"
+
+struct backend_session;
+
+struct backend_device {
+    char name[128];
+    uint64_t memory_bytes;
+    uint32_t major, minor; /* compute capability */
+    uint32_t processors;   /* SMs */
+};
+
+struct backend_api {
+    uint32_t abi;     /* BACKEND_ABI; the first field in every version */
+    const char *name; /* "cuda" */
+    /* FAILED_PRECONDITION with the driver's words when it cannot be used. 0 devices is ST_OK. */
+    enum status_code (*devices)(uint32_t *count, struct status *st);
+    enum status_code (*describe)(uint32_t device, struct backend_device *out, struct status *st);
+    /* Makes a device ready to serve. UNIMPLEMENTED when this build cannot serve on it: the worker then uses the host, or
+     * ends when it was told to use this back end. */
+    enum status_code (*open)(struct backend_session **out, uint32_t device, struct status *st);
+    void (*close)(struct backend_session *session); /* NULL is fine */
+};
+
+typedef const struct backend_api *backend_entry(uint32_t abi);
+
+#endif

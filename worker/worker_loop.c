@@ -1,0 +1,233 @@
+#include "worker/worker_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define SHOW_BAR_US  100000
+#define SHOW_LINE_US 2000000
+#define BAR_CELLS    30
+
+/* ---- loading ---- */
+
+static void show_progress(struct worker *w, uint64_t done, uint64_t total)
+{
+    int64_t now_us = worker_now_us();
+    bool last = done >= total;
+    if (w->rank != 0 || (!last && now_us - w->progress.last_shown_us < (w->progress.bar ? SHOW_BAR_US : SHOW_LINE_US)))
+        return;
+    w->progress.last_shown_us = now_us;
+    char a[32], b[32];
+    worker_size_text(a, done);
+    worker_size_text(b, total);
+    unsigned percent = total ? (unsigned)(100.0 * (double)done / (double)total) : 100;
+    if (!w->progress.bar) {
+        worker_log(&w->log, WORKER_LOG_INFO, "loading: %u %% (%s of %s)", percent, a, b);
+        return;
+    }
+    unsigned cells = percent * BAR_CELLS / 100;
+    char line[128];
+    int n = snprintf(line, sizeof line, "\rloading [%.*s%*s] %3u %% of %s%s", (int)cells,
+                     "##############################", (int)(BAR_CELLS - cells), "", percent, b, last ? "\n" : "");
+    if (write(STDERR_FILENO, line, (size_t)n) < 0)
+        w->progress.bar = false;
+}
+
+static void on_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    struct worker *w = ctx;
+    show_progress(w, done, total);
+    int64_t now_us = worker_now_us();
+    if (done < total && now_us - w->progress.last_sent_us < WORKER_PROGRESS_MS * 1000)
+        return;
+    w->progress.last_sent_us = now_us;
+    Tandem__V1__Loading l = TANDEM__V1__LOADING__INIT;
+    l.done_bytes = done;
+    l.total_bytes = total;
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_LOADING;
+    m.loading = &l;
+    worker_control_send(&w->control, &m);
+}
+
+static enum status_code load(struct worker *w, struct status *st)
+{
+    const struct worker_options *o = &w->options;
+    const struct worker_backend_config backend = {.kind = o->backend};
+    enum status_code rc = worker_backend_open(&w->backend, &backend, &w->log, st);
+    if (rc != ST_OK)
+        return rc;
+    w->progress.bar = w->rank == 0 && o->log_level >= WORKER_LOG_INFO && isatty(STDERR_FILENO);
+    const struct engine_config cfg = {
+        .model_dir = o->model_dir,
+        .comm = w->comm,
+        .threads = o->threads,
+        .max_slots = o->max_slots,
+        .max_context = o->max_context,
+        .max_step_tokens = o->max_step_tokens,
+        .kv_bytes = o->kv_bytes,
+        .page_bytes = o->page_bytes,
+        .progress = on_progress,
+        .progress_ctx = w,
+    };
+    int64_t start_us = worker_now_us();
+    rc = engine_create(&w->engine, &cfg, st);
+    if (rc != ST_OK)
+        return rc;
+    const struct engine_info info = engine_info(w->engine);
+    snprintf(w->device, sizeof w->device, "%s", info.device);
+    char weights[32], kv[32];
+    worker_log(&w->log, WORKER_LOG_INFO, "ready on %s: weights %s, KV cache %s, %u slots, loaded in %lld ms",
+               info.device, worker_size_text(weights, info.weight_bytes),
+               worker_size_text(kv, info.kv.total_pages * info.kv.page_bytes), info.max_slots,
+               (long long)(worker_now_us() - start_us) / 1000);
+    return ST_OK;
+}
+
+static void send_ready(struct worker *w)
+{
+    struct engine_info i = engine_info(w->engine);
+    Tandem__V1__Defaults defaults = TANDEM__V1__DEFAULTS__INIT;
+    defaults.temperature = i.temperature;
+    defaults.top_k = i.top_k;
+    defaults.top_p = i.top_p;
+    Tandem__V1__ModelInfo model = TANDEM__V1__MODEL_INFO__INIT;
+    model.architecture = i.architecture;
+    model.vocab_size = i.vocab_size;
+    model.max_context_tokens = i.max_context;
+    model.layers = i.layers;
+    model.hidden_size = i.hidden;
+    model.query_heads = i.heads;
+    model.kv_heads = i.kv_heads;
+    model.head_dim = i.head_dim;
+    if (i.bos_id >= 0) {
+        model.bos_token_id_is_case = TANDEM__V1__MODEL_INFO__BOS_TOKEN_ID_IS_BOS_TOKEN_ID;
+        model.bos_token_id = (uint32_t)i.bos_id;
+    }
+    model.n_eos_token_ids = i.n_eos;
+    model.eos_token_ids = i.eos_ids;
+    model.defaults = &defaults;
+    Tandem__V1__Ready r = TANDEM__V1__READY__INIT;
+    r.max_slots = i.max_slots;
+    r.max_context_tokens = i.max_context;
+    r.page_bytes = i.kv.page_bytes;
+    r.token_bytes = i.kv.token_bytes;
+    r.total_pages = i.kv.total_pages;
+    r.max_step_tokens = i.max_step_tokens;
+    r.vocab_size = i.vocab_size;
+    r.model = &model;
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_READY;
+    m.ready = &r;
+    worker_control_send(&w->control, &m);
+}
+
+/* ---- steps ---- */
+
+static void send_result(struct worker *w, uint64_t step, const struct engine_result *result, int64_t compute_us)
+{
+    Tandem__V1__StepResult r = TANDEM__V1__STEP_RESULT__INIT;
+    r.step = step;
+    if (w->rank == 0) {
+        r.n_token_ids = result->n_tokens;
+        r.token_ids = (uint32_t *)result->tokens; /* packed from where it lies, not written to */
+    }
+    r.compute_us = (uint64_t)compute_us;
+    r.used_pages = result->used_pages;
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_RESULT;
+    m.result = &r;
+    worker_control_send(&w->control, &m);
+}
+
+static enum status_code run_step(struct worker *w, Tandem__V1__CoordinatorMessage *message, struct status *st)
+{
+    struct engine_result result = {0};
+    uint64_t step = message->plan->step;
+    int64_t start_us = worker_now_us();
+    enum status_code rc = engine_step(w->engine, message->plan, &result, st);
+    int64_t compute_us = worker_now_us() - start_us;
+    worker_control_step_end(&w->control, message, rc == ST_OK);
+    if (rc != ST_OK)
+        return status_prefix(st, "step %llu", (unsigned long long)step);
+    worker_log(&w->log, WORKER_LOG_DEBUG, "step %llu: %u tokens, %lld us", (unsigned long long)step, result.n_tokens,
+               (long long)compute_us);
+    send_result(w, step, &result, compute_us);
+    return ST_OK;
+}
+
+/* Tells log and coordinator; returns the exit status. */
+static int fault(struct worker *w, const struct status *st, bool permanent)
+{
+    int code = worker_guard_exit_code(&w->guard);
+    if (code >= 0)
+        return code; /* the error follows from the end that was asked for: an aborted collective */
+    worker_log(&w->log, WORKER_LOG_ERROR, "%s: %s", status_name(st->code), st->message);
+    worker_control_fault(&w->control, st, permanent);
+    return permanent ? WORKER_EXIT_PERMANENT : WORKER_EXIT_RELAUNCH;
+}
+
+/* One attachment with a loaded engine. Returns -1 when the link broke and the rank may attach again. */
+static int serve(struct worker *w)
+{
+    struct status st = STATUS_INIT;
+    Tandem__V1__CoordinatorMessage *message;
+    engine_reset(w->engine);
+    send_ready(w);
+    for (;;) {
+        switch (worker_control_next(&w->control, &message)) {
+        case WORKER_PLAN:
+            if (run_step(w, message, &st) != ST_OK)
+                return fault(w, &st, false);
+            break;
+        case WORKER_VIOLATION:
+            return fault(w, &w->control.violation, false);
+        case WORKER_BROKEN:
+            worker_log(&w->log, WORKER_LOG_WARNING, "lost the coordinator: %s; weights stay loaded",
+                       w->control.broken.message);
+            return -1;
+        case WORKER_EXIT:
+            return worker_guard_exit_code(&w->guard);
+        }
+    }
+}
+
+/* ---- life of the rank ---- */
+
+/* Which errors of loading another try would meet again. */
+static bool is_permanent(enum status_code rc)
+{
+    switch (rc) {
+    case ST_INVALID_ARGUMENT:
+    case ST_NOT_FOUND:
+    case ST_PERMISSION_DENIED:
+    case ST_RESOURCE_EXHAUSTED: /* the options ask for more than there is */
+    case ST_FAILED_PRECONDITION:
+    case ST_OUT_OF_RANGE:
+    case ST_UNIMPLEMENTED:
+    case ST_UNAUTHENTICATED:
+    case ST_DATA_LOSS:
+        return true;
+    default:
+        return false;
+    }
+}
+
+int worker_run(struct worker *w)
+{
+    for (;;) {
+        struct status st = STATUS_INIT;
+        w->control.hello.device = w->device;
+        enum status_code rc = worker_control_attach(&w->control, w->options.attach_timeout_ms, &st);
+        if (rc != ST_OK)
+            return fault(w, &st, is_permanent(rc));
+        worker_log(&w->log, WORKER_LOG_INFO, "attached to %s, epoch %llu", w->control.address,
+                   (unsigned long long)w->control.epoch);
+        if (!w->engine && load(w, &st) != ST_OK)
+            return fault(w, &st, is_permanent(st.code));
+        int code = serve(w);
+        if (code >= 0)
+            return code;
+        worker_control_detach(&w->control);
+    }
+}

@@ -1,0 +1,232 @@
+#include "worker/worker_internal.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum option_kind { OPTION_TEXT, OPTION_ADDRESS, OPTION_NUMBER, OPTION_SIZE, OPTION_CHOICE };
+
+struct option_spec {
+    const char *name; /* without the dashes */
+    const char *arg;
+    enum option_kind kind;
+    size_t offset; /* in struct worker_options */
+    uint64_t min, max;
+    const char *const *choices; /* NULL-ended; the value is the index */
+    const char *help;
+};
+
+static const char *const backend_names[] = {"auto", "cuda", "host", NULL};
+static const char *const level_names[] = {"error", "warning", "info", "debug", NULL};
+
+#define AT(field) offsetof(struct worker_options, field)
+
+static const struct option_spec specs[] = {
+    {"model", "DIR", OPTION_TEXT, AT(model_dir), 0, 0, NULL, "Hugging Face folder of a Llama model (required)"},
+    {"coordinator", "ADDR", OPTION_ADDRESS, AT(coordinator), 0, 0, NULL,
+     "control listener of tandem-coordinator: host:port or unix:/path (required)"},
+    {"backend", "NAME", OPTION_CHOICE, AT(backend), 0, 0, backend_names,
+     "auto (CUDA where it can serve, else host), cuda or host; default auto"},
+    {"threads", "N", OPTION_NUMBER, AT(threads), 1, 1024, NULL,
+     "threads of this rank; default: its share of the machine's cores"},
+    {"max-slots", "N", OPTION_NUMBER, AT(max_slots), 1, 65536, NULL, "sequences held at once; default 256"},
+    {"max-context", "N", OPTION_NUMBER, AT(max_context), 1, UINT32_MAX, NULL,
+     "tokens of one sequence; default: the model's own limit"},
+    {"max-step-tokens", "N", OPTION_NUMBER, AT(max_step_tokens), 1, 1u << 20, NULL, "rows of one step; default 512"},
+    {"kv-memory", "SIZE", OPTION_SIZE, AT(kv_bytes), 1, UINT64_MAX, NULL,
+     "KV cache of this rank, as 512M or 2G; default: what the slots can use, at most\n"
+     "a quarter of the machine's memory divided by the ranks on it"},
+    {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
+    {"comm-timeout-ms", "N", OPTION_NUMBER, AT(comm_timeout_ms), 1, 3600000, NULL,
+     "bound of one exchange between ranks; default 60000"},
+    {"attach-timeout-ms", "N", OPTION_NUMBER, AT(attach_timeout_ms), 1, 86400000, NULL,
+     "how long to wait for a coordinator; default 30000"},
+    {"log-level", "NAME", OPTION_CHOICE, AT(log_level), 0, 0, level_names,
+     "error, warning, info or debug; default info"},
+};
+#define SPEC_COUNT (sizeof specs / sizeof *specs)
+
+static bool parse_u64(const char *text, uint64_t *out, const char **rest)
+{
+    if (!isdigit((unsigned char)*text))
+        return false; /* strtoull takes signs and blanks */
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(text, &end, 10);
+    if (errno)
+        return false;
+    *out = v;
+    *rest = end;
+    return true;
+}
+
+static enum status_code parse_number(const struct option_spec *s, const char *text, uint32_t *out, struct status *st)
+{
+    uint64_t v;
+    const char *rest;
+    if (!parse_u64(text, &v, &rest) || *rest || v < s->min || v > s->max)
+        return status_set(st, ST_INVALID_ARGUMENT, "--%s: \"%s\" is not a number from %llu to %llu", s->name, text,
+                          (unsigned long long)s->min, (unsigned long long)s->max);
+    *out = (uint32_t)v;
+    return ST_OK;
+}
+
+/* 512M, 2G, 2GiB, 65536: powers of 1024. */
+static enum status_code parse_size(const struct option_spec *s, const char *text, uint64_t *out, struct status *st)
+{
+    static const char letters[] = "KMGT";
+    uint64_t v;
+    const char *rest;
+    unsigned shift = 0;
+    if (!parse_u64(text, &v, &rest))
+        goto bad;
+    const char *letter = *rest ? strchr(letters, toupper((unsigned char)*rest)) : NULL;
+    if (letter) {
+        shift = 10 * (unsigned)(letter - letters + 1);
+        rest++;
+        if (strcasecmp(rest, "iB") == 0 || strcasecmp(rest, "B") == 0)
+            rest = "";
+    }
+    if (*rest || v == 0 || (shift && v >> (64 - shift)))
+        goto bad;
+    *out = v << shift;
+    return ST_OK;
+bad:
+    return status_set(st, ST_INVALID_ARGUMENT, "--%s: \"%s\" is not a size; write it like 65536, 512M or 2G", s->name,
+                      text);
+}
+
+static enum status_code parse_choice(const struct option_spec *s, const char *text, uint32_t *out, struct status *st)
+{
+    char list[128] = "";
+    for (uint32_t i = 0; s->choices[i]; i++) {
+        if (strcmp(text, s->choices[i]) == 0) {
+            *out = i;
+            return ST_OK;
+        }
+        snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", i ? ", " : "", s->choices[i]);
+    }
+    return status_set(st, ST_INVALID_ARGUMENT, "--%s: \"%s\" is none of: %s", s->name, text, list);
+}
+
+static enum status_code check_address(const struct option_spec *s, const char *text, struct status *st)
+{
+    if (strncmp(text, "unix:", 5) == 0 && text[5])
+        return ST_OK;
+    const char *colon = strrchr(text, ':');
+    uint64_t port;
+    const char *rest;
+    if (colon && colon != text && parse_u64(colon + 1, &port, &rest) && !*rest && port >= 1 && port <= 65535)
+        return ST_OK;
+    return status_set(st, ST_INVALID_ARGUMENT, "--%s: \"%s\" is no address; write host:port or unix:/path", s->name,
+                      text);
+}
+
+static enum status_code set_option(struct worker_options *o, const struct option_spec *s, const char *text,
+                                   struct status *st)
+{
+    void *field = (char *)o + s->offset;
+    switch (s->kind) {
+    case OPTION_NUMBER:
+        return parse_number(s, text, field, st);
+    case OPTION_SIZE:
+        return parse_size(s, text, field, st);
+    case OPTION_CHOICE:
+        return parse_choice(s, text, field, st);
+    case OPTION_ADDRESS:
+        if (check_address(s, text, st) != ST_OK)
+            return ST_INVALID_ARGUMENT;
+        break;
+    case OPTION_TEXT:
+        if (!*text)
+            return status_set(st, ST_INVALID_ARGUMENT, "--%s: empty, expected %s", s->name, s->arg);
+        break;
+    }
+    memcpy(field, &text, sizeof text);
+    return ST_OK;
+}
+
+/* "--name" or "--name=value"; *value is what stands after '='. */
+static const struct option_spec *find_spec(const char *arg, const char **value)
+{
+    *value = NULL;
+    if (strncmp(arg, "--", 2) != 0)
+        return NULL;
+    arg += 2;
+    size_t n = strcspn(arg, "=");
+    for (size_t i = 0; i < SPEC_COUNT; i++) {
+        if (strlen(specs[i].name) == n && memcmp(specs[i].name, arg, n) == 0) {
+            if (arg[n])
+                *value = arg + n + 1;
+            return &specs[i];
+        }
+    }
+    return NULL;
+}
+
+enum status_code worker_options_parse(struct worker_options *o, enum worker_action *action, int argc, char **argv,
+                                      struct status *st)
+{
+    struct worker_options r = {.attach_timeout_ms = 30000, .log_level = WORKER_LOG_INFO};
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--version") == 0) {
+            *action = strcmp(argv[i], "--version") == 0 ? WORKER_SHOW_VERSION : WORKER_SHOW_HELP;
+            return ST_OK;
+        }
+        const char *value;
+        const struct option_spec *s = find_spec(argv[i], &value);
+        if (!s)
+            return status_set(st, ST_INVALID_ARGUMENT, "%s %s: see tandem-worker --help",
+                              argv[i][0] == '-' ? "unknown option" : "unexpected argument", argv[i]);
+        if (!value && i + 1 < argc)
+            value = argv[++i];
+        if (!value)
+            return status_set(st, ST_INVALID_ARGUMENT, "--%s: write --%s %s", s->name, s->name, s->arg);
+        enum status_code rc = set_option(&r, s, value, st);
+        if (rc != ST_OK)
+            return rc;
+    }
+    if (!r.model_dir)
+        return status_set(st, ST_INVALID_ARGUMENT, "--model is missing: give the folder with config.json, see --help");
+    if (!r.coordinator)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "--coordinator is missing: give the control address of tandem-coordinator, see --help");
+    *o = r;
+    *action = WORKER_RUN;
+    return ST_OK;
+}
+
+void worker_options_help(void)
+{
+    printf(
+        "tandem-worker - one tensor-parallel rank of a tandem cluster.\n"
+        "\n"
+        "MPI starts R of them; together they hold one model, each rank its share of the heads, of the MLP and of the\n"
+        "vocabulary. Each rank keeps a stream to tandem-coordinator, which sends the steps to run. `tandem serve`\n"
+        "starts all of this. By hand, beside a running coordinator:\n"
+        "\n"
+        "    mpirun -np 2 --oversubscribe --mca mpi_yield_when_idle 1 \\\n"
+        "        tandem-worker --model DIR --coordinator 127.0.0.1:50052\n"
+        "\n"
+        "Without mpirun it is a group of one rank. All ranks take the same options.\n"
+        "\n"
+        "Options:\n");
+    for (size_t i = 0; i < SPEC_COUNT; i++) {
+        char left[64];
+        snprintf(left, sizeof left, "--%s %s", specs[i].name, specs[i].arg);
+        printf("  %-24s", left);
+        for (const char *p = specs[i].help; *p; p++) {
+            putchar(*p);
+            if (*p == '\n')
+                printf("%26s", "");
+        }
+        putchar('\n');
+    }
+    printf("  %-24s%s\n  %-24s%s\n", "--help", "this text", "--version", "the version");
+    printf(
+        "\n"
+        "Exit status: 0 told to stop; 1 would fail again (model, options); 2 command line; 75 start the group again;\n"
+        "128 + n ended by signal n.\n");
+}
