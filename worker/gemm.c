@@ -24,13 +24,20 @@ struct gemm {
     float *scratch;
 };
 
+static const struct gemm_kernels *best_kernels(void)
+{
+    const struct gemm_kernels *list[GEMM_MAX_KERNELS];
+    gemm_kernels_list(list);
+    return list[0];
+}
+
 enum status_code gemm_create(struct gemm **out, struct thread_pool *pool, uint32_t max_cols, struct status *st)
 {
     struct gemm *g = calloc(1, sizeof *g);
     if (!g)
         return status_nomem(st, "gemm", sizeof *g);
     g->pool = pool;
-    g->kernels = gemm_kernels_pick();
+    g->kernels = best_kernels();
     g->max_cols = max_cols;
     g->scratch_floats = (uint64_t)PANEL_ROWS * max_cols;
     size_t bytes = threads_count(pool) * g->scratch_floats * sizeof(float);
@@ -121,6 +128,6 @@ void gemm_run(struct gemm *g, float *y, uint64_t ldy, const float *x, uint64_t l
 
 void gemm_row(float *out, const struct mat *w, uint32_t row)
 {
-    gemm_kernels_pick()->widen(out, (const uint8_t *)w->data + (uint64_t)row * w->cols * mat_elem_bytes(w->dtype),
-                               w->cols, w->dtype);
+    best_kernels()->widen(out, (const uint8_t *)w->data + (uint64_t)row * w->cols * mat_elem_bytes(w->dtype), w->cols,
+                          w->dtype);
 }

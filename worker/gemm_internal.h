@@ -25,7 +25,9 @@ extern const struct gemm_kernels gemm_kernels_portable;
 extern const struct gemm_kernels gemm_kernels_avx2;   /* x86-64 only */
 extern const struct gemm_kernels gemm_kernels_avx512; /* x86-64 only */
 
-/* The best that this CPU runs. */
-const struct gemm_kernels *gemm_kernels_pick(void);
+enum { GEMM_MAX_KERNELS = 3 };
+
+/* Those that this CPU runs, the best first; returns how many, at least 1. */
+uint32_t gemm_kernels_list(const struct gemm_kernels *out[GEMM_MAX_KERNELS]);
 
 #endif

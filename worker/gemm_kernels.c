@@ -50,14 +50,16 @@ static inline f32x4 cvt_f16_portable(u16x4 h)
 #include "worker/gemm_kernels_impl.h"
 #endif
 
-const struct gemm_kernels *gemm_kernels_pick(void)
+uint32_t gemm_kernels_list(const struct gemm_kernels *out[GEMM_MAX_KERNELS])
 {
+    uint32_t n = 0;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return &gemm_kernels_avx512;
+        out[n++] = &gemm_kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return &gemm_kernels_avx2;
+        out[n++] = &gemm_kernels_avx2;
 #endif
-    return &gemm_kernels_portable;
+    out[n++] = &gemm_kernels_portable;
+    return n;
 }

@@ -7,6 +7,8 @@
  *   CVT_F16(h)     VW halves to floats
  * No include guard: it is meant to be included several times.
  */
+#define STRING2(a) #a
+#define STRING(a)  STRING2(a)
 #define CAT2(a, b) a##_##b
 #define CAT(a, b)  CAT2(a, b)
 #define NAME(n)    CAT(n, ISA)
@@ -158,10 +160,13 @@ static TARGET void NAME(widen)(float *dst, const void *src, uint64_t n, enum mat
 }
 
 const struct gemm_kernels NAME(gemm_kernels) = {
+    .name = STRING(ISA),
     .few = NAME(few),
     .widen = NAME(widen),
 };
 
+#undef STRING2
+#undef STRING
 #undef CAT2
 #undef CAT
 #undef NAME
