@@ -41,7 +41,7 @@ struct sched_config {
     uint32_t max_queued;        /* requests that wait to be admitted for the first time */
     uint64_t max_queued_tokens; /* their prompt tokens together */
     uint32_t depth;             /* plans in flight: 1 or 2 */
-    struct kv_account kv;
+    struct kv_account kv;       /* page_bytes 0: not known before the first attach, requests are not measured by it */
 };
 
 struct sched_sample {
@@ -79,7 +79,8 @@ struct sched_event {
     int64_t arrived_us, started_us, first_token_us, last_token_us; /* 0 where it did not come to that */
 };
 
-/* What one step does; the arrays belong to the scheduler and stay until the next call of sched_plan or sched_destroy. */
+/* What one step does; the arrays belong to the scheduler and stay until the next call of sched_plan, sched_attach or
+ * sched_destroy. */
 struct sched_chunk {
     uint64_t id;
     uint32_t slot;
@@ -108,16 +109,21 @@ struct sched_plan {
 };
 
 struct sched_load {
-    uint32_t queued, running, in_flight;
+    uint32_t queued;    /* wait for their first admission */
+    uint32_t running;   /* all other live requests, preempted ones too */
+    uint32_t in_flight; /* plans */
     uint64_t queued_tokens;
-    uint64_t used_pages, total_pages; /* fenced ones count as used */
+    uint64_t used_pages, total_pages; /* fenced ones count as used; both 0 without a group */
+    /* since sched_create; prompt tokens count once, however often they are computed */
     uint64_t steps, prompt_tokens, generated_tokens, finished, failed, preemptions;
+    uint64_t recomputed_tokens; /* rows spent again on what preemption threw away */
+    uint64_t wasted_rows;       /* samples dropped because their request had ended */
 };
 
 STATUS_MUST_CHECK enum status_code sched_create(struct sched **out, const struct sched_config *cfg, struct status *st);
 void sched_destroy(struct sched *s); /* NULL is fine */
 
-/* A worker group is there (at first, or a new one): its account and slot count replace the configured ones; steps count
+/* A worker group is there (at first, or a new one; after sched_detach, else FAILED_PRECONDITION): its account and slot count replace the configured ones; steps count
  * from 1 again. Queued requests that can never fit any more fail (INVALID_ARGUMENT in the event). Before the first attach
  * requests queue up. */
 STATUS_MUST_CHECK enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, uint32_t max_context,
@@ -141,6 +147,9 @@ void sched_expire(struct sched *s, int64_t now_us);
 /* The next plan; false: nothing to do, or the pipeline is full. A plan may have no rows (releases only): it is sent
  * and answered like any other. */
 bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan);
+/* Rows of a step at most from the next plan on, 1 to the configured budget (cut to that): what a group's ranks can take,
+ * or what a latency target allows. */
+void sched_set_step_budget(struct sched *s, uint32_t rows);
 
 /* Takes one event, in order. Events are bounded by live requests plus tokens of one result: take them after each call. */
 bool sched_next_event(struct sched *s, struct sched_event *ev);

@@ -1,0 +1,420 @@
+/* scheduler.c - life of a request: submit, results, end; attach and detach of a group. Plans: scheduler_plan.c. */
+#include "coordinator/scheduler_internal.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_SLOTS       65536
+#define MAX_PAGE_BYTES  (1ull << 40)
+#define MAX_TOKEN_BYTES ((1ull << 31) - 1)
+
+static enum status_code check_group(uint32_t slots, uint32_t max_context, const struct kv_account *kv,
+                                    struct status *st)
+{
+    if (slots < 1 || slots > MAX_SLOTS)
+        return status_set(st, ST_INVALID_ARGUMENT, "max_slots: %u, expected 1 to %d", slots, MAX_SLOTS);
+    if (max_context < 1 || max_context > INT32_MAX)
+        return status_set(st, ST_INVALID_ARGUMENT, "max_context: %u, expected 1 to %d", max_context, INT32_MAX);
+    if (kv->page_bytes < 1 || kv->page_bytes > MAX_PAGE_BYTES)
+        return status_set(st, ST_INVALID_ARGUMENT, "kv.page_bytes: %llu, expected 1 to %llu",
+                          (unsigned long long)kv->page_bytes, MAX_PAGE_BYTES);
+    if (kv->token_bytes > MAX_TOKEN_BYTES)
+        return status_set(st, ST_INVALID_ARGUMENT, "kv.token_bytes: %llu, expected at most %llu",
+                          (unsigned long long)kv->token_bytes, MAX_TOKEN_BYTES);
+    return ST_OK;
+}
+
+static enum status_code check_config(const struct sched_config *cfg, struct status *st)
+{
+    struct kv_account kv = cfg->kv;
+    if (kv.page_bytes == 0) /* not known before the first attach */
+        kv.page_bytes = 1;
+    enum status_code rc = check_group(cfg->max_slots, cfg->max_context, &kv, st);
+    if (rc != ST_OK)
+        return rc;
+    if (cfg->step_token_budget < 1 || cfg->step_token_budget > INT32_MAX)
+        return status_set(st, ST_INVALID_ARGUMENT, "step_token_budget: %u, expected 1 to %d", cfg->step_token_budget,
+                          INT32_MAX);
+    if (cfg->max_queued < 1)
+        return status_set(st, ST_INVALID_ARGUMENT, "max_queued: 0, expected at least 1");
+    if (cfg->max_queued_tokens < 1)
+        return status_set(st, ST_INVALID_ARGUMENT, "max_queued_tokens: 0, expected at least 1");
+    if (cfg->depth < 1 || cfg->depth > SCHED_MAX_DEPTH)
+        return status_set(st, ST_INVALID_ARGUMENT, "depth: %u, expected 1 to %d", cfg->depth, SCHED_MAX_DEPTH);
+    return ST_OK;
+}
+
+enum status_code sched_create(struct sched **out, const struct sched_config *cfg, struct status *st)
+{
+    enum status_code rc = check_config(cfg, st);
+    if (rc != ST_OK)
+        return rc;
+    struct sched *s = calloc(1, sizeof *s);
+    if (!s)
+        return status_nomem(st, "scheduler", sizeof *s);
+    s->cfg = *cfg;
+    s->slots = cfg->max_slots;
+    s->max_context = cfg->max_context;
+    s->kv = cfg->kv;
+    s->step_budget = cfg->step_token_budget;
+    s->next_seq = 1;
+    s->plan_tokens = malloc(cfg->step_token_budget * sizeof *s->plan_tokens);
+    if (!s->plan_tokens) {
+        sched_destroy(s);
+        return status_nomem(st, "tokens of a step", cfg->step_token_budget * sizeof *s->plan_tokens);
+    }
+    *out = s;
+    return ST_OK;
+}
+
+/* The arrays whose size is the number of slots. */
+static void free_slot_arrays(struct sched *s)
+{
+    free(s->owner);
+    free(s->free_slot);
+    free(s->pending);
+    free(s->plan_release);
+    free(s->plan_decode);
+    free(s->plan_admit);
+    free(s->plan_chunk);
+    free(s->decodable);
+    free(s->prefilling);
+    s->owner = s->decodable = s->prefilling = NULL;
+    s->free_slot = s->pending = s->plan_release = s->plan_decode = NULL;
+    s->plan_admit = NULL;
+    s->plan_chunk = NULL;
+    for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
+        free(s->flight[i].sample);
+        s->flight[i].sample = NULL;
+    }
+}
+
+static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct status *st)
+{
+    free_slot_arrays(s);
+    s->owner = calloc(slots, sizeof *s->owner);
+    s->free_slot = malloc(slots * sizeof *s->free_slot);
+    s->pending = malloc(slots * sizeof *s->pending);
+    s->plan_release = malloc(slots * sizeof *s->plan_release);
+    s->plan_decode = malloc(slots * sizeof *s->plan_decode);
+    s->plan_admit = malloc(slots * sizeof *s->plan_admit);
+    s->plan_chunk = malloc(slots * sizeof *s->plan_chunk);
+    s->decodable = malloc(slots * sizeof *s->decodable);
+    s->prefilling = malloc(slots * sizeof *s->prefilling);
+    bool ok = s->owner && s->free_slot && s->pending && s->plan_release && s->plan_decode && s->plan_admit &&
+              s->plan_chunk && s->decodable && s->prefilling;
+    for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
+        s->flight[i].sample = malloc(slots * sizeof *s->flight[i].sample);
+        ok = ok && s->flight[i].sample;
+    }
+    if (!ok) {
+        free_slot_arrays(s);
+        return status_nomem(st, "scheduler arrays", slots * 200);
+    }
+    return ST_OK;
+}
+
+void sched_destroy(struct sched *s)
+{
+    if (!s)
+        return;
+    free_slot_arrays(s);
+    free(s->plan_tokens);
+    req_pool_fini(&s->pool);
+    free(s->map.cell);
+    free(s->heap.item);
+    free(s->events.item);
+    free(s);
+}
+
+void req_drop_slot(struct sched *s, struct req *r)
+{
+    s->owner[r->slot] = NULL;
+    s->pending[s->n_pending++] = r->slot;
+    s->pending_pages += r->pages;
+    s->n_running--;
+    r->slot = SCHED_NO_SLOT;
+    r->pages = 0;
+    r->cap_tokens = 0;
+    r->decoding = false;
+}
+
+/* The last event of a request; the request is gone afterwards. */
+static void end_request(struct sched *s, struct req *r, enum sched_event_kind kind, bool stopped, enum status_code code)
+{
+    struct sched_event *ev = event_ring_push(&s->events);
+    ev->id = r->id;
+    ev->kind = kind;
+    ev->stopped = stopped;
+    ev->token = stopped ? r->tokens[r->n_known - 1] : 0;
+    ev->code = code;
+    ev->n_prompt = r->n_prompt;
+    ev->n_new = r->n_known - r->n_prompt;
+    ev->preemptions = r->preemptions;
+    ev->arrived_us = r->arrived_us;
+    ev->started_us = r->started_us;
+    ev->first_token_us = r->first_token_us;
+    ev->last_token_us = r->last_token_us;
+    if (kind == SCHED_FINISHED)
+        s->total.finished++;
+    else
+        s->total.failed++;
+
+    if (r->state == REQ_RUNNING)
+        req_drop_slot(s, r);
+    if (r->state == REQ_QUEUED) {
+        s->n_queued--;
+        s->queued_tokens -= r->n_prompt;
+    }
+    if (r == s->waiting)
+        s->waiting = r->next;
+    req_list_remove(r->state == REQ_DRAINING ? &s->draining : &s->age, r);
+    req_heap_remove(&s->heap, r);
+    req_map_remove(&s->map, r);
+    s->n_live--;
+    req_pool_put(&s->pool, r);
+}
+
+/* Why the request can never run in this group, or ST_OK. The last token sampled is never fed, hence the - 1. */
+static enum status_code check_fit(const struct sched *s, uint32_t n_prompt, uint32_t max_new, struct status *st)
+{
+    uint64_t total = (uint64_t)n_prompt + max_new;
+    if (total > s->max_context)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "prompt and max_tokens: %u prompt tokens + %u new = %llu, the context holds %u", n_prompt,
+                          max_new, (unsigned long long)total, s->max_context);
+    if (s->kv.page_bytes == 0)
+        return ST_OK;
+    uint64_t pages = kv_pages_for(&s->kv, total - 1);
+    if (pages > s->kv.total_pages)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "prompt and max_tokens: %u prompt tokens + %u new need %llu tokens x %llu bytes = %llu pages "
+                          "of %llu bytes, the KV memory has %llu",
+                          n_prompt, max_new, (unsigned long long)total - 1, (unsigned long long)s->kv.token_bytes,
+                          (unsigned long long)pages, (unsigned long long)s->kv.page_bytes,
+                          (unsigned long long)s->kv.total_pages);
+    return ST_OK;
+}
+
+enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, uint32_t max_context,
+                              const struct kv_account *kv, struct status *st)
+{
+    (void)now_us;
+    if (s->attached)
+        return status_set(st, ST_FAILED_PRECONDITION, "scheduler: a group is attached already");
+    enum status_code rc = check_group(slots, max_context, kv, st);
+    if (rc != ST_OK)
+        return rc;
+    rc = alloc_slot_arrays(s, slots, st);
+    if (rc != ST_OK)
+        return rc;
+    s->slots = slots;
+    s->max_context = max_context;
+    s->kv = *kv;
+    for (uint32_t i = 0; i < slots; i++)
+        s->free_slot[i] = i;
+    s->free_first = 0;
+    s->n_free = slots;
+    s->n_pending = 0;
+    s->free_pages = kv->total_pages;
+    s->pending_pages = s->fenced_pages = 0;
+    s->next_step = 1;
+    s->in_flight = 0;
+    s->rotate_seq = 0;
+    s->attached = true;
+    for (struct req *r = s->age.head, *next; r; r = next) { /* only queued ones: a detach failed the others */
+        next = r->next;
+        if (check_fit(s, r->n_prompt, r->n_total - r->n_prompt, NULL) != ST_OK)
+            end_request(s, r, SCHED_FAILED, false, ST_INVALID_ARGUMENT);
+    }
+    return ST_OK;
+}
+
+void sched_detach(struct sched *s, int64_t now_us)
+{
+    (void)now_us;
+    if (!s->attached)
+        return;
+    while (s->draining.head)
+        end_request(s, s->draining.head, SCHED_FAILED, false, ST_UNAVAILABLE);
+    while (s->age.head && s->age.head->state != REQ_QUEUED) /* queued ones are younger than all others */
+        end_request(s, s->age.head, SCHED_FAILED, false, ST_UNAVAILABLE);
+    s->attached = false;
+    s->in_flight = 0;
+    s->n_pending = 0;
+    s->pending_pages = s->fenced_pages = 0;
+    s->free_pages = s->kv.total_pages;
+}
+
+static enum status_code check_request(const struct sched *s, const struct sched_request *req, struct status *st)
+{
+    if (req->n_prompt == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "prompt: no tokens, expected at least 1");
+    if (req->max_new == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "max_tokens: 0, expected at least 1");
+    enum status_code rc = check_fit(s, req->n_prompt, req->max_new, st);
+    if (rc != ST_OK)
+        return rc;
+    if (req->n_prompt > s->cfg.max_queued_tokens)
+        return status_set(st, ST_INVALID_ARGUMENT, "prompt: %u tokens, the queue takes at most %llu", req->n_prompt,
+                          (unsigned long long)s->cfg.max_queued_tokens);
+    if (req_map_find(&s->map, req->id))
+        return status_set(st, ST_ALREADY_EXISTS, "request_id: a request with this id is running");
+    if (s->n_queued >= s->cfg.max_queued)
+        return status_set(st, ST_RESOURCE_EXHAUSTED, "the queue is full: %u requests wait (max_queued %u)", s->n_queued,
+                          s->cfg.max_queued);
+    if (s->queued_tokens + req->n_prompt > s->cfg.max_queued_tokens)
+        return status_set(st, ST_RESOURCE_EXHAUSTED,
+                          "the queue is full: %llu prompt tokens wait, %u more would pass max_queued_tokens %llu",
+                          (unsigned long long)s->queued_tokens, req->n_prompt,
+                          (unsigned long long)s->cfg.max_queued_tokens);
+    return ST_OK;
+}
+
+enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sched_request *req, struct status *st)
+{
+    enum status_code rc = check_request(s, req, st);
+    if (rc != ST_OK)
+        return rc;
+    /* All memory that the request can ever need, now: nothing later can fail for want of it. */
+    uint32_t n_total = req->n_prompt + req->max_new;
+    size_t bytes = ((size_t)n_total + req->n_stop) * sizeof(uint32_t);
+    struct req *r = NULL;
+    if (!req_map_reserve(&s->map) || !req_heap_reserve(&s->heap) ||
+        !event_ring_reserve(&s->events, (uint64_t)s->n_live + 1) || !(r = req_pool_get(&s->pool)))
+        return status_nomem(st, "tables of requests", sizeof *r);
+    r->tokens = malloc(bytes);
+    if (!r->tokens) {
+        req_pool_put(&s->pool, r);
+        return status_nomem(st, "tokens of a request", bytes);
+    }
+    memcpy(r->tokens, req->prompt, req->n_prompt * sizeof(uint32_t));
+    if (req->n_stop)
+        memcpy(r->tokens + n_total, req->stop_ids, req->n_stop * sizeof(uint32_t));
+    r->id = req->id;
+    r->seq = s->next_seq++;
+    r->state = REQ_QUEUED;
+    r->n_known = r->n_prompt = req->n_prompt;
+    r->n_total = n_total;
+    r->n_stop = req->n_stop;
+    r->deadline_us = req->deadline_us;
+    r->arrived_us = now_us;
+    r->sample = req->sample;
+    req_list_append(&s->age, r);
+    if (!s->waiting)
+        s->waiting = r;
+    req_map_add(&s->map, r);
+    if (r->deadline_us != INT64_MAX)
+        req_heap_add(&s->heap, r);
+    s->n_live++;
+    s->n_queued++;
+    s->queued_tokens += r->n_prompt;
+    return ST_OK;
+}
+
+enum status_code sched_cancel(struct sched *s, int64_t now_us, uint64_t id, enum status_code code, struct status *st)
+{
+    (void)now_us;
+    assert(code != ST_OK);
+    struct req *r = req_map_find(&s->map, id);
+    if (!r)
+        return status_set(st, ST_NOT_FOUND, "request_id: no such request, or it has ended");
+    end_request(s, r, SCHED_FAILED, false, code);
+    return ST_OK;
+}
+
+static bool is_stop(const struct req *r, uint32_t token)
+{
+    const uint32_t *stop = r->tokens + r->n_total;
+    for (uint32_t i = 0; i < r->n_stop; i++) {
+        if (stop[i] == token)
+            return true;
+    }
+    return false;
+}
+
+static void take_token(struct sched *s, struct req *r, uint32_t token, int64_t now_us)
+{
+    r->n_unknown--;
+    r->tokens[r->n_known++] = token;
+    if (r->n_known == r->n_prompt + 1)
+        r->first_token_us = now_us;
+    r->last_token_us = now_us;
+    s->total.generated_tokens++;
+    struct sched_event *ev = event_ring_push(&s->events);
+    ev->id = r->id;
+    ev->kind = SCHED_TOKEN;
+    ev->token = token;
+    bool stopped = is_stop(r, token);
+    if (stopped || r->n_known == r->n_total)
+        end_request(s, r, SCHED_FINISHED, stopped, ST_OK);
+}
+
+enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, const uint32_t *tokens, uint32_t n_tokens,
+                              struct status *st)
+{
+    uint64_t expected = s->next_step - s->in_flight;
+    if (!s->attached || s->in_flight == 0)
+        return status_set(st, ST_INTERNAL, "result of step %llu: no step is in flight", (unsigned long long)step);
+    if (step != expected)
+        return status_set(st, ST_INTERNAL, "result of step %llu: expected step %llu", (unsigned long long)step,
+                          (unsigned long long)expected);
+    struct flight *f = &s->flight[step % SCHED_MAX_DEPTH];
+    if (n_tokens != f->n_samples)
+        return status_set(st, ST_INTERNAL, "result of step %llu: %u tokens, %u were planned", (unsigned long long)step,
+                          n_tokens, f->n_samples);
+    if (!event_ring_reserve(&s->events, (uint64_t)n_tokens + s->n_live))
+        return status_nomem(st, "events", n_tokens * sizeof(struct sched_event));
+    s->in_flight--;
+    s->free_pages += s->fenced_pages; /* of the plan after this one: see scheduler.h, pipeline */
+    s->fenced_pages = 0;
+    s->total.steps++;
+    for (uint32_t i = 0; i < n_tokens; i++) {
+        struct req *r = f->sample[i].req;
+        if (r->seq == f->sample[i].seq)
+            take_token(s, r, tokens[i], now_us);
+        else
+            s->total.wasted_rows++;
+    }
+    return ST_OK;
+}
+
+void sched_expire(struct sched *s, int64_t now_us)
+{
+    while (s->heap.count && s->heap.item[0]->deadline_us <= now_us)
+        end_request(s, s->heap.item[0], SCHED_FAILED, false, ST_DEADLINE_EXCEEDED);
+}
+
+bool sched_next_event(struct sched *s, struct sched_event *ev)
+{
+    struct event_ring *e = &s->events;
+    if (e->count == 0)
+        return false;
+    *ev = e->item[e->first];
+    e->first = (e->first + 1) & (e->capacity - 1);
+    e->count--;
+    return true;
+}
+
+void sched_set_step_budget(struct sched *s, uint32_t rows)
+{
+    s->step_budget = rows < 1 ? 1 : rows > s->cfg.step_token_budget ? s->cfg.step_token_budget : rows;
+}
+
+int64_t sched_next_deadline_us(const struct sched *s)
+{
+    return s->heap.count ? s->heap.item[0]->deadline_us : INT64_MAX;
+}
+
+struct sched_load sched_load(const struct sched *s)
+{
+    struct sched_load l = s->total;
+    l.queued = s->n_queued;
+    l.running = s->n_live - s->n_queued;
+    l.in_flight = s->in_flight;
+    l.queued_tokens = s->queued_tokens;
+    l.total_pages = s->attached ? s->kv.total_pages : 0;
+    l.used_pages = s->attached ? s->kv.total_pages - s->free_pages : 0;
+    return l;
+}

@@ -1,0 +1,164 @@
+/* scheduler_check.c - sched_check: what must be true of the scheduler's state between any two calls. */
+#include "coordinator/scheduler_internal.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static void require(bool ok, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void require(bool ok, const char *fmt, ...)
+{
+    if (ok)
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("scheduler invariant broken: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+    abort();
+}
+
+struct tally {
+    uint32_t live, queued, running, timed;
+    uint64_t queued_tokens, pages, unknown;
+};
+
+static void check_running(const struct sched *s, const struct req *r)
+{
+    unsigned long long id = r->id;
+    require(r->slot < s->slots && s->owner[r->slot] == r, "request %llu: slot %u is not its own", id, r->slot);
+    require(r->pages >= kv_pages_for(&s->kv, r->n_fed), "request %llu: %u tokens fed, %llu pages", id, r->n_fed,
+            (unsigned long long)r->pages);
+    if (r->decoding)
+        require(r->n_fed == r->n_known + r->n_unknown - 1, "request %llu: decodes at %u, knows %u and %u", id, r->n_fed,
+                r->n_known, r->n_unknown);
+    else
+        require(r->n_fed < r->n_known && r->n_unknown == 0, "request %llu: prefills at %u, knows %u and %u", id,
+                r->n_fed, r->n_known, r->n_unknown);
+}
+
+static void check_request(const struct sched *s, const struct req *r, struct tally *t)
+{
+    unsigned long long id = r->id;
+    require(r->seq > 0 && r->seq < s->next_seq, "request %llu: age %llu", id, (unsigned long long)r->seq);
+    require(req_map_find(&s->map, r->id) == r, "request %llu: not found by its id", id);
+    require(r->n_known >= r->n_prompt && r->n_known < r->n_total && r->n_known + r->n_unknown <= r->n_total,
+            "request %llu: %u prompt, %u known, %u in flight of %u", id, r->n_prompt, r->n_known, r->n_unknown,
+            r->n_total);
+    require(r->n_unknown <= s->in_flight, "request %llu: %u samples, %u plans in flight", id, r->n_unknown,
+            s->in_flight);
+    if (r->heap_index != UINT32_MAX) {
+        require(r->heap_index < s->heap.count && s->heap.item[r->heap_index] == r, "request %llu: lost deadline", id);
+        t->timed++;
+    } else {
+        require(r->deadline_us == INT64_MAX, "request %llu: its deadline is not watched", id);
+    }
+    if (r->state == REQ_RUNNING)
+        check_running(s, r);
+    else
+        require(r->slot == SCHED_NO_SLOT && r->pages == 0, "request %llu: waits with slot or pages", id);
+    if (r->state == REQ_QUEUED) {
+        require(r->n_known == r->n_prompt && r->n_unknown == 0, "request %llu: never admitted, has tokens", id);
+        t->queued++;
+        t->queued_tokens += r->n_prompt;
+    }
+    if (r->state == REQ_DRAINING)
+        require(r->n_known + r->n_unknown == r->n_total, "request %llu: drains too early", id);
+    t->live++;
+    t->running += r->state == REQ_RUNNING;
+    t->pages += r->pages;
+    t->unknown += r->n_unknown;
+}
+
+static void check_lists(const struct sched *s, struct tally *t)
+{
+    enum req_state stage = REQ_RUNNING; /* by age: running, preempted, queued */
+    uint64_t seq = 0;
+    const struct req *prev = NULL, *first_waiting = NULL;
+    for (const struct req *r = s->age.head; r; prev = r, r = r->next) {
+        unsigned long long id = r->id;
+        require(r->prev == prev && r->seq > seq, "request %llu: out of order", id);
+        seq = r->seq;
+        if (r->state != stage) {
+            require((stage == REQ_RUNNING && (r->state == REQ_PREEMPTED || r->state == REQ_QUEUED)) ||
+                        (stage == REQ_PREEMPTED && r->state == REQ_QUEUED),
+                    "request %llu: state %d behind %d", id, r->state, stage);
+            stage = r->state;
+        }
+        if (r->state != REQ_RUNNING && !first_waiting)
+            first_waiting = r;
+        check_request(s, r, t);
+    }
+    require(s->age.tail == prev, "age list: wrong tail");
+    require(s->waiting == first_waiting, "age list: wrong boundary");
+    prev = NULL;
+    for (const struct req *r = s->draining.head; r; prev = r, r = r->next) {
+        require(r->prev == prev && r->state == REQ_DRAINING, "request %llu: not draining", (unsigned long long)r->id);
+        check_request(s, r, t);
+    }
+    require(s->draining.tail == prev, "draining list: wrong tail");
+}
+
+/* Every slot is in exactly one place, every page is counted once. */
+static void check_memory(const struct sched *s, const struct tally *t)
+{
+    if (!s->attached) {
+        require(t->running == 0 && s->in_flight == 0 && s->n_pending == 0, "no group, but slots or plans");
+        return;
+    }
+    uint8_t *seen = calloc(s->slots, 1);
+    require(seen, "out of memory");
+    uint32_t owned = 0;
+    for (uint32_t i = 0; i < s->slots; i++) {
+        if (s->owner[i]) {
+            require(s->owner[i]->seq && s->owner[i]->slot == i, "slot %u: wrong owner", i);
+            seen[i]++;
+            owned++;
+        }
+    }
+    for (uint32_t i = 0; i < s->n_free; i++)
+        seen[s->free_slot[(s->free_first + i) % s->slots]]++;
+    for (uint32_t i = 0; i < s->n_pending; i++)
+        seen[s->pending[i]]++;
+    for (uint32_t i = 0; i < s->slots; i++)
+        require(seen[i] == 1, "slot %u: in %u places", i, seen[i]);
+    free(seen);
+    require(owned == t->running && owned == s->n_running, "%u slots owned, %u requests run", owned, t->running);
+    require(s->free_pages + s->pending_pages + s->fenced_pages + t->pages == s->kv.total_pages,
+            "pages: %llu free + %llu pending + %llu fenced + %llu held, of %llu", (unsigned long long)s->free_pages,
+            (unsigned long long)s->pending_pages, (unsigned long long)s->fenced_pages, (unsigned long long)t->pages,
+            (unsigned long long)s->kv.total_pages);
+    require(s->in_flight <= s->cfg.depth, "%u plans in flight", s->in_flight);
+    require(s->in_flight > 0 || (s->fenced_pages == 0 && s->draining.head == NULL),
+            "fence or draining requests without a step in flight");
+}
+
+static void check_flight(const struct sched *s, const struct tally *t)
+{
+    uint64_t unknown = 0;
+    for (uint64_t step = s->next_step - s->in_flight; s->attached && step < s->next_step; step++) {
+        const struct flight *f = &s->flight[step % SCHED_MAX_DEPTH];
+        for (uint32_t i = 0; i < f->n_samples; i++)
+            unknown += f->sample[i].req->seq == f->sample[i].seq;
+    }
+    require(unknown == t->unknown, "%llu samples in flight, requests wait for %llu", (unsigned long long)unknown,
+            (unsigned long long)t->unknown);
+}
+
+void sched_check(const struct sched *s)
+{
+    struct tally t = {0};
+    check_lists(s, &t);
+    require(t.live == s->n_live && t.live == s->map.count, "%u requests live, %u counted, %u mapped", t.live, s->n_live,
+            s->map.count);
+    require(t.queued == s->n_queued && t.queued_tokens == s->queued_tokens, "queue: %u counted, %u found", s->n_queued,
+            t.queued);
+    require(s->n_queued <= s->cfg.max_queued && s->queued_tokens <= s->cfg.max_queued_tokens, "queue: over its limit");
+    require(t.timed == s->heap.count, "%u deadlines, %u requests have one", s->heap.count, t.timed);
+    for (uint32_t i = 1; i < s->heap.count; i++)
+        require(s->heap.item[(i - 1) / 2]->deadline_us <= s->heap.item[i]->deadline_us, "deadline heap: order");
+    require(s->events.count + (uint64_t)s->n_live <= s->events.capacity, "no room for terminal events");
+    check_memory(s, &t);
+    check_flight(s, &t);
+}

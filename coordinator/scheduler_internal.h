@@ -1,0 +1,161 @@
+/* scheduler_internal.h - what the scheduler's own files share: state of a request, lists, tables.
+ *
+ * All live requests but the draining ones stand in one list by age (submission). Admission is in that order, without
+ * bypass, and only the youngest running request is ever preempted, so the running ones are always a prefix of the list:
+ *
+ *     age.head = oldest ... running ... | waiting = first without a slot (preempted ones, then queued ones) ... youngest
+ *
+ * A request whose last token is sampled in a plan already sent needs no slot any more: it gives it back in the next plan
+ * and waits in `draining` for its samples.
+ */
+#ifndef TANDEM_SCHEDULER_INTERNAL_H
+#define TANDEM_SCHEDULER_INTERNAL_H
+
+#include "coordinator/scheduler.h"
+
+#define SCHED_MAX_DEPTH 2
+#define SCHED_NO_SLOT   UINT32_MAX
+
+enum req_state {
+    REQ_QUEUED,    /* never admitted; counted against max_queued */
+    REQ_PREEMPTED, /* lost its slot, waits to be admitted again; samples may still be in flight */
+    REQ_RUNNING,   /* has a slot */
+    REQ_DRAINING,  /* all tokens sampled, slot given back, samples in flight */
+};
+
+/* The tokens of a request: prompt, then generated ones. What a rank holds and what is known here differ:
+ *
+ *     0 ........ n_prompt ........ n_known ...... n_known + n_unknown ........ n_total
+ *     |  prompt  |   generated     |  sampled in flight  |
+ *     0 ..................... n_fed                          length of the slot after all plans made so far
+ */
+struct req {
+    struct req *next, *prev; /* age list, draining list, or free list (next only) */
+    uint64_t seq;            /* order of submission, from 1; 0: the struct is free */
+    enum req_state state;
+    uint32_t slot;
+    uint32_t n_known;
+    uint32_t n_unknown;
+    uint32_t n_fed;
+    uint32_t n_total;    /* n_prompt + max_new */
+    uint32_t cap_tokens; /* tokens that `pages` hold */
+    bool decoding;       /* the last known token has been sampled from in this slot: n_fed = n_known + n_unknown - 1 */
+    uint64_t pages;      /* counted as used; 0 without a slot */
+    uint32_t *tokens;    /* n_total, then the stop ids: one allocation */
+    uint32_t n_prompt;
+    uint32_t n_stop;
+    uint32_t n_fed_max; /* the furthest n_fed of all its slots: what is below is computed again */
+    uint32_t preemptions;
+    uint32_t heap_index; /* in the deadline heap; UINT32_MAX: not there */
+    uint64_t id;
+    int64_t deadline_us;
+    int64_t arrived_us, started_us, first_token_us, last_token_us;
+    struct sched_sample sample;
+};
+
+struct req_list {
+    struct req *head, *tail;
+};
+
+/* Request structs in slabs, never moved. */
+struct req_pool {
+    struct req **slab;
+    uint32_t n_slabs;
+    struct req *free;
+};
+
+/* id -> request; open addressing, linear probing, at most half full. */
+struct req_map {
+    struct req **cell;
+    uint32_t mask; /* cells - 1; cells are a power of two */
+    uint32_t count;
+};
+
+/* Binary min-heap by (deadline, age). */
+struct req_heap {
+    struct req **item;
+    uint32_t count, capacity;
+};
+
+/* Ring; room for one terminal event of each live request is kept at all times. */
+struct event_ring {
+    struct sched_event *item;
+    uint32_t first, count, capacity; /* capacity is a power of two, or 0 */
+};
+
+/* A sample that a plan in flight will bring. The request may have ended meanwhile: then seq differs. */
+struct sample_ref {
+    struct req *req;
+    uint64_t seq;
+};
+
+struct flight {
+    struct sample_ref *sample; /* one for each slot at most */
+    uint32_t n_samples;
+};
+
+struct sched {
+    struct sched_config cfg;
+    /* of the group, or of the configuration before the first attach */
+    uint32_t slots, max_context;
+    struct kv_account kv;
+    uint32_t step_budget;
+    bool attached;
+
+    struct req_list age, draining;
+    struct req *waiting; /* in age: the first without a slot; NULL: all have one */
+    uint32_t n_live, n_queued, n_running;
+    uint64_t queued_tokens;
+    uint64_t next_seq;
+    struct req_pool pool;
+    struct req_map map;
+    struct req_heap heap;
+    struct event_ring events;
+
+    /* Slots: with a request (owner), pending, or free. Free ones are taken in the order they came, so that a slot rests
+     * as long as can be before its addresses are used again. */
+    struct req **owner;
+    uint32_t *free_slot; /* ring of `slots` */
+    uint32_t free_first, n_free;
+    uint32_t *pending; /* given back, the ranks do not know it yet: released in the next plan */
+    uint32_t n_pending;
+
+    /* Pages: total = free + pending + fenced + those of running requests. */
+    uint64_t free_pages;
+    uint64_t pending_pages; /* of the pending slots */
+    uint64_t fenced_pages;  /* released in the newest plan while the one before it was in flight */
+
+    uint64_t next_step; /* of the next plan */
+    uint32_t in_flight;
+    struct flight flight[SCHED_MAX_DEPTH]; /* step % SCHED_MAX_DEPTH */
+    uint64_t rotate_seq;                   /* the last decode served when not all could be */
+
+    /* of the newest plan */
+    uint32_t *plan_release, *plan_decode, *plan_tokens;
+    struct sched_admit *plan_admit;
+    struct sched_chunk *plan_chunk;
+    struct req **decodable, **prefilling; /* scratch of sched_plan, by age */
+
+    struct sched_load total; /* the counters in it */
+};
+
+/* scheduler_table.c */
+struct req *req_pool_get(struct req_pool *p); /* zeroed; NULL: out of memory */
+void req_pool_put(struct req_pool *p, struct req *r);
+void req_pool_fini(struct req_pool *p);
+bool req_map_reserve(struct req_map *m); /* for one more; false: out of memory */
+struct req *req_map_find(const struct req_map *m, uint64_t id);
+void req_map_add(struct req_map *m, struct req *r);
+void req_map_remove(struct req_map *m, const struct req *r);
+bool req_heap_reserve(struct req_heap *h);
+void req_heap_add(struct req_heap *h, struct req *r);
+void req_heap_remove(struct req_heap *h, struct req *r); /* not in it: nothing */
+bool event_ring_reserve(struct event_ring *e, uint64_t more);
+struct sched_event *event_ring_push(struct event_ring *e); /* zeroed; room was reserved */
+void req_list_append(struct req_list *l, struct req *r);
+void req_list_remove(struct req_list *l, struct req *r);
+
+/* scheduler.c: takes slot and pages from a running request. The ranks learn it from the next plan. */
+void req_drop_slot(struct sched *s, struct req *r);
+
+#endif

@@ -1,0 +1,259 @@
+/* scheduler_plan.c - which rows run in the next step. coordinator/SCHEDULER.md has the rules in one place. */
+#include "coordinator/scheduler_internal.h"
+
+#include <assert.h>
+#include <string.h>
+
+/* While prefill waits, at least one row of so many is its own: a budget below the number of decodes would starve it. */
+#define PREFILL_SHARE 16
+
+/* A plan in the making. */
+struct build {
+    struct flight *flight;
+    uint32_t n_decodable, n_prefilling; /* in s->decodable, s->prefilling */
+    uint32_t left;                      /* of the budget */
+    uint32_t n_decode, n_chunk, n_admit, n_tokens;
+    uint32_t n_reused; /* pending slots that this plan releases and admits again, from the first */
+    uint64_t owed;     /* pages that decodes, all older than those looked at next, wait for */
+    int64_t now_us;
+};
+
+static void set_pages(const struct sched *s, struct req *r, uint64_t pages)
+{
+    r->pages = pages;
+    uint64_t cap = s->kv.token_bytes ? pages * s->kv.page_bytes / s->kv.token_bytes : UINT32_MAX;
+    r->cap_tokens = cap < UINT32_MAX ? (uint32_t)cap : UINT32_MAX;
+}
+
+/* Nothing is in flight: what this plan releases, no earlier step can read. */
+static void settle_pending_pages(struct sched *s)
+{
+    if (s->in_flight == 0) {
+        s->free_pages += s->pending_pages;
+        s->pending_pages = 0;
+    }
+}
+
+/* Sorts the running requests. Those whose last token is sampled already give their slot back before its result is here:
+ * the ranks take a plan after the one before, so the release cannot overtake the sample. */
+static void collect(struct sched *s, struct build *b)
+{
+    for (struct req *r = s->age.head, *next; r != s->waiting; r = next) {
+        next = r->next;
+        if (r->n_known + r->n_unknown == r->n_total) {
+            req_drop_slot(s, r);
+            req_list_remove(&s->age, r);
+            req_list_append(&s->draining, r);
+            r->state = REQ_DRAINING;
+        } else if (r->decoding) {
+            s->decodable[b->n_decodable++] = r;
+        } else {
+            s->prefilling[b->n_prefilling++] = r;
+        }
+    }
+    settle_pending_pages(s);
+}
+
+/* Pages of all known tokens and the first decode row. The last token of a request is never fed. */
+static uint64_t admission_pages(const struct sched *s, const struct req *r)
+{
+    uint32_t tokens = r->n_known + 1 < r->n_total ? r->n_known + 1 : r->n_total - 1;
+    return kv_pages_for(&s->kv, tokens);
+}
+
+static bool can_admit(const struct sched *s, const struct build *b)
+{
+    const struct req *r = s->waiting;
+    if (!r || r->n_unknown > 0 || b->owed > 0 || s->n_free + s->n_pending == b->n_reused)
+        return false;
+    return admission_pages(s, r) <= s->free_pages;
+}
+
+/* Rows that decodes may take. All that is left, unless prefill waits: then its share is kept for it. */
+static uint32_t decode_limit(const struct sched *s, const struct build *b)
+{
+    uint32_t want = 0;
+    if (b->n_prefilling > 0)
+        want = s->prefilling[0]->n_known - s->prefilling[0]->n_fed;
+    else if (can_admit(s, b))
+        want = s->waiting->n_known;
+    uint32_t share = b->left < PREFILL_SHARE ? 1 : b->left / PREFILL_SHARE;
+    return b->left - (want < share ? want : share);
+}
+
+static void preempt(struct sched *s, struct req *r)
+{
+    req_drop_slot(s, r);
+    r->state = REQ_PREEMPTED;
+    r->preemptions++;
+    r->n_fed = 0;
+    s->waiting = r; /* it was the last of the running ones */
+    s->total.preemptions++;
+    settle_pending_pages(s);
+}
+
+/* Pages for one more token; false: not in this step (it waits for pages that come free, or was preempted itself). */
+static bool grow(struct sched *s, struct build *b, struct req *r)
+{
+    uint64_t pages = kv_pages_for(&s->kv, (uint64_t)r->n_fed + 1);
+    uint64_t need = pages - r->pages;
+    for (;;) {
+        if (b->owed + need <= s->free_pages) {
+            s->free_pages -= need;
+            set_pages(s, r, pages);
+            return true;
+        }
+        if (b->owed + need <= s->free_pages + s->pending_pages + s->fenced_pages) {
+            b->owed += need;
+            return false;
+        }
+        struct req *youngest = s->waiting ? s->waiting->prev : s->age.tail;
+        preempt(s, youngest);
+        if (youngest == r)
+            return false;
+    }
+}
+
+/* Rows [n_fed, n_fed + n) of r are in the plan; with sample also a token that only the ranks know for now. */
+static void feed(struct sched *s, struct build *b, struct req *r, uint32_t n, bool sample)
+{
+    r->n_fed += n;
+    if (r->n_fed > r->n_fed_max) {
+        uint32_t fresh = r->n_fed - r->n_fed_max;
+        s->total.recomputed_tokens += n - fresh;
+        if (r->n_fed_max < r->n_prompt)
+            s->total.prompt_tokens += r->n_fed < r->n_prompt ? fresh : r->n_prompt - r->n_fed_max;
+        r->n_fed_max = r->n_fed;
+    } else {
+        s->total.recomputed_tokens += n;
+    }
+    if (sample) {
+        r->n_unknown++;
+        b->flight->sample[b->flight->n_samples++] = (struct sample_ref){r, r->seq};
+    }
+    b->left -= n;
+}
+
+/* One row for each decode, older ones first in memory; when there are too many they take turns by age. */
+static void plan_decodes(struct sched *s, struct build *b)
+{
+    uint32_t all = b->n_decodable;
+    uint32_t limit = decode_limit(s, b);
+    uint32_t n = all < limit ? all : limit;
+    if (n == 0)
+        return;
+    uint32_t first = 0;
+    if (n < all) {
+        while (first < all && s->decodable[first]->seq <= s->rotate_seq)
+            first++;
+        first %= all;
+        s->rotate_seq = s->decodable[(first + n - 1) % all]->seq;
+    }
+    uint32_t wrapped = first + n > all ? first + n - all : 0; /* the turn is [first, all) and [0, wrapped) */
+    for (uint32_t k = 0; k < n; k++) {
+        struct req *r = s->decodable[k < wrapped ? k : first + k - wrapped];
+        if (r->state != REQ_RUNNING) /* preempted by an older one */
+            continue;
+        if (r->n_fed >= r->cap_tokens && !grow(s, b, r))
+            continue;
+        s->plan_decode[b->n_decode++] = r->slot;
+        feed(s, b, r, 1, true);
+    }
+}
+
+static void plan_chunk(struct sched *s, struct build *b, struct req *r)
+{
+    uint32_t n = r->n_known - r->n_fed < b->left ? r->n_known - r->n_fed : b->left;
+    uint32_t *tokens = s->plan_tokens + b->n_tokens;
+    memcpy(tokens, r->tokens + r->n_fed, n * sizeof *tokens);
+    b->n_tokens += n;
+    bool sample = r->n_fed + n == r->n_known;
+    s->plan_chunk[b->n_chunk++] = (struct sched_chunk){
+        .id = r->id, .slot = r->slot, .position = r->n_fed, .tokens = tokens, .n_tokens = n, .sample = sample};
+    r->decoding = sample;
+    feed(s, b, r, n, sample);
+}
+
+/* A free slot; else one that this very plan gives back, for releases come first. */
+static uint32_t take_slot(struct sched *s, struct build *b)
+{
+    if (s->n_free == 0)
+        return s->pending[b->n_reused++];
+    uint32_t slot = s->free_slot[s->free_first];
+    s->free_first = s->free_first + 1 == s->slots ? 0 : s->free_first + 1;
+    s->n_free--;
+    return slot;
+}
+
+static void admit(struct sched *s, struct build *b)
+{
+    struct req *r = s->waiting;
+    s->waiting = r->next;
+    if (r->state == REQ_QUEUED) {
+        s->n_queued--;
+        s->queued_tokens -= r->n_prompt;
+        r->started_us = b->now_us;
+    }
+    r->state = REQ_RUNNING;
+    r->slot = take_slot(s, b);
+    s->owner[r->slot] = r;
+    s->n_running++;
+    set_pages(s, r, admission_pages(s, r));
+    s->free_pages -= r->pages;
+    s->plan_admit[b->n_admit++] = (struct sched_admit){.id = r->id, .slot = r->slot, .sample = r->sample};
+}
+
+/* Moves the pending slots into the plan. */
+static uint32_t plan_releases(struct sched *s, const struct build *b)
+{
+    uint32_t n = s->n_pending;
+    memcpy(s->plan_release, s->pending, n * sizeof *s->pending);
+    for (uint32_t i = b->n_reused; i < n; i++) {
+        uint64_t at = (uint64_t)s->free_first + s->n_free++;
+        s->free_slot[at < s->slots ? at : at - s->slots] = s->pending[i];
+    }
+    s->n_pending = 0;
+    assert(s->fenced_pages == 0 || s->pending_pages == 0);
+    s->fenced_pages += s->pending_pages;
+    s->pending_pages = 0;
+    return n;
+}
+
+bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
+{
+    sched_expire(s, now_us);
+    if (!s->attached || s->in_flight == s->cfg.depth)
+        return false;
+    struct build b = {.flight = &s->flight[s->next_step % SCHED_MAX_DEPTH], .left = s->step_budget, .now_us = now_us};
+    b.flight->n_samples = 0;
+    collect(s, &b);
+    plan_decodes(s, &b);
+    for (uint32_t i = 0; i < b.n_prefilling && b.left > 0; i++) {
+        if (s->prefilling[i]->state == REQ_RUNNING)
+            plan_chunk(s, &b, s->prefilling[i]);
+    }
+    while (b.left > 0 && can_admit(s, &b)) {
+        struct req *r = s->waiting;
+        admit(s, &b);
+        plan_chunk(s, &b, r);
+    }
+    uint32_t rows = b.n_decode + b.n_tokens;
+    /* Releases alone wait for the step in flight: the ranks could not take them earlier anyhow, and a request that
+     * arrives meanwhile finds the pipeline open. */
+    if (rows == 0 && (s->n_pending == 0 || s->in_flight > 0))
+        return false;
+    uint32_t n_release = plan_releases(s, &b);
+    *plan = (struct sched_plan){.step = s->next_step++,
+                                .release = s->plan_release,
+                                .n_release = n_release,
+                                .admit = s->plan_admit,
+                                .n_admit = b.n_admit,
+                                .decode = s->plan_decode,
+                                .n_decode = b.n_decode,
+                                .chunk = s->plan_chunk,
+                                .n_chunk = b.n_chunk,
+                                .rows = rows,
+                                .samples = b.flight->n_samples};
+    s->in_flight++;
+    return true;
+}

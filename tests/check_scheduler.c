@@ -1,0 +1,556 @@
+/* check_scheduler.c - the scheduler by hand-made cases; the simulator of sim_scheduler.h for everything else. */
+#include "coordinator/scheduler.h"
+
+#include <check.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/scheduler_internal.h"
+
+/* One page holds 4 tokens. */
+static const struct kv_account ROOMY = {.page_bytes = 4096, .token_bytes = 1024, .total_pages = 1000};
+
+static struct sched_config config(uint32_t slots, uint32_t budget, uint32_t depth)
+{
+    return (struct sched_config){.max_slots = slots,
+                                 .max_context = 256,
+                                 .step_token_budget = budget,
+                                 .max_queued = 100,
+                                 .max_queued_tokens = 10000,
+                                 .depth = depth,
+                                 .kv = ROOMY};
+}
+
+static struct sched *create(const struct sched_config *cfg)
+{
+    struct sched *s = NULL;
+    struct status st = STATUS_INIT;
+    ck_assert_msg(sched_create(&s, cfg, &st) == ST_OK, "%s", st.message);
+    return s;
+}
+
+static struct sched *create_attached(struct sched_config cfg)
+{
+    struct sched *s = create(&cfg);
+    struct status st = STATUS_INIT;
+    ck_assert_msg(sched_attach(s, 0, cfg.max_slots, cfg.max_context, &cfg.kv, &st) == ST_OK, "%s", st.message);
+    return s;
+}
+
+/* Prompt tokens are 100, 101, ...; token 7 stops. */
+static enum status_code submit_until(struct sched *s, uint64_t id, uint32_t n_prompt, uint32_t max_new,
+                                     int64_t deadline_us, struct status *st)
+{
+    uint32_t prompt[512];
+    for (uint32_t i = 0; i < n_prompt; i++)
+        prompt[i] = 100 + i;
+    uint32_t stop = 7;
+    struct sched_request req = {.id = id,
+                                .prompt = prompt,
+                                .n_prompt = n_prompt,
+                                .max_new = max_new,
+                                .stop_ids = &stop,
+                                .n_stop = 1,
+                                .deadline_us = deadline_us,
+                                .sample = {.temperature = 0.5f, .top_k = 3, .top_p = 0.9f, .seed = id}};
+    enum status_code rc = sched_submit(s, 1000, &req, st);
+    sched_check(s);
+    return rc;
+}
+
+static void submit(struct sched *s, uint64_t id, uint32_t n_prompt, uint32_t max_new)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_msg(submit_until(s, id, n_prompt, max_new, INT64_MAX, &st) == ST_OK, "%s", st.message);
+}
+
+static struct sched_plan plan(struct sched *s)
+{
+    struct sched_plan p;
+    ck_assert_msg(sched_plan(s, 2000, &p), "expected a plan");
+    sched_check(s);
+    return p;
+}
+
+static void no_plan(struct sched *s)
+{
+    struct sched_plan p;
+    ck_assert_msg(!sched_plan(s, 2000, &p), "expected no plan");
+    sched_check(s);
+}
+
+static void result(struct sched *s, uint64_t step, uint32_t n, const uint32_t *tokens)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_msg(sched_result(s, 3000, step, tokens, n, &st) == ST_OK, "%s", st.message);
+    sched_check(s);
+}
+#define RESULT(s, step, ...)                                                                                           \
+    result(s, step, sizeof((uint32_t[]){__VA_ARGS__}) / sizeof(uint32_t), (uint32_t[]){__VA_ARGS__})
+
+static struct sched_event event(struct sched *s)
+{
+    struct sched_event ev;
+    ck_assert_msg(sched_next_event(s, &ev), "expected an event");
+    return ev;
+}
+
+static void no_event(struct sched *s)
+{
+    struct sched_event ev;
+    ck_assert_msg(!sched_next_event(s, &ev), "unexpected event of kind %d for request %llu", ev.kind,
+                  (unsigned long long)ev.id);
+}
+
+static void expect_token(struct sched *s, uint64_t id, uint32_t token)
+{
+    struct sched_event ev = event(s);
+    ck_assert_int_eq(ev.kind, SCHED_TOKEN);
+    ck_assert_uint_eq(ev.id, id);
+    ck_assert_uint_eq(ev.token, token);
+}
+
+static struct sched_event expect_failed(struct sched *s, uint64_t id, enum status_code code)
+{
+    struct sched_event ev = event(s);
+    ck_assert_int_eq(ev.kind, SCHED_FAILED);
+    ck_assert_uint_eq(ev.id, id);
+    ck_assert_str_eq(status_name(ev.code), status_name(code));
+    return ev;
+}
+
+static struct sched_event expect_finished(struct sched *s, uint64_t id)
+{
+    struct sched_event ev = event(s);
+    ck_assert_int_eq(ev.kind, SCHED_FINISHED);
+    ck_assert_uint_eq(ev.id, id);
+    return ev;
+}
+
+/* Nothing is live, nothing is held. */
+static void finish(struct sched *s)
+{
+    no_event(s);
+    no_plan(s);
+    struct sched_load l = sched_load(s);
+    ck_assert_uint_eq(l.queued + l.running + l.in_flight, 0);
+    ck_assert_uint_eq(l.queued_tokens, 0);
+    ck_assert_uint_eq(l.used_pages, 0);
+    sched_destroy(s);
+}
+
+/* ---- core ---- */
+
+START_TEST(request_runs_to_its_length_with_two_plans_in_flight)
+{
+    struct sched *s = create_attached(config(4, 16, 2));
+    submit(s, 1, 3, 3);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.step, 1);
+    ck_assert_uint_eq(p.n_admit, 1);
+    ck_assert_uint_eq(p.admit[0].id, 1);
+    ck_assert_uint_eq(p.admit[0].sample.seed, 1);
+    ck_assert_uint_eq(p.admit[0].sample.top_k, 3);
+    ck_assert_uint_eq(p.n_chunk, 1);
+    ck_assert_uint_eq(p.chunk[0].slot, p.admit[0].slot);
+    ck_assert_uint_eq(p.chunk[0].position, 0);
+    ck_assert_uint_eq(p.chunk[0].n_tokens, 3);
+    ck_assert_uint_eq(p.chunk[0].tokens[2], 102);
+    ck_assert(p.chunk[0].sample);
+    ck_assert_uint_eq(p.rows, 3);
+    ck_assert_uint_eq(p.samples, 1);
+    uint32_t slot = p.admit[0].slot;
+
+    p = plan(s); /* the input of this row is not known here yet */
+    ck_assert_uint_eq(p.step, 2);
+    ck_assert_uint_eq(p.n_decode, 1);
+    ck_assert_uint_eq(p.decode[0], slot);
+    ck_assert_uint_eq(p.n_admit + p.n_chunk + p.n_release, 0);
+    no_plan(s); /* the pipeline is full */
+    RESULT(s, 1, 50);
+    expect_token(s, 1, 50);
+    p = plan(s);
+    ck_assert_uint_eq(p.n_decode, 1);
+    RESULT(s, 2, 51);
+    expect_token(s, 1, 51);
+    no_plan(s); /* all three tokens are sampled: no fourth row */
+    RESULT(s, 3, 52);
+    expect_token(s, 1, 52);
+    struct sched_event ev = expect_finished(s, 1);
+    ck_assert(!ev.stopped);
+    ck_assert_uint_eq(ev.n_prompt, 3);
+    ck_assert_uint_eq(ev.n_new, 3);
+    ck_assert_uint_eq(ev.preemptions, 0);
+    ck_assert_int_eq(ev.arrived_us, 1000);
+    ck_assert_int_eq(ev.started_us, 2000);
+    ck_assert_int_eq(ev.first_token_us, 3000);
+    ck_assert_int_eq(ev.last_token_us, 3000);
+    p = plan(s);
+    ck_assert_uint_eq(p.n_release, 1);
+    ck_assert_uint_eq(p.release[0], slot);
+    ck_assert_uint_eq(p.rows + p.samples, 0);
+    result(s, 4, 0, NULL);
+    struct sched_load l = sched_load(s);
+    ck_assert_uint_eq(l.prompt_tokens, 3);
+    ck_assert_uint_eq(l.generated_tokens, 3);
+    ck_assert_uint_eq(l.finished, 1);
+    ck_assert_uint_eq(l.steps, 4);
+    ck_assert_uint_eq(l.wasted_rows, 0);
+    finish(s);
+}
+END_TEST
+
+START_TEST(stop_token_ends_a_request_and_the_row_in_flight_is_dropped)
+{
+    struct sched *s = create_attached(config(4, 16, 2));
+    submit(s, 1, 3, 100);
+    plan(s);
+    plan(s);
+    RESULT(s, 1, 50);
+    expect_token(s, 1, 50);
+    plan(s);
+    RESULT(s, 2, 7);
+    expect_token(s, 1, 7);
+    struct sched_event ev = expect_finished(s, 1);
+    ck_assert(ev.stopped);
+    ck_assert_uint_eq(ev.token, 7);
+    ck_assert_uint_eq(ev.n_new, 2);
+    no_plan(s);
+    RESULT(s, 3, 51);
+    no_event(s);
+    ck_assert_uint_eq(plan(s).n_release, 1);
+    result(s, 4, 0, NULL);
+    ck_assert_uint_eq(sched_load(s).wasted_rows, 1);
+    finish(s);
+}
+END_TEST
+
+START_TEST(prompts_are_cut_to_the_budget_and_decodes_come_first)
+{
+    struct sched *s = create_attached(config(4, 16, 1));
+    submit(s, 1, 10, 20);
+    submit(s, 2, 10, 20);
+    submit(s, 3, 30, 20);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_chunk, 2); /* 10 of the first, 6 of the second */
+    ck_assert_uint_eq(p.n_admit, 2);
+    ck_assert_uint_eq(p.chunk[1].n_tokens, 6);
+    ck_assert(!p.chunk[1].sample);
+    ck_assert_uint_eq(p.rows, 16);
+    ck_assert_uint_eq(p.samples, 1);
+    RESULT(s, 1, 50);
+    expect_token(s, 1, 50);
+    p = plan(s); /* one decode, the rest of the second, a part of the third */
+    ck_assert_uint_eq(p.n_decode, 1);
+    ck_assert_uint_eq(p.n_chunk, 2);
+    ck_assert_uint_eq(p.chunk[0].id, 2);
+    ck_assert_uint_eq(p.chunk[0].position, 6);
+    ck_assert_uint_eq(p.chunk[0].n_tokens, 4);
+    ck_assert_uint_eq(p.chunk[0].tokens[0], 106);
+    ck_assert(p.chunk[0].sample);
+    ck_assert_uint_eq(p.chunk[1].id, 3);
+    ck_assert_uint_eq(p.chunk[1].n_tokens, 11);
+    ck_assert_uint_eq(p.samples, 2);
+    RESULT(s, 2, 60, 70); /* decodes first, then chunks */
+    expect_token(s, 1, 60);
+    expect_token(s, 2, 70);
+    p = plan(s);
+    ck_assert_uint_eq(p.n_decode, 2);
+    ck_assert_uint_eq(p.chunk[0].position, 11);
+    ck_assert_uint_eq(p.chunk[0].n_tokens, 14);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(more_decodes_than_budget_take_turns_and_prefill_keeps_a_row)
+{
+    struct sched *s = create_attached(config(8, 4, 1));
+    for (uint64_t id = 1; id <= 6; id++)
+        submit(s, id, 1, 100);
+    uint32_t served[8] = {0};
+    uint32_t tokens[4] = {50, 50, 50, 50};
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_admit, 4);
+    result(s, 1, 4, tokens);
+    p = plan(s); /* the fifth waits: 3 decodes and its row */
+    ck_assert_uint_eq(p.n_decode, 3);
+    ck_assert_uint_eq(p.n_admit, 1);
+    result(s, 2, 4, tokens);
+    p = plan(s);
+    ck_assert_uint_eq(p.n_decode, 3);
+    ck_assert_uint_eq(p.n_admit, 1);
+    result(s, 3, 4, tokens);
+    for (uint64_t step = 4; step < 4 + 30; step++) {
+        p = plan(s);
+        ck_assert_uint_eq(p.n_decode, 4);
+        for (uint32_t i = 0; i < 4; i++)
+            served[p.decode[i]]++;
+        result(s, step, 4, tokens);
+    }
+    for (uint32_t i = 0; i < 6; i++) /* 30 steps x 4 rows among 6 */
+        ck_assert_uint_eq(served[i], 20);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(cancel_of_a_queued_request_is_not_seen_by_ranks)
+{
+    struct sched *s = create_attached(config(1, 16, 2));
+    submit(s, 1, 4, 50);
+    submit(s, 2, 4, 50);
+    plan(s);
+    ck_assert_int_eq(sched_cancel(s, 0, 2, ST_CANCELLED, NULL), ST_OK);
+    expect_failed(s, 2, ST_CANCELLED);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_release, 0);
+    ck_assert_int_eq(sched_cancel(s, 0, 2, ST_CANCELLED, NULL), ST_NOT_FOUND);
+    ck_assert_uint_eq(sched_load(s).queued, 0);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(cancel_gives_the_slot_to_the_next_in_the_same_plan)
+{
+    struct sched *s = create_attached(config(1, 16, 2));
+    submit(s, 1, 4, 50);
+    submit(s, 2, 5, 50);
+    plan(s);
+    ck_assert_int_eq(sched_cancel(s, 0, 1, ST_CANCELLED, NULL), ST_OK);
+    struct sched_event ev = expect_failed(s, 1, ST_CANCELLED);
+    ck_assert_int_eq(ev.started_us, 2000);
+    ck_assert_int_eq(ev.first_token_us, 0);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_release, 1);
+    ck_assert_uint_eq(p.n_admit, 1);
+    ck_assert_uint_eq(p.release[0], p.admit[0].slot);
+    ck_assert_uint_eq(p.chunk[0].id, 2);
+    RESULT(s, 1, 50); /* of the cancelled one */
+    no_event(s);
+    RESULT(s, 2, 60);
+    expect_token(s, 2, 60);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(plan_with_a_release_only_is_made_at_once_when_nothing_is_in_flight)
+{
+    struct sched *s = create_attached(config(2, 16, 2));
+    submit(s, 1, 40, 50);
+    plan(s);
+    result(s, 1, 0, NULL); /* 16 of 40 */
+    ck_assert_int_eq(sched_cancel(s, 0, 1, ST_CANCELLED, NULL), ST_OK);
+    expect_failed(s, 1, ST_CANCELLED);
+    ck_assert_uint_gt(sched_load(s).used_pages, 0);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_release, 1);
+    ck_assert_uint_eq(p.rows, 0);
+    ck_assert_uint_eq(sched_load(s).used_pages, 0);
+    result(s, 2, 0, NULL);
+    finish(s);
+}
+END_TEST
+
+/* 6 pages of 4 tokens. Two requests of 8 prompt tokens hold 3 each (8 known + 1); the 13th token of the older one finds no
+ * page. Tokens are their positions, so that what is computed again can be recognised. */
+START_TEST(memory_pressure_preempts_the_youngest_and_it_continues_where_it_was)
+{
+    struct sched_config cfg = config(4, 64, 2);
+    cfg.kv.total_pages = 6;
+    struct sched *s = create_attached(cfg);
+    submit(s, 1, 8, 12);
+    submit(s, 2, 8, 12);
+    uint32_t len[4] = {0}, slot_of[3] = {0}, next[3] = {0, 8, 8};
+    uint32_t flight[2][4], n_flight[2], in_flight = 0;
+    uint64_t step = 1;
+    bool preempted = false, resumed = false, finished[3] = {false};
+    for (int guard = 0; guard < 200 && !(finished[1] && finished[2]); guard++) {
+        struct sched_plan p;
+        while (sched_plan(s, 0, &p)) {
+            sched_check(s);
+            uint32_t *t = flight[p.step % 2], n = 0;
+            for (uint32_t i = 0; i < p.n_release; i++) {
+                if (p.release[i] == slot_of[2] && !finished[2] && len[slot_of[2]] + 1 < 20)
+                    preempted = true;
+                else
+                    ck_assert(p.release[i] != slot_of[1] || len[slot_of[1]] + 1 == 20);
+            }
+            for (uint32_t i = 0; i < p.n_admit; i++) {
+                resumed |= preempted && p.admit[i].id == 2;
+                slot_of[p.admit[i].id] = p.admit[i].slot;
+                len[p.admit[i].slot] = 0;
+            }
+            for (uint32_t i = 0; i < p.n_decode; i++)
+                t[n++] = ++len[p.decode[i]];
+            for (uint32_t i = 0; i < p.n_chunk; i++) {
+                ck_assert_uint_eq(p.chunk[i].position, len[p.chunk[i].slot]);
+                for (uint32_t k = 0; k < p.chunk[i].n_tokens; k++) {
+                    uint32_t at = p.chunk[i].position + k;
+                    ck_assert_uint_eq(p.chunk[i].tokens[k], at < 8 ? 100 + at : at + 1000);
+                }
+                len[p.chunk[i].slot] += p.chunk[i].n_tokens;
+                if (p.chunk[i].sample)
+                    t[n++] = len[p.chunk[i].slot];
+            }
+            for (uint32_t i = 0; i < n; i++)
+                t[i] += 1000;
+            n_flight[p.step % 2] = n;
+            in_flight++;
+        }
+        ck_assert_uint_gt(in_flight, 0);
+        result(s, step, n_flight[step % 2], flight[step % 2]);
+        step++;
+        in_flight--;
+        struct sched_event ev;
+        while (sched_next_event(s, &ev)) {
+            if (ev.kind == SCHED_TOKEN) {
+                ck_assert_uint_eq(ev.token, 1000 + next[ev.id]++);
+            } else {
+                ck_assert_int_eq(ev.kind, SCHED_FINISHED);
+                ck_assert_uint_eq(ev.n_new, 12);
+                ck_assert_uint_eq(ev.preemptions, ev.id == 2 ? 1 : 0);
+                finished[ev.id] = true;
+            }
+        }
+    }
+    ck_assert(finished[1] && finished[2]);
+    ck_assert(preempted && resumed);
+    struct sched_load l = sched_load(s);
+    ck_assert_uint_eq(l.preemptions, 1);
+    ck_assert_uint_eq(l.prompt_tokens, 16);
+    ck_assert_uint_ge(l.recomputed_tokens, 8);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(deadlines_end_queued_and_running_requests)
+{
+    struct sched *s = create_attached(config(1, 16, 2));
+    ck_assert(sched_next_deadline_us(s) == INT64_MAX);
+    ck_assert_int_eq(submit_until(s, 1, 4, 50, 5000, NULL), ST_OK);
+    ck_assert_int_eq(submit_until(s, 2, 4, 50, 4000, NULL), ST_OK);
+    ck_assert_int_eq(submit_until(s, 3, 4, 50, 6000, NULL), ST_OK);
+    plan(s);
+    ck_assert_int_eq(sched_next_deadline_us(s), 4000);
+    sched_expire(s, 3999);
+    no_event(s);
+    sched_expire(s, 4000);
+    expect_failed(s, 2, ST_DEADLINE_EXCEEDED);
+    ck_assert_int_eq(sched_next_deadline_us(s), 5000);
+    struct sched_plan p;
+    ck_assert(sched_plan(s, 5500, &p)); /* expires the running one by itself */
+    expect_failed(s, 1, ST_DEADLINE_EXCEEDED);
+    ck_assert_uint_eq(p.n_release, 1);
+    ck_assert_uint_eq(p.admit[0].id, 3);
+    ck_assert_int_eq(sched_next_deadline_us(s), 6000);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(lost_group_fails_admitted_requests_and_keeps_queued_ones)
+{
+    struct sched *s = create_attached(config(2, 16, 2));
+    submit(s, 1, 4, 50);
+    submit(s, 2, 4, 2);
+    submit(s, 3, 4, 50);
+    submit(s, 4, 60, 100);
+    plan(s);
+    plan(s);
+    RESULT(s, 1, 50, 51);
+    expect_token(s, 1, 50);
+    expect_token(s, 2, 51);
+    plan(s); /* 2 has all its tokens sampled and drains; 3 runs */
+    sched_detach(s, 0);
+    sched_check(s);
+    expect_failed(s, 2, ST_UNAVAILABLE);
+    expect_failed(s, 1, ST_UNAVAILABLE);
+    expect_failed(s, 3, ST_UNAVAILABLE);
+    no_event(s);
+    no_plan(s);
+    sched_detach(s, 0); /* again: nothing */
+    ck_assert_uint_eq(sched_load(s).queued, 1);
+    submit(s, 5, 4, 50);
+    struct kv_account kv = ROOMY;
+    ck_assert_int_eq(sched_attach(s, 0, 1, 100, &kv, NULL), ST_OK);
+    sched_check(s);
+    expect_failed(s, 4, ST_INVALID_ARGUMENT); /* 160 tokens in a context of 100 */
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.step, 1);
+    ck_assert_uint_eq(p.n_admit, 1);
+    ck_assert_uint_eq(p.admit[0].id, 5);
+    ck_assert_uint_eq(p.n_release, 0);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(requests_wait_for_the_first_group)
+{
+    struct sched_config cfg = config(4, 16, 2);
+    cfg.kv.page_bytes = 0; /* not known yet */
+    struct sched *s = create(&cfg);
+    submit(s, 1, 100, 100);
+    submit(s, 2, 4, 4);
+    no_plan(s);
+    struct kv_account kv = {.page_bytes = 4096, .token_bytes = 1024, .total_pages = 10};
+    ck_assert_int_eq(sched_attach(s, 0, 8, 256, &kv, NULL), ST_OK);
+    expect_failed(s, 1, ST_INVALID_ARGUMENT);
+    ck_assert_uint_eq(plan(s).admit[0].id, 2);
+    sched_destroy(s);
+}
+END_TEST
+
+/* 8 pages: the big one at the head waits for memory, the small one behind it does not pass. */
+START_TEST(admission_does_not_pass_the_head_of_the_line)
+{
+    struct sched_config cfg = config(4, 64, 1);
+    cfg.kv.total_pages = 8;
+    struct sched *s = create_attached(cfg);
+    submit(s, 1, 10, 4);
+    submit(s, 2, 24, 4);
+    submit(s, 3, 1, 1);
+    uint64_t step = 0;
+    for (int i = 0; i < 4; i++) {
+        struct sched_plan p = plan(s);
+        ck_assert_uint_eq(p.n_admit, i == 0 ? 1 : 0);
+        RESULT(s, ++step, 50);
+        expect_token(s, 1, 50);
+    }
+    expect_finished(s, 1);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_release, 1);
+    ck_assert_uint_eq(p.n_admit, 2); /* 7 pages and 1 */
+    ck_assert_uint_eq(p.admit[0].id, 2);
+    ck_assert_uint_eq(p.admit[1].id, 3);
+    sched_destroy(s);
+}
+END_TEST
+
+static Suite *suite(void)
+{
+    Suite *suite = suite_create("scheduler");
+    TCase *core = tcase_create("core");
+    tcase_add_test(core, request_runs_to_its_length_with_two_plans_in_flight);
+    tcase_add_test(core, stop_token_ends_a_request_and_the_row_in_flight_is_dropped);
+    tcase_add_test(core, prompts_are_cut_to_the_budget_and_decodes_come_first);
+    tcase_add_test(core, more_decodes_than_budget_take_turns_and_prefill_keeps_a_row);
+    tcase_add_test(core, cancel_of_a_queued_request_is_not_seen_by_ranks);
+    tcase_add_test(core, cancel_gives_the_slot_to_the_next_in_the_same_plan);
+    tcase_add_test(core, plan_with_a_release_only_is_made_at_once_when_nothing_is_in_flight);
+    tcase_add_test(core, memory_pressure_preempts_the_youngest_and_it_continues_where_it_was);
+    tcase_add_test(core, deadlines_end_queued_and_running_requests);
+    tcase_add_test(core, lost_group_fails_admitted_requests_and_keeps_queued_ones);
+    tcase_add_test(core, requests_wait_for_the_first_group);
+    tcase_add_test(core, admission_does_not_pass_the_head_of_the_line);
+    suite_add_tcase(suite, core);
+    return suite;
+}
+
+int main(void)
+{
+    SRunner *runner = srunner_create(suite());
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
