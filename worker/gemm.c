@@ -9,7 +9,7 @@
 #include "worker/gemm_internal.h"
 
 enum {
-    FEW_MAX = 8,        /* rows of x up to which our own kernels win, see tests/bench */
+    FEW_MAX = 64,       /* rows of x up to which our own kernels win, see tests/bench */
     ITEM_BYTES = 65536, /* of W in an item of the few-rows path: 5 to 10 us of reading */
     ROW_UNIT = 8,       /* items begin at a multiple of this: whole register blocks */
     PANEL_ROWS = 128,   /* of W in an item of the BLAS path */

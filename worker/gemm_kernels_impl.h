@@ -5,6 +5,8 @@
  *   TARGET         function attribute that turns the instructions on
  *   BLOCKS(X)      how many rows of W a block has with 1, 2 .. rows of x: what the registers hold
  *   CVT_F16(h)     VW halves to floats
+ *   CVT_BF16(h)    VW bfloat16 to floats
+ *   FOLD(v)        v to 4 floats, all sums of VW / 4 elements, in some fixed order
  * No include guard: it is meant to be included several times.
  */
 #define STRING2(a) #a
@@ -28,7 +30,7 @@ INLINE NAME(vf) NAME(load)(const void *p, uint64_t i, enum mat_dtype dtype)
     NAME(vh) h = *(const NAME(vh_mem) *)((const uint16_t *)p + i);
     if (dtype == MAT_F16)
         return CVT_F16(h);
-    return (NAME(vf))(__builtin_convertvector(h, NAME(vu)) << 16);
+    return CVT_BF16(h);
 }
 
 /* The same for the n < VW last elements of a row; zeros behind. */
@@ -40,15 +42,13 @@ INLINE NAME(vf) NAME(load_tail)(const void *p, uint64_t i, uint32_t n, enum mat_
     return NAME(load)(buf, 0, dtype);
 }
 
-INLINE float NAME(sum)(NAME(vf) v)
+/* The sums over four accumulators. Each is formed in the same order, whichever of the four it is. */
+INLINE f32x4 NAME(sum4)(NAME(vf) a, NAME(vf) b, NAME(vf) c, NAME(vf) d)
 {
-    float s[VW];
-    memcpy(s, &v, sizeof v);
-    for (int half = VW / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++)
-            s[i] += s[i + half];
-    }
-    return s[0];
+    f32x4 fa = FOLD(a), fb = FOLD(b), fc = FOLD(c), fd = FOLD(d);
+    f32x4 ab = __builtin_shufflevector(fa, fb, 0, 2, 4, 6) + __builtin_shufflevector(fa, fb, 1, 3, 5, 7);
+    f32x4 cd = __builtin_shufflevector(fc, fd, 0, 2, 4, 6) + __builtin_shufflevector(fc, fd, 1, 3, 5, 7);
+    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 }
 
 /* R rows of W from n on with TT rows of x from t on. One accumulator per product, whatever R and TT are, so that an
@@ -57,44 +57,43 @@ INLINE void NAME(block)(const struct gemm_few_args *a, uint32_t t, uint32_t n, c
                         enum mat_dtype dtype)
 {
     const uint32_t K = a->w->cols;
-    const uint64_t row_bytes = (uint64_t)K * mat_elem_bytes(dtype);
-    const uint8_t *w = (const uint8_t *)a->w->data + n * row_bytes;
-    const float *x = a->x + t * a->ldx;
-    NAME(vf) acc[R][TT];
-#pragma GCC unroll 32
-    for (int r = 0; r < R; r++) {
-#pragma GCC unroll 32
-        for (int i = 0; i < TT; i++)
-            acc[r][i] = (NAME(vf)){0};
-    }
-    uint32_t k = 0;
-    for (; k + VW <= K; k += VW) {
-        NAME(vf) wv[R];
+    const uint64_t w_row = (uint64_t)K * mat_elem_bytes(dtype), x_row = a->ldx * sizeof(float);
+    const char *w = (const char *)a->w->data + n * w_row;
+    const char *x = (const char *)(a->x + t * a->ldx);
+    NAME(vf) acc[8][6] = {0}; /* sizes known without R and TT: only then does the compiler keep it in registers */
+    uint32_t left = K;
+    for (; left >= VW; left -= VW) {
+        NAME(vf) wv[8];
 #pragma GCC unroll 32
         for (int r = 0; r < R; r++)
-            wv[r] = NAME(load)(w + (uint64_t)r * row_bytes, k, dtype);
+            wv[r] = NAME(load)(w + (uint64_t)r * w_row, 0, dtype);
 #pragma GCC unroll 32
         for (int i = 0; i < TT; i++) {
-            NAME(vf) xv = *(const NAME(vf_mem) *)(x + (uint64_t)i * a->ldx + k);
+            NAME(vf) xv = NAME(load)(x + (uint64_t)i * x_row, 0, MAT_F32);
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++)
                 acc[r][i] += wv[r] * xv;
         }
+        w += VW * mat_elem_bytes(dtype);
+        x += VW * sizeof(float);
     }
-    if (k < K) {
+    if (left) {
 #pragma GCC unroll 32
         for (int i = 0; i < TT; i++) {
-            NAME(vf) xv = NAME(load_tail)(x + (uint64_t)i * a->ldx, k, K - k, MAT_F32);
+            NAME(vf) xv = NAME(load_tail)(x + (uint64_t)i * x_row, 0, left, MAT_F32);
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++)
-                acc[r][i] += NAME(load_tail)(w + (uint64_t)r * row_bytes, k, K - k, dtype) * xv;
+                acc[r][i] += NAME(load_tail)(w + (uint64_t)r * w_row, 0, left, dtype) * xv;
         }
     }
 #pragma GCC unroll 32
     for (int i = 0; i < TT; i++) {
+        float *y = a->y + (t + i) * a->ldy + n;
 #pragma GCC unroll 32
-        for (int r = 0; r < R; r++)
-            a->y[(t + i) * a->ldy + n + r] = NAME(sum)(acc[r][i]);
+        for (int r = 0; r < R; r += 4) {
+            f32x4 s = NAME(sum4)(acc[r][i], acc[(r + 1) % R][i], acc[(r + 2) % R][i], acc[(r + 3) % R][i]);
+            memcpy(y + r, &s, (R - r < 4 ? R - r : 4) * sizeof(float));
+        }
     }
 }
 
@@ -109,8 +108,10 @@ INLINE void NAME(block)(const struct gemm_few_args *a, uint32_t t, uint32_t n, c
 
 INLINE void NAME(few_of)(const struct gemm_few_args *a, uint32_t first, uint32_t end, enum mat_dtype dtype)
 {
+    uint32_t groups = (a->t + MAX_TT - 1) / MAX_TT;
     for (uint32_t t = 0, tt; t < a->t; t += tt) {
-        tt = a->t - t < MAX_TT ? a->t - t : MAX_TT;
+        tt = (a->t - t + groups - 1) / groups; /* 8 rows are 4 and 4, not 6 and 2 */
+        groups--;
         uint32_t n = first;
         switch (tt) {
             BLOCKS(CASE)
@@ -179,3 +180,5 @@ const struct gemm_kernels NAME(gemm_kernels) = {
 #undef BLOCKS
 #undef MAX_TT
 #undef CVT_F16
+#undef CVT_BF16
+#undef FOLD
