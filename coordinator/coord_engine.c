@@ -1,0 +1,242 @@
+/* The engine: the one thread that decides. It sleeps until mail comes or the next time limit is due. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "coordinator/coord_internal.h"
+
+#define TURN_MAX_US     250000  /* it turns at least so often, to be seen alive */
+#define DRAIN_TURN_US   10000   /* while draining: live requests may end outside of this thread */
+#define PAUSE_US        1000000 /* a turn this much late: the whole process was stopped or starved */
+#define MAIL_BATCH      256     /* nodes taken between two looks at the clock */
+#define CLIENTS_WAIT_US 1000000 /* for calls that were failed at the end of a drain */
+
+void engine_publish(struct engine *e, int state, const char *reason)
+{
+    struct coord *c = e->coord;
+    int old = atomic_load(&c->state);
+    pthread_mutex_lock(&c->pub_mu);
+    snprintf(c->reason, sizeof c->reason, "%s", reason);
+    pthread_mutex_unlock(&c->pub_mu);
+    atomic_store_explicit(&c->state, state, memory_order_release);
+    bool ready = state == TANDEM__V1__SERVER_INFO__STATE__READY;
+    rpc_health_set(c->health, "tandem.v1.Inference", ready);
+    rpc_health_set(c->health, "readiness", ready);
+    if (state != old)
+        log_line(&c->log, LOG_DEBUG, "state %d: %s", state, reason);
+}
+
+void engine_events(struct engine *e, int64_t now_us)
+{
+    struct sched_event ev;
+    if (!e->sched)
+        return;
+    do {
+        while (sched_next_event(e->sched, &ev))
+            request_event(e, &ev, now_us);
+        if (!e->dirty)
+            return;
+        requests_flush_dirty(e, now_us); /* may end a request, which makes an event */
+    } while (true);
+}
+
+/* A rank that is far behind the others computes something else, or its results are lost. */
+static bool too_far_behind(struct engine *e, int64_t now_us)
+{
+    const struct group *g = &e->group;
+    for (uint32_t r = 0; r < g->size; r++)
+        if (g->last_sent - g->rank[r]->last_step >= COORD_STEP_RING) {
+            group_lost(e, now_us, false, "rank %u was lost: it is %" PRIu64 " steps behind", r,
+                       g->last_sent - g->rank[r]->last_step);
+            return true;
+        }
+    return false;
+}
+
+void engine_pump(struct engine *e, int64_t now_us)
+{
+    struct group *g = &e->group;
+    struct sched_plan plan;
+    struct status st = STATUS_INIT;
+    uint32_t bad = 0;
+    /* plans first: ranks compute while we write to clients */
+    while (g->serving && sched_plan(e->sched, now_us, &plan)) {
+        g->last_sent = plan.step;
+        g->sent_us[plan.step % COORD_STEP_RING] = now_us;
+        if (plan_send(e->scratch, g, &plan, &bad, &st) != ST_OK)
+            group_lost(e, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
+        else if (too_far_behind(e, now_us))
+            break;
+    }
+    engine_events(e, now_us);
+}
+
+/* ---- the end ---- */
+
+static void stop_advance(struct engine *e, int64_t now_us)
+{
+    struct coord *c = e->coord;
+    struct status st = STATUS_INIT;
+    bool empty = atomic_load(&c->live_requests) == 0;
+    bool due = now_us >= e->stop_until_us;
+    if (e->stop == STOP_DRAINING && (empty || due)) {
+        status_set(&st, ST_UNAVAILABLE, "the server is stopping");
+        if (!empty)
+            log_line(&c->log, LOG_WARN, "stopping with %u live requests", atomic_load(&c->live_requests));
+        requests_end_all(e, &st, now_us);
+        for (struct link *l = e->drains.next, *next; l != &e->drains; l = next) {
+            next = l->next;
+            container_of(l, struct control_call, link)->until_us = now_us;
+        }
+        e->stop = STOP_CLIENTS;
+        e->stop_until_us = now_us + CLIENTS_WAIT_US;
+    } else if (e->stop == STOP_CLIENTS && (empty || due)) {
+        group_shutdown(e, now_us, "the coordinator stops");
+        e->stop = STOP_RANKS;
+        e->stop_until_us = now_us + COORD_CLOSE_MS * 1000;
+    } else if (e->stop == STOP_RANKS && (list_empty(&e->conns) || due)) {
+        if (!e->drained_told) {
+            e->drained_told = true;
+            supervisor_line(c, "drained");
+        }
+        e->stop = STOP_DONE;
+        uint64_t one = 1;
+        ssize_t unused = write(c->done_fd, &one, sizeof one);
+        (void)unused; /* an eventfd takes it */
+    }
+}
+
+static void take_stop(struct engine *e, uint32_t flags, int64_t now_us)
+{
+    struct coord *c = e->coord;
+    if ((flags & STOP_DRAIN) && e->stop == STOP_NONE) {
+        log_line(&c->log, LOG_INFO, "stopping: %u live requests get %u ms to end (a second signal: none)",
+                 atomic_load(&c->live_requests), c->opt.drain_timeout_ms);
+        e->stop = STOP_DRAINING;
+        e->stop_until_us = now_us + (int64_t)c->opt.drain_timeout_ms * 1000;
+        e->draining = true;
+        engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__DRAINING, "draining: the server will stop");
+    }
+    if ((flags & STOP_NOW) && e->stop != STOP_NONE)
+        e->stop_until_us = now_us;
+    if (flags & STOP_QUIT)
+        e->quit = true;
+}
+
+/* ---- the loop ---- */
+
+static void take_mail(struct engine *e, struct mail *m, uint32_t flags, int64_t now_us)
+{
+    switch (m->kind) {
+    case MAIL_REQUEST: {
+        struct request *r = container_of(m, struct request, mail);
+        request_handle_mail(e, r, flags, now_us);
+        request_unref(r);
+        return;
+    }
+    case MAIL_CONN: {
+        struct rank_conn *conn = container_of(m, struct rank_conn, mail);
+        group_handle_mail(e, conn, flags, now_us);
+        conn_unref(conn);
+        return;
+    }
+    case MAIL_CONTROL:
+        control_handle(e, container_of(m, struct control_call, mail), now_us);
+        return;
+    case MAIL_STOP:
+        take_stop(e, flags, now_us);
+        return;
+    }
+}
+
+static void check_times(struct engine *e, int64_t now_us)
+{
+    group_check(e, now_us);
+    if (e->sched && sched_next_deadline_us(e->sched) <= now_us)
+        sched_expire(e->sched, now_us);
+    requests_check_slow(e, now_us);
+    engine_pump(e, now_us);
+    control_check_drains(e, now_us);
+    stop_advance(e, now_us);
+}
+
+static int64_t next_wake_us(const struct engine *e, int64_t now_us)
+{
+    int64_t next = now_us + (e->draining ? DRAIN_TURN_US : TURN_MAX_US);
+    next = min_i64(next, group_next_us(e));
+    if (e->sched)
+        next = min_i64(next, sched_next_deadline_us(e->sched));
+    if (!list_empty(&e->stalled)) {
+        const struct request *r = container_of(e->stalled.next, struct request, stalled_link);
+        next = min_i64(next, r->stalled_us + (int64_t)e->coord->opt.slow_client_timeout_ms * 1000);
+    }
+    return next;
+}
+
+static void *engine_main(void *arg)
+{
+    struct engine *e = arg;
+    struct mailbox *box = &e->coord->box;
+    int64_t turned_us = coord_now_us();
+    for (;;) {
+        uint32_t flags = 0;
+        struct mail *m = mailbox_take(box, &flags, e->quit ? 0 : next_wake_us(e, turned_us));
+        if (!m && e->quit)
+            return NULL;
+        int64_t now_us = coord_now_us();
+        if (now_us - turned_us > TURN_MAX_US + PAUSE_US) {
+            log_line(&e->coord->log, LOG_WARN, "this process stood still for %.1f s",
+                     (double)(now_us - turned_us) / 1e6);
+            group_forgive_silence(e, now_us);
+        }
+        turned_us = now_us;
+        atomic_store_explicit(&e->coord->alive_us, now_us, memory_order_relaxed);
+        for (unsigned n = 1; m; n++) {
+            take_mail(e, m, flags, now_us);
+            m = n < MAIL_BATCH ? mailbox_take(box, &flags, 0) : NULL;
+        }
+        check_times(e, now_us);
+    }
+}
+
+enum status_code engine_start(struct coord *c, struct status *st)
+{
+    struct engine *e = &c->engine;
+    e->coord = c;
+    list_init(&e->conns);
+    list_init(&e->drains);
+    list_init(&e->stalled);
+    enum status_code rc = requests_init(e, st);
+    if (rc == ST_OK)
+        rc = plan_scratch_create(&e->scratch, st);
+    if (rc != ST_OK)
+        return rc;
+    engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__STARTING, "starting: no worker group is ready yet");
+    int err = pthread_create(&e->thread, NULL, engine_main, e);
+    if (err)
+        return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "starting the engine thread");
+    e->started = true;
+    return ST_OK;
+}
+
+void engine_stop(struct coord *c)
+{
+    struct engine *e = &c->engine;
+    if (e->started) {
+        mailbox_post(&c->box, &c->stop_mail, STOP_QUIT);
+        pthread_join(e->thread, NULL);
+    }
+    while (e->coord && !list_empty(&e->drains)) { /* their calls are closed */
+        struct control_call *cc = container_of(e->drains.next, struct control_call, link);
+        list_remove(&cc->link);
+        control_unref(cc);
+    }
+    sched_destroy(e->sched);
+    plan_scratch_destroy(e->scratch);
+    if (e->group.ready)
+        protobuf_c_message_free_unpacked(&e->group.ready->base, NULL);
+    if (e->coord)
+        requests_fini(e);
+}

@@ -1,0 +1,389 @@
+/* The worker group: who is in it, whether all are alive, when it ends. Engine thread.
+ *
+ *     (none) --first Hello: new epoch--> attaching --all Hellos--> loading --all Ready--> serving
+ *        ^---------------- lost: stream closed, Fault, silence, step overdue, wrong result ------'
+ *
+ * A group ends as a whole: the survivors get Shutdown{relaunch} and their streams are closed; those who do not go in
+ * COORD_CLOSE_MS are cut off. The next group may attach at once: an ending stream belongs to no group. */
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "coordinator/coord_internal.h"
+
+/* ---- ends ---- */
+
+/* The stream gets this status after what is queued; if the rank does not take it, it is cut off later. */
+void group_end_conn(struct rank_conn *conn, const struct status *st, int64_t now_us)
+{
+    rpc_call_finish(conn->call, st, 0);
+    conn->state = CONN_ENDING;
+    conn->until_us = now_us + COORD_CLOSE_MS * 1000;
+}
+
+static void send_shutdown(struct engine *e, struct rank_conn *conn, const char *reason, bool relaunch, int64_t now_us)
+{
+    Tandem__V1__Shutdown shutdown = TANDEM__V1__SHUTDOWN__INIT;
+    Tandem__V1__CoordinatorMessage m = TANDEM__V1__COORDINATOR_MESSAGE__INIT;
+    struct status st = STATUS_INIT;
+    shutdown.reason = (char *)reason; /* packing only reads */
+    shutdown.relaunch = relaunch;
+    m.epoch = e->group.epoch;
+    m.body_case = TANDEM__V1__COORDINATOR_MESSAGE__BODY_SHUTDOWN;
+    m.shutdown = &shutdown;
+    if (rpc_call_send(conn->call, &m.base, &st) != ST_OK) /* the stream's end says enough */
+        log_line(&e->coord->log, LOG_DEBUG, "Shutdown to rank %u: %s", conn->rank, st.message);
+    group_end_conn(conn, NULL, now_us);
+}
+
+static void dissolve(struct engine *e, const char *reason, bool relaunch, int64_t now_us)
+{
+    struct group *g = &e->group;
+    for (uint32_t r = 0; r < g->size; r++) {
+        struct rank_conn *conn = g->rank[r];
+        g->rank[r] = NULL;
+        if (conn && conn->state == CONN_MEMBER)
+            send_shutdown(e, conn, reason, relaunch, now_us);
+        conn_unref(conn);
+    }
+    g->live = g->serving = false;
+    g->n_attached = g->n_ready = 0;
+}
+
+void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fmt, ...)
+{
+    struct group *g = &e->group;
+    struct coord *c = e->coord;
+    if (!g->live)
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(e->lost_reason, sizeof e->lost_reason, fmt, ap);
+    va_end(ap);
+    log_line(&c->log, LOG_ERROR, "the worker group of epoch %" PRIu64 " is lost: %s", g->epoch, e->lost_reason);
+    bool served = g->serving;
+    dissolve(e, e->lost_reason, true, now_us);
+    char reason[320];
+    snprintf(reason, sizeof reason, "%s; waiting for a new worker group", e->lost_reason);
+    if (e->draining)
+        engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__DRAINING, "draining: the server will stop");
+    else
+        engine_publish(
+            e, g->had_one ? TANDEM__V1__SERVER_INFO__STATE__RECOVERING : TANDEM__V1__SERVER_INFO__STATE__STARTING,
+            reason);
+    if (served) {
+        sched_detach(e->sched, now_us);
+        engine_events(e, now_us);
+    }
+    supervisor_line(c, "group-lost epoch=%" PRIu64 " permanent=%d reason=%s", g->epoch, permanent, e->lost_reason);
+}
+
+void group_shutdown(struct engine *e, int64_t now_us, const char *reason)
+{
+    struct group *g = &e->group;
+    if (!g->live)
+        return;
+    bool served = g->serving;
+    dissolve(e, reason, false, now_us);
+    snprintf(e->lost_reason, sizeof e->lost_reason, "%s", reason);
+    if (served) {
+        sched_detach(e->sched, now_us);
+        engine_events(e, now_us);
+    }
+}
+
+/* ---- Hello ---- */
+
+static enum status_code check_hello(const struct engine *e, const Tandem__V1__Hello *h, struct status *st)
+{
+    const struct group *g = &e->group;
+    uint32_t tp = e->coord->opt.tp;
+    if (h->protocol != RPC_WORKER_PROTOCOL)
+        return status_set(st, ST_FAILED_PRECONDITION,
+                          "protocol: %u, this coordinator speaks %d: use binaries of one build", h->protocol,
+                          RPC_WORKER_PROTOCOL);
+    if (h->size < 1 || h->size > COORD_MAX_RANKS || h->rank >= h->size)
+        return status_set(st, ST_FAILED_PRECONDITION, "rank %u of %u, expected a size of 1 to %d and a rank below it",
+                          h->rank, h->size, COORD_MAX_RANKS);
+    if (tp && h->size != tp)
+        return status_set(st, ST_FAILED_PRECONDITION,
+                          "size: the worker group has %u ranks, the coordinator expects %u (--tp %u)", h->size, tp, tp);
+    if (e->stop != STOP_NONE)
+        return status_set(st, ST_UNAVAILABLE, "the coordinator is stopping");
+    if (g->live && g->launch_id != h->launch_id)
+        return status_set(st, ST_ALREADY_EXISTS,
+                          "a worker group is attached already (epoch %" PRIu64 ", %u of %u ranks); only one can be",
+                          g->epoch, g->n_attached, g->size);
+    if (g->live && g->size != h->size)
+        return status_set(st, ST_FAILED_PRECONDITION, "size: %u, the others of this launch say %u", h->size, g->size);
+    return ST_OK;
+}
+
+static void new_group(struct engine *e, const Tandem__V1__Hello *h, int64_t now_us)
+{
+    struct group *g = &e->group;
+    g->live = true;
+    g->launch_id = h->launch_id;
+    g->size = h->size;
+    g->epoch++;
+    g->started_us = now_us;
+    g->attach_until_us = now_us + COORD_ATTACH_MS * 1000;
+    g->last_sent = 0;
+    if (e->coord->opt.tp == 0)
+        log_line(&e->coord->log, LOG_INFO, "epoch %" PRIu64 ": a group of %u ranks attaches", g->epoch, g->size);
+}
+
+static enum status_code send_welcome(struct engine *e, struct rank_conn *conn, struct status *st)
+{
+    Tandem__V1__Welcome welcome = TANDEM__V1__WELCOME__INIT;
+    Tandem__V1__CoordinatorMessage m = TANDEM__V1__COORDINATOR_MESSAGE__INIT;
+    welcome.heartbeat_interval_ms = e->coord->opt.heartbeat_interval_ms;
+    m.epoch = e->group.epoch;
+    m.body_case = TANDEM__V1__COORDINATOR_MESSAGE__BODY_WELCOME;
+    m.welcome = &welcome;
+    return rpc_call_send(conn->call, &m.base, st);
+}
+
+static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V1__Hello *h, int64_t now_us)
+{
+    struct group *g = &e->group;
+    struct status st = STATUS_INIT;
+    /* Its old stream broke and we did not see it yet. */
+    if (g->live && g->launch_id == h->launch_id && h->rank < g->size && g->rank[h->rank])
+        group_lost(e, now_us, false, "rank %u was lost: it attached again", h->rank);
+    if (check_hello(e, h, &st) != ST_OK) {
+        log_line(&e->coord->log, LOG_WARN, "refused a rank from %s: %s", rpc_call_peer(conn->call), st.message);
+        group_end_conn(conn, &st, now_us);
+        return;
+    }
+    if (!g->live)
+        new_group(e, h, now_us);
+    conn->state = CONN_MEMBER;
+    conn->rank = h->rank;
+    conn->pid = h->pid;
+    text_sanitize(conn->host, sizeof conn->host, h->host, strlen(h->host));
+    text_sanitize(conn->device, sizeof conn->device, h->device, strlen(h->device));
+    conn_ref(conn);
+    g->rank[h->rank] = conn;
+    g->n_attached++;
+    log_line(&e->coord->log, LOG_INFO, "rank %u of %u attached: pid %u on %s, %s", conn->rank, g->size, conn->pid,
+             conn->host, conn->device);
+    if (send_welcome(e, conn, &st) != ST_OK)
+        group_lost(e, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
+}
+
+/* ---- the rest of its messages ---- */
+
+static void take_loading(struct engine *e, struct rank_conn *conn, const Tandem__V1__Loading *l)
+{
+    if (l->total_bytes == 0)
+        return;
+    double share = (double)l->done_bytes / (double)l->total_bytes;
+    unsigned tenths = share >= 1.0 ? 10 : (unsigned)(share * 10.0);
+    if (tenths <= conn->progress)
+        return;
+    conn->progress = tenths;
+    log_line(&e->coord->log, tenths == 10 ? LOG_INFO : LOG_DEBUG, "rank %u loads: %u %% of %.1f MB", conn->rank,
+             10 * tenths, (double)l->total_bytes / 1e6);
+}
+
+/* Takes m over when it keeps it. */
+static bool take_ready(struct engine *e, struct rank_conn *conn, Tandem__V1__RankMessage *m, int64_t now_us)
+{
+    struct group *g = &e->group;
+    struct status st = STATUS_INIT;
+    bool kept = false;
+    if (group_take_ready(e, conn, m->ready, &st) != ST_OK) {
+        group_lost(e, now_us, true, "rank %u: Ready: %s", conn->rank, st.message);
+        return false;
+    }
+    if (conn->rank == 0) {
+        if (g->ready)
+            protobuf_c_message_free_unpacked(&g->ready->base, NULL);
+        g->ready = m;
+        kept = true;
+    }
+    if (g->n_ready == g->size && group_serve(e, now_us, &st) != ST_OK)
+        group_lost(e, now_us, true, "the group cannot serve: %s", st.message);
+    return kept;
+}
+
+static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__V1__StepResult *r, int64_t now_us)
+{
+    struct group *g = &e->group;
+    struct status st = STATUS_INIT;
+    if (!g->serving || r->step != conn->last_step + 1 || r->step > g->last_sent) {
+        group_lost(e, now_us, false, "rank %u was lost: it answered step %" PRIu64 ", expected %" PRIu64, conn->rank,
+                   r->step, conn->last_step + 1);
+        return;
+    }
+    conn->last_step = r->step;
+    conn->last_result_us = now_us;
+    if (conn->rank != 0)
+        return;
+    for (size_t i = 0; i < r->n_token_ids; i++)
+        if (r->token_ids[i] >= g->vocab_size) {
+            group_lost(e, now_us, false, "rank 0 was lost: step %" PRIu64 " sampled id %u, the vocabulary has %u",
+                       r->step, r->token_ids[i], g->vocab_size);
+            return;
+        }
+    g->last_step_us = r->compute_us;
+    if (sched_result(e->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, &st) != ST_OK) {
+        group_lost(e, now_us, false, "rank 0 was lost: step %" PRIu64 ": %s", r->step, st.message);
+        return;
+    }
+    engine_pump(e, now_us);
+}
+
+static void take_fault(struct engine *e, struct rank_conn *conn, const Tandem__V1__Fault *f, int64_t now_us)
+{
+    char text[200];
+    text_sanitize(text, sizeof text, f->message, strlen(f->message));
+    group_lost(e, now_us, f->permanent, "rank %u: %s (%s)", conn->rank, text, status_name((enum status_code)f->code));
+}
+
+/* True when m was kept. */
+static bool take_message(struct engine *e, struct rank_conn *conn, Tandem__V1__RankMessage *m, int64_t now_us)
+{
+    if (conn->state == CONN_ENDING)
+        return false;
+    bool hello = m->body_case == TANDEM__V1__RANK_MESSAGE__BODY_HELLO;
+    if (hello != (conn->state == CONN_NEW)) {
+        struct status st = STATUS_INIT;
+        status_set(&st, ST_FAILED_PRECONDITION, hello ? "Hello came twice" : "expected Hello first");
+        if (conn->state == CONN_MEMBER)
+            group_lost(e, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
+        else
+            group_end_conn(conn, &st, now_us);
+        return false;
+    }
+    if (hello) {
+        take_hello(e, conn, m->hello, now_us);
+        return false;
+    }
+    if (m->epoch != e->group.epoch)
+        return false;
+    switch (m->body_case) {
+    case TANDEM__V1__RANK_MESSAGE__BODY_LOADING:
+        take_loading(e, conn, m->loading);
+        return false;
+    case TANDEM__V1__RANK_MESSAGE__BODY_READY:
+        return take_ready(e, conn, m, now_us);
+    case TANDEM__V1__RANK_MESSAGE__BODY_RESULT:
+        take_result(e, conn, m->result, now_us);
+        return false;
+    case TANDEM__V1__RANK_MESSAGE__BODY_FAULT:
+        take_fault(e, conn, m->fault, now_us);
+        return false;
+    default:
+        return false;
+    }
+}
+
+void group_handle_mail(struct engine *e, struct rank_conn *conn, uint32_t flags, int64_t now_us)
+{
+    if (flags & CONN_OPENED) {
+        conn_ref(conn); /* the engine's */
+        list_append(&e->conns, &conn->link);
+        conn->until_us = now_us + COORD_HELLO_MS * 1000;
+    }
+    for (Tandem__V1__RankMessage *m; (m = conn_next_message(conn));)
+        if (!take_message(e, conn, m, now_us))
+            protobuf_c_message_free_unpacked(&m->base, NULL);
+    if (flags & (CONN_HALF_CLOSED | CONN_CLOSED)) {
+        if (conn->state == CONN_MEMBER)
+            group_lost(e, now_us, false, "rank %u was lost: its stream was closed", conn->rank);
+        if (conn->state == CONN_NEW || !(flags & CONN_CLOSED))
+            group_end_conn(conn, NULL, now_us);
+    }
+    if (flags & CONN_CLOSED) {
+        list_remove(&conn->link);
+        conn_unref(conn);
+    }
+}
+
+/* ---- time ---- */
+
+/* When the rank began the step that it owes us: it was sent, and the step before was done. INT64_MAX: it owes none. */
+static int64_t step_began_us(const struct group *g, const struct rank_conn *conn)
+{
+    if (!g->serving || conn->last_step == g->last_sent)
+        return INT64_MAX;
+    int64_t sent = g->sent_us[(conn->last_step + 1) % COORD_STEP_RING];
+    return sent > conn->last_result_us ? sent : conn->last_result_us;
+}
+
+void group_forgive_silence(struct engine *e, int64_t now_us)
+{
+    struct group *g = &e->group;
+    for (uint32_t r = 0; g->live && r < g->size; r++)
+        if (g->rank[r]) {
+            atomic_store(&g->rank[r]->heard_us, now_us);
+            g->rank[r]->last_result_us = now_us;
+        }
+}
+
+static void check_rank(struct engine *e, struct rank_conn *conn, int64_t now_us)
+{
+    const struct coord_options *o = &e->coord->opt;
+    struct group *g = &e->group;
+    int64_t silent_us = now_us - atomic_load(&conn->heard_us);
+    if (silent_us >= (int64_t)o->heartbeat_timeout_ms * 1000) {
+        group_lost(e, now_us, false, "rank %u was lost: no heartbeat for %.1f s", conn->rank, (double)silent_us / 1e6);
+        return;
+    }
+    int64_t began_us = step_began_us(g, conn);
+    if (began_us != INT64_MAX && now_us - began_us >= (int64_t)o->step_timeout_ms * 1000)
+        group_lost(e, now_us, false, "rank %u was lost: step %" PRIu64 " takes longer than %u ms", conn->rank,
+                   conn->last_step + 1, o->step_timeout_ms);
+}
+
+void group_check(struct engine *e, int64_t now_us)
+{
+    struct group *g = &e->group;
+    for (struct link *l = e->conns.next, *next; l != &e->conns; l = next) {
+        struct rank_conn *conn = container_of(l, struct rank_conn, link);
+        struct status st = STATUS_INIT;
+        next = l->next;
+        if (conn->state == CONN_MEMBER || conn->until_us > now_us)
+            continue;
+        if (conn->state == CONN_NEW) {
+            status_set(&st, ST_DEADLINE_EXCEEDED, "no Hello within %d ms", COORD_HELLO_MS);
+            group_end_conn(conn, &st, now_us);
+        } else {
+            status_set(&st, ST_ABORTED, "the epoch is over");
+            rpc_call_cancel(conn->call, &st);
+            conn->until_us = now_us + COORD_CLOSE_MS * 1000;
+        }
+    }
+    for (uint32_t r = 0; g->live && r < g->size; r++)
+        if (g->rank[r])
+            check_rank(e, g->rank[r], now_us);
+    if (g->live && g->n_attached < g->size && now_us >= g->attach_until_us)
+        group_lost(e, now_us, false, "%u of %u ranks attached within %d s", g->n_attached, g->size,
+                   COORD_ATTACH_MS / 1000);
+}
+
+int64_t group_next_us(const struct engine *e)
+{
+    const struct coord_options *o = &e->coord->opt;
+    const struct group *g = &e->group;
+    int64_t next = INT64_MAX;
+    for (const struct link *l = e->conns.next; l != &e->conns; l = l->next) {
+        const struct rank_conn *conn = container_of(l, struct rank_conn, link);
+        if (conn->state != CONN_MEMBER)
+            next = min_i64(next, conn->until_us);
+    }
+    for (uint32_t r = 0; g->live && r < g->size; r++) {
+        if (!g->rank[r])
+            continue;
+        next = min_i64(next, atomic_load(&g->rank[r]->heard_us) + (int64_t)o->heartbeat_timeout_ms * 1000);
+        int64_t began_us = step_began_us(g, g->rank[r]);
+        if (began_us != INT64_MAX)
+            next = min_i64(next, began_us + (int64_t)o->step_timeout_ms * 1000);
+    }
+    if (g->live && g->n_attached < g->size)
+        next = min_i64(next, g->attach_until_us);
+    return next;
+}

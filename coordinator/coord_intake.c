@@ -1,0 +1,354 @@
+/* Intake: the threads between a client's bytes and the engine. Unpack, validate, tokenize, then REQUEST_SUBMIT. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "coordinator/coord_internal.h"
+
+/* Prompts in intake at most, in messages of the largest size. */
+#define INTAKE_MESSAGES 8
+
+static void copy_facts(struct coord *c, struct model_facts *out)
+{
+    pthread_mutex_lock(&c->pub_mu);
+    *out = c->model;
+    pthread_mutex_unlock(&c->pub_mu);
+}
+
+/* ---- one field after the other; messages name it as the .proto does ---- */
+
+static enum status_code take_name(struct coord *c, struct request *r, const ProtobufCBinaryData *id, struct status *st)
+{
+    if (id->len == 0) {
+        uint64_t n = c->intake.name_seed + atomic_fetch_add(&c->intake.counter, 1);
+        snprintf(r->name, sizeof r->name, "req-%016llx", (unsigned long long)n);
+        return ST_OK;
+    }
+    if (id->len > COORD_MAX_NAME)
+        return status_set(st, ST_INVALID_ARGUMENT, "request_id: %zu bytes, expected at most %d", id->len,
+                          COORD_MAX_NAME);
+    for (size_t i = 0; i < id->len; i++) {
+        unsigned char ch = id->data[i];
+        bool ok = (ch >= '0' && ch <= '9') || (ch >= 'A' && ch <= 'Z') || (ch >= 'a' && ch <= 'z') || ch == '.' ||
+                  ch == '_' || ch == ':' || ch == '-';
+        if (!ok)
+            return status_set(st, ST_INVALID_ARGUMENT, "request_id: byte 0x%02x at %zu, expected [A-Za-z0-9._:-]", ch,
+                              i);
+    }
+    memcpy(r->name, id->data, id->len);
+    r->name[id->len] = '\0';
+    return ST_OK;
+}
+
+static enum status_code check_model(const struct coord *c, const ProtobufCBinaryData *model, struct status *st)
+{
+    const char *name = c->opt.served_name;
+    if (model->len == 0 || (model->len == strlen(name) && memcmp(model->data, name, model->len) == 0))
+        return ST_OK;
+    char got[65];
+    text_sanitize(got, sizeof got, model->data, model->len);
+    return status_set(st, ST_NOT_FOUND, "model: \"%s\" is not served here, expected \"%s\" or nothing", got, name);
+}
+
+static enum status_code draw_seed(uint64_t *seed, struct status *st)
+{
+    ssize_t n;
+    do
+        n = getrandom(seed, sizeof *seed, 0);
+    while (n < 0 && errno == EINTR);
+    return n == (ssize_t)sizeof *seed ? ST_OK : status_errno(st, ST_INTERNAL, errno, "getrandom");
+}
+
+static enum status_code take_sampling(struct request *r, const Tandem__V1__Sampling *s, const struct model_facts *m,
+                                      struct status *st)
+{
+    r->sample = (struct sched_sample){.temperature = m->temperature, .top_k = m->top_k, .top_p = m->top_p};
+    if (s && s->temperature_is_case) {
+        if (!(s->temperature >= 0.0f && s->temperature <= 100.0f)) /* so written, NaN fails too */
+            return status_set(st, ST_INVALID_ARGUMENT, "sampling.temperature: %g, expected 0 to 100",
+                              (double)s->temperature);
+        r->sample.temperature = s->temperature;
+    }
+    if (s && s->top_k_is_case)
+        r->sample.top_k = s->top_k;
+    if (s && s->top_p_is_case) {
+        if (!(s->top_p > 0.0f && s->top_p <= 1.0f))
+            return status_set(st, ST_INVALID_ARGUMENT, "sampling.top_p: %g, expected over 0, at most 1",
+                              (double)s->top_p);
+        r->sample.top_p = s->top_p;
+    }
+    if (s && s->seed_is_case) {
+        r->sample.seed = s->seed;
+        return ST_OK;
+    }
+    return draw_seed(&r->sample.seed, st);
+}
+
+static enum status_code take_stop_ids(struct request *r, const Tandem__V1__Stopping *s, const struct model_facts *m,
+                                      struct status *st)
+{
+    size_t n_own = s ? s->n_stop_token_ids : 0;
+    uint32_t n_eos = s && s->ignore_eos ? 0 : m->n_eos;
+    if (n_own > COORD_MAX_STOP_IDS)
+        return status_set(st, ST_INVALID_ARGUMENT, "stopping.stop_token_ids: %zu ids, expected at most %d", n_own,
+                          COORD_MAX_STOP_IDS);
+    for (size_t i = 0; i < n_own; i++)
+        if (s->stop_token_ids[i] >= m->vocab_size)
+            return status_set(st, ST_INVALID_ARGUMENT, "stopping.stop_token_ids[%zu]: %u, expected below %u", i,
+                              s->stop_token_ids[i], m->vocab_size);
+    if (n_own + n_eos == 0)
+        return ST_OK;
+    r->stop = malloc((n_own + n_eos) * sizeof *r->stop);
+    if (!r->stop)
+        return status_nomem(st, "stop ids", (n_own + n_eos) * sizeof *r->stop);
+    memcpy(r->stop, m->eos, n_eos * sizeof *r->stop);
+    if (n_own)
+        memcpy(r->stop + n_eos, s->stop_token_ids, n_own * sizeof *r->stop);
+    r->n_stop = n_eos + (uint32_t)n_own;
+    return ST_OK;
+}
+
+/* r->prompt from the text; *n may be anything up to what 16 MB of text give. */
+static enum status_code take_text(struct coord *c, struct request *r, const Tandem__V1__GenerateRequest *m, size_t *n,
+                                  struct status *st)
+{
+    if (m->text.len == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "text: empty, expected a prompt");
+    unsigned flags = m->add_special_tokens_is_case && !m->add_special_tokens ? 0 : TOK_ADD_SPECIAL;
+    if (tok_encode(c->tok, (const char *)m->text.data, m->text.len, flags, &r->prompt, n, st) != ST_OK)
+        return status_prefix(st, "text");
+    if (*n == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "text: makes no token, expected a prompt");
+    return ST_OK;
+}
+
+/* The ids are taken over from the message, not copied. */
+static enum status_code take_ids(struct request *r, Tandem__V1__TokenIds *ids, size_t *n, struct status *st)
+{
+    if (!ids || ids->n_ids == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "token_ids: empty, expected a prompt");
+    *n = ids->n_ids;
+    r->prompt = ids->ids;
+    ids->ids = NULL;
+    ids->n_ids = 0;
+    return ST_OK;
+}
+
+static enum status_code take_prompt(struct coord *c, struct request *r, Tandem__V1__GenerateRequest *m,
+                                    const struct model_facts *facts, struct status *st)
+{
+    size_t n = 0;
+    enum status_code rc;
+    const char *field = "text";
+    switch (m->prompt_case) {
+    case TANDEM__V1__GENERATE_REQUEST__PROMPT_TEXT:
+        rc = take_text(c, r, m, &n, st);
+        break;
+    case TANDEM__V1__GENERATE_REQUEST__PROMPT_TOKEN_IDS:
+        rc = take_ids(r, m->token_ids, &n, st);
+        field = "token_ids";
+        break;
+    default:
+        return status_set(st, ST_INVALID_ARGUMENT, "prompt: not given, expected text or token_ids");
+    }
+    if (rc != ST_OK)
+        return rc;
+    if (n >= facts->max_context)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "%s: %zu tokens, expected at most %u: the context of %u has to hold a new token too", field,
+                          n, facts->max_context - 1, facts->max_context);
+    for (size_t i = 0; i < n; i++)
+        if (r->prompt[i] >= facts->vocab_size)
+            return status_set(st, ST_INVALID_ARGUMENT, "%s: token %zu is %u, expected below %u, the vocabulary", field,
+                              i, r->prompt[i], facts->vocab_size);
+    r->n_prompt = (uint32_t)n;
+    return ST_OK;
+}
+
+static enum status_code take_max_tokens(struct coord *c, struct request *r, const Tandem__V1__Stopping *s,
+                                        const struct model_facts *facts, struct status *st)
+{
+    uint32_t left = facts->max_context - r->n_prompt; /* at least 1 */
+    if (!s || !s->max_tokens_is_case) {
+        r->max_new = min_u32(c->opt.default_max_tokens, left);
+        return ST_OK;
+    }
+    if (s->max_tokens > left)
+        return status_set(
+            st, ST_INVALID_ARGUMENT,
+            "stopping.max_tokens: %u, expected at most %u: the prompt takes %u of the context's %u tokens",
+            s->max_tokens, left, r->n_prompt, facts->max_context);
+    r->max_new = s->max_tokens;
+    return ST_OK;
+}
+
+static enum status_code validate(struct coord *c, struct request *r, Tandem__V1__GenerateRequest *m, struct status *st)
+{
+    struct model_facts facts;
+    copy_facts(c, &facts);
+    enum status_code rc;
+    if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
+        (rc = take_sampling(r, m->sampling, &facts, st)) != ST_OK ||
+        (rc = take_stop_ids(r, m->stopping, &facts, st)) != ST_OK)
+        return rc;
+    if (m->stopping && m->stopping->max_tokens_is_case && m->stopping->max_tokens == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "stopping.max_tokens: 0, expected at least 1");
+    /* last, because it can take long */
+    if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||
+        (rc = take_max_tokens(c, r, m->stopping, &facts, st)) != ST_OK)
+        return rc;
+    if ((rc = tok_stream_create(&r->decoder, c->tok, TOK_SKIP_SPECIAL, st)) != ST_OK)
+        return rc;
+    tok_stream_prime(r->decoder, r->prompt, r->n_prompt);
+    return ST_OK;
+}
+
+static void work(struct coord *c, struct request *r)
+{
+    struct status st = STATUS_INIT;
+    enum status_code rc = ST_OK;
+    if (atomic_load_explicit(&r->cancelled, memory_order_relaxed))
+        return;
+    if (r->deadline_us <= coord_now_us()) {
+        rc = status_set(&st, ST_DEADLINE_EXCEEDED, "the deadline passed before the prompt was read");
+    } else {
+        ProtobufCMessage *m = rpc_unpack(&tandem__v1__generate_request__descriptor, r->raw, r->raw_len);
+        free(r->raw);
+        r->raw = NULL;
+        if (!m)
+            rc = status_set(&st, ST_INVALID_ARGUMENT, "not a valid tandem.v1.GenerateRequest");
+        else
+            rc = validate(c, r, (Tandem__V1__GenerateRequest *)m, &st);
+        if (m)
+            protobuf_c_message_free_unpacked(m, NULL);
+    }
+    if (rc != ST_OK) {
+        log_line(&c->log, LOG_DEBUG, "refused %s: %s", r->name, st.message);
+        rpc_call_finish(r->call, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
+        return;
+    }
+    request_ref(r);
+    if (!mailbox_post(&c->box, &r->mail, REQUEST_SUBMIT))
+        request_unref(r);
+}
+
+/* ---- the two threads ---- */
+
+struct intake_arg {
+    struct coord *c;
+    int lane;
+};
+
+static struct request *intake_pop(struct intake *in, int lane)
+{
+    for (;;) {
+        for (int l = lane; l >= 0; l--) { /* the second thread helps the first, not the other way round */
+            struct request *r = in->head[l];
+            if (!r)
+                continue;
+            in->head[l] = r->intake_next;
+            if (!in->head[l])
+                in->tail[l] = &in->head[l];
+            return r;
+        }
+        if (in->stop)
+            return NULL;
+        pthread_cond_wait(&in->cond[lane], &in->mu);
+    }
+}
+
+static void *intake_main(void *p)
+{
+    struct intake_arg arg = *(struct intake_arg *)p;
+    struct intake *in = &arg.c->intake;
+    free(p);
+    pthread_mutex_lock(&in->mu);
+    for (struct request *r; (r = intake_pop(in, arg.lane));) {
+        bool stopping = in->stop;
+        size_t bytes = r->raw_len;
+        pthread_mutex_unlock(&in->mu);
+        if (stopping) {
+            struct status st = STATUS_INIT;
+            status_set(&st, ST_UNAVAILABLE, "the server is stopping");
+            rpc_call_finish(r->call, &st, 0);
+        } else {
+            work(arg.c, r);
+        }
+        request_unref(r);
+        pthread_mutex_lock(&in->mu);
+        in->n--;
+        in->bytes -= bytes;
+    }
+    pthread_mutex_unlock(&in->mu);
+    return NULL;
+}
+
+enum status_code intake_push(struct coord *c, struct request *r, struct status *st)
+{
+    struct intake *in = &c->intake;
+    int lane = r->raw_len > COORD_BIG_MESSAGE;
+    enum status_code rc = ST_OK;
+    pthread_mutex_lock(&in->mu);
+    if (in->stop)
+        rc = status_set(st, ST_UNAVAILABLE, "the server is stopping");
+    else if (in->n >= c->opt.max_queued)
+        rc = status_set(st, ST_RESOURCE_EXHAUSTED, "%u prompts wait to be tokenized: the limit (--max-queued)", in->n);
+    else if (in->bytes > 0 && in->bytes + r->raw_len > (uint64_t)INTAKE_MESSAGES * c->opt.max_message_bytes)
+        rc = status_set(st, ST_RESOURCE_EXHAUSTED, "%llu bytes of prompts wait to be tokenized: the limit",
+                        (unsigned long long)in->bytes);
+    if (rc == ST_OK) {
+        request_ref(r);
+        r->intake_next = NULL;
+        *in->tail[lane] = r;
+        in->tail[lane] = &r->intake_next;
+        in->n++;
+        in->bytes += r->raw_len;
+        pthread_cond_signal(&in->cond[lane]);
+        if (lane == 0 && in->head[0] != r) /* the first thread is behind */
+            pthread_cond_signal(&in->cond[1]);
+    }
+    pthread_mutex_unlock(&in->mu);
+    return rc;
+}
+
+enum status_code intake_start(struct coord *c, struct status *st)
+{
+    struct intake *in = &c->intake;
+    pthread_mutex_init(&in->mu, NULL);
+    atomic_init(&in->counter, 0);
+    enum status_code rc = draw_seed(&in->name_seed, st);
+    if (rc != ST_OK)
+        return rc;
+    for (int i = 0; i < 2; i++) {
+        in->tail[i] = &in->head[i];
+        pthread_cond_init(&in->cond[i], NULL);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct intake_arg *arg = malloc(sizeof *arg);
+        if (!arg)
+            return status_nomem(st, "intake thread", sizeof *arg);
+        *arg = (struct intake_arg){c, i};
+        int err = pthread_create(&in->thread[i], NULL, intake_main, arg);
+        if (err) {
+            free(arg);
+            return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "starting a tokenizer thread");
+        }
+        in->n_threads++;
+    }
+    return ST_OK;
+}
+
+void intake_stop(struct coord *c)
+{
+    struct intake *in = &c->intake;
+    pthread_mutex_lock(&in->mu);
+    in->stop = true;
+    pthread_cond_broadcast(&in->cond[0]);
+    pthread_cond_broadcast(&in->cond[1]);
+    pthread_mutex_unlock(&in->mu);
+    for (unsigned i = 0; i < in->n_threads; i++)
+        pthread_join(in->thread[i], NULL);
+    in->n_threads = 0;
+}

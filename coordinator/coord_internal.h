@@ -1,0 +1,465 @@
+/* coord_internal.h - what the files of tandem-coordinator share. Not for other programs.
+ *
+ *     poll threads (rpc)                intake threads (2)              engine thread (1)
+ *     on_open: copy, bound ───────────▶ unpack, validate, ──submit────▶ scheduler, request table,
+ *     on_writable, on_close ──mail───────── tokenize ─────────────────▶ worker group, clock
+ *     rank messages, Control ──mail───────────────────────────────────▶   │ plans to ranks, messages to clients
+ *                                                                         ▼ (rpc_call_send, from the engine)
+ *
+ * One thread decides: the engine owns everything that is not marked otherwise here, and no lock guards it. The others
+ * hand it mail. A mail node is part of the object that it speaks of and carries flags, so posting never allocates, never
+ * fails and never blocks, and the mailbox is bounded by the number of objects, which is bounded where they are made.
+ *
+ * References: a request or rank_conn is counted. One reference each: the rpc call (until on_close), the intake queue,
+ * the mailbox while the node is queued, the engine's tables.
+ */
+#ifndef TANDEM_COORD_INTERNAL_H
+#define TANDEM_COORD_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "coordinator/scheduler.h"
+#include "coordinator/tokenizer.h"
+#include "proto/rpc.h"
+#include "proto/status.h"
+#include "tandem/v1/control.pb-c.h"
+#include "tandem/v1/inference.pb-c.h"
+#include "tandem/v1/worker_control.pb-c.h"
+
+#define COORD_MAX_LISTEN     16
+#define COORD_MAX_RANKS      64
+#define COORD_MAX_CONNS      256  /* streams on the control listener, refused and ending ones included */
+#define COORD_MAX_CONN_MAIL  64   /* messages of one rank that wait for the engine; two results are in flight at most */
+#define COORD_MAX_CONTROL    256  /* Control calls that wait for the engine, Drain calls included */
+#define COORD_MAX_ABORT_IDS  1024 /* control.proto */
+#define COORD_MAX_STOP_IDS   64   /* inference.proto */
+#define COORD_MAX_EOS_IDS    64
+#define COORD_MAX_NAME       128  /* request_id; served name */
+#define COORD_STEP_RING      64   /* a rank that is further behind is lost */
+#define COORD_CLOSE_MS       2000 /* a rank that was told to go gets this long to close its stream */
+#define COORD_HELLO_MS       10000
+#define COORD_ATTACH_MS      60000 /* first Hello to last Hello of a group */
+#define COORD_RETRY_AFTER_MS 1000
+#define COORD_ALIVE_MS       5000 /* an engine that did not turn for so long is not alive */
+#define COORD_BIG_MESSAGE    (64u << 10)
+#define COORD_CHUNK_BYTES    (256u << 10) /* text of one message to a client at most; clients take 4 MiB by default */
+#define COORD_CHUNK_IDS      (64u << 10)
+
+static inline int64_t min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline uint32_t min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* CLOCK_MONOTONIC. */
+int64_t coord_now_us(void);
+
+/* ---- coord_log.c: one line per event on stderr; any thread ---- */
+
+enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
+
+struct coord_log {
+    enum log_level level;
+};
+
+void log_line(const struct coord_log *log, enum log_level level, const char *fmt, ...) STATUS_PRINTF(3, 4);
+
+/* Copies text of a peer for a log line or message: what is not printable ASCII becomes '?'; cut at cap - 1 bytes. */
+void text_sanitize(char *out, size_t cap, const void *text, size_t len);
+
+/* ---- coord_options.c ---- */
+
+struct coord_options {
+    const char *model_dir;
+    char served_name[COORD_MAX_NAME + 1];
+    const char *listen[COORD_MAX_LISTEN];
+    size_t n_listen;
+    char control_listen[160];
+    uint32_t tp; /* 0: whatever size the first group has */
+    uint32_t max_queued;
+    uint64_t max_queued_tokens;
+    uint32_t step_tokens;
+    uint32_t max_running; /* 0: what the ranks report */
+    uint32_t default_max_tokens;
+    uint32_t max_message_bytes;
+    uint32_t pipeline_depth;
+    uint32_t heartbeat_interval_ms;
+    uint32_t heartbeat_timeout_ms;
+    uint32_t step_timeout_ms;
+    uint32_t slow_client_timeout_ms;
+    uint32_t drain_timeout_ms;
+    int supervisor_fd; /* -1: none */
+    enum log_level log_level;
+};
+
+/* *done: --help or --version was printed, nothing else is to do. The error is one line that says what to do. */
+STATUS_MUST_CHECK enum status_code options_parse(struct coord_options *o, int argc, char **argv, bool *done,
+                                                 struct status *st);
+
+/* ---- coord_mail.c: mail to the engine ---- */
+
+enum mail_kind { MAIL_REQUEST, MAIL_CONN, MAIL_CONTROL, MAIL_STOP };
+
+struct mail {
+    struct mail *next;   /* mailbox lock */
+    uint32_t flags;      /* mailbox lock: what happened since the engine last took the node */
+    bool queued;         /* mailbox lock */
+    enum mail_kind kind; /* constant */
+};
+
+struct mailbox {
+    pthread_mutex_t mu;
+    pthread_cond_t cond;
+    struct mail *head[2], **tail[2]; /* 0: ranks, taken first, because a step waits for it; 1: the rest */
+    bool waiting;
+};
+
+STATUS_MUST_CHECK enum status_code mailbox_init(struct mailbox *box, struct status *st);
+void mailbox_fini(struct mailbox *box);
+/* True when the node was not queued before: the mailbox then holds a reference, which the caller must have taken. */
+bool mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags);
+/* The next node and its flags; NULL when there is none at until_us (0: do not wait). The reference goes to the caller. */
+struct mail *mailbox_take(struct mailbox *box, uint32_t *flags, int64_t until_us);
+
+/* ---- intrusive list, engine only ---- */
+
+struct link {
+    struct link *prev, *next;
+};
+
+static inline void list_init(struct link *head)
+{
+    head->prev = head->next = head;
+}
+
+static inline bool list_empty(const struct link *head)
+{
+    return head->next == head;
+}
+
+/* A link that is all zero is in no list. */
+static inline bool link_listed(const struct link *l)
+{
+    return l->next != NULL;
+}
+
+static inline void list_append(struct link *head, struct link *l)
+{
+    l->prev = head->prev;
+    l->next = head;
+    head->prev->next = l;
+    head->prev = l;
+}
+
+static inline void list_remove(struct link *l)
+{
+    if (!l->next)
+        return;
+    l->prev->next = l->next;
+    l->next->prev = l->prev;
+    l->prev = l->next = NULL;
+}
+
+#define container_of(ptr, type, member) ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
+
+/* ---- a request ---- */
+
+enum request_mail { REQUEST_SUBMIT = 1, REQUEST_WRITABLE = 2, REQUEST_CLOSED = 4 };
+
+enum request_state {
+    REQUEST_NEW,      /* not in the scheduler yet */
+    REQUEST_LIVE,     /* in the scheduler */
+    REQUEST_FINISHED, /* out of it; text is left that the client did not take yet */
+    REQUEST_CLOSING,  /* all was handed to rpc; on_close is to come */
+    REQUEST_GONE,
+};
+
+struct coord;
+
+struct request {
+    struct mail mail;
+    atomic_uint refs;
+    atomic_bool cancelled;     /* set by on_close: spares the intake threads the work */
+    atomic_bool want_writable; /* set by the engine: on_writable posts mail */
+    /* constant */
+    struct coord *coord;
+    struct rpc_call *call;
+    int64_t arrived_us, deadline_us;
+    /* intake; the engine's from REQUEST_SUBMIT on */
+    struct request *intake_next;
+    void *raw;
+    size_t raw_len;
+    char name[COORD_MAX_NAME + 1];
+    uint32_t *prompt;
+    uint32_t n_prompt;
+    uint32_t max_new;
+    uint32_t *stop; /* the model's own included */
+    uint32_t n_stop;
+    struct sched_sample sample;
+    struct tok_stream *decoder;
+    /* engine */
+    enum request_state state;
+    bool closed;       /* on_close has run: the call takes nothing more */
+    bool first_sent;   /* the message with request_id */
+    bool finish_ready; /* `end` is filled */
+    bool dirty;
+    uint32_t table_index;
+    uint64_t id;                /* of the scheduler */
+    struct request *hash_next;  /* by name */
+    struct request *dirty_next; /* has new output in this round */
+    struct link stalled_link;   /* oldest first */
+    int64_t stalled_us;         /* since then the client took nothing of what waits */
+    char *text;                 /* unsent; bounded by max_new tokens */
+    size_t text_len, text_cap;
+    uint32_t *ids;
+    uint32_t n_ids, ids_cap;
+    struct sched_event end;
+};
+
+void request_ref(struct request *r);
+void request_unref(struct request *r);
+
+/* ---- the model, as the last group reported it; copied out under coord.pub_mu ---- */
+
+struct model_facts {
+    uint32_t vocab_size;
+    uint32_t max_context;
+    float temperature, top_p;
+    uint32_t top_k;
+    uint32_t n_eos;
+    uint32_t eos[COORD_MAX_EOS_IDS];
+};
+
+/* ---- coord_intake.c: from bytes to a request that the scheduler can take ---- */
+
+/* Two threads. Short messages are taken by both, long ones (COORD_BIG_MESSAGE) by the second only: a prompt of 16 MB is
+ * tokenized while short ones pass it. */
+struct intake {
+    pthread_mutex_t mu;
+    pthread_cond_t cond[2]; /* one per thread */
+    struct request *head[2], **tail[2];
+    uint32_t n;     /* queued and in work */
+    uint64_t bytes; /* of their messages */
+    bool stop;
+    pthread_t thread[2];
+    unsigned n_threads;
+    atomic_uint_least64_t counter; /* of names that we make */
+    uint64_t name_seed;
+};
+
+STATUS_MUST_CHECK enum status_code intake_start(struct coord *c, struct status *st);
+void intake_stop(struct coord *c); /* requests still queued get UNAVAILABLE */
+/* Takes a reference. RESOURCE_EXHAUSTED when the queue is full (then nothing was taken). */
+STATUS_MUST_CHECK enum status_code intake_push(struct coord *c, struct request *r, struct status *st);
+
+/* ---- a rank's stream ---- */
+
+enum conn_mail { CONN_OPENED = 1, CONN_MESSAGE = 2, CONN_HALF_CLOSED = 4, CONN_CLOSED = 8 };
+
+enum conn_state {
+    CONN_NEW,    /* no Hello yet */
+    CONN_MEMBER, /* of the live group */
+    CONN_ENDING, /* told to go, or refused */
+};
+
+struct conn_msg {
+    struct conn_msg *next;
+    Tandem__V1__RankMessage *m;
+};
+
+struct rank_conn {
+    struct mail mail;
+    atomic_uint refs;
+    struct coord *coord;
+    struct rpc_call *call;
+    /* set by the poll thread, read by the engine */
+    atomic_int_least64_t heard_us; /* last message of any kind */
+    atomic_uint_least64_t beat_step;
+    /* mailbox lock */
+    struct conn_msg *msg_head, **msg_tail;
+    uint32_t n_msg;
+    /* engine */
+    struct link link; /* in engine.conns */
+    enum conn_state state;
+    int64_t until_us; /* NEW: for the Hello; ENDING: for the close */
+    uint32_t rank, pid;
+    char host[80], device[80];
+    uint64_t last_step;
+    int64_t last_result_us;
+    unsigned progress; /* tenths of the weights that were logged */
+    bool ready;
+};
+
+void conn_ref(struct rank_conn *conn);
+void conn_unref(struct rank_conn *conn);
+
+struct group {
+    bool live;    /* attached, in part at least */
+    bool serving; /* all ranks are Ready, the scheduler is attached */
+    bool had_one; /* some group was serving before */
+    uint64_t launch_id;
+    uint64_t epoch;
+    uint32_t size, n_attached, n_ready;
+    struct rank_conn *rank[COORD_MAX_RANKS];
+    int64_t attach_until_us, started_us;
+    /* plans */
+    uint64_t last_sent;
+    int64_t sent_us[COORD_STEP_RING];
+    uint64_t last_step_us; /* computing time of rank 0 */
+    /* what Ready said, worst of all ranks */
+    struct kv_account kv;
+    uint32_t slots, context, step_tokens, vocab_size;
+    Tandem__V1__RankMessage *ready; /* of rank 0; kept after the group is gone, for GetModelInfo */
+};
+
+/* ---- Control calls ---- */
+
+enum control_method { CONTROL_SERVER_INFO, CONTROL_MODEL_INFO, CONTROL_LOAD, CONTROL_ABORT, CONTROL_DRAIN };
+
+struct control_call {
+    struct mail mail;
+    enum control_method method;
+    struct rpc_call *call;
+    ProtobufCMessage *request;
+    atomic_uint refs;   /* the engine's and, until on_close, the call's */
+    atomic_bool closed; /* a Drain whose client went away is not worth the wait */
+    /* DRAIN, engine: */
+    struct link link;
+    int64_t until_us;
+};
+
+/* ---- the engine ---- */
+
+enum stop_mail { STOP_DRAIN = 1, STOP_NOW = 2, STOP_QUIT = 4 };
+
+enum stop_phase {
+    STOP_NONE,
+    STOP_DRAINING, /* until no request is live, or stop_until_us */
+    STOP_CLIENTS,  /* the rest were failed; their calls close */
+    STOP_RANKS,    /* ranks were told to stop */
+    STOP_DONE,     /* main was told */
+};
+
+struct plan_scratch; /* coord_plan.c */
+
+struct engine {
+    struct coord *coord;
+    pthread_t thread;
+    bool started;
+    struct sched *sched; /* NULL before the first group is ready */
+    struct sched_config sched_cfg;
+    struct group group;
+    struct plan_scratch *scratch;
+    struct link conns;
+    struct link stalled; /* requests whose client does not read, oldest first */
+    struct link drains;  /* control calls */
+    struct request *dirty;
+    /* live requests by table index (the scheduler's id is index and generation) and by name */
+    struct request **table;
+    uint32_t *generation, *free_index;
+    uint32_t table_cap, n_free;
+    struct request **by_name;
+    uint32_t name_mask;
+    bool draining, drained_told;
+    int64_t abort_all_us; /* requests that arrived before are to end */
+    enum stop_phase stop;
+    int64_t stop_until_us;
+    bool quit;
+    int64_t planned_wake_us;
+    char lost_reason[256]; /* why the last group went; empty before that */
+};
+
+struct coord {
+    struct coord_options opt;
+    struct coord_log log;
+    struct tokenizer *tok;
+    struct rpc_health *health;
+    struct rpc_server *public_server, *control_server;
+    struct mailbox box;
+    struct intake intake;
+    struct engine engine;
+    struct mail stop_mail;
+    int64_t started_us;
+    int done_fd; /* eventfd: the engine has stopped serving */
+    /* published by the engine */
+    atomic_int state; /* Tandem__V1__ServerInfo__State */
+    atomic_int_least64_t alive_us;
+    atomic_uint max_live;
+    pthread_mutex_t pub_mu;
+    char reason[320];         /* pub_mu: why state is not READY */
+    struct model_facts model; /* pub_mu */
+    /* counted where they are made and freed */
+    atomic_uint live_requests, live_conns, live_control;
+};
+
+/* coord_engine.c */
+STATUS_MUST_CHECK enum status_code engine_start(struct coord *c, struct status *st);
+void engine_stop(struct coord *c); /* after both servers are down; joins */
+/* Sends plans until the pipeline is full, then deals with what the scheduler says. After every call into it. */
+void engine_pump(struct engine *e, int64_t now_us);
+void engine_events(struct engine *e, int64_t now_us);
+void engine_publish(struct engine *e, int state, const char *reason);
+
+/* coord_request.c: engine thread */
+STATUS_MUST_CHECK enum status_code requests_init(struct engine *e, struct status *st);
+void requests_fini(struct engine *e);
+void request_handle_mail(struct engine *e, struct request *r, uint32_t flags, int64_t now_us);
+void request_event(struct engine *e, const struct sched_event *ev, int64_t now_us);
+void requests_flush_dirty(struct engine *e, int64_t now_us);
+struct request *request_by_name(struct engine *e, const char *name);
+/* Ends one request early; its call gets this status. */
+void request_end(struct engine *e, struct request *r, const struct status *st, int64_t now_us);
+uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us);
+/* Drops clients that took nothing for too long. */
+void requests_check_slow(struct engine *e, int64_t now_us);
+
+/* coord_service.c: rpc callbacks of Inference and Control */
+#define COORD_PUBLIC_METHODS 6
+void service_methods(struct coord *c, struct rpc_method *methods);
+
+/* coord_control.c: engine thread */
+void control_handle(struct engine *e, struct control_call *call, int64_t now_us);
+void control_unref(struct control_call *call);
+void control_check_drains(struct engine *e, int64_t now_us);
+
+/* coord_conn.c: rpc callbacks of WorkerControl */
+#define COORD_CONTROL_METHODS 1
+void conn_methods(struct coord *c, struct rpc_method *methods);
+/* The oldest message that waits, NULL when none does. */
+Tandem__V1__RankMessage *conn_next_message(struct rank_conn *conn);
+
+/* coord_group.c: engine thread */
+void group_handle_mail(struct engine *e, struct rank_conn *conn, uint32_t flags, int64_t now_us);
+void group_check(struct engine *e, int64_t now_us);
+int64_t group_next_us(const struct engine *e);
+void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fmt, ...) STATUS_PRINTF(4, 5);
+void group_end_conn(struct rank_conn *conn, const struct status *st, int64_t now_us);
+/* Orderly end: Shutdown{relaunch = false} to all ranks. */
+void group_shutdown(struct engine *e, int64_t now_us, const char *reason);
+/* After a pause of this whole process, silence of the ranks says nothing. */
+void group_forgive_silence(struct engine *e, int64_t now_us);
+
+/* coord_ready.c: what a Ready must hold, and what it makes of the group */
+STATUS_MUST_CHECK enum status_code group_take_ready(struct engine *e, struct rank_conn *conn,
+                                                    const Tandem__V1__Ready *ready, struct status *st);
+STATUS_MUST_CHECK enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st);
+
+/* coord_plan.c */
+STATUS_MUST_CHECK enum status_code plan_scratch_create(struct plan_scratch **out, struct status *st);
+void plan_scratch_destroy(struct plan_scratch *p);
+/* To every rank of the group. On an error *bad_rank is who could not be reached. */
+STATUS_MUST_CHECK enum status_code plan_send(struct plan_scratch *p, const struct group *g,
+                                             const struct sched_plan *plan, uint32_t *bad_rank, struct status *st);
+
+/* coord_supervisor.c: lines to `tandem serve`; any thread */
+void supervisor_line(const struct coord *c, const char *fmt, ...) STATUS_PRINTF(2, 3);
+
+#endif

@@ -1,0 +1,193 @@
+/* tandem-coordinator: start, signals, end. */
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "coordinator/coord_internal.h"
+
+#define ALIVE_CHECK_MS    500
+#define SHUTDOWN_GRACE_MS 500 /* for calls that end anyway; the drain was before */
+
+/* Where a server really listens: the port that was asked for may be 0. */
+static void bound_address(char *out, size_t cap, const char *asked, uint16_t port)
+{
+    const char *colon = strrchr(asked, ':');
+    if (strncmp(asked, "unix:", 5) == 0 || !colon || port == 0)
+        snprintf(out, cap, "%s", asked);
+    else
+        snprintf(out, cap, "%.*s:%u", (int)(colon - asked), asked, port);
+}
+
+static void announce(const struct coord *c)
+{
+    char list[COORD_MAX_LISTEN * 128] = "", control[176];
+    size_t n = 0;
+    for (size_t i = 0; i < c->opt.n_listen; i++) {
+        char one[128];
+        bound_address(one, sizeof one, c->opt.listen[i], rpc_server_port(c->public_server, i));
+        int k = snprintf(list + n, sizeof list - n, "%s%s", i ? "," : "", one);
+        n += k > 0 ? (size_t)k : 0;
+        if (n >= sizeof list)
+            break;
+    }
+    bound_address(control, sizeof control, c->opt.control_listen, rpc_server_port(c->control_server, 0));
+    log_line(&c->log, LOG_INFO, "serving \"%s\" on %s; ranks attach to %s", c->opt.served_name, list, control);
+    supervisor_line(c, "listening public=%s control=%s", list, control);
+}
+
+static enum status_code start_servers(struct coord *c, struct rpc_method *public_methods,
+                                      struct rpc_method *control_methods, struct status *st)
+{
+    service_methods(c, public_methods);
+    rpc_health_methods(c->health, public_methods + COORD_PUBLIC_METHODS);
+    conn_methods(c, control_methods);
+    struct rpc_server_config cfg = {.methods = control_methods,
+                                    .n_methods = COORD_CONTROL_METHODS,
+                                    .listen = (const char *const[]){c->opt.control_listen},
+                                    .n_listen = 1,
+                                    .max_message_bytes = c->opt.max_message_bytes,
+                                    .max_streams = COORD_MAX_CONNS};
+    mode_t old = umask(0077); /* a control socket is for this user */
+    enum status_code rc = rpc_server_start(&c->control_server, &cfg, st);
+    umask(old);
+    if (rc != ST_OK)
+        return status_prefix(st, "--control-listen");
+    cfg = (struct rpc_server_config){.methods = public_methods,
+                                     .n_methods = COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS,
+                                     .listen = c->opt.listen,
+                                     .n_listen = c->opt.n_listen,
+                                     .max_message_bytes = c->opt.max_message_bytes};
+    rc = rpc_server_start(&c->public_server, &cfg, st);
+    return rc == ST_OK ? rc : status_prefix(st, "--listen");
+}
+
+/* Liveness is a verdict on the engine from outside of it. */
+static void check_alive(struct coord *c)
+{
+    int64_t age_us = coord_now_us() - atomic_load_explicit(&c->alive_us, memory_order_relaxed);
+    bool alive = age_us < (int64_t)COORD_ALIVE_MS * 1000;
+    if (!alive)
+        log_line(&c->log, LOG_ERROR, "the engine has not turned for %.1f s", (double)age_us / 1e6);
+    rpc_health_set(c->health, "", alive);
+    rpc_health_set(c->health, "liveness", alive);
+}
+
+/* Until the engine says that it has stopped serving. The first signal drains, the second ends the drain. */
+static void wait_for_end(struct coord *c, int signal_fd)
+{
+    bool stopping = false;
+    for (;;) {
+        struct pollfd fds[2] = {{.fd = signal_fd, .events = POLLIN}, {.fd = c->done_fd, .events = POLLIN}};
+        if (poll(fds, 2, ALIVE_CHECK_MS) < 0 && errno != EINTR)
+            return;
+        if (fds[1].revents)
+            return;
+        struct signalfd_siginfo info;
+        if ((fds[0].revents & POLLIN) && read(signal_fd, &info, sizeof info) == (ssize_t)sizeof info) {
+            mailbox_post(&c->box, &c->stop_mail, stopping ? STOP_NOW : STOP_DRAIN);
+            stopping = true;
+        }
+        check_alive(c);
+    }
+}
+
+static enum status_code block_signals(int *fd, struct status *st)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    signal(SIGPIPE, SIG_IGN);
+    pthread_sigmask(SIG_BLOCK, &set, NULL); /* before the first thread of any library */
+    *fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    return *fd >= 0 ? ST_OK : status_errno(st, ST_INTERNAL, errno, "signalfd");
+}
+
+static enum status_code start(struct coord *c, struct rpc_method *public_methods, struct rpc_method *control_methods,
+                              struct status *st)
+{
+    c->started_us = coord_now_us();
+    c->log.level = c->opt.log_level;
+    c->stop_mail.kind = MAIL_STOP;
+    atomic_init(&c->alive_us, c->started_us);
+    atomic_init(&c->max_live, c->opt.max_queued);
+    pthread_mutex_init(&c->pub_mu, NULL);
+    c->done_fd = eventfd(0, EFD_CLOEXEC);
+    if (c->done_fd < 0)
+        return status_errno(st, ST_INTERNAL, errno, "eventfd");
+    enum status_code rc = tok_load(&c->tok, c->opt.model_dir, st);
+    if (rc != ST_OK)
+        return status_prefix(st, "--model");
+    if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
+        (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
+        return rc;
+    check_alive(c);
+    return start_servers(c, public_methods, control_methods, st);
+}
+
+static void stop(struct coord *c)
+{
+    if (c->health)
+        rpc_health_close_watchers(c->health); /* they would hold up the shutdown */
+    if (c->public_server)
+        rpc_server_shutdown(c->public_server, SHUTDOWN_GRACE_MS);
+    if (c->control_server)
+        rpc_server_shutdown(c->control_server, 0);
+    if (c->intake.n_threads)
+        intake_stop(c);
+    engine_stop(c); /* last: it takes the mail that the others left */
+    rpc_server_destroy(c->public_server);
+    rpc_server_destroy(c->control_server);
+    rpc_health_destroy(c->health);
+    tok_free(c->tok);
+    if (c->engine.coord)
+        mailbox_fini(&c->box);
+    if (c->done_fd >= 0)
+        close(c->done_fd);
+}
+
+int main(int argc, char **argv)
+{
+    struct status st = STATUS_INIT;
+    struct rpc_method public_methods[COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS];
+    struct rpc_method control_methods[COORD_CONTROL_METHODS];
+    int signal_fd = -1, exit_code = 0;
+    bool done = false;
+    struct coord *c = calloc(1, sizeof *c);
+    if (!c) {
+        fprintf(stderr, "tandem-coordinator: out of memory\n");
+        return 1;
+    }
+    c->done_fd = -1;
+    enum status_code rc = options_parse(&c->opt, argc, argv, &done, &st);
+    if (rc != ST_OK || done) {
+        if (rc != ST_OK)
+            fprintf(stderr, "tandem-coordinator: %s\n", st.message);
+        free(c);
+        return rc == ST_OK ? 0 : 2;
+    }
+    rc = block_signals(&signal_fd, &st);
+    if (rc == ST_OK)
+        rc = start(c, public_methods, control_methods, &st);
+    if (rc == ST_OK) {
+        announce(c);
+        wait_for_end(c, signal_fd);
+    } else {
+        fprintf(stderr, "tandem-coordinator: %s\n", st.message);
+        exit_code = 1;
+    }
+    stop(c);
+    if (exit_code == 0)
+        log_line(&c->log, LOG_INFO, "stopped");
+    if (signal_fd >= 0)
+        close(signal_fd);
+    free(c);
+    return exit_code;
+}

@@ -1,0 +1,137 @@
+/* What a rank's Ready must hold, and what all of them together make of the group. */
+#include <string.h>
+
+#include "coordinator/coord_internal.h"
+
+static enum status_code check_ready(const Tandem__V1__Ready *r, struct status *st)
+{
+    const Tandem__V1__ModelInfo *m = r->model;
+    if (r->max_slots < 1 || r->max_slots > 65536)
+        return status_set(st, ST_FAILED_PRECONDITION, "max_slots: %u, expected 1 to 65536", r->max_slots);
+    if (r->max_context_tokens < 2)
+        return status_set(st, ST_FAILED_PRECONDITION, "max_context_tokens: %u, expected at least 2",
+                          r->max_context_tokens);
+    if (r->page_bytes == 0 || r->total_pages == 0 || r->token_bytes >> 31 || r->page_bytes >> 40)
+        return status_set(st, ST_FAILED_PRECONDITION, "KV pool: %llu pages of %llu bytes, %llu bytes a token",
+                          (unsigned long long)r->total_pages, (unsigned long long)r->page_bytes,
+                          (unsigned long long)r->token_bytes);
+    if (r->max_step_tokens == 0)
+        return status_set(st, ST_FAILED_PRECONDITION, "max_step_tokens: 0, expected at least 1");
+    if (r->vocab_size == 0 || !m)
+        return status_set(st, ST_FAILED_PRECONDITION, "vocab_size or model is missing");
+    if (m->n_eos_token_ids > COORD_MAX_EOS_IDS)
+        return status_set(st, ST_FAILED_PRECONDITION, "model.eos_token_ids: %zu, expected at most %d",
+                          m->n_eos_token_ids, COORD_MAX_EOS_IDS);
+    return ST_OK;
+}
+
+enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, const Tandem__V1__Ready *r,
+                                  struct status *st)
+{
+    struct group *g = &e->group;
+    struct kv_account kv = {r->page_bytes, r->token_bytes, r->total_pages};
+    enum status_code rc = check_ready(r, st);
+    if (rc != ST_OK)
+        return rc;
+    if (conn->ready)
+        return status_set(st, ST_FAILED_PRECONDITION, "Ready came twice");
+    if (g->n_ready == 0) {
+        g->kv = kv;
+        g->slots = r->max_slots;
+        g->context = r->max_context_tokens;
+        g->step_tokens = r->max_step_tokens;
+        g->vocab_size = r->vocab_size;
+    } else {
+        if (kv.page_bytes != g->kv.page_bytes)
+            return status_set(st, ST_FAILED_PRECONDITION, "page_bytes: %llu here, %llu on another rank",
+                              (unsigned long long)kv.page_bytes, (unsigned long long)g->kv.page_bytes);
+        if (r->vocab_size != g->vocab_size)
+            return status_set(st, ST_FAILED_PRECONDITION, "vocab_size: %u here, %u on another rank", r->vocab_size,
+                              g->vocab_size);
+        g->kv = kv_account_worst(g->kv, kv);
+        g->slots = min_u32(g->slots, r->max_slots);
+        g->context = min_u32(g->context, r->max_context_tokens);
+        g->step_tokens = min_u32(g->step_tokens, r->max_step_tokens);
+    }
+    conn->ready = true;
+    g->n_ready++;
+    return ST_OK;
+}
+
+static void set_facts(struct engine *e)
+{
+    const struct group *g = &e->group;
+    const Tandem__V1__ModelInfo *m = g->ready->ready->model;
+    struct model_facts f = {.vocab_size = g->vocab_size, .max_context = g->context, .temperature = 1.0f, .top_p = 1.0f};
+    if (m->defaults) {
+        f.temperature = m->defaults->temperature;
+        f.top_k = m->defaults->top_k;
+        if (m->defaults->top_p > 0.0f && m->defaults->top_p <= 1.0f)
+            f.top_p = m->defaults->top_p;
+        if (!(f.temperature >= 0.0f && f.temperature <= 100.0f))
+            f.temperature = 1.0f;
+    }
+    f.n_eos = (uint32_t)m->n_eos_token_ids;
+    if (f.n_eos)
+        memcpy(f.eos, m->eos_token_ids, f.n_eos * sizeof *f.eos);
+    pthread_mutex_lock(&e->coord->pub_mu);
+    e->coord->model = f;
+    pthread_mutex_unlock(&e->coord->pub_mu);
+}
+
+/* The scheduler is made with the first group: only then its budget is known. Queued requests outlive a group, so later
+ * groups must manage the same budget. */
+static enum status_code make_scheduler(struct engine *e, struct status *st)
+{
+    const struct coord_options *o = &e->coord->opt;
+    const struct group *g = &e->group;
+    if (e->sched) {
+        if (g->step_tokens < e->sched_cfg.step_token_budget)
+            return status_set(st, ST_FAILED_PRECONDITION, "max_step_tokens: %u, this server plans steps of %u",
+                              g->step_tokens, e->sched_cfg.step_token_budget);
+        return ST_OK;
+    }
+    e->sched_cfg = (struct sched_config){.max_slots = g->slots,
+                                         .max_context = g->context,
+                                         .step_token_budget = min_u32(g->step_tokens, o->step_tokens),
+                                         .max_queued = o->max_queued,
+                                         .max_queued_tokens = o->max_queued_tokens,
+                                         .depth = o->pipeline_depth,
+                                         .kv = g->kv};
+    return sched_create(&e->sched, &e->sched_cfg, st);
+}
+
+enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st)
+{
+    struct group *g = &e->group;
+    struct coord *c = e->coord;
+    if (c->opt.max_running)
+        g->slots = min_u32(g->slots, c->opt.max_running);
+    enum status_code rc = make_scheduler(e, st);
+    if (rc == ST_OK)
+        rc = sched_attach(e->sched, now_us, g->slots, g->context, &g->kv, st);
+    if (rc != ST_OK)
+        return rc;
+    set_facts(e);
+    g->serving = true;
+    g->had_one = true;
+    g->last_sent = 0;
+    /* a slot's worth of requests may have ended and wait for their clients to read the rest */
+    atomic_store(&c->max_live, c->opt.max_queued + 2 * g->slots + 64);
+    for (uint32_t r = 0; r < g->size; r++)
+        g->rank[r]->last_result_us = now_us;
+    log_line(&c->log, LOG_INFO,
+             "ready: epoch %llu, %u ranks, %u slots, context %u, %llu pages of %llu bytes, steps of %u tokens, %.1f s "
+             "after the first rank",
+             (unsigned long long)g->epoch, g->size, g->slots, g->context, (unsigned long long)g->kv.total_pages,
+             (unsigned long long)g->kv.page_bytes, e->sched_cfg.step_token_budget,
+             (double)(now_us - g->started_us) / 1e6);
+    if (tok_vocab_size(c->tok) > g->vocab_size)
+        log_line(&c->log, LOG_WARN, "the tokenizer has %u ids, the model %u: prompts with one of the rest are refused",
+                 tok_vocab_size(c->tok), g->vocab_size);
+    engine_publish(e, e->draining ? TANDEM__V1__SERVER_INFO__STATE__DRAINING : TANDEM__V1__SERVER_INFO__STATE__READY,
+                   e->draining ? "draining: the server will stop" : "");
+    supervisor_line(c, "ready epoch=%llu", (unsigned long long)g->epoch);
+    engine_pump(e, now_us);
+    return ST_OK;
+}
