@@ -1,0 +1,24 @@
+# Tests and benchmarks of the model side of a rank (worker/engine.h and what it is made of).
+if(NOT TARGET tandem_memory OR NOT TARGET tandem_attention OR NOT TARGET tandem_comm)
+  return()
+endif()
+pkg_check_modules(JANSSON REQUIRED IMPORTED_TARGET jansson) # the one of worker/ is not seen here
+set(TEST_DATA TEST_DATA="${CMAKE_CURRENT_SOURCE_DIR}/data")
+
+add_library(tandem_engine_group STATIC engine_group.c)
+target_link_libraries(tandem_engine_group PUBLIC tandem_engine Threads::Threads)
+
+if(TANDEM_TESTS)
+  tandem_check(shard tandem_engine)
+  tandem_check(sample tandem_engine m)
+  tandem_check(safetensors tandem_engine)
+  tandem_check(engine tandem_engine_group m)
+  foreach(name safetensors engine)
+    if(TARGET check_${name})
+      target_compile_definitions(check_${name} PRIVATE ${TEST_DATA})
+    endif()
+  endforeach()
+
+  add_executable(engine_run engine_run.c)
+  target_link_libraries(engine_run PRIVATE tandem_engine_group PkgConfig::JANSSON)
+endif()

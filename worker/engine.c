@@ -1,0 +1,281 @@
+#include "worker/engine.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "worker/engine_internal.h"
+
+#define DEFAULT_SLOTS       256
+#define DEFAULT_STEP_TOKENS 512
+#define MAX_SLOTS           65536u
+#define MAX_STEP_TOKENS     65536u
+#define KV_ELEM_BYTES       4 /* float32: greedy ids then equal those of a float32 reference */
+
+_Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
+
+/* ---- create ---- */
+
+/* The cores that this process may run on, shared among the ranks of this machine. */
+static uint32_t default_threads(const struct comm *comm)
+{
+    cpu_set_t set;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        cores = CPU_COUNT(&set);
+    uint32_t share = cores > 0 ? (uint32_t)cores / comm_local_size(comm) : 0;
+    return share ? share : 1;
+}
+
+static enum status_code in_range(const char *field, uint32_t value, uint32_t min, uint32_t max, struct status *st)
+{
+    if (value >= min && value <= max)
+        return ST_OK;
+    return status_set(st, ST_INVALID_ARGUMENT, "%s: %u, expected %u to %u", field, value, min, max);
+}
+
+static enum status_code read_limits(struct engine *e, const struct engine_config *cfg, struct status *st)
+{
+    struct engine_info *info = &e->info;
+    info->max_slots = cfg->max_slots ? cfg->max_slots : DEFAULT_SLOTS;
+    info->max_step_tokens = cfg->max_step_tokens ? cfg->max_step_tokens : DEFAULT_STEP_TOKENS;
+    info->max_context = cfg->max_context ? cfg->max_context : e->model.max_context;
+    enum status_code rc;
+    if ((rc = in_range("ranks", comm_size(cfg->comm), 1, SHARD_MAX_RANKS, st)) != ST_OK ||
+        (rc = in_range("max_slots", info->max_slots, 1, MAX_SLOTS, st)) != ST_OK ||
+        (rc = in_range("max_step_tokens", info->max_step_tokens, 1, MAX_STEP_TOKENS, st)) != ST_OK)
+        return rc;
+    if (info->max_context > e->model.max_context)
+        return status_set(st, ST_INVALID_ARGUMENT, "max_context: %u, expected at most %u, the model's own",
+                          info->max_context, e->model.max_context);
+    return ST_OK;
+}
+
+static enum status_code create_kv(struct engine *e, const struct engine_config *cfg, struct status *st)
+{
+    const struct engine_info *info = &e->info;
+    struct kv_account a = {
+        .page_bytes = cfg->page_bytes ? cfg->page_bytes : KV_PAGE_BYTES_DEFAULT,
+        .token_bytes = (uint64_t)e->model.layers * 2 * e->shard.kv_heads.count * e->model.head_dim * KV_ELEM_BYTES,
+    };
+    uint64_t useful = kv_pages_for(&a, info->max_context) * info->max_slots, budget = cfg->kv_bytes;
+    if (budget == 0) {
+        budget = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / 4 / comm_local_size(cfg->comm);
+        if (budget / a.page_bytes > useful)
+            budget = useful * a.page_bytes;
+    }
+    a.total_pages = budget / a.page_bytes;
+    if (a.token_bytes == 0)
+        a.total_pages = 0;
+    else if (a.total_pages == 0)
+        return status_set(st, ST_RESOURCE_EXHAUSTED,
+                          "kv_bytes: %llu bytes of KV memory, less than one page of %llu bytes",
+                          (unsigned long long)budget, (unsigned long long)a.page_bytes);
+    const struct kv_pool_config kv = {
+        .ops = &kv_ops_host,
+        .slots = info->max_slots,
+        .max_tokens = info->max_context,
+        .layers = e->model.layers,
+        .kv_heads = e->shard.kv_heads.count,
+        .head_dim = e->model.head_dim,
+        .elem_bytes = KV_ELEM_BYTES,
+        .page_bytes = a.page_bytes,
+        .total_pages = a.total_pages,
+    };
+    return kv_pool_create(&e->kv, &kv, st);
+}
+
+static enum status_code create_buffers(struct engine *e, struct status *st)
+{
+    uint64_t slots = e->info.max_slots, rows = e->info.max_step_tokens;
+    e->slot = calloc(slots, sizeof *e->slot);
+    e->row_token = calloc(rows, sizeof *e->row_token);
+    e->seq = calloc(rows, sizeof *e->seq);
+    e->sample = calloc(slots, sizeof *e->sample);
+    e->sampled_slot = calloc(slots, sizeof *e->sampled_slot);
+    e->token = calloc(slots, sizeof *e->token);
+    if (!e->slot || !e->row_token || !e->seq || !e->sample || !e->sampled_slot || !e->token)
+        return status_nomem(st, "slots of the engine", slots * sizeof *e->slot + rows * sizeof *e->seq);
+    return ST_OK;
+}
+
+static void fill_info(struct engine *e)
+{
+    struct engine_info *info = &e->info;
+    const struct model_config *m = &e->model;
+    info->vocab_size = m->vocab_size;
+    info->kv = kv_pool_account(e->kv);
+    info->weight_bytes = e->weights.bytes;
+    uint32_t threads = threads_count(e->pool);
+    snprintf(info->device, sizeof info->device, "host, %u thread%s", threads, threads == 1 ? "" : "s");
+    memcpy(info->architecture, m->architecture, sizeof info->architecture);
+    info->layers = m->layers;
+    info->hidden = m->hidden;
+    info->heads = m->heads;
+    info->kv_heads = m->kv_heads;
+    info->head_dim = m->head_dim;
+    info->bos_id = m->bos_id;
+    memcpy(info->eos_ids, m->eos_ids, sizeof info->eos_ids);
+    info->n_eos = m->n_eos;
+    info->temperature = m->temperature;
+    info->top_p = m->top_p;
+    info->top_k = m->top_k;
+}
+
+/* Cheap things first: a wrong option is reported before gigabytes are read. */
+static enum status_code create_parts(struct engine *e, const struct engine_config *cfg, struct status *st)
+{
+    enum status_code rc;
+    uint32_t rank = comm_rank(cfg->comm), ranks = comm_size(cfg->comm);
+    uint32_t threads = cfg->threads ? cfg->threads : default_threads(cfg->comm);
+    if ((rc = model_config_load(&e->model, cfg->model_dir, st)) != ST_OK || (rc = read_limits(e, cfg, st)) != ST_OK)
+        return rc;
+    e->comm = cfg->comm;
+    shard_heads(&e->shard.heads, &e->shard.kv_heads, e->model.heads, e->model.kv_heads, rank, ranks);
+    e->shard.inner = shard_even(e->model.inner, rank, ranks);
+    e->shard.vocab = shard_even(e->model.vocab_size, rank, ranks);
+    if ((rc = threads_create(&e->pool, threads, st)) != ST_OK || (rc = create_buffers(e, st)) != ST_OK ||
+        (rc = create_kv(e, cfg, st)) != ST_OK)
+        return rc;
+    const struct model_progress progress = {cfg->progress, cfg->progress_ctx};
+    if ((rc = model_weights_load(&e->weights, cfg->model_dir, &e->model, &e->shard, progress, st)) != ST_OK)
+        return rc;
+    const struct forward_config forward = {
+        .model = &e->model,
+        .weights = &e->weights,
+        .shard = &e->shard,
+        .comm = cfg->comm,
+        .pool = e->pool,
+        .kv = e->kv,
+        .max_rows = e->info.max_step_tokens,
+        .max_samples = e->info.max_slots < e->info.max_step_tokens ? e->info.max_slots : e->info.max_step_tokens,
+        .max_context = e->info.max_context,
+    };
+    return forward_create(&e->forward, &forward, st);
+}
+
+enum status_code engine_create(struct engine **out, const struct engine_config *cfg, struct status *st)
+{
+    struct engine *e = calloc(1, sizeof *e);
+    if (!e)
+        return status_nomem(st, "engine", sizeof *e);
+    enum status_code rc = create_parts(e, cfg, st);
+    if (rc != ST_OK) {
+        engine_destroy(e);
+        return rc;
+    }
+    fill_info(e);
+    *out = e;
+    return ST_OK;
+}
+
+void engine_destroy(struct engine *e)
+{
+    if (!e)
+        return;
+    forward_destroy(e->forward);
+    model_weights_unload(&e->weights);
+    kv_pool_destroy(e->kv);
+    free(e->slot);
+    free(e->row_token);
+    free(e->seq);
+    free(e->sample);
+    free(e->sampled_slot);
+    free(e->token);
+    threads_destroy(e->pool);
+    free(e);
+}
+
+struct engine_info engine_info(const struct engine *e)
+{
+    return e->info;
+}
+
+void engine_reset(struct engine *e)
+{
+    kv_pool_reset(e->kv);
+    memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
+    e->step = 0;
+    e->checks = 0;
+}
+
+/* ---- step ---- */
+
+static void release_and_admit(struct engine *e, const Tandem__V1__StepPlan *plan)
+{
+    /* Steps run one after the other here: what the step before read is free at once. */
+    for (size_t i = 0; i < plan->n_release_slots; i++) {
+        kv_slot_release(e->kv, plan->release_slots[i], plan->step - 1);
+        e->slot[plan->release_slots[i]].live = false;
+    }
+    kv_pool_complete(e->kv, plan->step - 1);
+    for (size_t i = 0; i < plan->n_admits; i++) {
+        struct engine_slot *s = &e->slot[plan->admits[i]->slot];
+        s->live = true;
+        s->has_token = false;
+        s->length = 0;
+        s->sample = engine_sample_params(plan->admits[i]->sample);
+    }
+}
+
+/* Adds a sequence of n rows; its tokens stand in row_token already. */
+static enum status_code add_seq(struct engine *e, struct forward_batch *b, uint32_t slot, uint32_t n, bool sample,
+                                struct status *st)
+{
+    struct engine_slot *s = &e->slot[slot];
+    enum status_code rc = kv_slot_grow(e->kv, slot, s->length + n, st);
+    if (rc != ST_OK)
+        return rc;
+    e->seq[b->seqs++] = (struct forward_seq){.slot = slot, .first_row = b->rows, .rows = n, .position = s->length};
+    b->rows += n;
+    s->length += n;
+    s->has_token = false;
+    if (sample) {
+        e->sampled_slot[b->samples] = slot;
+        e->sample[b->samples++] =
+            (struct forward_sample){.row = b->rows - 1, .position = s->length, .params = s->sample};
+    }
+    return ST_OK;
+}
+
+static enum status_code add_all(struct engine *e, struct forward_batch *b, const Tandem__V1__StepPlan *plan,
+                                struct status *st)
+{
+    enum status_code rc;
+    for (size_t i = 0; i < plan->n_decode_slots; i++) {
+        e->row_token[b->rows] = e->slot[plan->decode_slots[i]].last_token;
+        if ((rc = add_seq(e, b, plan->decode_slots[i], 1, true, st)) != ST_OK)
+            return rc;
+    }
+    for (size_t i = 0; i < plan->n_prefills; i++) {
+        const Tandem__V1__PrefillChunk *chunk = plan->prefills[i];
+        memcpy(e->row_token + b->rows, chunk->token_ids, chunk->n_token_ids * sizeof *chunk->token_ids);
+        if ((rc = add_seq(e, b, chunk->slot, (uint32_t)chunk->n_token_ids, chunk->sample, st)) != ST_OK)
+            return rc;
+    }
+    return ST_OK;
+}
+
+enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan, struct engine_result *result,
+                             struct status *st)
+{
+    enum status_code rc = engine_plan_check(e, plan, st);
+    if (rc != ST_OK)
+        return rc;
+    release_and_admit(e, plan);
+    struct forward_batch b = {.token = e->row_token, .seq = e->seq, .sample = e->sample};
+    if ((rc = add_all(e, &b, plan, st)) != ST_OK || (rc = forward_run(e->forward, &b, e->token, st)) != ST_OK) {
+        status_prefix(st, "step %llu", (unsigned long long)plan->step);
+        return rc;
+    }
+    for (uint32_t i = 0; i < b.samples; i++) {
+        struct engine_slot *s = &e->slot[e->sampled_slot[i]];
+        s->last_token = e->token[i];
+        s->has_token = true;
+    }
+    e->step = plan->step;
+    *result = (struct engine_result){e->token, b.samples, kv_pool_stats(e->kv).mapped_pages};
+    return ST_OK;
+}

@@ -1,0 +1,168 @@
+/* engine_plan.c - a plan is checked as a whole before any of it is carried out: a rank that refuses a plan has not
+ * changed its slots or pages, and says which of the plan's facts is wrong. */
+#include "worker/engine_internal.h"
+
+struct check {
+    struct engine *e;
+    uint64_t step;
+    uint64_t number; /* of this check */
+    uint64_t rows;
+    uint64_t pages; /* in use after the plan */
+};
+
+struct sample_params engine_sample_params(const Tandem__V1__SampleParams *p)
+{
+    if (!p)
+        return (struct sample_params){0};
+    return (struct sample_params){
+        .temperature = p->temperature,
+        .top_k = p->top_k,
+        .top_p = p->top_p,
+        .seed = p->seed,
+    };
+}
+
+static enum status_code find_slot(const struct check *c, const char *what, uint32_t slot, struct engine_slot **out,
+                                  struct status *st)
+{
+    if (slot >= c->e->info.max_slots)
+        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: %s slot %u, expected 0 to %u",
+                          (unsigned long long)c->step, what, slot, c->e->info.max_slots - 1);
+    *out = &c->e->slot[slot];
+    return ST_OK;
+}
+
+static enum status_code contradiction(const struct check *c, const char *what, uint32_t slot, const char *why,
+                                      struct status *st)
+{
+    return status_set(st, ST_INTERNAL, "step %llu: %s slot %u: %s", (unsigned long long)c->step, what, slot, why);
+}
+
+static bool live_after_admits(const struct check *c, const struct engine_slot *s)
+{
+    return s->admitted_by == c->number || (s->live && s->released_by != c->number);
+}
+
+static enum status_code check_releases(struct check *c, const Tandem__V1__StepPlan *plan, struct status *st)
+{
+    for (size_t i = 0; i < plan->n_release_slots; i++) {
+        uint32_t slot = plan->release_slots[i];
+        struct engine_slot *s = NULL;
+        enum status_code rc = find_slot(c, "release of", slot, &s, st);
+        if (rc != ST_OK)
+            return rc;
+        if (!s->live)
+            return contradiction(c, "release of", slot, "it is free", st);
+        if (s->released_by == c->number)
+            return contradiction(c, "release of", slot, "named twice", st);
+        s->released_by = c->number;
+        c->pages -= kv_pages_for(&c->e->info.kv, s->length);
+    }
+    return ST_OK;
+}
+
+static enum status_code check_admits(struct check *c, const Tandem__V1__StepPlan *plan, struct status *st)
+{
+    for (size_t i = 0; i < plan->n_admits; i++) {
+        uint32_t slot = plan->admits[i]->slot;
+        struct engine_slot *s = NULL;
+        enum status_code rc = find_slot(c, "admission to", slot, &s, st);
+        if (rc != ST_OK)
+            return rc;
+        if (s->admitted_by == c->number)
+            return contradiction(c, "admission to", slot, "named twice", st);
+        if (live_after_admits(c, s))
+            return contradiction(c, "admission to", slot, "it is taken", st);
+        s->admitted_by = c->number;
+        struct sample_params p = engine_sample_params(plan->admits[i]->sample);
+        if ((rc = sample_check(&p, st)) != ST_OK) {
+            status_prefix(st, "step %llu: admission to slot %u", (unsigned long long)c->step, slot);
+            return rc;
+        }
+    }
+    return ST_OK;
+}
+
+/* n rows more for the slot. */
+static enum status_code check_rows(struct check *c, const char *what, uint32_t slot, struct engine_slot *s, uint64_t n,
+                                   struct status *st)
+{
+    const struct engine_info *info = &c->e->info;
+    if (!live_after_admits(c, s))
+        return contradiction(c, what, slot, "it was not admitted", st);
+    if (s->run_by == c->number)
+        return contradiction(c, what, slot, "it has rows already in this plan", st);
+    s->run_by = c->number;
+    c->rows += n;
+    if (c->rows > info->max_step_tokens)
+        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: more than %u rows", (unsigned long long)c->step,
+                          info->max_step_tokens);
+    uint64_t length = s->admitted_by == c->number ? 0 : s->length;
+    if (length + n > info->max_context)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "step %llu: %s slot %u: %llu tokens and %llu more, expected at most %u",
+                          (unsigned long long)c->step, what, slot, (unsigned long long)length, (unsigned long long)n,
+                          info->max_context);
+    c->pages += kv_pages_for(&info->kv, length + n) - kv_pages_for(&info->kv, length);
+    return ST_OK;
+}
+
+static enum status_code check_decodes(struct check *c, const Tandem__V1__StepPlan *plan, struct status *st)
+{
+    for (size_t i = 0; i < plan->n_decode_slots; i++) {
+        uint32_t slot = plan->decode_slots[i];
+        struct engine_slot *s = NULL;
+        enum status_code rc = find_slot(c, "decode of", slot, &s, st);
+        if (rc != ST_OK || (rc = check_rows(c, "decode of", slot, s, 1, st)) != ST_OK)
+            return rc;
+        if (s->admitted_by == c->number || !s->has_token)
+            return contradiction(c, "decode of", slot, "it has no sampled token to go on with", st);
+    }
+    return ST_OK;
+}
+
+static enum status_code check_prefill(struct check *c, const Tandem__V1__PrefillChunk *chunk, struct status *st)
+{
+    struct engine_slot *s = NULL;
+    enum status_code rc = find_slot(c, "prefill of", chunk->slot, &s, st);
+    if (rc != ST_OK)
+        return rc;
+    if (chunk->n_token_ids == 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: no tokens",
+                          (unsigned long long)c->step, chunk->slot);
+    if (chunk->n_token_ids > c->e->info.max_step_tokens)
+        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: %zu tokens, expected at most %u",
+                          (unsigned long long)c->step, chunk->slot, chunk->n_token_ids, c->e->info.max_step_tokens);
+    if ((rc = check_rows(c, "prefill of", chunk->slot, s, chunk->n_token_ids, st)) != ST_OK)
+        return rc;
+    uint32_t length = s->admitted_by == c->number ? 0 : s->length;
+    if (chunk->position != length)
+        return status_set(st, ST_INTERNAL, "step %llu: prefill of slot %u: position %u, but the slot has %u tokens",
+                          (unsigned long long)c->step, chunk->slot, chunk->position, length);
+    for (size_t i = 0; i < chunk->n_token_ids; i++)
+        if (chunk->token_ids[i] >= c->e->info.vocab_size)
+            return status_set(
+                st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: token_ids[%zu]: %u, expected 0 to %u",
+                (unsigned long long)c->step, chunk->slot, i, chunk->token_ids[i], c->e->info.vocab_size - 1);
+    return ST_OK;
+}
+
+enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
+{
+    struct check c = {e, plan->step, ++e->checks, 0, kv_pool_stats(e->kv).mapped_pages};
+    if (plan->step != e->step + 1)
+        return status_set(st, ST_INTERNAL, "step %llu, but the last one done is %llu", (unsigned long long)plan->step,
+                          (unsigned long long)e->step);
+    enum status_code rc;
+    if ((rc = check_releases(&c, plan, st)) != ST_OK || (rc = check_admits(&c, plan, st)) != ST_OK ||
+        (rc = check_decodes(&c, plan, st)) != ST_OK)
+        return rc;
+    for (size_t i = 0; i < plan->n_prefills; i++)
+        if ((rc = check_prefill(&c, plan->prefills[i], st)) != ST_OK)
+            return rc;
+    if (c.pages > e->info.kv.total_pages)
+        return status_set(st, ST_RESOURCE_EXHAUSTED, "step %llu: %llu KV pages needed, but the pool has %llu",
+                          (unsigned long long)plan->step, (unsigned long long)c.pages,
+                          (unsigned long long)e->info.kv.total_pages);
+    return ST_OK;
+}

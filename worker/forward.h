@@ -1,0 +1,70 @@
+/* forward.h - one pass of the model over the rows of a step, on the host. Prefix forward_.
+ *
+ * Rows of all sequences are packed: decodes first, then chunks. A forward owns the activations for its largest batch and
+ * nothing else; weights, KV pool, threads and comm belong to the engine. All float32.
+ *
+ *   x  [T][hidden]   the residual stream, the same on all ranks
+ *   per layer:  h = norm(x)   qkv = h Wqkv   q, k = rope   k, v -> slots   a = attention   h = a Wo   all-reduce   x += h
+ *               h = norm(x)   gu = h Wgu     g = silu(gate) * up           h = g Wd        all-reduce              x += h
+ *   rows that are sampled:  norm, logits of this rank's share of the vocabulary, exchange, token
+ */
+#ifndef TANDEM_FORWARD_H
+#define TANDEM_FORWARD_H
+
+#include <stdint.h>
+
+#include "comm/comm.h"
+#include "memory/memory.h"
+#include "proto/status.h"
+#include "worker/model_weights.h"
+#include "worker/sample.h"
+#include "worker/threads.h"
+
+struct forward;
+
+struct forward_config {
+    const struct model_config *model;
+    const struct model_weights *weights;
+    const struct shard *shard;
+    struct comm *comm;
+    struct thread_pool *pool;
+    struct kv_pool *kv;
+    uint32_t max_rows;    /* T */
+    uint32_t max_samples; /* rows of one step that get a token */
+    uint32_t max_context; /* of a sequence */
+};
+
+/* Rows first_row .. first_row + rows - 1 continue the slot: they stand at positions position, position + 1, ... */
+struct forward_seq {
+    uint32_t slot;
+    uint32_t first_row;
+    uint32_t rows;
+    uint32_t position;
+};
+
+/* The token that follows `row`; it will stand at `position`. */
+struct forward_sample {
+    uint32_t row;
+    uint32_t position;
+    struct sample_params params;
+};
+
+struct forward_batch {
+    uint32_t rows;
+    const uint32_t *token; /* [rows], each below vocab_size */
+    uint32_t seqs;
+    const struct forward_seq *seq; /* in the order of rows, without gaps */
+    uint32_t samples;
+    const struct forward_sample *sample;
+};
+
+/* Everything a step needs is allocated here. The config's pointers outlive the forward. */
+STATUS_MUST_CHECK enum status_code forward_create(struct forward **out, const struct forward_config *cfg,
+                                                  struct status *st);
+void forward_destroy(struct forward *f); /* NULL is fine */
+
+/* Slots have grown to position + rows tokens. tokens: [samples]. INTERNAL when logits are no numbers; what comm says. */
+STATUS_MUST_CHECK enum status_code forward_run(struct forward *f, const struct forward_batch *batch, uint32_t *tokens,
+                                               struct status *st);
+
+#endif

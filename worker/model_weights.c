@@ -1,0 +1,313 @@
+#include "worker/model_weights.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "worker/safetensors.h"
+
+#define ALIGN_BYTES 64
+#define CHUNK_BYTES (4u << 20) /* copied between two calls of progress */
+
+/* A part of a tensor and where it goes. Addresses are offsets into the arena until it exists. */
+struct piece {
+    struct safetensor src;
+    struct shard_span rows, cols;
+    uint64_t src_cols;
+    uint64_t at;
+    enum mat_dtype dtype; /* there */
+};
+
+struct loader {
+    const struct safetensors *files;
+    const struct model_config *m;
+    const struct shard *shard;
+    struct piece *piece;
+    size_t n_pieces, max_pieces;
+    uint64_t bytes; /* of the arena, so far */
+};
+
+/* A tensor of a stack: its name and the rows and columns that this rank takes. */
+struct part {
+    const char *name;
+    uint32_t full_rows; /* 0: the tensor has one dimension */
+    struct shard_span rows;
+};
+
+static struct shard_span whole(uint32_t n)
+{
+    return (struct shard_span){0, n};
+}
+
+static struct shard_span times(struct shard_span s, uint32_t factor)
+{
+    return (struct shard_span){s.first * factor, s.count * factor};
+}
+
+static enum status_code get_checked(struct safetensor *t, const struct loader *l, const char *name, uint32_t full_rows,
+                                    uint32_t full_cols, struct status *st)
+{
+    enum status_code rc = safetensors_get(t, l->files, name, st);
+    if (rc != ST_OK)
+        return rc;
+    char expected[32], found[SAFETENSORS_MAX_DIMS * 21 + 3] = "[";
+    uint32_t dims = full_rows ? 2 : 1;
+    if (t->dims == dims && t->shape[dims - 1] == full_cols && (dims == 1 || t->shape[0] == full_rows))
+        return ST_OK;
+    size_t n = 1;
+    for (uint32_t i = 0; i < t->dims; i++)
+        n += (size_t)snprintf(found + n, sizeof found - n, "%s%llu", i ? ", " : "", (unsigned long long)t->shape[i]);
+    if (full_rows)
+        snprintf(expected, sizeof expected, "[%u, %u]", full_rows, full_cols);
+    else
+        snprintf(expected, sizeof expected, "[%u]", full_cols);
+    return status_set(st, ST_DATA_LOSS, "%s: tensor %s: shape %s], expected %s by config.json", t->file, name, found,
+                      expected);
+}
+
+/* Stacks the rows of n parts, columns cols of full_cols, into one matrix. */
+static enum status_code plan_stack(struct loader *l, struct mat *out, const struct part *part, uint32_t n,
+                                   uint32_t full_cols, struct shard_span cols, struct status *st)
+{
+    enum status_code rc;
+    struct mat mat = {.cols = cols.count};
+    size_t first = l->n_pieces;
+    for (uint32_t i = 0; i < n; i++) {
+        struct piece *p = &l->piece[l->n_pieces];
+        if ((rc = get_checked(&p->src, l, part[i].name, part[i].full_rows, full_cols, st)) != ST_OK)
+            return rc;
+        p->rows = part[i].rows;
+        p->cols = cols;
+        p->src_cols = full_cols;
+        if (i == 0)
+            mat.dtype = p->src.dtype;
+        else if (mat.dtype != p->src.dtype)
+            mat.dtype = MAT_F32;
+        if (part[i].full_rows == 0)
+            mat.dtype = MAT_F32;
+        mat.rows += part[i].rows.count;
+        l->n_pieces++;
+    }
+    uint64_t row_bytes = (uint64_t)cols.count * mat_elem_bytes(mat.dtype), at = l->bytes;
+    for (size_t i = first; i < l->n_pieces; i++) {
+        l->piece[i].at = at;
+        l->piece[i].dtype = mat.dtype;
+        at += l->piece[i].rows.count * row_bytes;
+    }
+    if (at != l->bytes)
+        mat.data = (const void *)(uintptr_t)(l->bytes + 1); /* offset + 1, until the arena exists: not NULL */
+    l->bytes = (at + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    *out = mat;
+    return ST_OK;
+}
+
+static enum status_code plan_norm(struct loader *l, const float **out, const char *name, struct status *st)
+{
+    struct mat mat;
+    enum status_code rc =
+        plan_stack(l, &mat, &(struct part){name, 0, {0, 1}}, 1, l->m->hidden, whole(l->m->hidden), st);
+    if (rc == ST_OK)
+        *out = mat.data;
+    return rc;
+}
+
+static enum status_code plan_layer(struct loader *l, struct layer_weights *w, uint32_t layer, struct status *st)
+{
+    const struct model_config *m = l->m;
+    static const char *const suffix[] = {
+        "input_layernorm",          "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj",
+    };
+    enum { ATTN_NORM, Q, K, V, O, MLP_NORM, GATE, UP, DOWN, N };
+    char name[N][80];
+    for (int i = 0; i < N; i++)
+        snprintf(name[i], sizeof name[i], "model.layers.%u.%s.weight", layer, suffix[i]);
+
+    uint32_t q_rows = m->heads * m->head_dim, kv_rows = m->kv_heads * m->head_dim;
+    struct shard_span q = times(l->shard->heads, m->head_dim), kv = times(l->shard->kv_heads, m->head_dim);
+    struct shard_span inner = l->shard->inner, hidden = whole(m->hidden);
+    const struct part qkv[] = {{name[Q], q_rows, q}, {name[K], kv_rows, kv}, {name[V], kv_rows, kv}};
+    const struct part gate_up[] = {{name[GATE], m->inner, inner}, {name[UP], m->inner, inner}};
+    const struct part o = {name[O], m->hidden, hidden}, down = {name[DOWN], m->hidden, hidden};
+    enum status_code rc;
+    if ((rc = plan_norm(l, &w->attn_norm, name[ATTN_NORM], st)) != ST_OK ||
+        (rc = plan_stack(l, &w->qkv, qkv, 3, m->hidden, hidden, st)) != ST_OK ||
+        (rc = plan_stack(l, &w->o, &o, 1, q_rows, q, st)) != ST_OK ||
+        (rc = plan_norm(l, &w->mlp_norm, name[MLP_NORM], st)) != ST_OK ||
+        (rc = plan_stack(l, &w->gate_up, gate_up, 2, m->hidden, hidden, st)) != ST_OK)
+        return rc;
+    return plan_stack(l, &w->down, &down, 1, m->inner, inner, st);
+}
+
+static enum status_code plan_all(struct loader *l, struct model_weights *w, struct status *st)
+{
+    const struct model_config *m = l->m;
+    const struct part embed = {"model.embed_tokens.weight", m->vocab_size, l->shard->vocab};
+    const struct part head = {"lm_head.weight", m->vocab_size, l->shard->vocab};
+    enum status_code rc = plan_stack(l, &w->embed, &embed, 1, m->hidden, whole(m->hidden), st);
+    for (uint32_t i = 0; rc == ST_OK && i < m->layers; i++)
+        rc = plan_layer(l, &w->layer[i], i, st);
+    if (rc == ST_OK)
+        rc = plan_norm(l, &w->final_norm, "model.norm.weight", st);
+    if (rc == ST_OK && !m->tied)
+        rc = plan_stack(l, &w->head, &head, 1, m->hidden, whole(m->hidden), st);
+    return rc;
+}
+
+static float widen_half(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023, bits;
+    float x;
+    if (exponent == 0) {
+        x = (float)fraction * 0x1p-24f;
+        memcpy(&bits, &x, 4);
+    } else {
+        bits = (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
+    }
+    bits |= sign;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static void widen(float *out, const uint8_t *src, enum mat_dtype dtype, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, src + 2ull * i, 2);
+        uint32_t bits = (uint32_t)h << 16;
+        if (dtype == MAT_F16)
+            out[i] = widen_half(h);
+        else
+            memcpy(&out[i], &bits, 4);
+    }
+}
+
+/* Rows first .. first + n - 1 of the piece's share. */
+static void copy_rows(const struct piece *p, uint8_t *arena, uint32_t first, uint32_t n)
+{
+    uint64_t src_elem = mat_elem_bytes(p->src.dtype), dst_elem = mat_elem_bytes(p->dtype);
+    uint64_t src_stride = p->src_cols * src_elem, dst_stride = p->cols.count * dst_elem;
+    const uint8_t *src = p->src.data + (p->rows.first + (uint64_t)first) * src_stride + p->cols.first * src_elem;
+    uint8_t *dst = arena + p->at + first * dst_stride;
+    if (p->src.dtype == p->dtype && src_stride == dst_stride) {
+        memcpy(dst, src, n * dst_stride);
+        return;
+    }
+    for (uint32_t i = 0; i < n; i++, src += src_stride, dst += dst_stride) {
+        if (p->src.dtype == p->dtype)
+            memcpy(dst, src, dst_stride);
+        else
+            widen((float *)(void *)dst, src, p->src.dtype, p->cols.count);
+    }
+}
+
+static void copy_all(const struct loader *l, uint8_t *arena, struct model_progress progress)
+{
+    uint64_t done = 0;
+    if (progress.fn)
+        progress.fn(progress.ctx, 0, l->bytes);
+    for (size_t i = 0; i < l->n_pieces; i++) {
+        const struct piece *p = &l->piece[i];
+        uint64_t row_bytes = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
+        if (row_bytes == 0)
+            continue;
+        uint32_t step = row_bytes < CHUNK_BYTES ? (uint32_t)(CHUNK_BYTES / row_bytes) : 1;
+        for (uint32_t r = 0; r < p->rows.count; r += step) {
+            uint32_t n = p->rows.count - r < step ? p->rows.count - r : step;
+            copy_rows(p, arena, r, n);
+            done += n * row_bytes;
+            if (progress.fn && n == step)
+                progress.fn(progress.ctx, done, l->bytes);
+        }
+    }
+    if (progress.fn)
+        progress.fn(progress.ctx, l->bytes, l->bytes);
+}
+
+static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, struct status *st)
+{
+    uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (bytes > machine)
+        return status_set(
+            st, ST_RESOURCE_EXHAUSTED,
+            "weights: %llu bytes on this rank, but the machine has %llu bytes of memory: use more ranks on "
+            "more machines",
+            (unsigned long long)bytes, (unsigned long long)machine);
+    void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED)
+        return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "weights: %llu bytes on this rank",
+                            (unsigned long long)bytes);
+    madvise(map, bytes, MADV_HUGEPAGE); /* decode walks all of it every step: fewer TLB misses; only a hint */
+    w->arena = map;
+    w->bytes = bytes;
+    return ST_OK;
+}
+
+/* Offsets become addresses. */
+static void place(struct mat *m, const uint8_t *arena)
+{
+    m->data = m->data ? arena + ((uintptr_t)m->data - 1) : NULL;
+}
+
+static const float *place_norm(const float *norm, const uint8_t *arena)
+{
+    return (const float *)(const void *)(arena + ((uintptr_t)norm - 1));
+}
+
+static void place_all(struct model_weights *w, const struct model_config *m)
+{
+    place(&w->embed, w->arena);
+    place(&w->head, w->arena);
+    w->final_norm = place_norm(w->final_norm, w->arena);
+    for (uint32_t i = 0; i < m->layers; i++) {
+        struct layer_weights *l = &w->layer[i];
+        l->attn_norm = place_norm(l->attn_norm, w->arena);
+        l->mlp_norm = place_norm(l->mlp_norm, w->arena);
+        place(&l->qkv, w->arena);
+        place(&l->o, w->arena);
+        place(&l->gate_up, w->arena);
+        place(&l->down, w->arena);
+    }
+    if (m->tied)
+        w->head = w->embed;
+}
+
+enum status_code model_weights_load(struct model_weights *out, const char *dir, const struct model_config *m,
+                                    const struct shard *shard, struct model_progress progress, struct status *st)
+{
+    struct model_weights w = {0};
+    struct safetensors *files = NULL;
+    struct loader l = {.m = m, .shard = shard, .max_pieces = 3 + 9ull * m->layers};
+    enum status_code rc = safetensors_open(&files, dir, st);
+    if (rc != ST_OK)
+        return rc;
+    l.files = files;
+    l.piece = calloc(l.max_pieces, sizeof *l.piece);
+    w.layer = calloc(m->layers, sizeof *w.layer);
+    if (!l.piece || !w.layer) {
+        rc = status_nomem(st, "list of weights", l.max_pieces * sizeof *l.piece);
+        goto done;
+    }
+    if ((rc = plan_all(&l, &w, st)) != ST_OK || (rc = allocate_arena(&w, l.bytes, st)) != ST_OK)
+        goto done;
+    copy_all(&l, w.arena, progress);
+    place_all(&w, m);
+    *out = w;
+done:
+    if (rc != ST_OK)
+        model_weights_unload(&w);
+    free(l.piece);
+    safetensors_close(files);
+    return rc;
+}
+
+void model_weights_unload(struct model_weights *w)
+{
+    if (w->arena)
+        munmap(w->arena, w->bytes);
+    free(w->layer);
+    *w = (struct model_weights){0};
+}
