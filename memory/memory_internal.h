@@ -12,6 +12,8 @@
 
 #include "memory/memory.h"
 
+/* --- back ends --- */
+
 struct kv_backend; /* a back end's own state */
 
 struct kv_geometry {
@@ -49,5 +51,80 @@ struct kv_ops {
 /* What this process can still allocate, in bytes, the limits of its control groups included. `why` gets the name of the
  * bound that decides ("MemAvailable", "memory.max of /x"). UINT64_MAX when nothing is known. */
 uint64_t kv_host_available(char *why, size_t why_size);
+
+/* --- the pool: memory.c, memory_range.c --- */
+
+enum range_state { RANGE_IDLE, RANGE_ACTIVE, RANGE_FENCED };
+
+struct kv_range {
+    struct kv_range *prev, *next; /* in the list of its state: pool->idle or pool->fenced; ACTIVE is in none */
+    struct kv_range *warm_prev, *warm_next; /* in pool->warm while it has free pages (used < mapped) */
+    uint8_t *base;
+    uint64_t fence; /* FENCED: the step that may read it last */
+    enum range_state state;
+    uint32_t used;    /* 0 when IDLE */
+    uint32_t mapped;  /* pages[0 .. mapped - 1] are mapped, in this order */
+    uint32_t pages[]; /* pages_per_slot entries: numbers of physical pages */
+};
+
+struct range_list {
+    struct kv_range *first, *last;
+};
+
+struct kv_slot {
+    struct kv_range *range; /* NULL: holds no page */
+    uint32_t tokens;
+};
+
+struct kv_pool {
+    const struct kv_ops *ops;
+    struct kv_backend *be; /* NULL without KV heads */
+    struct kv_account account;
+    uint64_t head_bytes; /* of one layer of one token: one head of K */
+    uint64_t half_bytes; /* K alone, or V alone */
+    uint32_t slots;
+    uint32_t max_tokens;
+    uint32_t layers;
+    uint32_t pages_per_slot;
+
+    struct kv_slot *slot;
+    struct kv_range **ranges; /* all that exist, to free them */
+    uint32_t n_ranges;
+    uint32_t cap_ranges;
+    struct range_list idle; /* first: released last */
+    struct range_list fenced;
+    struct range_list warm; /* first: taken from first */
+
+    uint32_t *dirty;    /* per page: bytes from its start that may be other than zero; counts while it is free */
+    uint64_t *cold;     /* bitmap of the pages that are mapped nowhere */
+    uint64_t cold_hint; /* no bit is set in words before this one */
+    uint64_t n_cold;
+
+    uint64_t total_pages;
+    uint64_t used_pages; /* of ACTIVE ranges */
+    uint64_t fenced_pages;
+    uint64_t used_bytes; /* tokens * token_bytes over all slots */
+    uint64_t map_calls;
+    uint64_t map_ns;
+    bool any_completed; /* since create or reset */
+    uint64_t completed; /* this step and all before it have finished */
+};
+
+/* A range to start a slot in: an idle one, the one used last (its pages are warm), or a new one. It stays IDLE until
+ * kv_range_adopt. */
+enum status_code kv_range_pick(struct kv_pool *p, struct kv_range **out, struct status *st);
+
+/* Maps free pages behind those of the range until it has `want`; as many pages must be free. On failure free pages may
+ * have moved, and no more than that. */
+enum status_code kv_range_fill(struct kv_pool *p, struct kv_range *r, uint32_t want, struct status *st);
+
+/* The slot takes pages used .. want - 1, which are mapped, with all content cleared. The range becomes ACTIVE. */
+void kv_range_adopt(struct kv_pool *p, struct kv_range *r, uint32_t want);
+
+void kv_range_idle(struct kv_pool *p, struct kv_range *r);                 /* ACTIVE -> IDLE: its pages are free */
+void kv_range_fence(struct kv_pool *p, struct kv_range *r, uint64_t step); /* ACTIVE -> FENCED */
+void kv_range_unfence(struct kv_pool *p, struct kv_range *r);              /* FENCED -> IDLE */
+
+void kv_cold_put(struct kv_pool *p, uint32_t page); /* the page is mapped nowhere */
 
 #endif

@@ -1,0 +1,1057 @@
+/* check_memory.c - the KV pool: one table of tests over all back ends, a random walk against a plain model, and faults
+ * injected into the calls that a back end makes (linked with --wrap, see CMakeLists.txt).
+ *
+ * TANDEM_TEST_SEED and TANDEM_TEST_STEPS change the random walk.
+ */
+#include <check.h>
+#include <dirent.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "memory/memory.h"
+#include "memory/memory_internal.h"
+
+/* --- faults: the n-th call from now on fails --- */
+
+static int fail_call;  /* 0: none; n: the n-th call of the wrapped functions fails */
+static int fail_errno; /* 0: ENOMEM */
+static const char *fake_root; /* files under /proc and /sys are opened here instead */
+
+static bool inject(void)
+{
+    if (fail_call == 0 || --fail_call > 0)
+        return false;
+    errno = fail_errno ? fail_errno : ENOMEM;
+    return true;
+}
+
+void *__real_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off);
+void *__wrap_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off);
+void *__wrap_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off)
+{
+    return inject() ? MAP_FAILED : __real_mmap(addr, len, prot, flags, fd, off);
+}
+
+int __real_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
+{
+    return inject() ? -1 : __real_fallocate(fd, mode, off, len);
+}
+
+int __real_ftruncate(int fd, off_t len);
+int __wrap_ftruncate(int fd, off_t len);
+int __wrap_ftruncate(int fd, off_t len)
+{
+    return inject() ? -1 : __real_ftruncate(fd, len);
+}
+
+int __real_memfd_create(const char *name, unsigned flags);
+int __wrap_memfd_create(const char *name, unsigned flags);
+int __wrap_memfd_create(const char *name, unsigned flags)
+{
+    return inject() ? -1 : __real_memfd_create(name, flags);
+}
+
+void *__real_calloc(size_t n, size_t size);
+void *__wrap_calloc(size_t n, size_t size);
+void *__wrap_calloc(size_t n, size_t size)
+{
+    return inject() ? NULL : __real_calloc(n, size);
+}
+
+void *__real_realloc(void *p, size_t size);
+void *__wrap_realloc(void *p, size_t size);
+void *__wrap_realloc(void *p, size_t size)
+{
+    return inject() ? NULL : __real_realloc(p, size);
+}
+
+int __real_open(const char *path, int flags, ...);
+int __wrap_open(const char *path, int flags, ...);
+int __wrap_open(const char *path, int flags, ...)
+{
+    va_list ap;
+    va_start(ap, flags);
+    unsigned mode = va_arg(ap, unsigned); /* garbage without O_CREAT, and then ignored */
+    va_end(ap);
+    char fake[512];
+    if (fake_root && (strncmp(path, "/proc/", 6) == 0 || strncmp(path, "/sys/", 5) == 0)) {
+        snprintf(fake, sizeof fake, "%s%s", fake_root, path);
+        path = fake;
+    }
+    return __real_open(path, flags, mode);
+}
+
+/* --- back ends under test --- */
+
+struct back_end {
+    const struct kv_ops *ops;
+    uint64_t page_bytes; /* the smallest legal one: it is the granularity */
+    void (*put)(void *to_pool, const void *from, size_t n);
+    void (*get)(void *to, const void *from_pool, size_t n);
+};
+
+static void copy(void *to, const void *from, size_t n)
+{
+    memcpy(to, from, n);
+}
+
+static const struct back_end back_ends[] = {
+    {.ops = &kv_ops_host, .page_bytes = 4096, .put = copy, .get = copy},
+};
+#define N_BACK_ENDS ((int)(sizeof back_ends / sizeof *back_ends))
+
+/* A token of 2 * 2 * 3 * 8 * 4 = 384 bytes: 10.67 of them in a page of 4 KiB, so that tokens cross page edges. */
+static struct kv_pool_config small_config(const struct back_end *be)
+{
+    return (struct kv_pool_config){.ops = be->ops,
+                                   .slots = 4,
+                                   .max_tokens = 100,
+                                   .layers = 2,
+                                   .kv_heads = 3,
+                                   .head_dim = 8,
+                                   .elem_bytes = 4,
+                                   .page_bytes = be->page_bytes,
+                                   .total_pages = 20};
+}
+
+static struct kv_pool *make(const struct kv_pool_config *cfg)
+{
+    struct status st = STATUS_INIT;
+    struct kv_pool *pool = NULL;
+    ck_assert_msg(kv_pool_create(&pool, cfg, &st) == ST_OK, "%s", st.message);
+    return pool;
+}
+
+static void grow(struct kv_pool *pool, uint32_t slot, uint32_t tokens)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_msg(kv_slot_grow(pool, slot, tokens, &st) == ST_OK, "%s", st.message);
+    ck_assert_uint_ge(kv_slot_tokens(pool, slot), tokens);
+}
+
+/* The counts that must hold at any time. */
+static void check_stats(const struct kv_pool *pool, const char *where)
+{
+    struct kv_stats s = kv_pool_stats(pool);
+    ck_assert_msg(s.mapped_pages + s.fenced_pages + s.free_pages == s.total_pages,
+                  "%s: %" PRIu64 " mapped + %" PRIu64 " fenced + %" PRIu64 " free != %" PRIu64, where, s.mapped_pages,
+                  s.fenced_pages, s.free_pages, s.total_pages);
+}
+
+static void expect(const struct kv_pool *pool, uint64_t mapped, uint64_t fenced, uint64_t free_pages)
+{
+    struct kv_stats s = kv_pool_stats(pool);
+    ck_assert_uint_eq(s.mapped_pages, mapped);
+    ck_assert_uint_eq(s.fenced_pages, fenced);
+    ck_assert_uint_eq(s.free_pages, free_pages);
+    check_stats(pool, "expect");
+}
+
+static void fill(const struct back_end *be, struct kv_pool *pool, uint32_t slot, uint8_t byte)
+{
+    uint64_t n = kv_slot_tokens(pool, slot) * kv_pool_account(pool).token_bytes;
+    uint8_t *bytes = malloc(n + 1);
+    memset(bytes, byte, n);
+    be->put(kv_slot_view(pool, slot, 0).k, bytes, n);
+    free(bytes);
+}
+
+static void expect_bytes(const struct back_end *be, const uint8_t *at, uint64_t n, uint8_t byte)
+{
+    uint8_t *bytes = malloc(n + 1);
+    be->get(bytes, at, n);
+    for (uint64_t i = 0; i < n; i++)
+        ck_assert_msg(bytes[i] == byte, "byte %" PRIu64 " of %" PRIu64 " is %02x, expected %02x", i, n, bytes[i], byte);
+    free(bytes);
+}
+
+/* --- core --- */
+
+START_TEST(slot_is_contiguous_across_page_edges)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 1, 5);
+    grow(pool, 2, 30);
+    grow(pool, 1, 90); /* pages of slot 1 are no neighbours any more */
+    /* every element by the documented strides, then all at once by plain addresses */
+    struct kv_account a = kv_pool_account(pool);
+    float *want = malloc(90 * a.token_bytes), *got = malloc(90 * a.token_bytes);
+    uint64_t i = 0;
+    for (uint32_t t = 0; t < 90; t++)
+        for (uint32_t layer = 0; layer < 2; layer++)
+            for (uint32_t half = 0; half < 2; half++)
+                for (uint32_t h = 0; h < 3; h++)
+                    for (uint32_t d = 0; d < 8; d++) {
+                        struct kv_view v = kv_slot_view(pool, 1, layer);
+                        want[i] = (float)(((t * 2 + layer) * 2 + half) * 100 + h * 10 + d);
+                        be->put((half ? v.v : v.k) + t * v.token_stride + h * v.head_stride + d * 4, &want[i], 4);
+                        i++;
+                    }
+    ck_assert_uint_eq(i * 4, 90 * a.token_bytes);
+    be->get(got, kv_slot_view(pool, 1, 0).k, 90 * a.token_bytes);
+    ck_assert_int_eq(memcmp(got, want, 90 * a.token_bytes), 0);
+    free(want);
+    free(got);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(strides_follow_the_token_major_layout)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    cfg.elem_bytes = 2;
+    cfg.head_dim = 48;
+    cfg.kv_heads = 5;
+    cfg.layers = 3;
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 3, 1);
+    struct kv_view v0 = kv_slot_view(pool, 3, 0), v2 = kv_slot_view(pool, 3, 2);
+    ck_assert_uint_eq(v0.head_stride, 96);
+    ck_assert_uint_eq(v0.token_stride, 3 * 2 * 5 * 96);
+    ck_assert_int_eq(v0.v - v0.k, 5 * 96);
+    ck_assert_int_eq(v2.k - v0.k, 2 * 2 * 5 * 96);
+    ck_assert_uint_eq((uintptr_t)v0.k % cfg.page_bytes, 0);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(account_is_what_the_pool_maps)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    struct kv_pool *pool = make(&cfg);
+    struct kv_account a = kv_pool_account(pool);
+    ck_assert_uint_eq(a.page_bytes, cfg.page_bytes);
+    ck_assert_uint_eq(a.token_bytes, 384);
+    ck_assert_uint_eq(a.total_pages, 20);
+    for (uint32_t t = 1; t <= 100; t++) {
+        grow(pool, 0, t);
+        uint64_t pages = kv_pages_for(&a, t);
+        expect(pool, pages, 0, 20 - pages);
+        ck_assert_uint_eq(kv_pool_stats(pool).wasted_bytes, pages * a.page_bytes - t * a.token_bytes);
+    }
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(grow_never_shrinks_and_keeps_content_and_address)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 17);
+    fill(be, pool, 0, 0x5a);
+    uint8_t *k = kv_slot_view(pool, 0, 0).k;
+    grow(pool, 0, 3);
+    ck_assert_uint_eq(kv_slot_tokens(pool, 0), 17);
+    grow(pool, 0, 100);
+    ck_assert_ptr_eq(kv_slot_view(pool, 0, 0).k, k);
+    expect_bytes(be, k, 17 * 384, 0x5a);
+    expect_bytes(be, k + 17 * 384, (100 - 17) * 384, 0);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(released_pages_wait_for_the_fence)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 40); /* 4 pages */
+    kv_slot_release(pool, 0, 7);
+    ck_assert_uint_eq(kv_slot_tokens(pool, 0), 0);
+    expect(pool, 0, 4, 16);
+    kv_pool_complete(pool, 6);
+    expect(pool, 0, 4, 16);
+    kv_pool_complete(pool, 9);
+    expect(pool, 0, 0, 20);
+    grow(pool, 0, 40);
+    kv_slot_release(pool, 0, 9); /* 9 has finished already */
+    expect(pool, 0, 0, 20);
+    kv_pool_complete(pool, 3); /* goes back: nothing happens */
+    grow(pool, 0, 40);
+    kv_slot_release(pool, 0, 10);
+    expect(pool, 0, 4, 16);
+    kv_slot_release(pool, 0, 10); /* empty */
+    kv_slot_release(pool, 3, 10);
+    expect(pool, 0, 4, 16);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(step_in_flight_still_reads_a_slot_that_was_grown_again)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    const uint8_t *old[3];
+    for (uint32_t i = 0; i < 3; i++) { /* released and grown again twice before any step has finished */
+        grow(pool, 2, 30);
+        old[i] = kv_slot_view(pool, 2, 0).k;
+        fill(be, pool, 2, (uint8_t)(i + 1));
+        if (i < 2)
+            kv_slot_release(pool, 2, i);
+    }
+    for (uint32_t i = 0; i < 3; i++)
+        expect_bytes(be, old[i], 30 * 384, (uint8_t)(i + 1));
+    kv_pool_complete(pool, 0);
+    grow(pool, 0, 100); /* takes what step 0 held */
+    fill(be, pool, 0, 0x77);
+    expect_bytes(be, old[1], 30 * 384, 2);
+    expect_bytes(be, old[2], 30 * 384, 3);
+    expect(pool, 10 + 3, 3, 4);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(stale_content_is_never_visible)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    for (uint64_t step = 0; step < 50; step++) {
+        /* sizes differ from round to round, so pages go from slot to slot, warm and cold */
+        for (uint32_t s = 0; s < 4; s++) {
+            uint32_t tokens = 1 + (uint32_t)(step * 7 + s * 13) % 53;
+            grow(pool, s, tokens);
+            struct kv_stats stats = kv_pool_stats(pool);
+            ck_assert_uint_le(stats.mapped_pages, 20);
+            expect_bytes(be, kv_slot_view(pool, s, 0).k, tokens * 384, 0);
+            /* and up to the end of the last page: kernels may read a little past the length */
+            uint64_t end =
+                kv_pages_for(&(struct kv_account){.page_bytes = cfg.page_bytes, .token_bytes = 384}, tokens) *
+                cfg.page_bytes;
+            expect_bytes(be, kv_slot_view(pool, s, 0).k, end, 0);
+            fill(be, pool, s, 0xff); /* NaN as float */
+        }
+        for (uint32_t s = 0; s < 4; s++)
+            kv_slot_release(pool, s, step);
+        kv_pool_complete(pool, step);
+    }
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(steady_state_makes_no_calls)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    struct kv_pool *pool = make(&cfg);
+    uint64_t calls = 0;
+    for (uint64_t step = 0; step < 20; step++) {
+        for (uint32_t t = 1; t <= 50; t++) {
+            grow(pool, 0, t);
+            grow(pool, 1, t);
+        }
+        kv_slot_release(pool, 0, step);
+        kv_slot_release(pool, 1, step);
+        kv_pool_complete(pool, step);
+        if (step == 0)
+            calls = kv_pool_stats(pool).map_calls;
+    }
+    ck_assert_uint_gt(calls, 0);
+    ck_assert_uint_eq(kv_pool_stats(pool).map_calls, calls);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(neighbouring_pages_take_one_call)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 100); /* 10 pages of a fresh pool */
+    ck_assert_uint_eq(kv_pool_stats(pool).map_calls, 1);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(reset_forgets_slots_fences_and_steps)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 60);
+    fill(be, pool, 0, 0xee);
+    grow(pool, 1, 60);
+    fill(be, pool, 1, 0xee);
+    kv_slot_release(pool, 1, 1000);
+    kv_pool_complete(pool, 500);
+    kv_pool_reset(pool);
+    expect(pool, 0, 0, 20);
+    ck_assert_uint_eq(kv_slot_tokens(pool, 0), 0);
+    ck_assert_ptr_null(kv_slot_view(pool, 0, 0).k);
+    grow(pool, 3, 100);
+    expect_bytes(be, kv_slot_view(pool, 3, 0).k, 100 * 384, 0);
+    kv_slot_release(pool, 3, 2); /* steps count from the start again: 2 has not finished */
+    expect(pool, 0, 10, 10);
+    kv_pool_complete(pool, 2);
+    expect(pool, 0, 0, 20);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(rank_without_heads_has_no_pages)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    cfg.kv_heads = 0;
+    struct kv_pool *pool = make(&cfg);
+    struct kv_account a = kv_pool_account(pool);
+    ck_assert_uint_eq(a.token_bytes, 0);
+    ck_assert_uint_eq(a.total_pages, 20); /* must not bound the other ranks */
+    ck_assert_uint_eq(kv_pages_for(&a, 100), 0);
+    grow(pool, 0, 100);
+    ck_assert_uint_eq(kv_slot_tokens(pool, 0), 100);
+    ck_assert_ptr_null(kv_slot_view(pool, 0, 1).k);
+    expect(pool, 0, 0, 0);
+    kv_slot_release(pool, 0, 1);
+    ck_assert_uint_eq(kv_slot_tokens(pool, 0), 0);
+    kv_pool_complete(pool, 1);
+    kv_pool_reset(pool);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+/* --- the random walk --- */
+
+#define WALK_SLOTS  6
+#define WALK_TOKENS 60
+#define WALK_PAGES  22
+
+struct walk_slot {
+    uint32_t tokens;
+    uint8_t bytes[WALK_TOKENS * 384]; /* what stands in the slot */
+};
+
+struct walk_fenced { /* a released slot that a step may still read */
+    const uint8_t *at;
+    uint64_t step;
+    struct walk_slot was;
+};
+
+struct walk {
+    const struct back_end *be;
+    struct kv_pool *pool;
+    uint64_t random;
+    uint64_t step, done; /* running; finished steps are below `done` */
+    struct walk_slot slot[WALK_SLOTS];
+    struct walk_fenced fenced[64];
+    uint32_t n_fenced;
+};
+
+static uint32_t pick(struct walk *w, uint32_t n)
+{
+    w->random = w->random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (uint32_t)(w->random >> 33) % n;
+}
+
+static uint64_t walk_pages(uint32_t tokens)
+{
+    return ((uint64_t)tokens * 384 + 4095) / 4096; /* the model's own arithmetic */
+}
+
+static void walk_check(struct walk *w, uint64_t at)
+{
+    uint64_t mapped = 0, fenced = 0, used = 0;
+    for (uint32_t i = 0; i < WALK_SLOTS; i++) {
+        mapped += walk_pages(w->slot[i].tokens);
+        used += w->slot[i].tokens * 384;
+        ck_assert_uint_eq(kv_slot_tokens(w->pool, i), w->slot[i].tokens);
+    }
+    for (uint32_t i = 0; i < w->n_fenced; i++)
+        fenced += walk_pages(w->fenced[i].was.tokens);
+    struct kv_stats s = kv_pool_stats(w->pool);
+    ck_assert_msg(s.mapped_pages == mapped && s.fenced_pages == fenced &&
+                      s.free_pages == WALK_PAGES - mapped - fenced && s.wasted_bytes == mapped * 4096 - used,
+                  "step %" PRIu64 ": the pool counts %" PRIu64 " mapped, %" PRIu64 " fenced, the model %" PRIu64
+                  ", %" PRIu64,
+                  at, s.mapped_pages, s.fenced_pages, mapped, fenced);
+
+    uint8_t got[WALK_TOKENS * 384];
+    uint32_t i = pick(w, WALK_SLOTS);
+    w->be->get(got, kv_slot_view(w->pool, i, 0).k ? kv_slot_view(w->pool, i, 0).k : got, w->slot[i].tokens * 384);
+    ck_assert_msg(memcmp(got, w->slot[i].bytes, w->slot[i].tokens * 384) == 0, "step %" PRIu64 ": slot %u differs", at,
+                  i);
+    if (w->n_fenced) {
+        const struct walk_fenced *f = &w->fenced[pick(w, w->n_fenced)];
+        w->be->get(got, f->at, f->was.tokens * 384);
+        ck_assert_msg(memcmp(got, f->was.bytes, f->was.tokens * 384) == 0,
+                      "step %" PRIu64 ": a fenced range has changed", at);
+    }
+}
+
+static void walk_grow(struct walk *w, bool faults)
+{
+    uint32_t i = pick(w, WALK_SLOTS);
+    struct walk_slot *s = &w->slot[i];
+    uint32_t tokens = s->tokens + 1 + pick(w, pick(w, 3) ? 4 : WALK_TOKENS);
+    struct kv_stats before = kv_pool_stats(w->pool);
+    fail_call = faults && pick(w, 4) == 0 ? 1 + (int)pick(w, 4) : 0;
+    bool injected = fail_call != 0;
+    enum status_code rc = kv_slot_grow(w->pool, i, tokens, NULL);
+    injected = injected && fail_call == 0; /* it was reached */
+    fail_call = 0;
+    if (tokens > WALK_TOKENS)
+        ck_assert_int_eq(rc, ST_OUT_OF_RANGE);
+    else if (walk_pages(tokens) - walk_pages(s->tokens) > before.free_pages || injected)
+        ck_assert_int_eq(rc, ST_RESOURCE_EXHAUSTED);
+    else
+        ck_assert_int_eq(rc, ST_OK);
+    if (rc == ST_OK) {
+        memset(s->bytes + s->tokens * 384, 0, (tokens - s->tokens) * 384); /* the promise about new memory */
+        s->tokens = tokens;
+    }
+}
+
+static void walk_write(struct walk *w)
+{
+    uint32_t i = pick(w, WALK_SLOTS);
+    struct walk_slot *s = &w->slot[i];
+    if (s->tokens == 0)
+        return;
+    uint32_t from = pick(w, s->tokens * 384), n = 1 + pick(w, s->tokens * 384 - from);
+    memset(s->bytes + from, 1 + (int)pick(w, 255), n);
+    w->be->put(kv_slot_view(w->pool, i, 0).k + from, s->bytes + from, n);
+}
+
+static void walk_release(struct walk *w)
+{
+    uint32_t i = pick(w, WALK_SLOTS);
+    struct walk_slot *s = &w->slot[i];
+    if (w->n_fenced == 64)
+        return;
+    uint64_t step = w->step - (w->step && pick(w, 8) == 0);
+    if (s->tokens && step >= w->done)
+        w->fenced[w->n_fenced++] = (struct walk_fenced){kv_slot_view(w->pool, i, 0).k, step, *s};
+    kv_slot_release(w->pool, i, step);
+    s->tokens = 0;
+}
+
+static void walk_complete(struct walk *w)
+{
+    if (w->done >= w->step)
+        return;
+    w->done += 1 + pick(w, (uint32_t)(w->step - w->done));
+    kv_pool_complete(w->pool, w->done - 1);
+    for (uint32_t i = 0; i < w->n_fenced;)
+        if (w->fenced[i].step < w->done)
+            w->fenced[i] = w->fenced[--w->n_fenced];
+        else
+            i++;
+}
+
+static void walk(const struct back_end *be, bool faults)
+{
+    const char *seed = getenv("TANDEM_TEST_SEED"), *steps = getenv("TANDEM_TEST_STEPS");
+    struct walk *w = calloc(1, sizeof *w);
+    w->be = be;
+    w->random = seed ? strtoull(seed, NULL, 0) : 20260101;
+    struct kv_pool_config cfg = small_config(be);
+    cfg.slots = WALK_SLOTS;
+    cfg.max_tokens = WALK_TOKENS;
+    cfg.total_pages = WALK_PAGES;
+    w->pool = make(&cfg);
+    uint64_t n = steps ? strtoull(steps, NULL, 0) : 60000;
+    for (uint64_t i = 0; i < n; i++) {
+        uint32_t what = pick(w, 100);
+        if (what < 45)
+            walk_grow(w, faults);
+        else if (what < 70)
+            walk_write(w);
+        else if (what < 80)
+            walk_release(w);
+        else if (what < 90)
+            w->step++;
+        else if (what < 99 || pick(w, 20))
+            walk_complete(w);
+        else {
+            kv_pool_reset(w->pool);
+            for (uint32_t s = 0; s < WALK_SLOTS; s++)
+                w->slot[s].tokens = 0;
+            w->n_fenced = 0;
+            w->step = w->done = 0;
+        }
+        walk_check(w, i);
+    }
+    kv_pool_destroy(w->pool);
+    free(w);
+}
+
+START_TEST(random_walk_agrees_with_the_model)
+{
+    walk(&back_ends[_i], false);
+}
+END_TEST
+
+START_TEST(random_walk_with_failing_calls_agrees_with_the_model)
+{
+    walk(&back_ends[_i], true);
+}
+END_TEST
+
+/* --- limits --- */
+
+static void refuse(const struct kv_pool_config *cfg, enum status_code code, const char *says)
+{
+    struct status st = STATUS_INIT;
+    struct kv_pool *pool = (struct kv_pool *)&st;
+    ck_assert_msg(kv_pool_create(&pool, cfg, &st) == code, "%s: %s: %s", says, status_name(st.code), st.message);
+    ck_assert_ptr_eq(pool, (struct kv_pool *)&st);
+    ck_assert_msg(strstr(st.message, says), "\"%s\" does not say \"%s\"", st.message, says);
+}
+
+START_TEST(wrong_config_names_the_field)
+{
+    const struct kv_pool_config good = small_config(&back_ends[_i]);
+    struct kv_pool_config c;
+#define REFUSE(field, value) (c = good, c.field = (value), refuse(&c, ST_INVALID_ARGUMENT, #field ": "))
+    REFUSE(ops, NULL);
+    REFUSE(slots, 0);
+    REFUSE(slots, 65537);
+    REFUSE(max_tokens, 0);
+    REFUSE(layers, 0);
+    REFUSE(head_dim, 0);
+    REFUSE(elem_bytes, 0);
+    REFUSE(elem_bytes, 3);
+    REFUSE(elem_bytes, 8);
+    REFUSE(page_bytes, 0);
+    REFUSE(page_bytes, good.page_bytes / 2);
+    REFUSE(page_bytes, good.page_bytes * 3);
+    REFUSE(page_bytes, good.page_bytes + 1);
+    REFUSE(page_bytes, UINT64_C(1) << 31);
+    REFUSE(page_bytes, UINT64_C(1) << 63);
+    REFUSE(total_pages, 0);
+    REFUSE(total_pages, UINT64_MAX);
+#undef REFUSE
+}
+END_TEST
+
+START_TEST(overflowing_sizes_are_refused)
+{
+    const struct kv_pool_config good = small_config(&back_ends[_i]);
+    struct kv_pool_config c = good;
+    c.layers = c.kv_heads = c.head_dim = UINT32_MAX; /* 2^98 bytes per token */
+    refuse(&c, ST_INVALID_ARGUMENT, "layers: ");
+    c = good;
+    c.layers = 1u << 10, c.kv_heads = 1u << 10, c.head_dim = 1u << 10; /* 2^33 */
+    refuse(&c, ST_INVALID_ARGUMENT, "bytes per token");
+    c = good;
+    c.kv_heads = 1u << 20; /* 128 MiB per token */
+    c.max_tokens = UINT32_MAX;
+    refuse(&c, ST_INVALID_ARGUMENT, "max_tokens: ");
+    c = good;
+    c.slots = 65536;
+    c.kv_heads = 1u << 14; /* 2 MiB per token: 2^16 slots of 2^21 * 2^24 bytes */
+    c.max_tokens = 1u << 19;
+    refuse(&c, ST_RESOURCE_EXHAUSTED, "slots: ");
+}
+END_TEST
+
+START_TEST(more_memory_than_the_machine_has_is_refused_with_the_arithmetic)
+{
+    struct kv_pool_config c = small_config(&back_ends[_i]);
+    c.page_bytes = 1u << 30;
+    c.total_pages = 1u << 14; /* 16 TiB */
+    refuse(&c, ST_RESOURCE_EXHAUSTED, "16384 pages of 1048576 KiB = 16777216 MiB");
+    refuse(&c, ST_RESOURCE_EXHAUSTED, "total_pages: ");
+}
+END_TEST
+
+START_TEST(slot_and_tokens_out_of_range)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    struct kv_pool *pool = make(&cfg);
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(kv_slot_grow(pool, 4, 1, &st), ST_OUT_OF_RANGE);
+    ck_assert_ptr_nonnull(strstr(st.message, "slot"));
+    ck_assert_int_eq(kv_slot_grow(pool, 0, 101, &st), ST_OUT_OF_RANGE);
+    ck_assert_ptr_nonnull(strstr(st.message, "max_tokens"));
+    kv_slot_release(pool, 4, 1);
+    ck_assert_uint_eq(kv_slot_tokens(pool, 4), 0);
+    ck_assert_ptr_null(kv_slot_view(pool, 4, 0).k);
+    grow(pool, 0, 1);
+    ck_assert_ptr_null(kv_slot_view(pool, 0, 2).k);
+    expect(pool, 1, 0, 19);
+    kv_pool_destroy(pool);
+    kv_pool_destroy(NULL);
+}
+END_TEST
+
+START_TEST(exhaustion_changes_nothing)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 100); /* 10 pages */
+    grow(pool, 1, 64);  /* 6 */
+    fill(be, pool, 1, 9);
+    struct status st = STATUS_INIT;
+    struct kv_stats before = kv_pool_stats(pool);
+    ck_assert_int_eq(kv_slot_grow(pool, 2, 43, &st), ST_RESOURCE_EXHAUSTED); /* 5 pages, 4 are free */
+    ck_assert_ptr_nonnull(strstr(st.message, "take 5 more pages, free are 4 of 20"));
+    ck_assert_int_eq(kv_slot_grow(pool, 1, 100, NULL), ST_OK); /* exactly the last 4 */
+    expect(pool, 20, 0, 0);
+    kv_slot_release(pool, 1, 5);
+    ck_assert_int_eq(kv_slot_grow(pool, 2, 1, &st), ST_RESOURCE_EXHAUSTED); /* fenced pages are not free */
+    ck_assert_ptr_nonnull(strstr(st.message, "10 are fenced"));
+    expect(pool, 10, 10, 0);
+    ck_assert_uint_eq(before.total_pages, kv_pool_stats(pool).total_pages);
+    kv_pool_complete(pool, 5);
+    grow(pool, 2, 100);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(all_pages_go_round_many_slots)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    cfg.slots = 300;
+    cfg.total_pages = 300;
+    struct kv_pool *pool = make(&cfg);
+    for (uint32_t s = 0; s < 300; s++)
+        grow(pool, s, 1); /* a page each */
+    expect(pool, 300, 0, 0);
+    for (uint32_t s = 0; s < 300; s += 2)
+        kv_slot_release(pool, s, 1);
+    kv_pool_complete(pool, 1);
+    for (uint32_t s = 1; s < 30; s += 2) { /* 15 slots take 9 more pages each from the ends of idle ranges */
+        grow(pool, s, 100);
+        fill(be, pool, s, (uint8_t)s);
+    }
+    for (uint32_t s = 1; s < 30; s += 2)
+        expect_bytes(be, kv_slot_view(pool, s, 0).k, 100 * 384, (uint8_t)s);
+    expect(pool, 150 + 15 * 9, 0, 15);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(default_page_size_works)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = {.ops = be->ops,
+                                 .slots = 2,
+                                 .max_tokens = 2048,
+                                 .layers = 6,
+                                 .kv_heads = 6,
+                                 .head_dim = 48,
+                                 .elem_bytes = 2,
+                                 .page_bytes = KV_PAGE_BYTES_DEFAULT,
+                                 .total_pages = 4};
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 600); /* 6912 bytes per token: 303.4 tokens per page */
+    fill(be, pool, 0, 1);
+    expect(pool, 2, 0, 2);
+    ck_assert_uint_eq((uintptr_t)kv_slot_view(pool, 0, 0).k % KV_PAGE_BYTES_DEFAULT, 0);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+/* --- host back end alone --- */
+
+START_TEST(too_many_mappings_are_refused_with_the_arithmetic)
+{
+    struct kv_pool_config c = small_config(&back_ends[0]);
+    FILE *f = fopen("/proc/sys/vm/max_map_count", "r");
+    uint64_t limit;
+    ck_assert(f && fscanf(f, "%" SCNu64, &limit) == 1);
+    fclose(f);
+    c.total_pages = limit;
+    refuse(&c, ST_RESOURCE_EXHAUSTED, "vm.max_map_count is ");
+}
+END_TEST
+
+static void fake_file(const char *root, const char *path, const char *text)
+{
+    char full[512];
+    snprintf(full, sizeof full, "%s%s", root, path);
+    for (char *slash = full + strlen(root); (slash = strchr(slash + 1, '/'));) {
+        *slash = '\0';
+        mkdir(full, 0700);
+        *slash = '/';
+    }
+    FILE *f = fopen(full, "w");
+    ck_assert_msg(f != NULL, "%s", full);
+    fputs(text, f);
+    fclose(f);
+}
+
+static uint64_t available_under(const char *root, char why[128])
+{
+    fake_root = root;
+    uint64_t n = kv_host_available(why, 128);
+    fake_root = NULL;
+    return n;
+}
+
+static void remove_tree(const char *path)
+{
+    DIR *d = opendir(path);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char full[1024];
+        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0)
+            continue;
+        snprintf(full, sizeof full, "%s/%s", path, e->d_name);
+        if (unlink(full))
+            remove_tree(full);
+    }
+    if (d)
+        closedir(d);
+    rmdir(path);
+}
+
+START_TEST(control_groups_bound_what_is_available)
+{
+    char root[] = "/tmp/check_memory.XXXXXX", why[128];
+    ck_assert_ptr_nonnull(mkdtemp(root));
+    ck_assert_uint_eq(available_under(root, why), UINT64_MAX); /* nothing to be read */
+    fake_file(root, "/proc/meminfo", "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   4000 kB\nSwapFree: 0 kB\n");
+    ck_assert_uint_eq(available_under(root, why), 4000 << 10);
+    ck_assert_str_eq(why, "MemAvailable");
+    /* version 2: the group has no limit, the one above it has */
+    fake_file(root, "/proc/self/cgroup", "0::/a/b\n");
+    fake_file(root, "/sys/fs/cgroup/a/b/memory.max", "max\n");
+    fake_file(root, "/sys/fs/cgroup/a/b/memory.current", "100\n");
+    ck_assert_uint_eq(available_under(root, why), 4000 << 10);
+    fake_file(root, "/sys/fs/cgroup/a/memory.max", "1000000\n");
+    fake_file(root, "/sys/fs/cgroup/a/memory.current", "400000\n");
+    ck_assert_uint_eq(available_under(root, why), 600000);
+    ck_assert_str_eq(why, "memory.max of control group /a/");
+    fake_file(root, "/sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 100000\nactive_file 7\n");
+    ck_assert_uint_eq(available_under(root, why), 700000); /* the kernel would drop that cache */
+    fake_file(root, "/sys/fs/cgroup/a/memory.current", "2000000\n");
+    ck_assert_uint_eq(available_under(root, why), 0);
+    /* version 1 */
+    fake_file(root, "/proc/self/cgroup", "7:cpu:/x\n5:memory:/c\n0::/\n");
+    fake_file(root, "/sys/fs/cgroup/memory/c/memory.limit_in_bytes", "50000\n");
+    fake_file(root, "/sys/fs/cgroup/memory/c/memory.usage_in_bytes", "20000\n");
+    ck_assert_uint_eq(available_under(root, why), 30000);
+    remove_tree(root);
+}
+END_TEST
+
+/* --- faults --- */
+
+struct footprint {
+    unsigned fds;
+    unsigned pool_mappings;
+    uint64_t address_bytes;
+};
+
+static struct footprint footprint(void)
+{
+    struct footprint p = {0};
+    DIR *d = opendir("/proc/self/fd");
+    while (readdir(d))
+        p.fds++;
+    closedir(d);
+    FILE *f = fopen("/proc/self/maps", "r");
+    char line[1024];
+    while (fgets(line, sizeof line, f)) {
+        uint64_t from, to;
+        p.pool_mappings += strstr(line, "memfd:tandem-kv") != NULL;
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64, &from, &to) == 2)
+            p.address_bytes += to - from;
+    }
+    fclose(f);
+    return p;
+}
+
+/* Slots big enough that a lost reservation (4 GiB) stands out from what the heap does. */
+static struct kv_pool_config roomy_config(const struct back_end *be)
+{
+    struct kv_pool_config c = small_config(be);
+    c.max_tokens = (1u << 30) / 384;
+    return c;
+}
+
+static void expect_footprint(const struct footprint *before, const char *where, int nth)
+{
+    struct footprint now = footprint();
+    ck_assert_msg(now.fds == before->fds, "%s %d: %u files open, %u before", where, nth, now.fds, before->fds);
+    ck_assert_msg(now.pool_mappings == before->pool_mappings, "%s %d: pages are still mapped", where, nth);
+    ck_assert_msg(now.address_bytes < before->address_bytes + (512u << 20), "%s %d: %" PRIu64 " MiB of addresses lost",
+                  where, nth, (now.address_bytes - before->address_bytes) >> 20);
+}
+
+START_TEST(destroy_gives_everything_back)
+{
+    struct kv_pool_config cfg = roomy_config(&back_ends[_i]);
+    struct footprint before = footprint();
+    for (int i = 0; i < 20; i++) {
+        struct kv_pool *pool = make(&cfg);
+        for (uint64_t step = 0; step < 8; step++) { /* makes extra ranges too: nothing completes */
+            grow(pool, 1, 20);
+            kv_slot_release(pool, 1, step);
+        }
+        kv_pool_destroy(pool);
+        expect_footprint(&before, "round", i);
+    }
+}
+END_TEST
+
+START_TEST(create_survives_the_failure_of_any_call)
+{
+    struct kv_pool_config cfg = roomy_config(&back_ends[_i]);
+    struct footprint before = footprint();
+    int n = 1;
+    for (;; n++) {
+        struct status st = STATUS_INIT;
+        struct kv_pool *pool = NULL;
+        fail_call = n;
+        enum status_code rc = kv_pool_create(&pool, &cfg, &st);
+        bool reached = fail_call == 0;
+        fail_call = 0;
+        if (!reached) {
+            ck_assert_int_eq(rc, ST_OK);
+            kv_pool_destroy(pool);
+            break;
+        }
+        ck_assert_msg(rc == ST_RESOURCE_EXHAUSTED, "call %d: %s", n, status_name(rc));
+        ck_assert_msg(strlen(st.message) > 10, "call %d: no message", n);
+        ck_assert_ptr_null(pool);
+        expect_footprint(&before, "call", n);
+    }
+    ck_assert_int_gt(n, 5);
+}
+END_TEST
+
+START_TEST(interrupted_commit_is_tried_again)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[0]);
+    int n = 1;
+    for (;; n++) { /* find the fallocate call: the only one for which EINTR is no failure */
+        struct kv_pool *pool = NULL;
+        fail_call = n;
+        fail_errno = EINTR;
+        enum status_code rc = kv_pool_create(&pool, &cfg, NULL);
+        bool reached = fail_call == 0;
+        fail_call = fail_errno = 0;
+        ck_assert_msg(reached, "no call was tried again");
+        if (rc == ST_OK) {
+            grow(pool, 0, 100);
+            kv_pool_destroy(pool);
+            return;
+        }
+    }
+}
+END_TEST
+
+START_TEST(grow_survives_the_failure_of_any_call)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    int n = 1, failures = 0;
+    for (bool reached = true; reached; n++) {
+        struct kv_pool *pool = make(&cfg);
+        for (uint32_t s = 0; s < 4; s++) /* interleaved, so that no two pages of a slot are neighbours */
+            for (uint32_t t = 10; t <= 50; t += 10)
+                grow(pool, s, t);
+        fill(be, pool, 3, 3);
+        for (uint32_t s = 0; s < 3; s++)
+            kv_slot_release(pool, s, s);
+        kv_pool_complete(pool, 1); /* 2 is still in flight */
+        struct kv_stats before = kv_pool_stats(pool);
+        fail_call = n;
+        struct status st = STATUS_INIT;
+        enum status_code rc = kv_slot_grow(pool, 3, 100, &st); /* unmaps from two ranges, then maps in pieces */
+        reached = fail_call == 0;
+        fail_call = 0;
+        ck_assert_int_eq(rc, reached ? ST_RESOURCE_EXHAUSTED : ST_OK);
+        if (reached) {
+            failures++;
+            ck_assert_ptr_nonnull(strstr(st.message, "slot 3"));
+            expect(pool, before.mapped_pages, before.fenced_pages, before.free_pages);
+            ck_assert_uint_eq(kv_slot_tokens(pool, 3), 50);
+            expect_bytes(be, kv_slot_view(pool, 3, 0).k, 50 * 384, 3);
+            grow(pool, 3, 100); /* works when asked again */
+        }
+        expect_bytes(be, kv_slot_view(pool, 3, 0).k, 50 * 384, 3);
+        expect_bytes(be, kv_slot_view(pool, 3, 0).k + 50 * 384, 50 * 384, 0);
+        kv_pool_destroy(pool);
+    }
+    ck_assert_int_ge(failures, 2);
+}
+END_TEST
+
+START_TEST(extra_range_survives_the_failure_of_any_call)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    cfg.slots = 1;
+    int failures = 0;
+    for (int n = 1;; n++) {
+        struct kv_pool *pool = make(&cfg);
+        grow(pool, 0, 10);
+        kv_slot_release(pool, 0, 1);
+        fail_call = n; /* the second range: a bigger table, the range, the back end's table, its addresses, the page */
+        enum status_code rc = kv_slot_grow(pool, 0, 10, NULL);
+        bool reached = fail_call == 0;
+        fail_call = 0;
+        failures += rc != ST_OK;
+        ck_assert_int_eq(rc, reached ? ST_RESOURCE_EXHAUSTED : ST_OK);
+        expect(pool, reached ? 0 : 1, 1, reached ? 19 : 18);
+        grow(pool, 0, 20);
+        kv_pool_destroy(pool);
+        if (!reached)
+            break;
+    }
+    ck_assert_int_eq(failures, 5);
+}
+END_TEST
+
+static Suite *memory_suite(void)
+{
+    Suite *s = suite_create("memory");
+    TCase *core = tcase_create("core"), *limits = tcase_create("limits"), *faults = tcase_create("faults");
+    tcase_set_timeout(core, 120);
+    tcase_set_timeout(faults, 120);
+#define EACH(tcase, test) tcase_add_loop_test(tcase, test, 0, N_BACK_ENDS)
+    EACH(core, slot_is_contiguous_across_page_edges);
+    EACH(core, strides_follow_the_token_major_layout);
+    EACH(core, account_is_what_the_pool_maps);
+    EACH(core, grow_never_shrinks_and_keeps_content_and_address);
+    EACH(core, released_pages_wait_for_the_fence);
+    EACH(core, step_in_flight_still_reads_a_slot_that_was_grown_again);
+    EACH(core, stale_content_is_never_visible);
+    EACH(core, steady_state_makes_no_calls);
+    EACH(core, neighbouring_pages_take_one_call);
+    EACH(core, reset_forgets_slots_fences_and_steps);
+    EACH(core, rank_without_heads_has_no_pages);
+    EACH(core, random_walk_agrees_with_the_model);
+    EACH(limits, wrong_config_names_the_field);
+    EACH(limits, overflowing_sizes_are_refused);
+    EACH(limits, more_memory_than_the_machine_has_is_refused_with_the_arithmetic);
+    EACH(limits, slot_and_tokens_out_of_range);
+    EACH(limits, exhaustion_changes_nothing);
+    EACH(limits, all_pages_go_round_many_slots);
+    EACH(limits, default_page_size_works);
+    tcase_add_test(limits, too_many_mappings_are_refused_with_the_arithmetic);
+    tcase_add_test(limits, control_groups_bound_what_is_available);
+    EACH(faults, destroy_gives_everything_back);
+    EACH(faults, create_survives_the_failure_of_any_call);
+    EACH(faults, grow_survives_the_failure_of_any_call);
+    EACH(faults, extra_range_survives_the_failure_of_any_call);
+    EACH(faults, random_walk_with_failing_calls_agrees_with_the_model);
+    tcase_add_test(faults, interrupted_commit_is_tried_again);
+    suite_add_tcase(s, core);
+    suite_add_tcase(s, limits);
+    suite_add_tcase(s, faults);
+    return s;
+}
+
+int main(void)
+{
+    SRunner *runner = srunner_create(memory_suite());
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? 1 : 0;
+}
