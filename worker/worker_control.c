@@ -82,9 +82,12 @@ static void break_link(struct worker_control *c, const struct status *why)
 
 static void report_violation(struct worker_control *c, const struct status *why)
 {
+    worker_log(c->log, WORKER_LOG_ERROR, "%s", why->message);
     pthread_mutex_lock(&c->lock);
     if (c->violation.code == ST_OK)
         c->violation = *why;
+    if (c->in_step && !exit_requested(c))
+        worker_guard_limit_step(c->guard, WORKER_STEP_GRACE_MS); /* nobody listens to Shutdown any more */
     pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
 }

@@ -1,0 +1,126 @@
+/* Choice of the back end, with a plugin that fails in each way; and the CUDA plugin itself where it was built. */
+#include <check.h>
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/backend.h"
+#include "worker/worker_internal.h"
+
+#define SOME_LIBRARY "libc.so.6" /* stands for a driver that can be loaded */
+
+static const struct worker_log quiet = {.level = WORKER_LOG_ERROR, .rank = 1};
+
+static enum status_code choose(uint32_t kind, const char *plugin, const char *driver, struct status *st)
+{
+    const struct worker_backend_config cfg = {.kind = kind, .plugin = plugin, .driver_library = driver};
+    struct worker_backend b;
+    enum status_code rc = worker_backend_open(&b, &cfg, &quiet, st);
+    if (rc == ST_OK) {
+        ck_assert_ptr_null(b.api);
+        worker_backend_close(&b);
+    }
+    return rc;
+}
+
+/* ---- core ---- */
+
+START_TEST(host_looks_for_no_driver)
+{
+    ck_assert_int_eq(choose(WORKER_BACKEND_HOST, "/no/plugin", "no-driver.so", NULL), ST_OK);
+}
+END_TEST
+
+START_TEST(devices_are_named_when_the_plugin_refuses)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(choose(WORKER_BACKEND_AUTO, TEST_FAKE_PLUGIN, SOME_LIBRARY, &st), ST_OK);
+    ck_assert_int_eq(choose(WORKER_BACKEND_CUDA, TEST_FAKE_PLUGIN, SOME_LIBRARY, &st), ST_UNIMPLEMENTED);
+    ck_assert_str_eq(st.message, "--backend cuda: 2 x Fake 9000, 80.0 GiB, compute capability 9.0: refuses to serve on "
+                                 "device 1");
+}
+END_TEST
+
+/* ---- limits ---- */
+
+START_TEST(cuda_plugin_keeps_its_contract)
+{
+#ifdef TEST_CUDA_PLUGIN
+    void *library = dlopen(TEST_CUDA_PLUGIN, RTLD_NOW | RTLD_LOCAL);
+    ck_assert_msg(library, "%s", dlerror());
+    void *symbol = dlsym(library, BACKEND_SYMBOL);
+    ck_assert_ptr_nonnull(symbol);
+    ck_assert_ptr_null(dlsym(library, "status_set")); /* nothing but the entry is seen */
+    backend_entry *entry;
+    memcpy(&entry, &symbol, sizeof entry);
+    ck_assert_ptr_null(entry(BACKEND_ABI + 1));
+    const struct backend_api *api = entry(BACKEND_ABI);
+    ck_assert_ptr_nonnull(api);
+    ck_assert_uint_eq(api->abi, BACKEND_ABI);
+    ck_assert_str_eq(api->name, "cuda");
+    uint32_t count = 0;
+    struct status st = STATUS_INIT;
+    enum status_code rc = api->devices(&count, &st);
+    ck_assert_msg(rc == ST_OK || (rc == ST_FAILED_PRECONDITION && st.message[0]), "%d", rc);
+    struct backend_device d;
+    for (uint32_t i = 0; rc == ST_OK && i < count; i++) {
+        ck_assert_int_eq(api->describe(i, &d, &st), ST_OK);
+        ck_assert(d.name[0] && d.memory_bytes && d.major && d.processors);
+    }
+    ck_assert_int_ne(api->describe(count, &d, &st), ST_OK);
+    struct backend_session *session = NULL;
+    ck_assert_int_eq(api->open(&session, 0, &st), ST_UNIMPLEMENTED);
+    ck_assert_ptr_null(session);
+    api->close(NULL);
+    dlclose(library);
+#endif
+}
+END_TEST
+
+/* ---- faults ---- */
+
+struct fault_case {
+    const char *behaviour, *plugin, *driver, *text;
+};
+
+static const struct fault_case fault_cases[] = {
+    {"", TEST_FAKE_PLUGIN, "no-driver.so.1", "no CUDA driver"},
+    {"", "/no/such/plugin.so", SOME_LIBRARY, "/no/such/plugin.so is not there"},
+    {"", TEST_DATA "/demo-model/config.json", SOME_LIBRARY, "CUDA back end: "},
+    {"", SOME_LIBRARY, SOME_LIBRARY, "is not there"}, /* a path, not a name to look for */
+    {"answers-null", TEST_FAKE_PLUGIN, SOME_LIBRARY, "is not of this build"},
+    {"other-abi", TEST_FAKE_PLUGIN, SOME_LIBRARY, "is not of this build"},
+    {"driver-too-old", TEST_FAKE_PLUGIN, SOME_LIBRARY, "the driver is too old"},
+    {"no-device", TEST_FAKE_PLUGIN, SOME_LIBRARY, "the driver finds no device"},
+};
+#define FAULT_CASES (int)(sizeof fault_cases / sizeof *fault_cases)
+
+START_TEST(what_keeps_cuda_away_leaves_the_host_or_is_said)
+{
+    const struct fault_case *f = &fault_cases[_i];
+    struct status st = STATUS_INIT;
+    setenv("BACKEND_FAKE", f->behaviour, 1);
+    ck_assert_int_eq(choose(WORKER_BACKEND_AUTO, f->plugin, f->driver, &st), ST_OK);
+    ck_assert_int_eq(choose(WORKER_BACKEND_CUDA, f->plugin, f->driver, &st), ST_FAILED_PRECONDITION);
+    ck_assert_msg(strncmp(st.message, "--backend cuda: ", 16) == 0 && strstr(st.message, f->text), "%s", st.message);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *s = suite_create("backend");
+    TCase *core = tcase_create("core"), *limits = tcase_create("limits"), *faults = tcase_create("faults");
+    tcase_set_timeout(limits, 60); /* a driver may take long to open */
+    tcase_add_test(core, host_looks_for_no_driver);
+    tcase_add_test(core, devices_are_named_when_the_plugin_refuses);
+    tcase_add_test(limits, cuda_plugin_keeps_its_contract);
+    tcase_add_loop_test(faults, what_keeps_cuda_away_leaves_the_host_or_is_said, 0, FAULT_CASES);
+    suite_add_tcase(s, core);
+    suite_add_tcase(s, limits);
+    suite_add_tcase(s, faults);
+    SRunner *runner = srunner_create(s);
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
