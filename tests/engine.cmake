@@ -21,4 +21,9 @@ if(TANDEM_TESTS)
 
   add_executable(engine_run engine_run.c)
   target_link_libraries(engine_run PRIVATE tandem_engine_group PkgConfig::JANSSON)
+  # Debian's python3: one of another origin on PATH would not see python3-numpy
+  add_test(NAME engine_reference
+           COMMAND /usr/bin/python3 ${CMAKE_CURRENT_SOURCE_DIR}/reference.py --run $<TARGET_FILE:engine_run>)
+  set_tests_properties(engine_reference PROPERTIES TIMEOUT 300 ENVIRONMENT
+                       "${SANITIZER_ENV};OPENBLAS_NUM_THREADS=1")
 endif()

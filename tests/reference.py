@@ -1,0 +1,250 @@
+#!/usr/bin/python3
+"""Engine against an independent reference: random models of many shapes, computed here in float64 with NumPy.
+
+    reference.py --run PATH/engine_run [--seed N] [--only NAME]     compare (what ctest does)
+    reference.py --write DIR --only NAME [--seed N]                 leave one model folder, with expected.json, in DIR
+
+The forward below is written from the published description of Llama and shares nothing with worker/: no KV cache, every
+step is computed from scratch. Ids are compared up to the first step whose margin is under TOLERANCE, logits always.
+"""
+import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+TOLERANCE = 2e-3  # logits here are of size 1 to 10; float32 arithmetic differs by 1e-5 or so
+LOGITS_TOLERANCE = 2e-4
+NEW_TOKENS = 24
+
+# hidden, inner, layers, heads, kv_heads, head_dim, vocab; dtype(s); files; options
+MODELS = {
+    "gqa_untied": dict(hidden=72, inner=100, layers=3, heads=8, kv_heads=2, head_dim=16, vocab=301, dtype="F32", files=1,
+                       tied=False),
+    "tied_sharded": dict(hidden=48, inner=130, layers=2, heads=6, kv_heads=3, head_dim=24, vocab=258, dtype="BF16",
+                         files=3, tied=True),
+    "odd_mqa": dict(hidden=45, inner=37, layers=3, heads=7, kv_heads=1, head_dim=8, vocab=97, dtype="F16", files=2,
+                    tied=False),
+    "mixed_dtypes": dict(hidden=100, inner=171, layers=2, heads=12, kv_heads=4, head_dim=64, vocab=513, dtype="mixed",
+                         files=1, tied=False, rope_theta=500000.0, eps=1e-6),
+    "wide_head": dict(hidden=33, inner=3, layers=1, heads=3, kv_heads=3, head_dim=256, vocab=61, dtype="F32", files=1,
+                      tied=True),
+    "default_head_dim": dict(hidden=64, inner=96, layers=4, heads=4, kv_heads=4, head_dim=None, vocab=200, dtype="BF16",
+                             files=5, tied=False),
+}
+
+
+def to_bf16(x):
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def stored(x, dtype):
+    """(bytes as in the file, what they stand for)"""
+    if dtype == "F32":
+        y = x.astype("<f4")
+        return y.tobytes(), y.astype(np.float64)
+    if dtype == "F16":
+        y = x.astype("<f2")
+        return y.tobytes(), y.astype(np.float64)
+    y = to_bf16(x)
+    return y.astype("<u2").tobytes(), (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def tensor_shapes(m):
+    h, d = m["hidden"], m["head_dim"]
+    yield "model.embed_tokens.weight", (m["vocab"], h)
+    for i in range(m["layers"]):
+        p = "model.layers.%d." % i
+        yield p + "input_layernorm.weight", (h,)
+        yield p + "self_attn.q_proj.weight", (m["heads"] * d, h)
+        yield p + "self_attn.k_proj.weight", (m["kv_heads"] * d, h)
+        yield p + "self_attn.v_proj.weight", (m["kv_heads"] * d, h)
+        yield p + "self_attn.o_proj.weight", (h, m["heads"] * d)
+        yield p + "post_attention_layernorm.weight", (h,)
+        yield p + "mlp.gate_proj.weight", (m["inner"], h)
+        yield p + "mlp.up_proj.weight", (m["inner"], h)
+        yield p + "mlp.down_proj.weight", (h, m["inner"])
+    yield "model.norm.weight", (h,)
+    if not m["tied"]:
+        yield "lm_head.weight", (m["vocab"], h)
+
+
+def write_file(path, tensors):
+    header, data, at = {"__metadata__": {"format": "pt"}}, b"", 0
+    for name, dtype, shape, raw in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(raw)]}
+        data += raw
+        at += len(raw)
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + data)
+
+
+def make_model(folder, m, rng):
+    """Writes the folder; returns the weights as float64."""
+    m.setdefault("rope_theta", 10000.0)
+    m.setdefault("eps", 1e-5)
+    explicit_head_dim = m["head_dim"] is not None
+    m["head_dim"] = m["head_dim"] or m["hidden"] // m["heads"]
+    mixed = ["BF16", "F16", "F32"]
+    weights, parts = {}, [[] for _ in range(m["files"])]
+    for k, (name, shape) in enumerate(tensor_shapes(m)):
+        if len(shape) == 1:
+            x = 1.0 + 0.2 * rng.standard_normal(shape)
+        elif "embed" in name:
+            x = rng.standard_normal(shape)
+        else:
+            x = rng.standard_normal(shape) * (1.6 / np.sqrt(shape[1]))
+        if "embed" in name and m["tied"]:
+            x *= 0.3
+        dtype = mixed[k % 3] if m["dtype"] == "mixed" else m["dtype"]
+        raw, weights[name] = stored(x, dtype)
+        parts[k % m["files"]].append((name, dtype, shape, raw))
+    if m["files"] == 1:
+        write_file(folder + "/model.safetensors", parts[0])
+    else:
+        index = {}
+        for i, part in enumerate(parts):
+            name = "model-%05d-of-%05d.safetensors" % (i + 1, m["files"])
+            write_file(folder + "/" + name, part)
+            index.update({t[0]: name for t in part})
+        with open(folder + "/model.safetensors.index.json", "w") as f:
+            json.dump({"metadata": {}, "weight_map": index}, f)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": m["hidden"],
+        "intermediate_size": m["inner"], "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"],
+        "num_key_value_heads": m["kv_heads"], "vocab_size": m["vocab"], "max_position_embeddings": 160,
+        "rms_norm_eps": m["eps"], "rope_theta": m["rope_theta"], "hidden_act": "silu", "rope_scaling": None,
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": m["tied"], "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if explicit_head_dim:
+        config["head_dim"] = m["head_dim"]
+    with open(folder + "/config.json", "w") as f:
+        json.dump(config, f)
+    return weights
+
+
+def rms_norm(x, w, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+
+
+def rotate(x, theta):
+    """x: [T][heads][d]; pairs (i, i + d/2) as Hugging Face's Llama has them."""
+    t, _, d = x.shape
+    angle = np.outer(np.arange(t), theta ** (-np.arange(0, d, 2) / d))[:, None, :]
+    a, b = x[..., : d // 2], x[..., d // 2:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def last_logits(m, w, ids):
+    t, d, group = len(ids), m["head_dim"], m["heads"] // m["kv_heads"]
+    x = w["model.embed_tokens.weight"][ids]
+    mask = np.where(np.tri(t) > 0, 0.0, -np.inf)
+    for i in range(m["layers"]):
+        p = "model.layers.%d." % i
+        h = rms_norm(x, w[p + "input_layernorm.weight"], m["eps"])
+        q = rotate((h @ w[p + "self_attn.q_proj.weight"].T).reshape(t, -1, d), m["rope_theta"])
+        k = rotate((h @ w[p + "self_attn.k_proj.weight"].T).reshape(t, -1, d), m["rope_theta"])
+        v = (h @ w[p + "self_attn.v_proj.weight"].T).reshape(t, -1, d)
+        out = np.empty((t, m["heads"], d))
+        for head in range(m["heads"]):
+            s = q[:, head] @ k[:, head // group].T / np.sqrt(d) + mask
+            s = np.exp(s - s.max(-1, keepdims=True))
+            out[:, head] = s / s.sum(-1, keepdims=True) @ v[:, head // group]
+        x = x + out.reshape(t, -1) @ w[p + "self_attn.o_proj.weight"].T
+        h = rms_norm(x, w[p + "post_attention_layernorm.weight"], m["eps"])
+        gate, up = h @ w[p + "mlp.gate_proj.weight"].T, h @ w[p + "mlp.up_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+    head = w["model.embed_tokens.weight" if m["tied"] else "lm_head.weight"]
+    return rms_norm(x[-1], w["model.norm.weight"], m["eps"]) @ head.T
+
+
+def expect(m, w, prompt):
+    ids, out, margins, first = list(prompt), [], [], None
+    for _ in range(NEW_TOKENS):
+        logits = last_logits(m, w, ids)
+        first = logits if first is None else first
+        top = np.sort(logits)[-2:]
+        margins.append(float(top[1] - top[0]))
+        out.append(int(logits.argmax()))
+        ids.append(out[-1])
+    return {"prompt_ids": list(prompt), "greedy_ids": out, "margins": margins, "first_logits": first.tolist()}
+
+
+def make_cases(m, w, rng):
+    lengths = [1, 5, 33, 18]
+    return [expect(m, w, [int(i) for i in rng.integers(0, m["vocab"], n)]) for n in lengths]
+
+
+def compare(label, cases, got):
+    bad, compared = 0, 0
+    for i, (case, ids, logits) in enumerate(zip(cases, got["ids"], got["logits"])):
+        error = max(abs(a - b) for a, b in zip(logits, case["first_logits"]))
+        if len(logits) != len(case["first_logits"]) or not error < LOGITS_TOLERANCE:
+            print("%s prompt %d: first logits off by %g, allowed %g" % (label, i, error, LOGITS_TOLERANCE))
+            bad += 1
+        for k, (a, b, margin) in enumerate(zip(ids, case["greedy_ids"], case["margins"])):
+            if margin < TOLERANCE:
+                break
+            compared += 1
+            if a != b:
+                print("%s prompt %d: token %d is %d, expected %d (margin %g)" % (label, i, k, a, b, margin))
+                bad += 1
+                break
+    return bad, compared
+
+
+def check_model(run, name, seed):
+    rng = np.random.default_rng([seed, sorted(MODELS).index(name)])
+    m = dict(MODELS[name])
+    bad = compared = 0
+    with tempfile.TemporaryDirectory() as folder:
+        weights = make_model(folder, m, rng)
+        cases = make_cases(m, weights, rng)
+        prompts = json.dumps([c["prompt_ids"] for c in cases])
+        # ranks, rows per step, requests at a time, threads
+        for ranks, rows, concurrent, threads in [(1, 64, 1, 2), (1, 3, 4, 1), (2, 16, 2, 1), (3, 64, 4, 1), (4, 5, 3, 2),
+                                                 (5, 64, 4, 1), (6, 16, 4, 1), (7, 64, 2, 1), (8, 64, 4, 1)]:
+            label = "%s, %d ranks, %d rows, %d at a time, seed %d" % (name, ranks, rows, concurrent, seed)
+            p = subprocess.run([run, "%s,threads=%d" % (folder, threads), str(ranks), str(rows), str(concurrent),
+                                str(NEW_TOKENS)], input=prompts, stdout=subprocess.PIPE, universal_newlines=True)
+            if p.returncode != 0:
+                print("%s: exit status %d" % (label, p.returncode))
+                bad += 1
+                continue
+            b, c = compare(label, cases, json.loads(p.stdout))
+            bad += b
+            compared += c
+    print("%s: %d ids compared, %d differences" % (name, compared, bad))
+    if compared < 9 * NEW_TOKENS:
+        print("%s: too few margins are over %g to tell anything" % (name, TOLERANCE))
+        bad += 1
+    return bad
+
+
+def main():
+    args = argparse.ArgumentParser()
+    args.add_argument("--run")
+    args.add_argument("--write")
+    args.add_argument("--only", choices=sorted(MODELS))
+    args.add_argument("--seed", type=int, default=1)
+    args = args.parse_args()
+    if args.write:
+        rng = np.random.default_rng([args.seed, sorted(MODELS).index(args.only)])
+        m = dict(MODELS[args.only])
+        os.makedirs(args.write, exist_ok=True)
+        weights = make_model(args.write, m, rng)
+        with open(args.write + "/expected.json", "w") as f:
+            json.dump({"cases": make_cases(m, weights, rng)}, f)
+        return 0
+    return 1 if sum(check_model(args.run, n, args.seed) for n in ([args.only] if args.only else MODELS)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
