@@ -6,8 +6,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "coordinator/scheduler_internal.h"
+#include "tests/sim_scheduler.h"
 
 /* One page holds 4 tokens. */
 static const struct kv_account ROOMY = {.page_bytes = 4096, .token_bytes = 1024, .total_pages = 1000};
@@ -526,6 +528,105 @@ START_TEST(admission_does_not_pass_the_head_of_the_line)
 }
 END_TEST
 
+/* ---- simulator ---- */
+
+static uint64_t env_number(const char *name, uint64_t otherwise)
+{
+    const char *text = getenv(name);
+    return text && *text ? strtoull(text, NULL, 0) : otherwise;
+}
+
+#define SIM_RUN_STEPS 4000
+
+/* What an abort, also one of sched_check, prints at the end: a handler can reach nothing but a static. */
+static char last_words[80];
+
+static void on_abort(int sig)
+{
+    (void)sig;
+    ssize_t n = write(STDERR_FILENO, last_words, strlen(last_words));
+    (void)n;
+}
+
+/* SIM_STEPS in all, among runs with seeds SIM_SEED, SIM_SEED + 1, ... */
+static void simulate(struct sim_options o, struct sim_report *total)
+{
+    memset(total, 0, sizeof *total);
+    signal(SIGABRT, on_abort);
+    o.steps = SIM_RUN_STEPS;
+    uint64_t steps = env_number("SIM_STEPS", 600000), seed = env_number("SIM_SEED", 1);
+    for (; total->steps < steps; seed++) {
+        o.seed = seed;
+        snprintf(last_words, sizeof last_words, "run it again with SIM_SEED=%llu SIM_STEPS=1\n",
+                 (unsigned long long)seed);
+        struct sim_report r;
+        sim_run(&o, &r);
+        total->steps += r.steps;
+        total->submitted += r.submitted;
+        total->finished += r.finished;
+        total->failed += r.failed;
+        total->rejected += r.rejected;
+        total->groups += r.groups;
+        total->unfit += r.unfit;
+        total->preemptions += r.preemptions;
+        total->generated += r.generated;
+        total->prompt += r.prompt;
+        total->recomputed += r.recomputed;
+        total->wasted += r.wasted;
+        total->worst_wait = r.worst_wait > total->worst_wait ? r.worst_wait : total->worst_wait;
+    }
+}
+
+static void print_report(const char *what, const struct sim_report *r)
+{
+    printf("%s: %llu steps, %llu groups, %llu requests (%llu finished, %llu failed, %llu refused), %llu preemptions, "
+           "%.1f %% of rows computed again, %llu wasted, longest wait %.3f of its bound\n",
+           what, (unsigned long long)r->steps, (unsigned long long)r->groups, (unsigned long long)r->submitted,
+           (unsigned long long)r->finished, (unsigned long long)r->failed, (unsigned long long)r->rejected,
+           (unsigned long long)r->preemptions,
+           100.0 * (double)r->recomputed / (double)(r->recomputed + r->prompt + r->generated + 1),
+           (unsigned long long)r->wasted, r->worst_wait);
+}
+
+START_TEST(sim_every_request_finishes_when_nothing_goes_wrong)
+{
+    struct sim_report r;
+    simulate((struct sim_options){.arrival = 600, .min_context_fits = 4, .max_context_fits = 40}, &r);
+    print_report("steady", &r);
+    ck_assert_uint_eq(r.finished + r.unfit, r.submitted);
+    ck_assert_uint_gt(r.finished, r.steps / 100);
+    ck_assert_uint_gt(r.wasted, 0);
+}
+END_TEST
+
+START_TEST(sim_memory_pressure_changes_no_token)
+{
+    struct sim_report r;
+    simulate((struct sim_options){.arrival = 1000, .cancel = 5, .min_context_fits = 1, .max_context_fits = 4}, &r);
+    print_report("memory pressure", &r);
+    ck_assert_uint_gt(r.preemptions, r.steps / 1000);
+    ck_assert_uint_gt(r.recomputed, 0);
+}
+END_TEST
+
+START_TEST(sim_cancels_deadlines_losses_and_bad_requests)
+{
+    struct sim_report r;
+    simulate((struct sim_options){.arrival = 1000,
+                                  .cancel = 60,
+                                  .deadline = 500,
+                                  .group_loss = 3,
+                                  .bad_request = 50,
+                                  .min_context_fits = 0,
+                                  .max_context_fits = 6},
+             &r);
+    print_report("faults", &r);
+    ck_assert_uint_gt(r.groups, r.steps / 10000);
+    ck_assert_uint_gt(r.failed, r.steps / 100);
+    ck_assert_uint_gt(r.rejected, 0);
+}
+END_TEST
+
 static Suite *suite(void)
 {
     Suite *suite = suite_create("scheduler");
@@ -543,6 +644,12 @@ static Suite *suite(void)
     tcase_add_test(core, requests_wait_for_the_first_group);
     tcase_add_test(core, admission_does_not_pass_the_head_of_the_line);
     suite_add_tcase(suite, core);
+    TCase *sim = tcase_create("sim");
+    tcase_set_timeout(sim, 3600);
+    tcase_add_test(sim, sim_every_request_finishes_when_nothing_goes_wrong);
+    tcase_add_test(sim, sim_memory_pressure_changes_no_token);
+    tcase_add_test(sim, sim_cancels_deadlines_losses_and_bad_requests);
+    suite_add_tcase(suite, sim);
     return suite;
 }
 

@@ -1,0 +1,612 @@
+#include "tests/sim_scheduler.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_LIVE    4096
+#define MAX_CONTEXT 128
+#define MAX_STOPS   2
+#define MAX_SLOTS   64
+
+enum sim_stage { STAGE_QUEUED, STAGE_RUNNING, STAGE_PREEMPTED, STAGE_DRAINING };
+
+/* What is known beforehand of a request, and what became of it. */
+struct sim_req {
+    uint64_t id, seed;
+    uint32_t n_prompt, max_new, stop[MAX_STOPS], n_stop;
+    uint32_t n_expected; /* tokens until it stops by itself */
+    bool expect_stop;
+    int64_t deadline_us, arrived_us;
+    enum status_code cancelled; /* ST_OK: not */
+    enum sim_stage stage;
+    uint32_t slot;
+    uint32_t n_sampled; /* in plans */
+    uint32_t n_out;
+    uint32_t preemptions;
+    bool started;
+    uint64_t submit_step, max_steps;
+};
+
+struct sim_flight {
+    uint64_t step;
+    uint32_t n;
+    uint32_t tokens[MAX_SLOTS];
+    uint64_t id[MAX_SLOTS];
+};
+
+struct sim {
+    const struct sim_options *o;
+    uint64_t random;
+    int64_t now_us;
+    struct sched *sched;
+    struct sched_config cfg;
+    struct kv_account kv; /* what the scheduler counts with; page_bytes 0: nothing yet */
+    uint32_t max_context;
+    uint32_t budget, min_budget;
+    bool attached;
+    bool losing, joining; /* a detach or attach is under way: the failures it brings are expected */
+    struct sim_ranks ranks;
+    struct sim_req *live[MAX_LIVE]; /* by age */
+    uint32_t n_live;
+    uint64_t next_id;
+    uint64_t slot_id[MAX_SLOTS]; /* what the slot works for; 0: none */
+    bool release_due[MAX_SLOTS]; /* its request has ended or needs it no more */
+    struct sim_flight flight[2]; /* step % 2 */
+    uint32_t in_flight;
+    uint64_t next_step, steps, wasted, generated, preemptions;
+    struct sim_report *report;
+};
+
+static uint64_t draw(struct sim *m)
+{
+    return sim_hash(m->random++);
+}
+
+/* lo to hi, both included */
+static uint32_t between(struct sim *m, uint32_t lo, uint32_t hi)
+{
+    return lo + (uint32_t)(draw(m) % ((uint64_t)hi - lo + 1));
+}
+
+static bool chance(struct sim *m, uint32_t in_1024)
+{
+    return draw(m) % 1024 < in_1024;
+}
+
+static struct sim_req *find(const struct sim *m, uint64_t id)
+{
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        if (m->live[i]->id == id)
+            return m->live[i];
+    }
+    return NULL;
+}
+
+/* ---- groups ---- */
+
+static void draw_group(struct sim *m, struct sim_group *g)
+{
+    static const uint32_t page_of_token[] = {2, 3, 10, 47, 160, 400}; /* page bytes, tens of token bytes */
+    uint32_t token_bytes = between(m, 90, 1100);
+    uint64_t page_bytes = (uint64_t)token_bytes * page_of_token[between(m, 0, 5)] / 10 + between(m, 0, 3);
+    g->n_ranks = between(m, 1, SIM_MAX_RANKS);
+    g->slots = chance(m, 200) ? between(m, 1, 2) : between(m, 1, MAX_SLOTS / (chance(m, 700) ? 4 : 1));
+    g->max_context = between(m, MAX_CONTEXT / 4, MAX_CONTEXT);
+    struct kv_account worst = {page_bytes, token_bytes, 0};
+    uint64_t full = kv_pages_for(&worst, g->max_context);
+    uint64_t lo = full * m->o->min_context_fits, hi = full * m->o->max_context_fits;
+    uint64_t total = between(m, (uint32_t)lo, (uint32_t)hi);
+    if (m->o->min_context_fits == 0 && total == 0)
+        total = 1;
+    uint32_t weakest = between(m, 0, g->n_ranks - 1);
+    for (uint32_t i = 0; i < g->n_ranks; i++) {
+        g->kv[i].page_bytes = page_bytes;
+        g->kv[i].token_bytes = i == weakest ? token_bytes : token_bytes - between(m, 0, token_bytes / 2);
+        g->kv[i].total_pages = total + (i == weakest ? 0 : between(m, 0, 3));
+    }
+    if (chance(m, 30)) { /* ranks without KV heads */
+        for (uint32_t i = 0; i < g->n_ranks; i++)
+            g->kv[i].token_bytes = 0;
+    }
+}
+
+/* Whether a request can ever run, as far as the scheduler can know. */
+static bool fits(const struct sim *m, uint32_t n_prompt, uint32_t max_new)
+{
+    if (n_prompt + max_new > m->max_context)
+        return false;
+    return m->kv.page_bytes == 0 || kv_pages_for(&m->kv, n_prompt + max_new - 1) <= m->kv.total_pages;
+}
+
+/* ---- events ---- */
+
+static void check_terminal(struct sim *m, const struct sim_req *r, const struct sched_event *ev)
+{
+    unsigned long long id = r->id;
+    if (ev->n_prompt != r->n_prompt || ev->n_new != r->n_out || ev->preemptions != r->preemptions)
+        sim_fail("request %llu: ended with %u + %u tokens, %u preemptions; expected %u + %u, %u", id, ev->n_prompt,
+                 ev->n_new, ev->preemptions, r->n_prompt, r->n_out, r->preemptions);
+    if (ev->arrived_us != r->arrived_us || (ev->started_us != 0) != r->started ||
+        (ev->first_token_us != 0) != (r->n_out > 0) || ev->last_token_us < ev->first_token_us)
+        sim_fail("request %llu: wrong times", id);
+    if (ev->kind == SCHED_FINISHED) {
+        if (r->n_out != r->n_expected || ev->stopped != r->expect_stop)
+            sim_fail("request %llu: finished after %u tokens%s, expected %u%s", id, r->n_out,
+                     ev->stopped ? " by stop" : "", r->n_expected, r->expect_stop ? " by stop" : "");
+        if (ev->stopped && ev->token != sim_token(r->seed, r->n_prompt + r->n_out - 1))
+            sim_fail("request %llu: wrong stop token", id);
+        uint32_t wasted = r->n_sampled - r->n_expected;
+        if (wasted > m->cfg.depth - 1 || (!r->expect_stop && wasted > 0))
+            sim_fail("request %llu: %u rows wasted", id, wasted);
+        m->report->finished++;
+        return;
+    }
+    m->report->failed++;
+    m->report->unfit += ev->code == ST_INVALID_ARGUMENT;
+    bool right = ev->code == ST_DEADLINE_EXCEEDED  ? r->deadline_us <= m->now_us
+                 : ev->code == ST_UNAVAILABLE      ? m->losing && r->started
+                 : ev->code == ST_INVALID_ARGUMENT ? m->joining && !r->started && !fits(m, r->n_prompt, r->max_new)
+                                                   : ev->code == r->cancelled && r->cancelled != ST_OK;
+    if (!right)
+        sim_fail("request %llu: failed with %s for no reason", id, status_name(ev->code));
+}
+
+static void end(struct sim *m, struct sim_req *r)
+{
+    uint64_t took = m->steps - r->submit_step;
+    if (took > r->max_steps)
+        sim_fail("request %llu: starved: %llu steps, at most %llu expected", (unsigned long long)r->id,
+                 (unsigned long long)took, (unsigned long long)r->max_steps);
+    double part = (double)took / (double)r->max_steps;
+    if (part > m->report->worst_wait)
+        m->report->worst_wait = part;
+    if (r->stage == STAGE_RUNNING)
+        m->release_due[r->slot] = true;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        if (m->live[i] == r) {
+            memmove(&m->live[i], &m->live[i + 1], (m->n_live - i - 1) * sizeof m->live[0]);
+            break;
+        }
+    }
+    m->n_live--;
+    free(r);
+}
+
+static void take_events(struct sim *m)
+{
+    struct sched_event ev;
+    while (sched_next_event(m->sched, &ev)) {
+        struct sim_req *r = find(m, ev.id);
+        if (!r)
+            sim_fail("event of kind %d for request %llu, which has ended", ev.kind, (unsigned long long)ev.id);
+        if (ev.kind != SCHED_TOKEN) {
+            check_terminal(m, r, &ev);
+            end(m, r);
+            continue;
+        }
+        m->generated++;
+        uint32_t expected = sim_token(r->seed, r->n_prompt + r->n_out);
+        if (ev.token != expected || r->n_out == r->n_expected)
+            sim_fail("request %llu: token %u is %u, expected %u and %u in all", (unsigned long long)r->id, r->n_out,
+                     ev.token, expected, r->n_expected);
+        r->n_out++;
+    }
+}
+
+/* After every call that changes the scheduler. */
+static void check(struct sim *m)
+{
+    sched_check(m->sched);
+    take_events(m);
+    struct sched_load l = sched_load(m->sched);
+    uint32_t queued = 0;
+    uint64_t tokens = 0;
+    int64_t deadline_us = INT64_MAX;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        const struct sim_req *r = m->live[i];
+        if (r->n_out == r->n_expected)
+            sim_fail("request %llu: has all its tokens and lives on", (unsigned long long)r->id);
+        queued += !r->started;
+        tokens += r->started ? 0 : r->n_prompt;
+        if (r->deadline_us < deadline_us)
+            deadline_us = r->deadline_us;
+    }
+    if (l.queued != queued || l.running != m->n_live - queued || l.queued_tokens != tokens ||
+        l.in_flight != m->in_flight || l.generated_tokens != m->generated || l.wasted_rows != m->wasted)
+        sim_fail("load: %u queued, %u running, %llu queued tokens, %u in flight; expected %u, %u, %llu, %u", l.queued,
+                 l.running, (unsigned long long)l.queued_tokens, l.in_flight, queued, m->n_live - queued,
+                 (unsigned long long)tokens, m->in_flight);
+    if (sched_next_deadline_us(m->sched) != deadline_us)
+        sim_fail("next deadline: %lld, expected %lld", (long long)sched_next_deadline_us(m->sched),
+                 (long long)deadline_us);
+}
+
+/* ---- calls ---- */
+
+static uint32_t prefill_share(uint32_t budget)
+{
+    return budget / 16 > 1 ? budget / 16 : 1;
+}
+
+/* The most steps that a request can take while it is the oldest: its prompt gets at least the prefill share of each
+ * step. Each token waits for its turn among the slots, and may lose it twice to a fence. A budget of one row goes to
+ * prefill first: then a turn may take as long as all the prompts in the slots. */
+static uint64_t oldest_steps(const struct sim *m, const struct sim_req *r)
+{
+    uint32_t limit = m->min_budget - prefill_share(m->min_budget);
+    uint64_t turn = limit ? MAX_SLOTS / limit + 1 : MAX_SLOTS * (MAX_CONTEXT + 2);
+    return (r->n_prompt + r->max_new) / prefill_share(m->min_budget) + r->max_new * (3 * turn + 4) + 8;
+}
+
+static void expect_requests(struct sim *m, struct sim_req *r)
+{
+    r->n_expected = r->max_new;
+    for (uint32_t i = 0; i < r->max_new; i++) {
+        uint32_t token = sim_token(r->seed, r->n_prompt + i);
+        for (uint32_t k = 0; k < r->n_stop; k++)
+            r->expect_stop |= token == r->stop[k];
+        if (r->expect_stop) {
+            r->n_expected = i + 1;
+            break;
+        }
+    }
+    r->submit_step = m->steps;
+    r->max_steps = oldest_steps(m, r);
+    for (uint32_t i = 0; i < m->n_live; i++)
+        r->max_steps += oldest_steps(m, m->live[i]);
+}
+
+static enum status_code expected_refusal(const struct sim *m, const struct sim_req *r)
+{
+    if (r->n_prompt == 0 || r->max_new == 0 || !fits(m, r->n_prompt, r->max_new))
+        return ST_INVALID_ARGUMENT;
+    if (find(m, r->id))
+        return ST_ALREADY_EXISTS;
+    struct sched_load l = sched_load(m->sched);
+    bool full = l.queued == m->cfg.max_queued || l.queued_tokens + r->n_prompt > m->cfg.max_queued_tokens;
+    return full ? ST_RESOURCE_EXHAUSTED : ST_OK;
+}
+
+static void submit(struct sim *m)
+{
+    struct sim_req *r = calloc(1, sizeof *r);
+    if (!r)
+        sim_fail("out of memory");
+    r->id = ++m->next_id * 0x9e3779b97f4a7c15u; /* odd factor: never twice */
+    r->seed = draw(m);
+    r->n_prompt = chance(m, 100) ? 1 : between(m, 1, m->max_context * 3 / 4);
+    r->max_new = chance(m, 100) ? 1 : between(m, 1, m->max_context);
+    if (r->n_prompt + r->max_new > m->max_context && !chance(m, m->o->bad_request))
+        r->max_new = m->max_context - r->n_prompt;
+    r->n_stop = between(m, 0, MAX_STOPS);
+    for (uint32_t i = 0; i < r->n_stop; i++)
+        r->stop[i] = between(m, 0, SIM_VOCAB - 1);
+    r->deadline_us = chance(m, m->o->deadline) ? m->now_us + between(m, 0, 60000) : INT64_MAX;
+    r->arrived_us = m->now_us;
+    if (chance(m, m->o->bad_request)) {
+        uint32_t what = between(m, 0, 2);
+        r->n_prompt = what == 0 ? 0 : r->n_prompt;
+        r->max_new = what == 1 ? 0 : r->max_new;
+        r->id = what == 2 && m->n_live ? m->live[between(m, 0, m->n_live - 1)]->id : r->id;
+    }
+    uint32_t prompt[2 * MAX_CONTEXT];
+    for (uint32_t i = 0; i < r->n_prompt; i++)
+        prompt[i] = sim_token(r->seed, i);
+    struct sched_request req = {.id = r->id,
+                                .prompt = prompt,
+                                .n_prompt = r->n_prompt,
+                                .max_new = r->max_new,
+                                .stop_ids = r->stop,
+                                .n_stop = r->n_stop,
+                                .deadline_us = r->deadline_us,
+                                .sample = {.seed = r->seed}};
+    enum status_code expected = expected_refusal(m, r);
+    struct status st = STATUS_INIT;
+    enum status_code rc = sched_submit(m->sched, m->now_us, &req, &st);
+    if (rc != expected)
+        sim_fail("submit: %s (%s), expected %s", status_name(rc), st.message, status_name(expected));
+    if (rc == ST_OK) {
+        if (m->n_live == MAX_LIVE)
+            sim_fail("too many requests for the simulator");
+        expect_requests(m, r);
+        m->live[m->n_live++] = r;
+        m->report->submitted++;
+    } else {
+        m->report->rejected++;
+        free(r);
+    }
+    check(m);
+}
+
+static void cancel(struct sim *m)
+{
+    if (m->n_live == 0)
+        return;
+    struct sim_req *r = m->live[between(m, 0, m->n_live - 1)];
+    uint64_t id = r->id;
+    r->cancelled = chance(m, 512) ? ST_CANCELLED : ST_RESOURCE_EXHAUSTED;
+    if (sched_cancel(m->sched, m->now_us, id, r->cancelled, NULL) != ST_OK)
+        sim_fail("cancel of request %llu failed", (unsigned long long)id);
+    check(m);
+    if (find(m, id) || sched_cancel(m->sched, m->now_us, id, ST_CANCELLED, NULL) != ST_NOT_FOUND)
+        sim_fail("request %llu survived its cancel", (unsigned long long)id);
+}
+
+static void detach(struct sim *m)
+{
+    m->losing = true;
+    m->in_flight = 0;
+    m->attached = false;
+    sched_detach(m->sched, m->now_us);
+    check(m);
+    m->losing = false;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        if (m->live[i]->started)
+            sim_fail("request %llu survived its group", (unsigned long long)m->live[i]->id);
+    }
+    sim_ranks_fini(&m->ranks);
+}
+
+static void attach(struct sim *m)
+{
+    struct sim_group g;
+    draw_group(m, &g);
+    struct kv_account kv = g.kv[0];
+    for (uint32_t i = 1; i < g.n_ranks; i++)
+        kv = kv_account_worst(kv, g.kv[i]);
+    sim_ranks_init(&m->ranks, &g);
+    memset(m->slot_id, 0, sizeof m->slot_id);
+    memset(m->release_due, 0, sizeof m->release_due);
+    m->kv = kv;
+    m->max_context = g.max_context;
+    m->attached = m->joining = true;
+    m->next_step = 1;
+    struct status st = STATUS_INIT;
+    if (sched_attach(m->sched, m->now_us, g.slots, g.max_context, &kv, &st) != ST_OK)
+        sim_fail("attach: %s", st.message);
+    check(m);
+    m->joining = false;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        if (!fits(m, m->live[i]->n_prompt, m->live[i]->max_new))
+            sim_fail("request %llu can never run and waits", (unsigned long long)m->live[i]->id);
+    }
+    m->report->groups++;
+}
+
+/* ---- plans ---- */
+
+static bool needs_page(const struct sim *m, const struct sim_slot *s)
+{
+    return kv_pages_for(&m->kv, s->len + 1) > kv_pages_for(&m->kv, s->len);
+}
+
+/* Books the preemptions of a call of sched_plan, which came with a plan or not: always the youngest running requests,
+ * never the oldest. */
+static uint32_t book_preemptions(struct sim *m)
+{
+    uint64_t total = sched_load(m->sched).preemptions;
+    uint32_t n = (uint32_t)(total - m->preemptions), left = n;
+    m->preemptions = total;
+    for (uint32_t i = m->n_live; i-- > 0 && left > 0;) {
+        struct sim_req *r = m->live[i];
+        if (r->stage != STAGE_RUNNING)
+            continue;
+        r->stage = STAGE_PREEMPTED;
+        r->preemptions++;
+        m->release_due[r->slot] = true;
+        left--;
+    }
+    bool oldest_runs = n == 0;
+    for (uint32_t i = 0; i < m->n_live && !oldest_runs; i++)
+        oldest_runs = m->live[i]->stage == STAGE_RUNNING;
+    if (left > 0 || !oldest_runs)
+        sim_fail("the oldest request was preempted");
+    return n;
+}
+
+/* All that is due and nothing else. */
+static void check_releases(struct sim *m, const struct sched_plan *p)
+{
+    for (uint32_t i = 0; i < p->n_release; i++) {
+        uint32_t slot = p->release[i];
+        if (slot >= m->ranks.group.slots || !m->release_due[slot])
+            sim_fail("step %llu: release of slot %u, which is in use", (unsigned long long)p->step, slot);
+        m->release_due[slot] = false;
+        m->slot_id[slot] = 0;
+    }
+    for (uint32_t i = 0; i < m->ranks.group.slots; i++) {
+        if (m->release_due[i])
+            sim_fail("step %llu: slot %u should be released", (unsigned long long)p->step, i);
+    }
+}
+
+/* Decodes first: one is left out only for want of a page, or in its turn when all do not fit beside the prefill share. */
+static void check_decodes(struct sim *m, const struct sched_plan *p, uint32_t preempted)
+{
+    bool in_plan[MAX_SLOTS] = {false};
+    for (uint32_t i = 0; i < p->n_decode; i++) {
+        struct sim_req *r = find(m, m->slot_id[p->decode[i]]);
+        if (!r)
+            sim_fail("step %llu: decode of slot %u, which works for nobody", (unsigned long long)p->step, p->decode[i]);
+        in_plan[p->decode[i]] = true;
+    }
+    uint32_t left_out = 0, stuck = 0;
+    for (uint32_t i = 0; i < m->ranks.group.slots; i++) {
+        const struct sim_slot *s = &m->ranks.slot[i];
+        if (!m->slot_id[i] || !s->sampled || in_plan[i])
+            continue;
+        if (needs_page(m, s))
+            stuck++;
+        else
+            left_out++;
+    }
+    if (left_out > 0 && p->n_decode + stuck + preempted < m->budget - prefill_share(m->budget))
+        sim_fail("step %llu: %u decodes left out, %u planned, budget %u, %u rows", (unsigned long long)p->step,
+                 left_out, p->n_decode, m->budget, p->rows);
+}
+
+/* Admissions by age: each takes the oldest that waits. */
+static void check_admits(struct sim *m, const struct sched_plan *p)
+{
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < p->n_admit; i++) {
+        while (at < m->n_live && (m->live[at]->stage == STAGE_RUNNING || m->live[at]->stage == STAGE_DRAINING))
+            at++;
+        if (at == m->n_live || m->live[at]->id != p->admit[i].id)
+            sim_fail("step %llu: request %llu is admitted out of order", (unsigned long long)p->step,
+                     (unsigned long long)p->admit[i].id);
+        struct sim_req *r = m->live[at];
+        if (m->slot_id[p->admit[i].slot] != 0)
+            sim_fail("step %llu: slot %u is taken", (unsigned long long)p->step, p->admit[i].slot);
+        r->stage = STAGE_RUNNING;
+        r->started = true;
+        r->slot = p->admit[i].slot;
+        m->slot_id[r->slot] = r->id;
+    }
+}
+
+/* Books one sample of a plan; behind the last one the slot is due for release. */
+static void book_sample(struct sim *m, struct sim_flight *f, uint32_t slot)
+{
+    struct sim_req *r = find(m, m->slot_id[slot]);
+    f->id[f->n++] = r->id;
+    r->n_sampled++;
+    if (r->n_sampled == r->max_new) {
+        r->stage = STAGE_DRAINING;
+        m->release_due[slot] = true;
+    }
+}
+
+static bool plan(struct sim *m)
+{
+    struct sched_plan p;
+    uint32_t in_flight = m->in_flight;
+    bool made = sched_plan(m->sched, m->now_us, &p);
+    take_events(m); /* of deadlines: they come before the plan */
+    uint32_t preempted = book_preemptions(m);
+    if (!made) {
+        check(m);
+        return false;
+    }
+    if (p.step != m->next_step++ || p.rows > m->budget || in_flight == m->cfg.depth)
+        sim_fail("plan %llu with %u rows, budget %u, %u in flight", (unsigned long long)p.step, p.rows, m->budget,
+                 in_flight);
+    check_releases(m, &p);
+    check_decodes(m, &p, preempted);
+    check_admits(m, &p);
+    struct sim_flight *f = &m->flight[p.step % 2];
+    sim_ranks_step(&m->ranks, &p, p.step - 1 - in_flight, f->tokens);
+    f->step = p.step;
+    f->n = 0;
+    for (uint32_t i = 0; i < p.n_decode; i++)
+        book_sample(m, f, p.decode[i]);
+    for (uint32_t i = 0; i < p.n_chunk; i++) {
+        if (p.chunk[i].sample)
+            book_sample(m, f, p.chunk[i].slot);
+    }
+    m->in_flight++;
+    check(m);
+    return true;
+}
+
+static void result(struct sim *m)
+{
+    uint64_t step = m->next_step - m->in_flight;
+    struct sim_flight *f = &m->flight[step % 2];
+    if (chance(m, 8) && (sched_result(m->sched, m->now_us, step + 1, f->tokens, f->n, NULL) != ST_INTERNAL ||
+                         sched_result(m->sched, m->now_us, step, f->tokens, f->n + 1, NULL) != ST_INTERNAL))
+        sim_fail("a wrong result was taken");
+    for (uint32_t i = 0; i < f->n; i++)
+        m->wasted += find(m, f->id[i]) == NULL;
+    struct status st = STATUS_INIT;
+    if (sched_result(m->sched, m->now_us, step, f->tokens, f->n, &st) != ST_OK)
+        sim_fail("result: %s", st.message);
+    m->in_flight--;
+    m->steps++;
+    check(m);
+}
+
+/* ---- the run ---- */
+
+static void draw_config(struct sim *m)
+{
+    static const uint32_t budgets[] = {1, 2, 3, 5, 8, 16, 16, 33, 64, 64, 100, 256};
+    uint32_t budget = budgets[between(m, 0, 11)];
+    m->cfg = (struct sched_config){.max_slots = MAX_SLOTS,
+                                   .max_context = MAX_CONTEXT,
+                                   .step_token_budget = budget,
+                                   .max_queued = between(m, 1, 40),
+                                   .max_queued_tokens = between(m, MAX_CONTEXT, 20 * MAX_CONTEXT),
+                                   .depth = between(m, 1, 2)};
+    m->max_context = MAX_CONTEXT;
+    m->budget = budget;
+    m->min_budget = budget > 4 && chance(m, 300) ? budget / 2 : budget;
+}
+
+static void tick(struct sim *m, uint32_t arrival, uint32_t result_chance)
+{
+    const struct sim_options *o = m->o;
+    m->now_us += between(m, 1, 50);
+    if (chance(m, arrival)) {
+        for (uint32_t n = chance(m, 50) ? between(m, 1, 20) : 1; n > 0; n--)
+            submit(m);
+    }
+    if (chance(m, o->cancel))
+        cancel(m);
+    if (chance(m, 20)) {
+        sched_expire(m->sched, m->now_us);
+        check(m);
+    }
+    if (m->attached && chance(m, o->group_loss))
+        detach(m);
+    else if (!m->attached && chance(m, 200))
+        attach(m);
+    if (chance(m, 10)) {
+        m->budget = between(m, m->min_budget, m->cfg.step_token_budget);
+        sched_set_step_budget(m->sched, m->budget);
+    }
+    if (!m->attached || chance(m, 900)) { /* else: the caller is late */
+        while (plan(m))
+            ;
+        if (m->attached && m->in_flight == 0 && m->n_live > 0)
+            sim_fail("%u requests live and nothing is planned", m->n_live);
+    }
+    if (m->in_flight > 0 && chance(m, result_chance))
+        result(m);
+}
+
+void sim_run(const struct sim_options *o, struct sim_report *report)
+{
+    struct sim m = {.o = o, .random = sim_hash(o->seed), .now_us = 1, .report = report};
+    memset(report, 0, sizeof *report);
+    draw_config(&m);
+    struct status st = STATUS_INIT;
+    if (sched_create(&m.sched, &m.cfg, &st) != ST_OK)
+        sim_fail("create: %s", st.message);
+    uint32_t result_chance = between(&m, 200, 1024);
+    uint32_t arrival = o->arrival;
+    while (m.steps < o->steps) {
+        if (m.steps % 500 == 0) /* from idle to overload */
+            arrival = between(&m, 1, o->arrival);
+        tick(&m, arrival, result_chance);
+    }
+    while (m.n_live > 0 || m.in_flight > 0)
+        tick(&m, 0, 1024);
+    if (m.attached) {
+        while (plan(&m))
+            result(&m);
+        sim_ranks_check_empty(&m.ranks);
+        sim_ranks_fini(&m.ranks);
+    }
+    struct sched_load l = sched_load(m.sched);
+    if (l.used_pages != 0 || l.queued_tokens != 0)
+        sim_fail("%llu pages are left", (unsigned long long)l.used_pages);
+    report->steps = m.steps;
+    report->preemptions = l.preemptions;
+    report->generated = l.generated_tokens;
+    report->prompt = l.prompt_tokens;
+    report->recomputed = l.recomputed_tokens;
+    report->wasted = l.wasted_rows;
+    sched_destroy(m.sched);
+}

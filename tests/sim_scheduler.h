@@ -1,0 +1,39 @@
+/* sim_scheduler.h - a server without model, network and clock around the scheduler: arrivals, cancels, deadlines, lost
+ * groups, slow results, all drawn from one seed. Prefix sim_.
+ *
+ * Ranks are those of sim_ranks.h. After every call the scheduler's own sched_check and these must hold, else the process
+ * aborts with a message:
+ *   - events: tokens of a request are the ones its seed says, in order; one terminal event, with right counts and reason
+ *   - budget kept; decodes first; turns when the budget is less than the decodes; releases in the very next plan
+ *   - admission by age; only the youngest running request is preempted, never the oldest
+ *   - at most depth - 1 rows computed for nothing when a stop token ends a request, none when its length does
+ *   - as long as a request lives there is a plan or a step in flight, and each ends within a number of steps that follows
+ *     from the work of those before it
+ *   - queue limits, and every refusal with the code it ought to have
+ *   - when all is over, no slot, page or request is left
+ */
+#ifndef TANDEM_SIM_SCHEDULER_H
+#define TANDEM_SIM_SCHEDULER_H
+
+#include "tests/sim_ranks.h"
+
+struct sim_options {
+    uint64_t seed;
+    uint64_t steps; /* results, before it drains */
+    /* chances in 1/1024: of a call per tick, of a request to have a deadline */
+    uint32_t arrival, cancel, deadline, group_loss;
+    uint32_t bad_request;      /* of an arrival to be one that must be refused */
+    uint32_t min_context_fits; /* KV memory, in requests of full context: from this (at least 1) ... */
+    uint32_t max_context_fits; /* ... to this */
+};
+
+struct sim_report {
+    uint64_t steps, submitted, finished, failed, rejected, groups;
+    uint64_t unfit; /* failed because the group that came could never run them */
+    uint64_t preemptions, generated, prompt, recomputed, wasted;
+    double worst_wait; /* steps that a request took, as a part of its bound */
+};
+
+void sim_run(const struct sim_options *o, struct sim_report *report);
+
+#endif
