@@ -1,0 +1,68 @@
+/* rpc_core.c - the gRPC core as a library: start, stop, signals, tags. */
+#include <grpc/support/log.h>
+#include <grpc/support/time.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "proto/rpc_internal.h"
+
+void rpc_signals_block(sigset_t *old)
+{
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, old);
+}
+
+void rpc_signals_restore(const sigset_t *old)
+{
+    pthread_sigmask(SIG_SETMASK, old, NULL);
+}
+
+void rpc_core_get(void)
+{
+    sigset_t old;
+    if (!getenv("GRPC_VERBOSITY"))
+        gpr_set_log_verbosity(GPR_LOG_SEVERITY_ERROR);
+    rpc_signals_block(&old);
+    grpc_init();
+    rpc_signals_restore(&old);
+}
+
+void rpc_core_put(void)
+{
+    /* Blocking: the plain grpc_shutdown leaves a detached thread behind that may outlive main. */
+    grpc_shutdown_blocking();
+}
+
+gpr_timespec rpc_after_ms(uint64_t ms)
+{
+    if (ms == 0 || ms > INT64_MAX / 1000)
+        return gpr_inf_future(GPR_CLOCK_MONOTONIC);
+    return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_millis((int64_t)ms, GPR_TIMESPAN));
+}
+
+void rpc_tag_arm(struct rpc_tag *tag)
+{
+    if (atomic_exchange_explicit(&tag->armed, true, memory_order_release)) {
+        fprintf(stderr, "rpc: a tag was started twice\n");
+        abort();
+    }
+}
+
+void rpc_tag_disarm(struct rpc_tag *tag)
+{
+    if (!atomic_exchange_explicit(&tag->armed, false, memory_order_acquire)) {
+        fprintf(stderr, "rpc: a tag came back that was not out\n");
+        abort();
+    }
+}
+
+void rpc_batch_start(grpc_call *call, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag)
+{
+    rpc_tag_arm(tag);
+    grpc_call_error err = grpc_call_start_batch(call, ops, n_ops, tag, NULL);
+    if (err != GRPC_CALL_OK) {
+        fprintf(stderr, "rpc: the gRPC core refused a batch: %s\n", grpc_call_error_to_string(err));
+        abort();
+    }
+}
