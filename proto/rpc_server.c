@@ -152,11 +152,13 @@ static enum status_code listen_on(struct rpc_server *s, const char *address, uin
     if (rc != ST_OK)
         return rc;
     grpc_server_credentials *plain = grpc_insecure_server_credentials_create();
-    int bound = grpc_server_add_http2_port(s->core, target, plain);
+    /* Schemes other than unix: are for clients only. */
+    bool is_unix = rpc_address_is_unix(address);
+    int bound = grpc_server_add_http2_port(s->core, is_unix ? target : address, plain);
     grpc_server_credentials_release(plain);
     if (bound == 0) /* taken since it was tried out a moment ago */
         return status_set(st, ST_ALREADY_EXISTS, "listen address %s: in use by another process", address);
-    *port = rpc_address_is_unix(address) ? 0 : (uint16_t)bound;
+    *port = is_unix ? 0 : (uint16_t)bound;
     return ST_OK;
 }
 
