@@ -371,7 +371,7 @@ START_TEST(no_coordinator_ends_with_75_in_time)
     char address[128];
     snprintf(address, sizeof address, "unix:%s/nobody", job.dir);
     const char *const extra[] = {"--attach-timeout-ms", "700", NULL};
-    job_start(&job, 2, MODEL, address, extra);
+    job_start(&job, 0, MODEL, address, extra);
     ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_RELAUNCH);
     ck_assert(job_log_has(&job, "--attach-timeout-ms"));
 }
@@ -493,7 +493,7 @@ START_TEST(refusal_for_good_ends_with_1)
 {
     stub.deny = (struct status){ST_INVALID_ARGUMENT, "Hello.protocol: 1, expected 2"};
     start_stub();
-    job_start(&job, 1, MODEL, stub.address, NULL);
+    job_start(&job, 0, MODEL, stub.address, NULL);
     ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_PERMANENT);
     ck_assert(job_log_has(&job, "expected 2"));
 }
@@ -503,7 +503,7 @@ START_TEST(refusal_for_now_is_tried_again)
 {
     stub.deny = (struct status){ST_ALREADY_EXISTS, "another group is attached"};
     start_stub();
-    job_start(&job, 1, MODEL, stub.address, NULL);
+    job_start(&job, 0, MODEL, stub.address, NULL);
     sleep(1);
     pthread_mutex_lock(&stub.lock);
     stub.deny.code = ST_OK;
@@ -563,6 +563,8 @@ START_TEST(sigterm_to_one_rank_names_the_signal)
         get_rank_0_stuck();
     kill((pid_t)stub_rank(&stub, 0).pid, SIGTERM);
     ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_SIGNAL + SIGTERM);
+    ck_assert(job_log_has(&job, "tandem-worker[0] I Terminated: ending"));
+    ck_assert(job_log_has(&job, "tandem-worker[0] I ending with status 143"));
 }
 END_TEST
 

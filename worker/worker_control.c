@@ -311,16 +311,16 @@ enum status_code worker_control_attach(struct worker_control *c, uint32_t timeou
         enum status_code rc = attach_once(c, until_us, &why);
         if (rc == ST_OK)
             return ST_OK;
+        if (strncmp(why.message, c->address, strlen(c->address)) != 0) /* errors of the connection name it already */
+            status_prefix(&why, "%s", c->address);
         if (refused_for_good(rc))
-            return status_set(st, rc, "coordinator at %s: %s", c->address, why.message);
+            return status_set(st, rc, "coordinator at %s", why.message);
         int64_t now_us = worker_now_us();
         if (now_us >= until_us)
-            return status_set(st, ST_UNAVAILABLE,
-                              "coordinator at %s: not attached within %u ms (--attach-timeout-ms): %s", c->address,
+            return status_set(st, ST_UNAVAILABLE, "not attached within %u ms (--attach-timeout-ms): coordinator at %s",
                               timeout_ms, why.message);
-        worker_log(c->log, tries ? WORKER_LOG_DEBUG : WORKER_LOG_INFO,
-                   "coordinator at %s: %s; trying again for %lld ms", c->address, why.message,
-                   (long long)(until_us - now_us) / 1000);
+        worker_log(c->log, tries ? WORKER_LOG_DEBUG : WORKER_LOG_INFO, "coordinator at %s; trying again for %lld ms",
+                   why.message, (long long)(until_us - now_us) / 1000);
         int64_t next_us = now_us + (int64_t)retry_ms * 1000;
         if (next_us > until_us)
             next_us = until_us;

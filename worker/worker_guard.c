@@ -1,12 +1,45 @@
 #include "worker/worker_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
+
+static const int ending_signals[] = {SIGTERM, SIGINT, SIGHUP};
+#define ENDING_SIGNALS (sizeof ending_signals / sizeof *ending_signals)
+
+/* The one thing a handler can reach: the write end of the guard's pipe, -1 without a guard. A handler and not a signalfd,
+ * because libraries (OpenBLAS) start threads before main, which block nothing and would take the signal's default. */
+static atomic_int handler_fd = -1;
+
+static void on_signal(int number)
+{
+    int saved = errno;
+    unsigned char byte = (unsigned char)number;
+    if (write(atomic_load(&handler_fd), &byte, 1) < 0)
+        errno = saved; /* full: enough signals wait there already */
+    errno = saved;
+}
+
+/* The guard thread takes the signals; all threads that exist later inherit the block. */
+static void mask_signals(int how)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    for (size_t i = 0; i < ENDING_SIGNALS; i++)
+        sigaddset(&set, ending_signals[i]);
+    pthread_sigmask(how, &set, NULL);
+}
+
+static void handle_signals(void (*handler)(int))
+{
+    struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+    for (size_t i = 0; i < ENDING_SIGNALS; i++)
+        sigaction(ending_signals[i], &action, NULL);
+}
 
 static void wake(struct worker_guard *g)
 {
@@ -31,11 +64,11 @@ static int wait_ms(const struct worker_guard *g, int64_t now_us)
 
 static void take_signals(struct worker_guard *g)
 {
-    struct signalfd_siginfo info;
-    while (read(g->signal_fd, &info, sizeof info) == (ssize_t)sizeof info) {
+    unsigned char number;
+    while (read(g->signal_pipe[0], &number, 1) == 1) {
         if (worker_guard_exit_code(g) < 0)
-            worker_log(g->log, WORKER_LOG_INFO, "%s: ending", strsignal((int)info.ssi_signo));
-        worker_guard_request_exit(g, WORKER_EXIT_SIGNAL + (int)info.ssi_signo, WORKER_SIGNAL_GRACE_MS);
+            worker_log(g->log, WORKER_LOG_INFO, "%s: ending", strsignal(number));
+        worker_guard_request_exit(g, WORKER_EXIT_SIGNAL + number, WORKER_SIGNAL_GRACE_MS);
     }
 }
 
@@ -73,18 +106,19 @@ static bool take_deadlines(struct worker_guard *g)
 static void *guard_main(void *arg)
 {
     struct worker_guard *g = arg;
+    mask_signals(SIG_UNBLOCK);
     do {
         pthread_mutex_lock(&g->lock);
         int timeout_ms = wait_ms(g, worker_now_us());
         pthread_mutex_unlock(&g->lock);
-        struct pollfd fds[2] = {{.fd = g->signal_fd, .events = POLLIN}, {.fd = g->wake_fd, .events = POLLIN}};
-        if (poll(fds, 2, timeout_ms) > 0) {
-            uint64_t count;
-            if (fds[1].revents && read(g->wake_fd, &count, sizeof count) < 0)
-                continue;
-            if (fds[0].revents)
-                take_signals(g);
-        }
+        struct pollfd fds[2] = {{.fd = g->signal_pipe[0], .events = POLLIN}, {.fd = g->wake_fd, .events = POLLIN}};
+        uint64_t count;
+        if (poll(fds, 2, timeout_ms) < 0) /* EINTR: the byte is in the pipe */
+            continue;
+        if (fds[1].revents && read(g->wake_fd, &count, sizeof count) < 0)
+            continue;
+        if (fds[0].revents)
+            take_signals(g);
     } while (take_deadlines(g));
     return NULL;
 }
@@ -92,25 +126,20 @@ static void *guard_main(void *arg)
 enum status_code worker_guard_start(struct worker_guard *g, const struct worker_log *log, void (*on_exit)(void *ctx),
                                     void *ctx, struct status *st)
 {
-    *g = (struct worker_guard){.log = log, .on_exit = on_exit, .on_exit_ctx = ctx, .signal_fd = -1, .wake_fd = -1};
+    *g = (struct worker_guard){
+        .log = log, .on_exit = on_exit, .on_exit_ctx = ctx, .signal_pipe = {-1, -1}, .wake_fd = -1};
     atomic_init(&g->exit_code, -1);
     pthread_mutex_init(&g->lock, NULL);
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
-    int err = pthread_sigmask(SIG_BLOCK, &set, NULL);
-    if (err)
-        return status_errno(st, ST_INTERNAL, err, "pthread_sigmask");
-    g->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     g->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (g->signal_fd < 0 || g->wake_fd < 0) {
-        err = errno;
+    if (g->wake_fd < 0 || pipe2(g->signal_pipe, O_CLOEXEC | O_NONBLOCK) != 0) {
+        int err = errno;
         worker_guard_stop(g);
-        return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "signalfd");
+        return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "eventfd or pipe");
     }
-    err = pthread_create(&g->thread, NULL, guard_main, g);
+    mask_signals(SIG_BLOCK);
+    atomic_store(&handler_fd, g->signal_pipe[1]);
+    handle_signals(on_signal);
+    int err = pthread_create(&g->thread, NULL, guard_main, g);
     if (err) {
         worker_guard_stop(g);
         return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "guard thread");
@@ -129,11 +158,14 @@ void worker_guard_stop(struct worker_guard *g)
         pthread_join(g->thread, NULL);
         g->started = false;
     }
-    if (g->signal_fd >= 0)
-        close(g->signal_fd);
-    if (g->wake_fd >= 0)
-        close(g->wake_fd);
-    g->signal_fd = g->wake_fd = -1;
+    if (atomic_load(&handler_fd) >= 0)
+        handle_signals(SIG_IGN); /* the process is about to end anyway */
+    atomic_store(&handler_fd, -1);
+    int fds[] = {g->signal_pipe[0], g->signal_pipe[1], g->wake_fd};
+    for (size_t i = 0; i < 3; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+    g->signal_pipe[0] = g->signal_pipe[1] = g->wake_fd = -1;
     pthread_mutex_destroy(&g->lock);
 }
 

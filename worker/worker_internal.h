@@ -100,7 +100,7 @@ struct worker_guard {
     const struct worker_log *log;
     void (*on_exit)(void *ctx); /* after an exit was asked for, on the asking thread, without locks */
     void *on_exit_ctx;
-    int signal_fd, wake_fd;
+    int signal_pipe[2], wake_fd;
     pthread_t thread;
     bool started;
     atomic_int exit_code; /* -1: none asked for */
@@ -112,7 +112,7 @@ struct worker_guard {
     bool stop;
 };
 
-/* Blocks SIGTERM, SIGINT and SIGHUP in the calling thread and all it starts later: call before any other thread. */
+/* Takes over SIGTERM, SIGINT and SIGHUP; one guard per process. Call before other threads are started. */
 STATUS_MUST_CHECK enum status_code worker_guard_start(struct worker_guard *g, const struct worker_log *log,
                                                       void (*on_exit)(void *ctx), void *ctx, struct status *st);
 void worker_guard_stop(struct worker_guard *g);
@@ -219,7 +219,7 @@ struct worker {
     char host[256], device[64];
     struct { /* main thread, while loading */
         int64_t last_sent_us, last_shown_us;
-        bool bar;
+        bool bar, shown;
     } progress;
 };
 

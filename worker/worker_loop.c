@@ -14,9 +14,11 @@ static void show_progress(struct worker *w, uint64_t done, uint64_t total)
 {
     int64_t now_us = worker_now_us();
     bool last = done >= total;
-    if (w->rank != 0 || (!last && now_us - w->progress.last_shown_us < (w->progress.bar ? SHOW_BAR_US : SHOW_LINE_US)))
-        return;
+    int64_t pause_us = w->progress.bar ? SHOW_BAR_US : SHOW_LINE_US;
+    if (w->rank != 0 || (last ? !w->progress.shown : now_us - w->progress.last_shown_us < pause_us))
+        return; /* what is loaded at once needs no line */
     w->progress.last_shown_us = now_us;
+    w->progress.shown = true;
     char a[32], b[32];
     worker_size_text(a, done);
     worker_size_text(b, total);
@@ -71,6 +73,7 @@ static enum status_code load(struct worker *w, struct status *st)
         .progress_ctx = w,
     };
     int64_t start_us = worker_now_us();
+    w->progress.last_shown_us = start_us;
     rc = engine_create(&w->engine, &cfg, st);
     if (rc != ST_OK)
         return rc;
@@ -149,7 +152,7 @@ static enum status_code run_step(struct worker *w, Tandem__V1__CoordinatorMessag
     int64_t compute_us = worker_now_us() - start_us;
     worker_control_step_end(&w->control, message, rc == ST_OK);
     if (rc != ST_OK)
-        return status_prefix(st, "step %llu", (unsigned long long)step);
+        return rc;
     worker_log(&w->log, WORKER_LOG_DEBUG, "step %llu: %u tokens, %lld us", (unsigned long long)step, result.n_tokens,
                (long long)compute_us);
     send_result(w, step, &result, compute_us);
