@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "comm/comm.h"
 
@@ -53,5 +54,13 @@ struct comm_wait {
     uint64_t since_ns; /* 0 until the clock was needed */
 };
 enum status_code comm_wait_step(struct comm *c, struct comm_wait *w);
+
+/* Prints text to stderr if the process ends between begin and end, however it ends. */
+struct comm_hint {
+    pid_t child;
+    int fd;
+};
+void comm_hint_begin(struct comm_hint *h, const char *text);
+void comm_hint_end(struct comm_hint *h);
 
 #endif

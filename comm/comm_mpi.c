@@ -287,22 +287,9 @@ out:
     return rc;
 }
 
-/* MPI 3 cannot be told to return from a failed MPI_Init: it prints several lines and exits the process. This adds the
- * line that says what to do. `in_init` lives as long as the process, since a handler of on_exit cannot be taken back. */
-static void explain_exit(int code, void *in_init)
-{
-    static const char text[] =
-        "tandem: MPI could not initialise (its own message stands above). Start the ranks with mpirun of the same MPI "
-        "that this program was built with, or alone without mpirun; check OMPI_MCA_* and OPAL_PREFIX in the "
-        "environment.\n";
-    (void)code;
-    if (atomic_load((atomic_bool *)in_init) && write(STDERR_FILENO, text, sizeof text - 1) < 0)
-        return;
-}
-
 static enum status_code init_library(struct status *st)
 {
-    static atomic_bool in_init; /* set only while MPI_Init runs, which is once per process */
+    struct comm_hint hint;
     int done = 0, provided = 0;
     MPI_Initialized(&done);
     if (done)
@@ -311,10 +298,12 @@ static enum status_code init_library(struct status *st)
     /* With more ranks than cores (or a coordinator beside them) ranks must yield inside MPI too, or an operation takes
      * milliseconds instead of microseconds. A setting of the user's stands. */
     setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
-    on_exit(explain_exit, &in_init);
-    atomic_store(&in_init, true);
+    comm_hint_begin(&hint,
+                    "tandem: MPI could not initialise (its own message stands above). Start the ranks with mpirun of "
+                    "the MPI that this program was built with, or one rank alone without mpirun; check OMPI_MCA_* "
+                    "and OPAL_PREFIX in the environment.\n");
     int err = MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &provided);
-    atomic_store(&in_init, false);
+    comm_hint_end(&hint);
     if (err != MPI_SUCCESS)
         return status_set(st, ST_FAILED_PRECONDITION, "MPI could not initialise (error %d)", err);
     if (provided < MPI_THREAD_FUNNELED) {

@@ -559,7 +559,7 @@ static void walk(const struct back_end *be, bool faults)
     cfg.max_tokens = WALK_TOKENS;
     cfg.total_pages = WALK_PAGES;
     w->pool = make(&cfg);
-    uint64_t n = steps ? strtoull(steps, NULL, 0) : 60000;
+    uint64_t n = steps ? strtoull(steps, NULL, 0) : 30000;
     for (uint64_t i = 0; i < n; i++) {
         uint32_t what = pick(w, 100);
         if (what < 45)
