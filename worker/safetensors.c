@@ -412,6 +412,11 @@ size_t safetensors_count(const struct safetensors *s)
     return s->n_entries;
 }
 
+const char *safetensors_name(const struct safetensors *s, size_t i)
+{
+    return s->entries[i].name;
+}
+
 const char *safetensors_file(const struct safetensors *s)
 {
     return s->n_files ? s->files[0].path : "no file";

@@ -43,6 +43,8 @@ STATUS_MUST_CHECK enum status_code safetensors_open_memory(struct safetensors **
 void safetensors_close(struct safetensors *s); /* NULL is fine */
 
 size_t safetensors_count(const struct safetensors *s);
+/* Names in ascending order; i below the count. */
+const char *safetensors_name(const struct safetensors *s, size_t i);
 /* Path of the first file: for messages about the whole. */
 const char *safetensors_file(const struct safetensors *s);
 
