@@ -42,17 +42,16 @@ void engine_events(struct engine *e, int64_t now_us)
     } while (true);
 }
 
-/* A rank that is far behind the others computes something else, or its results are lost. */
-static bool too_far_behind(struct engine *e, int64_t now_us)
+/* A rank that is far behind the others gets no further plans; if it does not catch up, its step is overdue in the end
+ * (coord_group.c). Ranks that reduce together are never more than a step apart. */
+static bool may_send(const struct group *g)
 {
-    const struct group *g = &e->group;
+    if (!g->serving)
+        return false;
     for (uint32_t r = 0; r < g->size; r++)
-        if (g->last_sent - g->rank[r]->last_step >= COORD_STEP_RING) {
-            group_lost(e, now_us, false, "rank %u was lost: it is %" PRIu64 " steps behind", r,
-                       g->last_sent - g->rank[r]->last_step);
-            return true;
-        }
-    return false;
+        if (g->last_sent - g->rank[r]->last_step >= COORD_STEP_RING - 1)
+            return false;
+    return true;
 }
 
 void engine_pump(struct engine *e, int64_t now_us)
@@ -62,13 +61,11 @@ void engine_pump(struct engine *e, int64_t now_us)
     struct status st = STATUS_INIT;
     uint32_t bad = 0;
     /* plans first: ranks compute while we write to clients */
-    while (g->serving && sched_plan(e->sched, now_us, &plan)) {
+    while (may_send(g) && sched_plan(e->sched, now_us, &plan)) {
         g->last_sent = plan.step;
         g->sent_us[plan.step % COORD_STEP_RING] = now_us;
         if (plan_send(e->scratch, g, &plan, &bad, &st) != ST_OK)
             group_lost(e, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
-        else if (too_far_behind(e, now_us))
-            break;
     }
     engine_events(e, now_us);
 }

@@ -221,7 +221,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
     conn->last_step = r->step;
     conn->last_result_us = now_us;
     if (conn->rank != 0)
-        return;
+        return; /* the engine looks for plans to send after each batch of mail */
     for (size_t i = 0; i < r->n_token_ids; i++)
         if (r->token_ids[i] >= g->vocab_size) {
             group_lost(e, now_us, false, "rank 0 was lost: step %" PRIu64 " sampled id %u, the vocabulary has %u",

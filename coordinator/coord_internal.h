@@ -39,7 +39,7 @@
 #define COORD_MAX_STOP_IDS   64   /* inference.proto */
 #define COORD_MAX_EOS_IDS    64
 #define COORD_MAX_NAME       128  /* request_id; served name */
-#define COORD_STEP_RING      64   /* a rank that is further behind is lost */
+#define COORD_STEP_RING      64   /* steps that a rank may be behind before no more plans are sent */
 #define COORD_CLOSE_MS       2000 /* a rank that was told to go gets this long to close its stream */
 #define COORD_HELLO_MS       10000
 #define COORD_ATTACH_MS      60000 /* first Hello to last Hello of a group */

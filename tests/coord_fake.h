@@ -1,0 +1,62 @@
+/* coord_fake.h - a worker group without a model, for tests and the benchmark of the coordinator. Prefix fake_.
+ *
+ * Each rank is a thread with its own stream that speaks WorkerControl as proto/tandem/v1/worker_control.proto says and
+ * checks every plan against its own book of slots: admit only free ones, chunks where the slot ends, budget kept. What it
+ * "samples" is a function of seed and position, so a client's tokens are known before they come. */
+#ifndef TANDEM_TESTS_COORD_FAKE_H
+#define TANDEM_TESTS_COORD_FAKE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto/status.h"
+
+#define FAKE_MAX_RANKS 8
+#define FAKE_NO_STOP   UINT32_MAX
+
+struct fake_options {
+    uint64_t launch_id;
+    uint32_t size;
+    uint32_t protocol; /* 0: the right one */
+    uint32_t max_slots, max_context, max_step_tokens, vocab_size;
+    uint64_t page_bytes, token_bytes, total_pages;
+    uint32_t step_us; /* a step takes this long */
+    uint32_t eos_id;  /* FAKE_NO_STOP: the model has none */
+    uint32_t eos_at;  /* position at which eos_id is sampled; 0: never */
+    bool never_ready; /* stays in loading */
+    bool partial;     /* the last rank does not attach */
+};
+
+#define FAKE_OPTIONS                                                                                                   \
+    {                                                                                                                  \
+        .launch_id = 1, .size = 2, .max_slots = 8, .max_context = 1024, .max_step_tokens = 4096, .vocab_size = 2048,   \
+        .page_bytes = 4096, .token_bytes = 64, .total_pages = 1024, .eos_id = FAKE_NO_STOP                             \
+    }
+
+enum fake_mood {
+    FAKE_WELL,
+    FAKE_HOLD,        /* heartbeats go on, plans are not answered */
+    FAKE_SILENT,      /* neither: like SIGSTOP */
+    FAKE_WRONG_STEP,  /* answers the next plan with another number */
+    FAKE_WRONG_COUNT, /* with a token too few or too many */
+    FAKE_WRONG_TOKEN, /* with an id that is not in the vocabulary */
+    FAKE_DROP,        /* cancels the stream */
+    FAKE_FAULT,       /* sends a permanent Fault */
+};
+
+struct fake_group;
+
+struct fake_group *fake_group_start(const char *address, const struct fake_options *o);
+void fake_group_mood(struct fake_group *g, uint32_t rank, enum fake_mood mood);
+/* Waits until the rank's stream has ended; its status, and whether Shutdown came (relaunch: which). */
+enum status_code fake_rank_end(struct fake_group *g, uint32_t rank, struct status *st, bool *shutdown, bool *relaunch);
+/* Cancels what is left and frees. False, with a message on stderr, when a plan broke a rule. */
+bool fake_group_stop(struct fake_group *g);
+uint64_t fake_group_steps(const struct fake_group *g);
+uint64_t fake_group_epoch(const struct fake_group *g);
+uint32_t fake_group_used_slots(struct fake_group *g);
+
+/* What the ranks sample at this position (that of the new token) of a request with this seed. */
+uint32_t fake_token(uint64_t seed, uint32_t position, uint32_t vocab_size);
+
+#endif
