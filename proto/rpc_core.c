@@ -41,20 +41,31 @@ gpr_timespec rpc_after_ms(uint64_t ms)
     return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_millis((int64_t)ms, GPR_TIMESPAN));
 }
 
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#else
+#define __tsan_acquire(p) ((void)(p))
+#define __tsan_release(p) ((void)(p))
+#endif
+
 void rpc_tag_arm(struct rpc_tag *tag)
 {
-    if (atomic_exchange_explicit(&tag->armed, true, memory_order_release)) {
+    if (tag->armed) {
         fprintf(stderr, "rpc: a tag was started twice\n");
         abort();
     }
+    tag->armed = true;
+    __tsan_release(tag);
 }
 
 void rpc_tag_disarm(struct rpc_tag *tag)
 {
-    if (!atomic_exchange_explicit(&tag->armed, false, memory_order_acquire)) {
+    __tsan_acquire(tag);
+    if (!tag->armed) {
         fprintf(stderr, "rpc: a tag came back that was not out\n");
         abort();
     }
+    tag->armed = false;
 }
 
 void rpc_batch_start(grpc_call *call, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag)

@@ -21,12 +21,13 @@ void rpc_signals_restore(const sigset_t *old);
 
 gpr_timespec rpc_after_ms(uint64_t ms); /* 0: never */
 
-/* A pointer that travels through a completion queue. `armed` orders what the starter wrote before what the finisher
- * reads (the core does so too, but a thread sanitizer cannot see into it) and catches a tag that is out twice. */
+/* A pointer that travels through a completion queue. Whoever starts a batch arms its tag, whoever gets it back disarms
+ * it: that catches a tag that is out twice, and tells a thread sanitizer of the order which the core guarantees between
+ * the two (it cannot see into the core). */
 struct rpc_tag {
     void (*done)(void *owner, bool ok);
     void *owner;
-    atomic_bool armed;
+    bool armed;
 };
 
 void rpc_tag_arm(struct rpc_tag *tag);
