@@ -5,11 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static void require(bool ok, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-static void require(bool ok, const char *fmt, ...)
+static void broken(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn, cold));
+static void broken(const char *fmt, ...)
 {
-    if (ok)
-        return;
     va_list ap;
     va_start(ap, fmt);
     fputs("scheduler invariant broken: ", stderr);
@@ -18,6 +16,12 @@ static void require(bool ok, const char *fmt, ...)
     va_end(ap);
     abort();
 }
+
+#define require(ok, ...)                                                                                               \
+    do {                                                                                                               \
+        if (!(ok))                                                                                                     \
+            broken(__VA_ARGS__);                                                                                       \
+    } while (0)
 
 struct tally {
     uint32_t live, queued, running, timed;

@@ -7,6 +7,11 @@
 /* While prefill waits, at least one row of so many is its own: a budget below the number of decodes would starve it. */
 #define PREFILL_SHARE 16
 
+/* An admission leaves free what the running requests need for so many tokens more, each. Without it a full pool admits
+ * and preempts in turns: with 5000 pages of 16 tokens and prompts and completions of 16 to 1000, 23 % of all rows were
+ * computed again; with 32 it is 0.3 %, and 2 % fewer requests run at a time (bench_scheduler, pressure). */
+#define HEADROOM_TOKENS 32
+
 /* A plan in the making. */
 struct build {
     struct flight *flight;
@@ -14,6 +19,7 @@ struct build {
     uint32_t left;                      /* of the budget */
     uint32_t n_decode, n_chunk, n_admit, n_tokens;
     uint32_t n_reused; /* pending slots that this plan releases and admits again, from the first */
+    uint64_t growth;   /* tokens that the running requests may still add, HEADROOM_TOKENS each at most */
     uint64_t owed;     /* pages that decodes, all older than those looked at next, wait for */
     int64_t now_us;
 };
@@ -34,6 +40,11 @@ static void settle_pending_pages(struct sched *s)
     }
 }
 
+static uint32_t growth(const struct req *r)
+{
+    return r->n_total - r->n_known < HEADROOM_TOKENS ? r->n_total - r->n_known : HEADROOM_TOKENS;
+}
+
 /* Sorts the running requests. Those whose last token is sampled already give their slot back before its result is here:
  * the ranks take a plan after the one before, so the release cannot overtake the sample. */
 static void collect(struct sched *s, struct build *b)
@@ -45,7 +56,10 @@ static void collect(struct sched *s, struct build *b)
             req_list_remove(&s->age, r);
             req_list_append(&s->draining, r);
             r->state = REQ_DRAINING;
-        } else if (r->decoding) {
+            continue;
+        }
+        b->growth += growth(r);
+        if (r->decoding) {
             s->decodable[b->n_decodable++] = r;
         } else {
             s->prefilling[b->n_prefilling++] = r;
@@ -66,7 +80,7 @@ static bool can_admit(const struct sched *s, const struct build *b)
     const struct req *r = s->waiting;
     if (!r || r->n_unknown > 0 || b->owed > 0 || s->n_free + s->n_pending == b->n_reused)
         return false;
-    return admission_pages(s, r) <= s->free_pages;
+    return admission_pages(s, r) + kv_pages_for(&s->kv, b->growth) <= s->free_pages;
 }
 
 /* Rows that decodes may take. All that is left, unless prefill waits: then its share is kept for it. */
@@ -200,6 +214,7 @@ static void admit(struct sched *s, struct build *b)
     s->n_running++;
     set_pages(s, r, admission_pages(s, r));
     s->free_pages -= r->pages;
+    b->growth += growth(r);
     s->plan_admit[b->n_admit++] = (struct sched_admit){.id = r->id, .slot = r->slot, .sample = r->sample};
 }
 

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define MAX_LIVE    4096
-#define MAX_CONTEXT 128
+#define MAX_CONTEXT 512
 #define MAX_STOPS   2
 #define MAX_SLOTS   64
 
@@ -92,7 +92,7 @@ static void draw_group(struct sim *m, struct sim_group *g)
     uint64_t page_bytes = (uint64_t)token_bytes * page_of_token[between(m, 0, 5)] / 10 + between(m, 0, 3);
     g->n_ranks = between(m, 1, SIM_MAX_RANKS);
     g->slots = chance(m, 200) ? between(m, 1, 2) : between(m, 1, MAX_SLOTS / (chance(m, 700) ? 4 : 1));
-    g->max_context = between(m, MAX_CONTEXT / 4, MAX_CONTEXT);
+    g->max_context = between(m, m->o->context / 4, m->o->context);
     struct kv_account worst = {page_bytes, token_bytes, 0};
     uint64_t full = kv_pages_for(&worst, g->max_context);
     uint64_t lo = full * m->o->min_context_fits, hi = full * m->o->max_context_fits;
@@ -235,7 +235,7 @@ static uint32_t prefill_share(uint32_t budget)
 static uint64_t oldest_steps(const struct sim *m, const struct sim_req *r)
 {
     uint32_t limit = m->min_budget - prefill_share(m->min_budget);
-    uint64_t turn = limit ? MAX_SLOTS / limit + 1 : MAX_SLOTS * (MAX_CONTEXT + 2);
+    uint64_t turn = limit ? MAX_SLOTS / limit + 1 : MAX_SLOTS * (m->o->context + 2);
     return (r->n_prompt + r->max_new) / prefill_share(m->min_budget) + r->max_new * (3 * turn + 4) + 8;
 }
 
@@ -275,11 +275,11 @@ static void submit(struct sim *m)
         sim_fail("out of memory");
     r->id = ++m->next_id * 0x9e3779b97f4a7c15u; /* odd factor: never twice */
     r->seed = draw(m);
-    r->n_prompt = chance(m, 100) ? 1 : between(m, 1, m->max_context * 3 / 4);
+    r->n_prompt = chance(m, 100) ? 1 : between(m, 1, chance(m, 600) ? m->max_context / 16 : m->max_context * 3 / 4);
     r->max_new = chance(m, 100) ? 1 : between(m, 1, m->max_context);
     if (r->n_prompt + r->max_new > m->max_context && !chance(m, m->o->bad_request))
         r->max_new = m->max_context - r->n_prompt;
-    r->n_stop = between(m, 0, MAX_STOPS);
+    r->n_stop = chance(m, 600) ? 0 : between(m, 0, MAX_STOPS);
     for (uint32_t i = 0; i < r->n_stop; i++)
         r->stop[i] = between(m, 0, SIM_VOCAB - 1);
     r->deadline_us = chance(m, m->o->deadline) ? m->now_us + between(m, 0, 60000) : INT64_MAX;
@@ -290,7 +290,7 @@ static void submit(struct sim *m)
         r->max_new = what == 1 ? 0 : r->max_new;
         r->id = what == 2 && m->n_live ? m->live[between(m, 0, m->n_live - 1)]->id : r->id;
     }
-    uint32_t prompt[2 * MAX_CONTEXT];
+    uint32_t prompt[MAX_CONTEXT];
     for (uint32_t i = 0; i < r->n_prompt; i++)
         prompt[i] = sim_token(r->seed, i);
     struct sched_request req = {.id = r->id,
@@ -534,12 +534,12 @@ static void draw_config(struct sim *m)
     static const uint32_t budgets[] = {1, 2, 3, 5, 8, 16, 16, 33, 64, 64, 100, 256};
     uint32_t budget = budgets[between(m, 0, 11)];
     m->cfg = (struct sched_config){.max_slots = MAX_SLOTS,
-                                   .max_context = MAX_CONTEXT,
+                                   .max_context = m->o->context,
                                    .step_token_budget = budget,
                                    .max_queued = between(m, 1, 40),
-                                   .max_queued_tokens = between(m, MAX_CONTEXT, 20 * MAX_CONTEXT),
+                                   .max_queued_tokens = between(m, m->o->context, 20 * m->o->context),
                                    .depth = between(m, 1, 2)};
-    m->max_context = MAX_CONTEXT;
+    m->max_context = m->o->context;
     m->budget = budget;
     m->min_budget = budget > 4 && chance(m, 300) ? budget / 2 : budget;
 }

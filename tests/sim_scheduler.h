@@ -22,6 +22,7 @@ struct sim_options {
     uint64_t steps; /* results, before it drains */
     /* chances in 1/1024: of a call per tick, of a request to have a deadline */
     uint32_t arrival, cancel, deadline, group_loss;
+    uint32_t context;          /* tokens of a request at most, up to 512 */
     uint32_t bad_request;      /* of an arrival to be one that must be refused */
     uint32_t min_context_fits; /* KV memory, in requests of full context: from this (at least 1) ... */
     uint32_t max_context_fits; /* ... to this */
