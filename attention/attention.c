@@ -24,6 +24,9 @@ static enum status_code check_config(const struct attn_config *cfg, struct statu
         return status_set(st, ST_INVALID_ARGUMENT, "max_rows: 0, expected at least 1");
     if (cfg->max_kv_len == 0)
         return status_set(st, ST_INVALID_ARGUMENT, "max_kv_len: 0, expected at least 1");
+    if ((uint64_t)cfg->max_rows * cfg->max_heads > INT32_MAX) /* back ends count heads of rows in 32 bits */
+        return status_set(st, ST_INVALID_ARGUMENT, "max_rows: %u with max_heads %u, expected a product below 2^31",
+                          cfg->max_rows, cfg->max_heads);
     if (cfg->max_heads > 0 && (cfg->max_head_dim == 0 || cfg->max_head_dim > ATTN_MAX_HEAD_DIM))
         return status_set(st, ST_INVALID_ARGUMENT, "max_head_dim: %u, expected 1 to %d", cfg->max_head_dim,
                           ATTN_MAX_HEAD_DIM);

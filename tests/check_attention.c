@@ -1,0 +1,705 @@
+/* check_attention.c - attention/attention.h: every back end of a table against softmax in double.
+ *
+ * Tolerance: a score is a float sum of D products, off by some 2^-24 times S = scale * sum |q k|; the power of a score is
+ * off by that, relatively, and the weighted mean of the values adds a few roundings. We allow 2^-23 * (8 + 2 S) times
+ * the mean of |v|, S being the largest of the row.
+ */
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "attention/attention.h"
+#include "attention/attention_host_internal.h"
+#include "worker/threads.h"
+
+enum { MAX_SEQS = 80 };
+
+static const struct attn_ops *const back_ends[] = {&attn_ops_host, &attn_ops_host_nth[1], &attn_ops_host_nth[2]};
+enum { N_BACK_ENDS = sizeof back_ends / sizeof *back_ends };
+static const enum attn_dtype dtypes[] = {ATTN_F32, ATTN_BF16, ATTN_F16};
+static const char *const dtype_names[] = {"f32", "bf16", "f16"};
+
+/* ---- a batch with its own memory ---- */
+
+struct span {
+    uint32_t rows, kv_len;
+};
+
+struct layout {
+    uint32_t H, HK, D;
+    enum attn_dtype dtype;
+    uint64_t token_pad; /* bytes between tokens; head-major instead: HEAD_MAJOR */
+    float sharpness;    /* of the softmax: magnitude of q */
+};
+
+#define HEAD_MAJOR UINT64_MAX
+
+struct problem {
+    struct attn_batch b;
+    struct attn_seq seq[MAX_SEQS];
+    float *k[MAX_SEQS], *v[MAX_SEQS]; /* the same values, [kv_len][HK][D] */
+    void *map[MAX_SEQS];
+    size_t map_bytes[MAX_SEQS];
+    float *q, *out;
+};
+
+static float uniform(unsigned *seed)
+{
+    return (float)rand_r(seed) / (float)RAND_MAX * 2 - 1;
+}
+
+/* Writes a value near f at p and returns what stands there. */
+static float put(char *p, float f, enum attn_dtype dtype)
+{
+    if (dtype == ATTN_F32) {
+        memcpy(p, &f, 4);
+        return f;
+    }
+    uint16_t bits;
+    if (dtype == ATTN_BF16) {
+        uint32_t u;
+        memcpy(&u, &f, 4);
+        u &= 0xffff0000;
+        bits = (uint16_t)(u >> 16);
+        memcpy(&f, &u, 4);
+    } else {
+        int m = (int)lrintf(fabsf(f) * 2048); /* |f| <= 1: 11 bits are exact as a half */
+        int e = 0, x = m;
+        while (x && x < 1024) {
+            x *= 2;
+            e++;
+        }
+        while (x >= 2048) {
+            x /= 2;
+            e--;
+        }
+        bits = m ? (uint16_t)((14 - e) << 10 | (x & 1023)) : 0;
+        bits |= (uint16_t)(f < 0 ? 0x8000 : 0);
+        f = (f < 0 ? -1.0f : 1.0f) * (float)m / 2048;
+    }
+    memcpy(p, &bits, 2);
+    return f;
+}
+
+/* KV of one sequence. Its last byte is followed by a page nobody may touch, whatever lies between elements is NaN. */
+static void make_seq(struct problem *p, uint32_t i, struct span s, const struct layout *l, unsigned *seed)
+{
+    uint64_t elem = l->dtype == ATTN_F32 ? 4 : 2, head = l->D * elem, all = l->HK * head;
+    int head_major = l->token_pad == HEAD_MAJOR;
+    uint64_t gap = 3 * elem; /* between heads */
+    p->b.head_stride = head_major ? s.kv_len * head + gap : head + gap;
+    p->b.token_stride = head_major ? head : 2 * (all + l->HK * gap) + l->token_pad;
+    uint64_t v_at = head_major ? l->HK * p->b.head_stride : all + l->HK * gap;
+    uint64_t bytes = head_major ? 2 * v_at - gap : (s.kv_len - 1) * p->b.token_stride + v_at + all + (l->HK - 1) * gap;
+
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), room = (bytes + page - 1) / page * page;
+    char *m = mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    ck_assert(m != MAP_FAILED);
+    ck_assert_int_eq(mprotect(m + room, page, PROT_NONE), 0);
+    p->map[i] = m;
+    p->map_bytes[i] = room + page;
+    char *base = m + room - bytes;
+    uint64_t n = (uint64_t)s.kv_len * l->HK * l->D;
+    p->k[i] = malloc(n * sizeof(float));
+    p->v[i] = malloc(n * sizeof(float));
+    if (l->token_pad <= 4096 || head_major)
+        memset(m, 0xff, room);
+    for (uint64_t t = 0, at = 0; t < s.kv_len; t++) {
+        for (uint32_t h = 0; h < l->HK; h++) {
+            char *to = base + t * p->b.token_stride + h * p->b.head_stride;
+            memset(to + head, 0xff, h + 1 < l->HK ? gap : 0);
+            for (uint32_t d = 0; d < l->D; d++, at++) {
+                p->k[i][at] = put(to + d * elem, uniform(seed), l->dtype);
+                p->v[i][at] = put(to + v_at + d * elem, uniform(seed), l->dtype);
+            }
+        }
+    }
+    p->seq[i] = (struct attn_seq){.k = base, .v = base + v_at, .rows = s.rows, .kv_len = s.kv_len};
+}
+
+static struct problem *make(const struct layout *l, const struct span *spans, uint32_t n, unsigned seed)
+{
+    struct problem *p = calloc(1, sizeof *p);
+    ck_assert_uint_le(n, MAX_SEQS);
+    p->b = (struct attn_batch){.seqs = n,
+                               .seq = p->seq,
+                               .heads = l->H,
+                               .kv_heads = l->HK,
+                               .head_dim = l->D,
+                               .scale = 1 / sqrtf((float)l->D),
+                               .kv_dtype = l->dtype};
+    for (uint32_t i = 0; i < n; i++) {
+        make_seq(p, i, spans[i], l, &seed);
+        p->seq[i].first_row = p->b.rows;
+        p->b.rows += spans[i].rows;
+    }
+    uint64_t elems = (uint64_t)p->b.rows * l->H * l->D;
+    p->q = malloc(elems * sizeof(float));
+    p->out = malloc(elems * sizeof(float));
+    for (uint64_t i = 0; i < elems; i++) {
+        p->q[i] = uniform(&seed) * (l->sharpness > 0 ? l->sharpness : 1);
+        p->out[i] = NAN;
+    }
+    p->b.q = p->q;
+    p->b.out = p->out;
+    return p;
+}
+
+static void drop(struct problem *p)
+{
+    for (uint32_t i = 0; i < p->b.seqs; i++) {
+        munmap(p->map[i], p->map_bytes[i]);
+        free(p->k[i]);
+        free(p->v[i]);
+    }
+    free(p->q);
+    free(p->out);
+    free(p);
+}
+
+/* ---- the reference ---- */
+
+struct row {
+    uint32_t seq, head, keys; /* keys it sees */
+    const float *q, *out;
+};
+
+static void check_row(const struct problem *p, struct row r, double *score, const char *what)
+{
+    uint32_t D = p->b.head_dim, HK = p->b.kv_heads, kv_head = r.head / (p->b.heads / HK);
+    double max = -INFINITY, S = 0, sum = 0, mean[256] = {0}, mag[256] = {0};
+    for (uint32_t t = 0; t < r.keys; t++) {
+        const float *k = p->k[r.seq] + ((uint64_t)t * HK + kv_head) * D;
+        double dot = 0, abs = 0;
+        for (uint32_t d = 0; d < D; d++) {
+            dot += (double)r.q[d] * (double)k[d];
+            abs += fabs((double)r.q[d] * (double)k[d]);
+        }
+        score[t] = dot * (double)p->b.scale;
+        max = fmax(max, score[t]);
+        S = fmax(S, abs * (double)p->b.scale);
+    }
+    for (uint32_t t = 0; t < r.keys; t++) {
+        const float *v = p->v[r.seq] + ((uint64_t)t * HK + kv_head) * D;
+        double w = exp(score[t] - max);
+        sum += w;
+        for (uint32_t d = 0; d < D; d++) {
+            mean[d] += w * (double)v[d];
+            mag[d] += w * fabs((double)v[d]);
+        }
+    }
+    for (uint32_t d = 0; d < D; d++) {
+        double tol = 0x1p-23 * (8 + 2 * S) * mag[d] / sum, err = fabs((double)r.out[d] - mean[d] / sum);
+        ck_assert_msg(
+            err <= tol,
+            "%s: H %u HK %u D %u %s, seq %u, %u keys, head %u, d %u: %.9g, expected %.9g, off by %.3g, allowed %.3g",
+            what, p->b.heads, HK, D, dtype_names[p->b.kv_dtype], r.seq, r.keys, r.head, d, (double)r.out[d],
+            mean[d] / sum, err, tol);
+    }
+}
+
+static void check_result(const struct problem *p, const char *what)
+{
+    uint64_t row_floats = (uint64_t)p->b.heads * p->b.head_dim;
+    for (uint32_t i = 0; i < p->b.seqs; i++) {
+        const struct attn_seq *s = &p->seq[i];
+        double *score = malloc(s->kv_len * sizeof *score);
+        for (uint32_t r = 0; r < s->rows; r++) {
+            for (uint32_t h = 0; h < p->b.heads; h++) {
+                uint64_t at = (s->first_row + r) * row_floats + (uint64_t)h * p->b.head_dim;
+                check_row(p, (struct row){i, h, s->kv_len - s->rows + r + 1, p->q + at, p->out + at}, score, what);
+            }
+        }
+        free(score);
+    }
+}
+
+/* ---- running ---- */
+
+static void on_pool(void *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i, uint32_t worker), void *arg)
+{
+    threads_for(ctx, n, fn, arg);
+}
+
+struct runner {
+    struct thread_pool *pool;
+    struct attn *attn;
+};
+
+/* attn stays NULL when this machine cannot run the back end. */
+static struct runner start(const struct attn_ops *ops, uint32_t threads)
+{
+    struct runner r = {0};
+    struct attn_config cfg = {
+        .ops = ops, .max_rows = 1024, .max_heads = 80, .max_head_dim = 256, .max_kv_len = 1 << 20};
+    if (threads) {
+        ck_assert_int_eq(threads_create(&r.pool, threads, NULL), ST_OK);
+        cfg.exec = (struct attn_executor){threads, on_pool, r.pool};
+    }
+    struct status st = STATUS_INIT;
+    enum status_code rc = attn_create(&r.attn, &cfg, &st);
+    ck_assert_msg(rc == ST_OK || rc == ST_UNIMPLEMENTED, "%s", st.message);
+    return r;
+}
+
+static void stop(struct runner *r)
+{
+    attn_destroy(r->attn);
+    threads_destroy(r->pool);
+}
+
+static void run_ok(struct runner *r, const struct attn_batch *b)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_msg(attn_run(r->attn, b, &st) == ST_OK, "%s", st.message);
+}
+
+static void run_and_check(struct runner *r, const struct layout *l, const struct span *spans, uint32_t n,
+                          const char *what)
+{
+    struct problem *p = make(l, spans, n, 42 + n + l->D);
+    run_ok(r, &p->b);
+    check_result(p, what);
+    drop(p);
+}
+
+static const struct {
+    uint32_t H, HK, D;
+} shapes[] = {
+    {1, 1, 32},  {6, 3, 32},  {6, 6, 48},  {8, 2, 64}, {9, 3, 64}, {5, 1, 64},  {4, 4, 80},
+    {16, 1, 96}, {8, 1, 128}, {2, 2, 256}, {3, 1, 8},  {5, 5, 40}, {17, 1, 72}, {71, 1, 64},
+};
+enum { N_SHAPES = sizeof shapes / sizeof *shapes };
+
+static const struct span prefills[] = {{5, 5}, {1, 1}, {37, 37}, {2, 2}, {110, 150}};
+static const struct span decodes[] = {{1, 1},  {1, 2},   {1, 15},  {1, 16},  {1, 17},  {1, 63},  {1, 64},
+                                      {1, 65}, {1, 100}, {1, 511}, {1, 512}, {1, 513}, {1, 1100}};
+static const struct span hybrid[] = {{1, 40}, {1, 700}, {9, 9},   {3, 130}, {33, 90},
+                                     {1, 1},  {17, 64}, {1, 257}, {64, 600}};
+
+#define COUNT(a) ((uint32_t)(sizeof(a) / sizeof *(a)))
+
+/* Loop index: back end * 3 + dtype. */
+static void conformance(int index, const struct span *spans, uint32_t n, const char *what)
+{
+    struct runner r = start(back_ends[index / 3], 2);
+    for (uint32_t s = 0; s < N_SHAPES && r.attn; s++) {
+        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtypes[index % 3], s * 48, s % 3 == 1 ? 8 : 1};
+        run_and_check(&r, &l, spans, n, what);
+    }
+    stop(&r);
+}
+
+START_TEST(prefill_matches_the_reference)
+{
+    conformance(_i, prefills, COUNT(prefills), "prefill");
+}
+END_TEST
+
+START_TEST(decode_matches_the_reference)
+{
+    conformance(_i, decodes, COUNT(decodes), "decode");
+}
+END_TEST
+
+START_TEST(hybrid_batch_matches_the_reference)
+{
+    conformance(_i, hybrid, COUNT(hybrid), "hybrid");
+}
+END_TEST
+
+START_TEST(every_group_size_matches_the_reference)
+{
+    struct runner r = start(back_ends[_i], 2);
+    for (uint32_t G = 1; G <= 16 && r.attn; G++) {
+        struct layout l = {2 * G, 2, 48, dtypes[G % 3], 0, 1};
+        static const struct span spans[] = {{1, 77}, {2, 20}, {7, 30}, {1, 3}};
+        run_and_check(&r, &l, spans, COUNT(spans), "group");
+    }
+    stop(&r);
+}
+END_TEST
+
+START_TEST(wide_token_strides_and_head_major_layouts_work)
+{
+    static const uint64_t pads[] = {HEAD_MAJOR, 4, 65536 - 64, 65536 - 1024 * 4};
+    struct runner r = start(back_ends[_i], 2);
+    for (size_t i = 0; i < COUNT(pads) && r.attn; i++) {
+        for (size_t d = 0; d < 3; d++) {
+            struct layout l = {8, 4, 64, dtypes[d], pads[i], 1};
+            /* one stride serves the whole batch: head-major needs equal lengths */
+            static const struct span spans[] = {{1, 130}, {20, 130}, {5, 130}};
+            run_and_check(&r, &l, spans, COUNT(spans), "stride");
+        }
+    }
+    stop(&r);
+}
+END_TEST
+
+START_TEST(long_contexts_match_the_reference)
+{
+    struct runner r = start(back_ends[_i / 3], 2);
+    static const struct span spans[] = {{1, 20000}, {30, 9000}, {1, 4097}};
+    struct layout l = {4, 2, 64, dtypes[_i % 3], 0, 4};
+    if (r.attn)
+        run_and_check(&r, &l, spans, COUNT(spans), "long");
+    stop(&r);
+}
+END_TEST
+
+/* More than 64 parts of 512 keys: parts grow. */
+START_TEST(parts_grow_with_very_long_contexts)
+{
+    struct runner r = start(&attn_ops_host, 2);
+    static const struct span spans[] = {{1, 70001}};
+    struct layout l = {2, 1, 8, ATTN_F32, 0, 1};
+    run_and_check(&r, &l, spans, COUNT(spans), "very long");
+    stop(&r);
+}
+END_TEST
+
+/* More items and more partial results than a wave holds. */
+START_TEST(large_batches_run_in_waves)
+{
+    struct runner r = start(back_ends[_i], 3);
+    struct span spans[MAX_SEQS];
+    for (uint32_t i = 0; i < MAX_SEQS; i++)
+        spans[i] = (struct span){1 + (i % 16 == 3), 20 + 13 * i + (i % 5 == 0 ? 1500 : 0)};
+    struct layout l = {64, 64, 8, ATTN_BF16, 0, 1};
+    if (r.attn)
+        run_and_check(&r, &l, spans, MAX_SEQS, "waves");
+    stop(&r);
+}
+END_TEST
+
+START_TEST(scores_far_apart_do_not_overflow)
+{
+    struct runner r = start(back_ends[_i], 2);
+    static const struct span spans[] = {{1, 700}, {40, 200}, {3, 3}};
+    struct layout l = {4, 2, 64, ATTN_F32, 0, 2000};
+    if (r.attn)
+        run_and_check(&r, &l, spans, COUNT(spans), "sharp");
+    stop(&r);
+}
+END_TEST
+
+START_TEST(sequences_may_stand_in_any_order)
+{
+    struct runner r = start(back_ends[_i], 2);
+    struct layout l = {4, 2, 32, ATTN_F32, 0, 1};
+    if (r.attn) {
+        struct problem *p = make(&l, hybrid, COUNT(hybrid), 5);
+        uint32_t at = p->b.rows;
+        for (uint32_t i = 0; i < p->b.seqs; i++)
+            p->seq[i].first_row = at -= p->seq[i].rows;
+        run_ok(&r, &p->b);
+        check_result(p, "order");
+        drop(p);
+    }
+    stop(&r);
+}
+END_TEST
+
+/* ---- the promise: neither the batch nor the threads matter ---- */
+
+START_TEST(result_is_the_same_alone_and_in_a_batch_for_any_threads)
+{
+    static const struct span spans[] = {{1, 40},   {1, 2700}, {150, 300}, {1, 1},     {20, 1300},
+                                        {1, 1025}, {3, 777},  {96, 2000}, {1, 20000}, {1, 512}};
+    static const struct {
+        uint32_t H, HK, D;
+    } heads[] = {{6, 3, 32}, {8, 2, 64}, {3, 3, 48}, {12, 1, 128}};
+    const struct attn_ops *ops = back_ends[_i / 4];
+    struct layout l = {heads[_i % 4].H, heads[_i % 4].HK, heads[_i % 4].D, dtypes[_i % 3], 0, 3};
+    struct runner one = start(ops, 0);
+    if (!one.attn)
+        return;
+    struct problem *p = make(&l, spans, COUNT(spans), 9);
+    run_ok(&one, &p->b);
+    uint64_t row = (uint64_t)l.H * l.D, elems = p->b.rows * row;
+    float *want = malloc(elems * sizeof *want);
+    memcpy(want, p->out, elems * sizeof *want);
+    for (uint32_t threads = 1; threads <= 5; threads++) {
+        struct runner r = start(ops, threads);
+        memset(p->out, 0xff, elems * sizeof *want);
+        run_ok(&r, &p->b);
+        ck_assert_msg(!memcmp(want, p->out, elems * sizeof *want), "%s: %u threads differ from none", ops->name,
+                      threads);
+        for (uint32_t i = 0; i < p->b.seqs; i++) {
+            struct attn_seq s = p->seq[i];
+            uint64_t first = s.first_row * row;
+            s.first_row = 0;
+            struct attn_batch b = p->b;
+            b.seqs = 1;
+            b.seq = &s;
+            b.rows = s.rows;
+            b.q = p->q + first;
+            b.out = p->out + first;
+            memset(p->out + first, 0xff, s.rows * row * sizeof *want);
+            run_ok(&r, &b);
+            ck_assert_msg(!memcmp(want + first, p->out + first, s.rows * row * sizeof *want),
+                          "%s: seq %u alone, %u threads, differs from the batch", ops->name, i, threads);
+        }
+        stop(&r);
+    }
+    free(want);
+    drop(p);
+    stop(&one);
+}
+END_TEST
+
+/* ---- limits ---- */
+
+START_TEST(nothing_to_do_is_fine)
+{
+    struct runner r = start(back_ends[_i], 2);
+    if (!r.attn)
+        return;
+    struct attn_batch b = {0};
+    run_ok(&r, &b);
+    /* a rank without heads: whatever the rest says */
+    struct attn_seq s = {.rows = 3, .kv_len = 3};
+    b = (struct attn_batch){.seqs = 1, .seq = &s, .rows = 3, .head_dim = 64};
+    run_ok(&r, &b);
+    b.heads = 4;
+    run_ok(&r, &b);
+    b.heads = 0;
+    b.kv_heads = 4;
+    run_ok(&r, &b);
+    stop(&r);
+    attn_destroy(NULL);
+}
+END_TEST
+
+START_TEST(exp2_is_accurate)
+{
+    const struct host_kernels *list[HOST_MAX_KERNELS];
+    uint32_t n = host_kernels_list(list);
+    for (uint32_t i = 0; i < n; i++) {
+        ck_assert_float_eq(list[i]->exp2(0), 1);
+        ck_assert(isnan(list[i]->exp2(NAN)));
+        double worst = 0;
+        for (float x = 0; x > -126; x -= 0.000917f)
+            worst = fmax(worst, fabs((double)list[i]->exp2(x) / exp2((double)x) - 1));
+        ck_assert_double_lt(worst, 2e-7);
+        ck_assert_double_le((double)list[i]->exp2(-1000), 0x1p-126);
+        ck_assert_double_le((double)list[i]->exp2(-INFINITY), 0x1p-126);
+    }
+}
+END_TEST
+
+/* ---- faults: each refused, the field named, nothing written ---- */
+
+static struct runner refuser;
+static struct problem *refused;
+
+static void refuse(const struct attn_batch *b, const char *field)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(attn_run(refuser.attn, b, &st), ST_INVALID_ARGUMENT);
+    ck_assert_int_eq(st.code, ST_INVALID_ARGUMENT);
+    ck_assert_msg(!strncmp(st.message, field, strlen(field)), "'%s' does not begin with '%s'", st.message, field);
+    ck_assert_int_eq(attn_run(refuser.attn, b, NULL), ST_INVALID_ARGUMENT);
+    for (uint32_t i = 0; i < refused->b.rows * refused->b.heads * refused->b.head_dim; i++)
+        ck_assert(isnan(refused->out[i]));
+}
+
+static void setup_refuser(void)
+{
+    static const struct span spans[] = {{3, 10}, {1, 20}, {2, 2}};
+    static const struct layout l = {4, 2, 32, ATTN_F32, 0, 1};
+    refuser = (struct runner){0};
+    struct attn_config cfg = {
+        .ops = &attn_ops_host, .max_rows = 8, .max_heads = 8, .max_head_dim = 64, .max_kv_len = 30};
+    ck_assert_int_eq(attn_create(&refuser.attn, &cfg, NULL), ST_OK);
+    refused = make(&l, spans, COUNT(spans), 3);
+}
+
+static void teardown_refuser(void)
+{
+    stop(&refuser);
+    drop(refused);
+}
+
+START_TEST(batches_over_the_maxima_are_refused)
+{
+    struct attn_batch b = refused->b;
+    b.rows = 9;
+    refuse(&b, "rows: 9");
+    b = refused->b;
+    b.seqs = 7;
+    refuse(&b, "seqs: 7");
+    b = refused->b;
+    b.heads = 10;
+    refuse(&b, "heads: 10");
+    b = refused->b;
+    b.head_dim = 72;
+    refuse(&b, "head_dim: 72");
+    refused->seq[1].kv_len = 31;
+    refuse(&refused->b, "seq[1].kv_len: 31");
+}
+END_TEST
+
+START_TEST(wrong_head_shapes_are_refused)
+{
+    struct attn_batch b = refused->b;
+    b.head_dim = 0;
+    refuse(&b, "head_dim: 0");
+    b.head_dim = 36;
+    refuse(&b, "head_dim: 36");
+    b = refused->b;
+    b.kv_heads = 3;
+    refuse(&b, "heads: 4");
+    b.kv_heads = 8;
+    refuse(&b, "heads: 4");
+    b = refused->b;
+    b.scale = NAN;
+    refuse(&b, "scale");
+    b = refused->b;
+    b.kv_dtype = (enum attn_dtype)3;
+    refuse(&b, "kv_dtype: 3");
+}
+END_TEST
+
+START_TEST(wrong_layouts_are_refused)
+{
+    struct attn_batch b = refused->b;
+    b.token_stride = 31 * 4;
+    refuse(&b, "token_stride: 124");
+    b.token_stride = 129;
+    refuse(&b, "token_stride: 129");
+    b = refused->b;
+    b.head_stride = 0;
+    refuse(&b, "head_stride: 0");
+    b.head_stride = 130;
+    refuse(&b, "head_stride: 130");
+    b = refused->b;
+    b.q = NULL;
+    refuse(&b, "q: NULL");
+    b = refused->b;
+    b.out = NULL;
+    refuse(&b, "out: NULL");
+}
+END_TEST
+
+START_TEST(wrong_sequences_are_refused)
+{
+    struct attn_seq good = refused->seq[1], *s = &refused->seq[1];
+    s->rows = 0;
+    refuse(&refused->b, "seq[1].rows: 0");
+    *s = good;
+    s->rows = 4;
+    s->kv_len = 20;
+    refuse(&refused->b, "seq[1].rows: 4");
+    *s = good;
+    s->first_row = UINT32_MAX;
+    refuse(&refused->b, "seq[1].rows: 1");
+    *s = good;
+    s->kv_len = 0;
+    refuse(&refused->b, "seq[1].kv_len: 0");
+    *s = good;
+    s->k = NULL;
+    refuse(&refused->b, "seq[1].k: NULL");
+    *s = good;
+    s->v = (const char *)s->v + 2;
+    refuse(&refused->b, "seq[1].v");
+    *s = good;
+    refused->seq[0].kv_len = 2;
+    refuse(&refused->b, "seq[0].kv_len: 2");
+}
+END_TEST
+
+START_TEST(rows_without_or_with_two_owners_are_refused)
+{
+    struct attn_batch b = refused->b;
+    b.seqs = 2;
+    refuse(&b, "rows: row 4 of 6");
+    b.seqs = 0;
+    refuse(&b, "rows: row 0 of 6");
+    refused->seq[1].first_row = 2;
+    refuse(&refused->b, "seq[1].first_row: row 2 belongs to seq[0]");
+    refused->seq[1].first_row = 5;
+    refuse(&refused->b, "seq[2].first_row: row 5 belongs to seq[1]");
+    refused->seq[1].first_row = 0; /* as many rows as there are, but twice and not at all */
+    refuse(&refused->b, "seq[1].first_row: row 0 belongs to seq[0]");
+}
+END_TEST
+
+START_TEST(wrong_configs_are_refused)
+{
+    const struct attn_config good = {
+        .ops = &attn_ops_host, .max_rows = 8, .max_heads = 8, .max_head_dim = 64, .max_kv_len = 30};
+    static const char *const fields[] = {"ops",        "max_rows: 0",     "max_rows: 4294967295",
+                                         "max_kv_len", "max_head_dim: 0", "max_head_dim: 264"};
+    for (size_t i = 0; i < COUNT(fields); i++) {
+        struct attn_config cfg = good;
+        struct attn *a = NULL;
+        struct status st = STATUS_INIT;
+        switch (i) {
+        case 0:
+            cfg.ops = NULL;
+            break;
+        case 1:
+            cfg.max_rows = 0;
+            break;
+        case 2:
+            cfg.max_rows = UINT32_MAX;
+            break;
+        case 3:
+            cfg.max_kv_len = 0;
+            break;
+        case 4:
+            cfg.max_head_dim = 0;
+            break;
+        case 5:
+            cfg.max_head_dim = 264;
+            break;
+        }
+        ck_assert_int_eq(attn_create(&a, &cfg, &st), ST_INVALID_ARGUMENT);
+        ck_assert_msg(!strncmp(st.message, fields[i], strlen(fields[i])), "'%s'", st.message);
+        ck_assert_ptr_null(a);
+    }
+}
+END_TEST
+
+int main(void)
+{
+    Suite *s = suite_create("attention");
+    TCase *core = tcase_create("core");
+    tcase_add_loop_test(core, prefill_matches_the_reference, 0, 3 * N_BACK_ENDS);
+    tcase_add_loop_test(core, decode_matches_the_reference, 0, 3 * N_BACK_ENDS);
+    tcase_add_loop_test(core, hybrid_batch_matches_the_reference, 0, 3 * N_BACK_ENDS);
+    tcase_add_loop_test(core, every_group_size_matches_the_reference, 0, N_BACK_ENDS);
+    tcase_add_loop_test(core, wide_token_strides_and_head_major_layouts_work, 0, N_BACK_ENDS);
+    tcase_add_loop_test(core, sequences_may_stand_in_any_order, 0, N_BACK_ENDS);
+    tcase_add_loop_test(core, result_is_the_same_alone_and_in_a_batch_for_any_threads, 0, 4 * N_BACK_ENDS);
+    suite_add_tcase(s, core);
+    TCase *limits = tcase_create("limits");
+    tcase_add_loop_test(limits, long_contexts_match_the_reference, 0, 3 * N_BACK_ENDS);
+    tcase_add_test(limits, parts_grow_with_very_long_contexts);
+    tcase_add_loop_test(limits, large_batches_run_in_waves, 0, N_BACK_ENDS);
+    tcase_add_loop_test(limits, scores_far_apart_do_not_overflow, 0, N_BACK_ENDS);
+    tcase_add_loop_test(limits, nothing_to_do_is_fine, 0, N_BACK_ENDS);
+    tcase_add_test(limits, exp2_is_accurate);
+    suite_add_tcase(s, limits);
+    TCase *faults = tcase_create("faults");
+    tcase_add_checked_fixture(faults, setup_refuser, teardown_refuser);
+    tcase_add_test(faults, batches_over_the_maxima_are_refused);
+    tcase_add_test(faults, wrong_head_shapes_are_refused);
+    tcase_add_test(faults, wrong_layouts_are_refused);
+    tcase_add_test(faults, wrong_sequences_are_refused);
+    tcase_add_test(faults, rows_without_or_with_two_owners_are_refused);
+    tcase_add_test(faults, wrong_configs_are_refused);
+    suite_add_tcase(s, faults);
+    tcase_set_timeout(core, 120);
+    tcase_set_timeout(limits, 120);
+    SRunner *r = srunner_create(s);
+    srunner_run_all(r, CK_ENV);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed != 0;
+}
