@@ -6,6 +6,8 @@
 
 #include "comm/comm_internal.h"
 
+#define MAX_RANKS 16 /* more than an engine takes */
+
 enum job { JOB_CREATE, JOB_STEP, JOB_RESET, JOB_END };
 
 struct rank {
@@ -21,7 +23,7 @@ struct rank {
 
 struct group {
     uint32_t ranks, started;
-    struct rank rank[8];
+    struct rank rank[MAX_RANKS];
     struct engine_config cfg;
     const Tandem__V1__StepPlan *plan;
 
@@ -38,8 +40,8 @@ struct group {
     bool broken; /* a rank failed: nobody waits for it */
 
     /* what an operation works on */
-    float *x[8];
-    const void *send[8];
+    float *x[MAX_RANKS];
+    const void *send[MAX_RANKS];
     float *sum;
     size_t sum_room;
 };
