@@ -64,6 +64,7 @@ void proc_start(struct proc *p, const char *binary, const char *model, const cha
         fprintf(stderr, "%s did not start\n", binary);
         abort();
     }
+    snprintf(p->listening, sizeof p->listening, "%.500s", line);
     if (rpc_channel_create(&p->ch, p->address, NULL) != ST_OK)
         abort();
 }

@@ -19,6 +19,7 @@ struct proc {
     struct rpc_channel *ch;        /* to address */
     char line[4096];               /* bytes of events not yet handed out */
     size_t line_len;
+    char listening[512]; /* the first line: all addresses as they were bound */
 };
 
 /* args: NULL-terminated, behind the usual ones. Waits for the "listening" line. Aborts when that does not come. */

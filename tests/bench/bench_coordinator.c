@@ -1,0 +1,164 @@
+/* bench_coordinator - CPU time of the coordinator per streamed token, everything included: scheduler, detokenizing,
+ * packing, gRPC, sockets, the ranks' streams. Ranks without a model (coord_fake.h) answer every plan at once or after
+ * --step-us; the clients, in this process, read all streams. The coordinator is the real program in its own process; its
+ * CPU time is taken from /proc, so what the ranks and clients here use does not count.
+ *
+ *     bench_coordinator [--streams 256] [--tokens 400] [--step-us 20000] [--ranks 2] [--tcp 1]
+ */
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/coord_fake.h"
+#include "tests/coord_proc.h"
+
+#define READERS 2
+
+struct reader {
+    struct proc *p;
+    uint32_t first, n, tokens;
+    uint64_t got, messages;
+    pthread_t thread;
+};
+
+static void *reader_main(void *arg)
+{
+    struct reader *r = arg;
+    struct rpc_stream **s = calloc(r->n, sizeof *s);
+    bool *open = calloc(r->n, sizeof *open);
+    if (!s || !open)
+        abort();
+    for (uint32_t i = 0; i < r->n; i++) {
+        Tandem__V1__GenerateRequest m = TANDEM__V1__GENERATE_REQUEST__INIT;
+        Tandem__V1__Stopping stopping = TANDEM__V1__STOPPING__INIT;
+        char prompt[] = "Once upon a time, there was a little dog";
+        m.prompt_case = TANDEM__V1__GENERATE_REQUEST__PROMPT_TEXT;
+        m.text = (ProtobufCBinaryData){.len = sizeof prompt - 1, .data = (uint8_t *)prompt};
+        stopping.max_tokens_is_case = TANDEM__V1__STOPPING__MAX_TOKENS_IS_MAX_TOKENS;
+        stopping.max_tokens = r->tokens;
+        m.stopping = &stopping;
+        s[i] = proc_open(r->p, &m, 0);
+        open[i] = true;
+    }
+    for (uint32_t left = r->n; left > 0;) {
+        for (uint32_t i = 0; i < r->n; i++) {
+            struct proc_reply reply = {0};
+            if (!open[i])
+                continue;
+            if (!proc_read(s[i], &reply, 60000)) {
+                open[i] = false;
+                left--;
+                if (reply.code != ST_OK)
+                    fprintf(stderr, "stream %u: %s\n", r->first + i, reply.message);
+            }
+            r->got += reply.n_ids;
+            r->messages += reply.n_messages;
+            proc_reply_free(&reply);
+        }
+    }
+    for (uint32_t i = 0; i < r->n; i++)
+        rpc_stream_close(s[i]);
+    free(s);
+    free(open);
+    return NULL;
+}
+
+static uint32_t number(const char *text)
+{
+    char *end = NULL;
+    unsigned long v = strtoul(text, &end, 10);
+    if (*end || v > 10000000) {
+        fprintf(stderr, "bench_coordinator: %s: expected a number\n", text);
+        exit(2);
+    }
+    return (uint32_t)v;
+}
+
+/* "listening public=unix:...,127.0.0.1:4711 control=..." */
+static void use_tcp(struct proc *p)
+{
+    char address[64];
+    const char *at = strstr(p->listening, ",127.0.0.1:");
+    if (!at || sscanf(at + 1, "%63[0-9.:]", address) != 1)
+        abort();
+    rpc_channel_destroy(p->ch);
+    if (rpc_channel_create(&p->ch, address, NULL) != ST_OK)
+        abort();
+}
+
+int main(int argc, char **argv)
+{
+    uint32_t streams = 256, tokens = 400, step_us = 20000, ranks = 2, tcp = 0;
+    for (int i = 1; i < argc; i++) {
+        uint32_t *value = NULL;
+        if (strcmp(argv[i], "--streams") == 0)
+            value = &streams;
+        else if (strcmp(argv[i], "--tokens") == 0)
+            value = &tokens;
+        else if (strcmp(argv[i], "--step-us") == 0)
+            value = &step_us;
+        else if (strcmp(argv[i], "--ranks") == 0)
+            value = &ranks;
+        else if (strcmp(argv[i], "--tcp") == 0)
+            value = &tcp;
+        if (!value || i + 1 == argc) {
+            fprintf(stderr,
+                    "usage: bench_coordinator [--streams N] [--tokens N] [--step-us N] [--ranks N] [--tcp 0|1]\n");
+            return 2;
+        }
+        *value = number(argv[++i]);
+    }
+    if (ranks < 1 || ranks > FAKE_MAX_RANKS || streams < READERS) {
+        fprintf(stderr, "bench_coordinator: --ranks 1 to %d, --streams at least %d\n", FAKE_MAX_RANKS, READERS);
+        return 2;
+    }
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    const char *args[] = {"--max-queued", "4096", "--listen", "127.0.0.1:0", NULL};
+    o.size = ranks;
+    o.max_slots = streams;
+    o.max_context = tokens + 64;
+    o.total_pages = (uint64_t)streams * (tokens + 64);
+    o.step_us = step_us;
+    proc_start(&p, TEST_COORDINATOR, TEST_MODEL, args);
+    if (tcp)
+        use_tcp(&p);
+    struct fake_group *g = fake_group_start(p.control, &o);
+    if (!proc_wait_state(&p, TANDEM__V1__SERVER_INFO__STATE__READY, 10000))
+        return 1;
+    struct reader r[READERS] = {{0}};
+    double cpu = proc_cpu_seconds(&p);
+    int64_t t = proc_now_ms();
+    for (uint32_t i = 0; i < READERS; i++) {
+        r[i].p = &p;
+        r[i].first = i * streams / READERS;
+        r[i].n = (i + 1) * streams / READERS - r[i].first;
+        r[i].tokens = tokens;
+        if (pthread_create(&r[i].thread, NULL, reader_main, &r[i]) != 0)
+            return 1;
+    }
+    uint64_t got = 0, messages = 0;
+    for (uint32_t i = 0; i < READERS; i++) {
+        pthread_join(r[i].thread, NULL);
+        got += r[i].got;
+        messages += r[i].messages;
+    }
+    cpu = proc_cpu_seconds(&p) - cpu;
+    double seconds = (double)(proc_now_ms() - t) / 1e3;
+    uint64_t steps = fake_group_steps(g);
+    bool ok = fake_group_stop(g) && got == (uint64_t)streams * tokens;
+    printf(
+        "%s, %u streams, %u ranks, %llu tokens in %llu messages and %llu steps, %.2f s: %.0f tokens/s, coordinator CPU "
+        "%.2f s, "
+        "%.2f us per token, %.2f us per message\n",
+        tcp ? "TCP" : "unix socket", streams, ranks, (unsigned long long)got, (unsigned long long)messages,
+        (unsigned long long)steps, seconds, (double)got / seconds, cpu, cpu * 1e6 / (double)got,
+        cpu * 1e6 / (double)messages);
+    if (proc_end(&p, SIGTERM, 10000) != 0 || !ok) {
+        fprintf(stderr, "bench_coordinator: tokens are missing, or the coordinator failed\n");
+        return 1;
+    }
+    return 0;
+}
