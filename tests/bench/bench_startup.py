@@ -9,13 +9,13 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "e2e"))
-from cluster import Cluster, wait_for  # noqa: E402
+from cluster import Cluster  # noqa: E402
 
 
 def once(tp):
     start = time.monotonic()
     with Cluster(tp=tp, wait=False) as c:
-        wait_for("ready", c.is_ready, 60)
+        c.wait_ready(60)
         ready = time.monotonic() - start
         next(c.generate("Once upon a time", max_tokens=4, temperature=0))
         return ready, time.monotonic() - start

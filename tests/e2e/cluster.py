@@ -166,8 +166,7 @@ class Cluster:
     def connect(self, options=()):
         c = grpc.insecure_channel(self.address, [
             ("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1),
-            ("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 500), *options])
+            ("grpc.use_local_subchannel_pool", 1), *options])
         self.channels.append(c)
         return c
 
@@ -178,17 +177,17 @@ class Cluster:
         return call(health_pb2.HealthCheckRequest(service=service), timeout=timeout).status
 
     def is_ready(self):
-        try:
-            return self.health() == health_pb2.HealthCheckResponse.SERVING
-        except grpc.RpcError:
-            return False
+        return tandem("probe", "--address", self.address, "--timeout", 5)[0] == 0
 
     def wait_ready(self, seconds=30):
+        """Until the server serves. The channel is a new one then: an old one may still be waiting to connect again."""
         def ready():
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with status {self.process.returncode}\n" + self.log())
             return self.is_ready()
-        return wait_for("ready", ready, seconds)
+        seconds = wait_for("ready", ready, seconds)
+        self.channel = self.connect()
+        return seconds
 
     def generate(self, prompt, channel=None, timeout=None, **options):
         """The stream of a Generate call. timeout None: a bound against hanging, not a part of the test."""

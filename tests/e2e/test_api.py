@@ -9,8 +9,8 @@ import unittest
 
 import grpc
 
-import health_pb2
 from cluster import PB, SLOW, SOURCE, Cluster, Result, request, tandem, wait_for
+import health_pb2  # found through cluster's path
 from tandem.v1 import control_pb2, inference_pb2
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -45,13 +45,18 @@ class Api(unittest.TestCase):
     # -- streaming --
 
     def test_messages_come_one_by_one(self):
-        seen = []
-        start = time.monotonic()
-        for m in self.c.generate("Once upon a time", **{**LONG, "max_tokens": 300}):
-            seen.append((time.monotonic() - start, len(m.token_ids)))
-        self.assertGreater(len(seen), 30)
-        self.assertLess(seen[0][0], seen[-1][0] / 2)
-        self.assertEqual(sum(n for _, n in seen), 300)
+        shares = []
+        for _ in range(5):  # a busy machine may hold the client up once
+            seen = []
+            start = time.monotonic()
+            for m in self.c.generate("Once upon a time", **{**LONG, "max_tokens": 800}):
+                seen.append((time.monotonic() - start, len(m.token_ids)))
+            self.assertEqual(sum(n for _, n in seen), 800)
+            self.assertGreater(len(seen), 30)
+            shares.append(seen[0][0] / seen[-1][0])
+            if shares[-1] < 0.5:
+                break
+        self.assertLess(min(shares), 0.5, "the first message came when most tokens were made")
 
     def test_first_message_names_the_request(self):
         r = self.c.run("Once", max_tokens=2, request_id="my-request.1")

@@ -16,11 +16,11 @@ class Tokenize(unittest.TestCase):
         cases = self.cases()
         rc, out, err = tandem("tokenize", "--model", DEMO, stdin="".join(json.dumps(c["text"]) + "\n" for c in cases))
         self.assertEqual((rc, err), (0, ""))
-        got = [json.loads(line) for line in out.splitlines()]
+        got = [json.loads(line) for line in out.rstrip("\n").split("\n")]
         self.assertEqual(got, [c["ids"] for c in cases])
         rc, out, err = tandem("tokenize", "--model", DEMO, "--decode",
                               stdin="".join(json.dumps(c["ids"]) + "\n" for c in cases))
-        self.assertEqual([json.loads(line) for line in out.splitlines()], [c["text"] for c in cases])
+        self.assertEqual([json.loads(line) for line in out.rstrip("\n").split("\n")], [c["text"] for c in cases])
 
     def test_add_and_skip_special(self):
         rc, out, _ = tandem("tokenize", "--model", DEMO, "--add-special", stdin='"Once"\n')
