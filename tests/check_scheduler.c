@@ -328,8 +328,10 @@ START_TEST(cancel_gives_the_slot_to_the_next_in_the_same_plan)
     ck_assert_uint_eq(p.n_admit, 1);
     ck_assert_uint_eq(p.release[0], p.admit[0].slot);
     ck_assert_uint_eq(p.chunk[0].id, 2);
-    RESULT(s, 1, 50); /* of the cancelled one */
+    ck_assert_uint_eq(sched_load(s).used_pages, 4); /* step 1 may still read those of the first */
+    RESULT(s, 1, 50);                               /* of the cancelled one */
     no_event(s);
+    ck_assert_uint_eq(sched_load(s).used_pages, 2);
     RESULT(s, 2, 60);
     expect_token(s, 2, 60);
     sched_destroy(s);
@@ -903,15 +905,15 @@ START_TEST(steps_allocate_nothing)
 }
 END_TEST
 
-/* The checks of sched_check themselves: state is damaged by hand. */
+/* The checks of sched_check themselves: state is damaged by hand. Its message would only confuse the log. */
 static struct sched *running(void)
 {
     struct sched *s = create_attached(config(4, 64, 2));
     submit(s, 1, 8, 40);
     submit(s, 2, 8, 40);
-    submit(s, 3, 8, 40);
-    sched_cancel(s, 0, 3, ST_CANCELLED, NULL) == ST_OK ? (void)0 : abort();
     plan(s);
+    sched_check(s);
+    close(STDERR_FILENO);
     return s;
 }
 

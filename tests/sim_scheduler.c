@@ -24,6 +24,7 @@ struct sim_req {
     uint32_t n_sampled; /* in plans */
     uint32_t n_out;
     uint32_t preemptions;
+    uint64_t pages; /* that the scheduler counts for it */
     bool started;
     uint64_t submit_step, max_steps;
 };
@@ -376,11 +377,6 @@ static void attach(struct sim *m)
 
 /* ---- plans ---- */
 
-static bool needs_page(const struct sim *m, const struct sim_slot *s)
-{
-    return kv_pages_for(&m->kv, s->len + 1) > kv_pages_for(&m->kv, s->len);
-}
-
 /* Books the preemptions of a call of sched_plan, which came with a plan or not: always the youngest running requests,
  * never the oldest. */
 static uint32_t book_preemptions(struct sim *m)
@@ -421,29 +417,38 @@ static void check_releases(struct sim *m, const struct sched_plan *p)
     }
 }
 
-/* Decodes first: one is left out only for want of a page, or in its turn when all do not fit beside the prefill share. */
+/* Decodes first: one is left out only for want of a page, or in its turn when all do not fit beside the prefill share.
+ * While one waits for pages nobody younger takes any. */
 static void check_decodes(struct sim *m, const struct sched_plan *p, uint32_t preempted)
 {
     bool in_plan[MAX_SLOTS] = {false};
     for (uint32_t i = 0; i < p->n_decode; i++) {
-        struct sim_req *r = find(m, m->slot_id[p->decode[i]]);
-        if (!r)
+        if (m->slot_id[p->decode[i]] == 0)
             sim_fail("step %llu: decode of slot %u, which works for nobody", (unsigned long long)p->step, p->decode[i]);
         in_plan[p->decode[i]] = true;
     }
-    uint32_t left_out = 0, stuck = 0;
-    for (uint32_t i = 0; i < m->ranks.group.slots; i++) {
-        const struct sim_slot *s = &m->ranks.slot[i];
-        if (!m->slot_id[i] || !s->sampled || in_plan[i])
+    uint32_t left_out = 0, stuck = 0, limit = m->budget - prefill_share(m->budget);
+    bool younger_took = false;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        struct sim_req *r = m->live[i];
+        if (r->stage != STAGE_RUNNING || !m->ranks.slot[r->slot].sampled)
             continue;
-        if (needs_page(m, s))
-            stuck++;
-        else
-            left_out++;
+        uint64_t pages = kv_pages_for(&m->kv, m->ranks.slot[r->slot].len + 1);
+        bool grows = pages > r->pages;
+        if (in_plan[r->slot]) {
+            younger_took |= grows && stuck > 0;
+            r->pages = grows ? pages : r->pages;
+        } else {
+            stuck += grows;
+            left_out += !grows;
+        }
     }
-    if (left_out > 0 && p->n_decode + stuck + preempted < m->budget - prefill_share(m->budget))
+    if (left_out > 0 && p->n_decode + stuck + preempted < limit)
         sim_fail("step %llu: %u decodes left out, %u planned, budget %u, %u rows", (unsigned long long)p->step,
                  left_out, p->n_decode, m->budget, p->rows);
+    bool all_had_a_turn = p->n_decode + stuck + left_out + preempted <= limit;
+    if (all_had_a_turn && stuck > 0 && (younger_took || p->n_admit > 0))
+        sim_fail("step %llu: pages went to a younger request while an older one waits", (unsigned long long)p->step);
 }
 
 /* Admissions by age: each takes the oldest that waits. */
@@ -462,6 +467,8 @@ static void check_admits(struct sim *m, const struct sched_plan *p)
         r->stage = STAGE_RUNNING;
         r->started = true;
         r->slot = p->admit[i].slot;
+        uint32_t total = r->n_prompt + r->max_new, next = r->n_prompt + r->n_out + 1;
+        r->pages = kv_pages_for(&m->kv, next < total ? next : total - 1);
         m->slot_id[r->slot] = r->id;
     }
 }
