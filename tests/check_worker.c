@@ -473,6 +473,19 @@ START_TEST(cuda_where_there_is_none_is_a_permanent_fault)
 }
 END_TEST
 
+START_TEST(memory_that_is_not_there_now_is_no_permanent_fault)
+{
+    const char *const extra[] = {"--kv-memory", "100T", NULL};
+    start_stub();
+    job_start(&job, 0, MODEL, stub.address, extra);
+    ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_RELAUNCH);
+    struct stub_rank r = stub_rank(&stub, 0);
+    ck_assert(r.faulted);
+    ck_assert(!r.fault_permanent);
+    ck_assert_uint_eq(r.fault_code, ST_RESOURCE_EXHAUSTED);
+}
+END_TEST
+
 START_TEST(impossible_plan_is_a_fault_and_75)
 {
     start_group(2);
@@ -617,6 +630,7 @@ int main(void)
     tcase_add_test(limits, sizes_and_numbers_are_read_exactly);
     tcase_add_test(faults, bad_model_is_a_permanent_fault);
     tcase_add_test(faults, cuda_where_there_is_none_is_a_permanent_fault);
+    tcase_add_test(faults, memory_that_is_not_there_now_is_no_permanent_fault);
     tcase_add_test(faults, impossible_plan_is_a_fault_and_75);
     tcase_add_test(faults, refusal_for_good_ends_with_1);
     tcase_add_test(faults, refusal_for_now_is_tried_again);

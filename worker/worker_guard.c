@@ -95,7 +95,7 @@ static bool take_deadlines(struct worker_guard *g)
     }
     if (!stop && step_late) {
         worker_log(g->log, WORKER_LOG_ERROR,
-                   "the step under way did not end within %d ms after the coordinator was lost "
+                   "the step under way did not end within %d ms after the coordinator's stream was given up "
                    "(another rank may lack it): the group must start again",
                    WORKER_STEP_GRACE_MS);
         worker_guard_request_exit(g, WORKER_EXIT_RELAUNCH, 0);

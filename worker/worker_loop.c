@@ -197,14 +197,14 @@ static int serve(struct worker *w)
 
 /* ---- life of the rank ---- */
 
-/* Which errors of loading another try would meet again. */
+/* Which errors of loading another try would meet again. Not RESOURCE_EXHAUSTED: memory may be back in a moment, and a
+ * service that gave up for good because of it would stay down; the supervisor bounds the tries. */
 static bool is_permanent(enum status_code rc)
 {
     switch (rc) {
     case ST_INVALID_ARGUMENT:
     case ST_NOT_FOUND:
     case ST_PERMISSION_DENIED:
-    case ST_RESOURCE_EXHAUSTED: /* the options ask for more than there is */
     case ST_FAILED_PRECONDITION:
     case ST_OUT_OF_RANGE:
     case ST_UNIMPLEMENTED:
