@@ -793,10 +793,10 @@ START_TEST(header_over_the_limit_is_refused)
     server_start("127.0.0.1:0", NO_EXTRAS);
     struct rpc_channel *ch = connect_to(srv.address);
     ck_assert_int_eq(rpc_unary(ch, path, &m.base, MSG_TYPE, &reply, 5000, &got), ST_RESOURCE_EXHAUSTED);
-    AWAIT(echo(ch, "the core may have cut the connection, the server lives", &got) == ST_OK);
+    /* The core may cut the connection afterwards; the server lives and a long path by itself is no fault. */
     path[8000] = '\0';
-    ck_assert_int_eq(rpc_unary(ch, path, &m.base, MSG_TYPE, &reply, 5000, &got), ST_UNIMPLEMENTED);
-    OK(echo(ch, "still here", st));
+    AWAIT(rpc_unary(ch, path, &m.base, MSG_TYPE, &reply, 5000, &got) == ST_UNIMPLEMENTED);
+    AWAIT(echo(ch, "still here", &got) == ST_OK);
     rpc_channel_destroy(ch);
     server_stop(0);
     free(path);
