@@ -134,7 +134,7 @@ static void bench(const char *what, uint32_t n, uint32_t waiting, uint64_t pages
     struct sched_load l = sched_load(r.s);
     qsort(ns, k, sizeof *ns, by_value);
     uint64_t tokens = l.generated_tokens - before.generated_tokens;
-    printf("%-9s %6u %8u %10.1f %10.1f %10.1f %12.1f %10.2f %10.1f\n", what, n, k, (double)ns[k / 2] / 1e3,
+    printf("%-9s %6u %8u %10.2f %10.2f %10.2f %12.1f %11.2f %8.1f\n", what, n, k, (double)ns[k / 2] / 1e3,
            (double)ns[k - 1 - k / 100] / 1e3, (double)sum / k / 1e3, (double)sum / (double)tokens, (double)tokens / k,
            100.0 * (double)(l.recomputed_tokens - before.recomputed_tokens) / (double)r.rows);
     free(r.prompt);
@@ -148,7 +148,7 @@ int main(int argc, char **argv)
     uint64_t *ns = malloc(MAX_SAMPLES * sizeof *ns);
     if (!ns)
         return 1;
-    printf("%-9s %6s %8s %10s %10s %10s %12s %10s %10s\n", "load", "slots", "steps", "median us", "p99 us", "mean us",
+    printf("%-9s %6s %8s %10s %10s %10s %12s %11s %8s\n", "load", "slots", "steps", "median us", "p99 us", "mean us",
            "ns per token", "tokens/step", "% again");
     static const uint32_t sizes[] = {1, 64, 256, 1024};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
