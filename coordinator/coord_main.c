@@ -13,6 +13,7 @@
 #include "coordinator/coord_internal.h"
 
 #define ALIVE_CHECK_MS    500
+#define FAREWELL_S        2
 #define SHUTDOWN_GRACE_MS 500 /* for calls that end anyway; the drain was before */
 
 /* Where a server really listens: the port that was asked for may be 0. */
@@ -132,7 +133,21 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     return start_servers(c, public_methods, control_methods, st);
 }
 
-static void stop(struct coord *c)
+static void leave(int signal_number)
+{
+    (void)signal_number;
+    _exit(0);
+}
+
+/* Everything that matters is done here; what is left is to free memory. The gRPC core takes up to 10 s for that when a
+ * connection's peer does not read (it joins a thread of its own that sleeps in epoll). */
+static void bound_farewell(void)
+{
+    signal(SIGALRM, leave);
+    alarm(FAREWELL_S);
+}
+
+static void stop(struct coord *c, bool served)
 {
     if (c->health)
         rpc_health_close_watchers(c->health); /* they would hold up the shutdown */
@@ -143,6 +158,8 @@ static void stop(struct coord *c)
     if (c->intake.n_threads)
         intake_stop(c);
     engine_stop(c); /* last: it takes the mail that the others left */
+    if (served)
+        bound_farewell();
     rpc_server_destroy(c->public_server);
     rpc_server_destroy(c->control_server);
     rpc_health_destroy(c->health);
@@ -151,6 +168,7 @@ static void stop(struct coord *c)
         mailbox_fini(&c->box);
     if (c->done_fd >= 0)
         close(c->done_fd);
+    alarm(0);
 }
 
 int main(int argc, char **argv)
@@ -183,7 +201,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "tandem-coordinator: %s\n", st.message);
         exit_code = 1;
     }
-    stop(c);
+    stop(c, exit_code == 0);
     if (exit_code == 0)
         log_line(&c->log, LOG_INFO, "stopped");
     if (signal_fd >= 0)
