@@ -59,9 +59,8 @@ static enum status_code keep_pattern(struct tokenizer *t, struct pending *p, con
         rc = tok_norm_run(t, pair, m, &s, &n, st);
     if (rc == ST_OK && n == 0)
         rc = status_set(st, ST_DATA_LOSS, "%s.content: the normalizer leaves nothing of it", where);
-    /* The library knows special tokens by their content, but looks a normalized one up in its normalized form. */
     if (rc == ST_OK && (n != len || memcmp(s, content, n) != 0))
-        t->vocab.flags[p->token.id] &= (uint8_t)~TOK_ID_SKIP;
+        t->vocab.flags[p->token.id] |= TOK_ID_RENAMED;
     p->off = t->added_text.len;
     p->token.len = n;
     if (rc == ST_OK && !tok_buf_add(&t->added_text, s, n))
@@ -249,6 +248,8 @@ enum status_code tok_added_next(const struct tokenizer *t, const struct tok_adde
                 break;
             from = i;
         }
+        if (a->lstrip && from < it->covered)
+            from = it->covered; /* the token before took the space already */
         while (a->rstrip && to < it->len) {
             unsigned len = tok_utf8_len((unsigned char)it->s[to]);
             if (!tok_is_space(tok_utf8_get(it->s + to, len)))

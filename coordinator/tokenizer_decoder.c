@@ -262,6 +262,31 @@ static int byte_token(const char *s, size_t n)
     return hi < 0 || lo < 0 ? -1 : hi << 4 | lo;
 }
 
+/* What decoding starts from: the token's content, but for added tokens with "normalized" their normalized form. */
+static const char *source_text(const struct tokenizer *t, uint32_t id, size_t *n)
+{
+    if (t->vocab.flags[id] & TOK_ID_RENAMED)
+        for (size_t i = 0; i < t->added_normalized.n; i++)
+            if (t->added_normalized.v[i].id == id) {
+                *n = t->added_normalized.v[i].len;
+                return t->added_normalized.v[i].s;
+            }
+    *n = t->vocab.len[id];
+    return tok_vocab_text(&t->vocab, id);
+}
+
+/* The library tells special tokens by that text too: a renamed one is no longer known for one, unless there is another
+ * special token of its new name. */
+static void settle_skip(struct tokenizer *t, uint32_t id)
+{
+    size_t n;
+    const char *s = source_text(t, id, &n);
+    uint32_t same = tok_vocab_find(&t->vocab, s, n);
+    t->vocab.flags[id] &= (uint8_t)~TOK_ID_SKIP;
+    if (same != TOK_NONE && (t->vocab.flags[same] & TOK_ID_SPECIAL))
+        t->vocab.flags[id] |= TOK_ID_SKIP;
+}
+
 enum status_code tok_decoder_finish(struct tokenizer *t, struct status *st)
 {
     struct tok_decoder *dec = &t->dec;
@@ -278,8 +303,10 @@ enum status_code tok_decoder_finish(struct tokenizer *t, struct status *st)
         dec->byte[id] = -1;
         if (!t->vocab.flags[id])
             continue;
-        const char *s = tok_vocab_text(&t->vocab, id);
-        size_t n = t->vocab.len[id];
+        if (t->vocab.flags[id] & TOK_ID_RENAMED)
+            settle_skip(t, id);
+        size_t n;
+        const char *s = source_text(t, id, &n);
         if (!run_steps(dec, 0, dec->n_before, false, scratch, &s, &n))
             goto nomem;
         if (dec->text.len + n > UINT32_MAX) {
@@ -443,8 +470,7 @@ bool tok_dec_push(const struct tokenizer *t, struct tok_dec_state *st, uint32_t 
     bool clean = dec->clean[id];
     int byte = dec->byte[id];
     if (first && dec->first_differs) {
-        s = tok_vocab_text(&t->vocab, id);
-        n = t->vocab.len[id];
+        s = source_text(t, id, &n);
         /* token_out uses the scratch buffers again: what lies there is read before it is overwritten only if the
          * steps go on in the same alternation, which run_steps keeps by its index. */
         if (!run_steps(dec, 0, dec->n_before, true, st->scratch, &s, &n))

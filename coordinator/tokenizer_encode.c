@@ -132,7 +132,7 @@ static enum status_code encode_normalized(const struct tokenizer *t, struct tok_
             break;
         if (start > done)
             rc = tok_pre_run(t, ctx, 0, s + done, start - done, at_start && done == 0, st);
-        if (rc == ST_OK && !tok_ids_add(&ctx->ids, id))
+        if (rc == ST_OK && end > start && !tok_ids_add(&ctx->ids, id))
             rc = status_nomem(st, "ids", ctx->ids.len);
         done = end;
     }
@@ -153,7 +153,7 @@ static enum status_code encode_text(const struct tokenizer *t, struct tok_ctx *c
             break;
         if (start > done)
             rc = encode_normalized(t, ctx, s + done, start - done, done == 0, st);
-        if (rc == ST_OK && !tok_ids_add(&ctx->ids, id))
+        if (rc == ST_OK && end > start && !tok_ids_add(&ctx->ids, id))
             rc = status_nomem(st, "ids", ctx->ids.len);
         done = end;
     }

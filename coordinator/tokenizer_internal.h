@@ -134,11 +134,12 @@ STATUS_MUST_CHECK enum status_code tok_regex_next(struct tok_regex_iter *it, str
 /* --- vocabulary (tokenizer_vocab.c) ----------------------------------------------------------------------------- */
 
 enum tok_id_flags {
-    TOK_ID_USED = 1,    /* not a hole */
-    TOK_ID_MODEL = 2,   /* in model.vocab */
-    TOK_ID_ADDED = 4,   /* in added_tokens */
-    TOK_ID_SPECIAL = 8, /* an added token with "special" */
-    TOK_ID_SKIP = 16,   /* left out by TOK_SKIP_SPECIAL */
+    TOK_ID_USED = 1,     /* not a hole */
+    TOK_ID_MODEL = 2,    /* in model.vocab */
+    TOK_ID_ADDED = 4,    /* in added_tokens */
+    TOK_ID_SPECIAL = 8,  /* an added token with "special" */
+    TOK_ID_SKIP = 16,    /* left out by TOK_SKIP_SPECIAL */
+    TOK_ID_RENAMED = 32, /* an added token that decodes to its normalized form */
 };
 struct tok_vocab {
     struct tok_buf text; /* contents, one after the other */
@@ -212,7 +213,8 @@ struct tok_added_iter {
     const char *s;
     size_t len, pos, covered;
 };
-/* The next added token in the text: [*start, *end) with the white space it takes along. false: no more. */
+/* The next added token in the text: [*start, *end) with the white space it takes along. A token of white space that the
+ * one before took along comes again, or with *end <= *start not at all; the text goes on at *end in either case. */
 STATUS_MUST_CHECK enum status_code tok_added_next(const struct tokenizer *t, const struct tok_added_set *set,
                                                   struct tok_added_iter *it, struct tok_match *m, size_t *start,
                                                   size_t *end, uint32_t *id, bool *found, struct status *st);
@@ -351,6 +353,7 @@ struct tokenizer {
     struct tok_pre pres[TOK_MAX_STEPS];
     size_t n_pres;
     bool byte_level;               /* the last pre-tokenizer is ByteLevel */
+    bool has_template;             /* prefix and suffix are set */
     struct tok_ids prefix, suffix; /* what the post-processor puts around */
     struct tok_added_set added_raw, added_normalized;
     struct tok_buf added_text;
@@ -358,5 +361,8 @@ struct tokenizer {
     struct tok_decoder dec;
     struct tok_pool *pool; /* the only part that changes after load; has its own lock */
 };
+
+/* From what tokenizer.json holds; root may go afterwards. */
+STATUS_MUST_CHECK enum status_code tok_create(struct tokenizer **out, const json_t *root, struct status *st);
 
 #endif

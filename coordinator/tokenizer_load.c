@@ -63,6 +63,21 @@ static enum status_code check_config(const struct tokenizer *t, json_t *root, st
     return ST_OK;
 }
 
+enum status_code tok_create(struct tokenizer **out, const json_t *root, struct status *st)
+{
+    struct tokenizer *t = calloc(1, sizeof *t);
+    if (!t)
+        return status_nomem(st, "tokenizer", sizeof *t);
+    enum status_code rc = tok_pool_create(&t->pool, st);
+    if (rc == ST_OK)
+        rc = load_parts(t, root, st);
+    if (rc == ST_OK)
+        *out = t;
+    else
+        tok_free(t);
+    return rc;
+}
+
 static enum status_code join_path(char **out, const char *dir, const char *name, struct status *st)
 {
     if (asprintf(out, "%s/%s", dir, name) < 0) {
@@ -76,46 +91,40 @@ enum status_code tok_load(struct tokenizer **out, const char *dir, struct status
 {
     char *path = NULL, *config_path = NULL;
     json_t *root = NULL, *config = NULL;
+    struct tokenizer *t = NULL;
     struct status local = STATUS_INIT;
-    struct tokenizer *t = calloc(1, sizeof *t);
-    enum status_code rc = t ? ST_OK : status_nomem(st, "tokenizer", sizeof *t);
-    if (rc == ST_OK)
-        rc = join_path(&path, dir, "tokenizer.json", st);
+    enum status_code rc = join_path(&path, dir, "tokenizer.json", st);
     if (rc == ST_OK)
         rc = join_path(&config_path, dir, "tokenizer_config.json", st);
-    if (rc == ST_OK)
-        rc = tok_pool_create(&t->pool, st);
     if (rc == ST_OK)
         rc = tok_json_read(&root, path, 0, st);
     if (rc != ST_OK)
         goto done;
-    rc = load_parts(t, root, st);
+    rc = tok_create(&t, root, st);
     if (rc != ST_OK) {
         status_prefix(st, "%s", path);
         goto done;
     }
     /* Many have "model_max_length": 1000000000000000019884624838656, which no 64-bit integer holds. */
     rc = tok_json_read(&config, config_path, JSON_DECODE_INT_AS_REAL, &local);
-    if (rc == ST_NOT_FOUND) { /* optional */
-        rc = ST_OK;
-        goto done;
-    }
-    if (rc != ST_OK) {
+    if (rc == ST_NOT_FOUND) {
+        rc = ST_OK; /* optional */
+    } else if (rc != ST_OK) {
         status_set(st, rc, "%s", local.message);
-        goto done;
+    } else {
+        rc = check_config(t, config, st);
+        if (rc != ST_OK)
+            status_prefix(st, "%s", config_path);
     }
-    rc = check_config(t, config, st);
-    if (rc != ST_OK)
-        status_prefix(st, "%s", config_path);
 done:
     json_decref(root);
     json_decref(config);
     free(path);
     free(config_path);
-    if (rc != ST_OK)
-        tok_free(t);
-    else
+    if (rc == ST_OK)
         *out = t;
+    else
+        tok_free(t);
     return rc;
 }
 

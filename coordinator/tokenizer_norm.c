@@ -42,6 +42,8 @@ static enum status_code load_one(void *arg, const json_t *obj, const char *type,
         enum status_code rc = tok_json_string(obj, where, "prepend", &s, &n, st);
         if (rc != ST_OK)
             return rc;
+        if (n == 0) /* the library has a way of its own with it */
+            return status_set(st, ST_UNIMPLEMENTED, "%s.prepend: an empty text is not supported", where);
         norm->type = TOK_NORM_PREPEND;
         t->n_norms++;
         return tok_buf_add(&norm->text, s, n) ? ST_OK : status_nomem(st, where, n);

@@ -6,19 +6,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A processor's own ids; those of the ones before it lie further in. */
-static enum status_code wrap(struct tokenizer *t, const struct tok_ids *before, const struct tok_ids *after,
-                             struct status *st)
+/* One processor puts ids around the text; of several in a Sequence the library heeds only one. */
+static enum status_code wrap(struct tokenizer *t, struct tok_ids side[2], const char *where, struct status *st)
 {
-    if (!tok_ids_grow(&t->prefix, before->len) || !tok_ids_grow(&t->suffix, after->len))
-        return status_nomem(st, "post_processor", before->len + after->len);
-    if (before->len) {
-        memmove(t->prefix.data + before->len, t->prefix.data, t->prefix.len * sizeof *t->prefix.data);
-        memcpy(t->prefix.data, before->data, before->len * sizeof *before->data);
-        t->prefix.len += before->len;
-    }
-    for (size_t i = 0; i < after->len; i++)
-        t->suffix.data[t->suffix.len++] = after->data[i];
+    if (t->has_template)
+        return status_set(st, ST_UNIMPLEMENTED, "%s: a second one that adds tokens is not supported", where);
+    t->has_template = true;
+    t->prefix = side[0];
+    t->suffix = side[1];
+    side[0] = side[1] = (struct tok_ids){0};
     return ST_OK;
 }
 
@@ -78,7 +74,7 @@ static enum status_code load_template(struct tokenizer *t, const json_t *obj, co
     if (rc == ST_OK && n_text != 1)
         rc = status_set(st, ST_UNIMPLEMENTED, "%s.single: the text %zu times, only once is supported", where, n_text);
     if (rc == ST_OK)
-        rc = wrap(t, &side[0], &side[1], st);
+        rc = wrap(t, side, where, st);
     free(side[0].data);
     free(side[1].data);
     return rc;
@@ -99,7 +95,7 @@ static enum status_code load_pair(struct tokenizer *t, const json_t *obj, const 
             rc = add_id(t, &side[i], json_array_get(pair, 1), place, st);
     }
     if (rc == ST_OK)
-        rc = wrap(t, &side[0], &side[1], st);
+        rc = wrap(t, side, where, st);
     free(side[0].data);
     free(side[1].data);
     return rc;

@@ -46,7 +46,7 @@ static enum status_code load_split(struct tokenizer *t, const json_t *obj, const
     const char *s;
     size_t n;
     bool is_regex, invert;
-    enum tok_behavior behavior;
+    enum tok_behavior behavior = TOK_ISOLATED;
     enum status_code rc = tok_json_pattern(obj, where, &s, &n, &is_regex, st);
     if (rc == ST_OK)
         rc = get_behavior(obj, where, &behavior, st);
@@ -101,6 +101,12 @@ static enum status_code load_metaspace(struct tokenizer *t, const json_t *obj, c
         return status_set(st, ST_UNIMPLEMENTED, "%s.prepend_scheme: '%s' is not supported", where, scheme);
     if (!prefix_space && pre.scheme != TOK_PREPEND_NEVER)
         return status_set(st, ST_DATA_LOSS, "%s.add_prefix_space: false, but prepend_scheme is '%s'", where, scheme);
+    /* What counts as first is the place in the text as given: steps that put something in front would shift it. */
+    bool shifted = t->n_norms > 0;
+    for (size_t i = 0; i < t->n_pres; i++)
+        shifted = shifted || t->pres[i].type != TOK_PRE_SPLIT;
+    if (pre.scheme == TOK_PREPEND_FIRST && shifted)
+        return status_set(st, ST_UNIMPLEMENTED, "%s.prepend_scheme: 'first' behind steps that change the text", where);
     if (t->n_pres == TOK_MAX_STEPS)
         return status_set(st, ST_UNIMPLEMENTED, "%s: more than %d pre-tokenizers", where, TOK_MAX_STEPS);
     memcpy(pre.mark, mark, n);
@@ -130,12 +136,6 @@ static enum status_code load_one(void *arg, const json_t *obj, const char *type,
         if (rc != ST_OK)
             return rc;
         return add_split(t, "\\p{N}", 5, TOK_REGEX_ONIG, individual ? TOK_ISOLATED : TOK_CONTIGUOUS, false, where, st);
-    }
-    if (strcmp(type, "Punctuation") == 0) {
-        enum tok_behavior behavior = TOK_ISOLATED;
-        enum status_code rc = json_object_get(obj, "behavior") ? get_behavior(obj, where, &behavior, st) : ST_OK;
-        static const char chars[] = "[\\p{P}$+<=>\\^`|~]";
-        return rc != ST_OK ? rc : add_split(t, chars, sizeof chars - 1, TOK_REGEX_ONIG, behavior, false, where, st);
     }
     if (strcmp(type, "WhitespaceSplit") == 0)
         return add_split(t, "\\s", 2, TOK_REGEX_ONIG, TOK_REMOVED, false, where, st);

@@ -5,7 +5,8 @@
  * slightly otherwise would give wrong ids silently.
  *
  *   \s \S        White_Space; PCRE2's own \s also takes U+180E
- *   \w           Alphabetic, M, Nd, Pc; PCRE2's \w is L, N and _
+ *   \w           L, M, N, Pc; PCRE2's \w is L, N and _
+ *   \p{Han}      the script; PCRE2 means Script_Extensions, hence \p{sc:Han}
  *   \v           U+000B; any vertical space in PCRE2
  *   \h           a hex digit in Oniguruma: refused         ^ $ \b \G \R ...   refused
  *   x{2}+ x{2}?  not possessive, not lazy in Ruby: refused  (?i) &&, nested class, back-references: refused
@@ -35,7 +36,7 @@ struct tok_match {
 };
 
 #define SPACE_ITEM "\\p{White_Space}"
-#define WORD_ITEMS "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define WORD_ITEMS "\\p{L}\\p{M}\\p{N}\\p{Pc}"
 
 struct translation {
     const char *p;
@@ -92,11 +93,30 @@ static enum status_code translate_hex(struct translation *tr, struct status *st)
     return ST_OK;
 }
 
+/* \p{...}: one or two letters are a general category, a longer name is taken for a script. tr->i is at the p. */
+static enum status_code translate_property(struct translation *tr, struct status *st)
+{
+    const char *name = tr->p + tr->i + 2;
+    const char *close = peek(tr, 1) == '{' ? memchr(tr->p + tr->i, '}', tr->len - tr->i) : NULL;
+    if (!close)
+        return refuse(tr, "\\p without {name}", st);
+    size_t n = (size_t)(close - name);
+    bool negated = n && name[0] == '^';
+    put(tr, (char[]){'\\', tr->p[tr->i], '{'}, 3);
+    if (negated)
+        put(tr, "^", 1);
+    if (n - negated > 2)
+        puts_text(tr, "sc:");
+    put(tr, name + negated, n - negated);
+    put(tr, "}", 1);
+    tr->i = (size_t)(close + 1 - tr->p);
+    return ST_OK;
+}
+
 /* tr->i is at the character behind the backslash. */
 static enum status_code translate_escape(struct translation *tr, struct status *st)
 {
     char c = peek(tr, 0);
-    const char *close;
     switch (c) {
     case '\0':
         return refuse(tr, "a backslash at the end", st);
@@ -135,13 +155,7 @@ static enum status_code translate_escape(struct translation *tr, struct status *
         break;
     case 'p':
     case 'P':
-        close = peek(tr, 1) == '{' ? memchr(tr->p + tr->i, '}', tr->len - tr->i) : NULL;
-        if (!close)
-            return refuse(tr, "\\p without {name}", st);
-        put(tr, "\\", 1);
-        put(tr, tr->p + tr->i, (size_t)(close + 1 - (tr->p + tr->i)));
-        tr->i = (size_t)(close + 1 - tr->p);
-        return ST_OK;
+        return translate_property(tr, st);
     case 'x':
     case 'u':
         return translate_hex(tr, st);
@@ -286,7 +300,8 @@ static enum status_code compile(struct tok_regex *re, const char *pattern, size_
         PCRE2_UCHAR text[128];
         pcre2_get_error_message(err, text, sizeof text);
         char quoted[TOK_QUOTE_MAX];
-        rc = status_set(st, ST_DATA_LOSS, "regex %s: %s at byte %zu of its PCRE2 form", tok_quote(quoted, pattern, len),
+        rc = status_set(st, err == PCRE2_ERROR_UNKNOWN_UNICODE_PROPERTY ? ST_UNIMPLEMENTED : ST_DATA_LOSS,
+                        "regex %s: %s at byte %zu of its PCRE2 form", tok_quote(quoted, pattern, len),
                         (const char *)text, (size_t)at);
         goto done;
     }
