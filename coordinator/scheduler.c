@@ -93,15 +93,15 @@ static void free_slot_arrays(struct sched *s)
 static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct status *st)
 {
     free_slot_arrays(s);
-    s->owner = calloc(slots, sizeof *s->owner);
+    s->owner = calloc(slots, sizeof(struct req *));
     s->free_slot = malloc(slots * sizeof *s->free_slot);
     s->pending = malloc(slots * sizeof *s->pending);
     s->plan_release = malloc(slots * sizeof *s->plan_release);
     s->plan_decode = malloc(slots * sizeof *s->plan_decode);
     s->plan_admit = malloc(slots * sizeof *s->plan_admit);
     s->plan_chunk = malloc(slots * sizeof *s->plan_chunk);
-    s->decodable = malloc(slots * sizeof *s->decodable);
-    s->prefilling = malloc(slots * sizeof *s->prefilling);
+    s->decodable = malloc(slots * sizeof(struct req *));
+    s->prefilling = malloc(slots * sizeof(struct req *));
     bool ok = s->owner && s->free_slot && s->pending && s->plan_release && s->plan_decode && s->plan_admit &&
               s->plan_chunk && s->decodable && s->prefilling;
     for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
@@ -112,6 +112,8 @@ static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct 
         free_slot_arrays(s);
         return status_nomem(st, "scheduler arrays", slots * 200);
     }
+    for (uint32_t i = 0; i < slots; i++)
+        s->free_slot[i] = i;
     return ST_OK;
 }
 
@@ -212,8 +214,6 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->slots = slots;
     s->max_context = max_context;
     s->kv = *kv;
-    for (uint32_t i = 0; i < slots; i++)
-        s->free_slot[i] = i;
     s->free_first = 0;
     s->n_free = slots;
     s->n_pending = 0;

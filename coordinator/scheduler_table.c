@@ -10,7 +10,7 @@
 struct req *req_pool_get(struct req_pool *p)
 {
     if (!p->free) {
-        struct req **slab = realloc(p->slab, (p->n_slabs + 1) * sizeof *slab);
+        struct req **slab = realloc(p->slab, (p->n_slabs + 1) * sizeof(struct req *));
         if (!slab)
             return NULL;
         p->slab = slab;
@@ -71,7 +71,7 @@ bool req_map_reserve(struct req_map *m)
     if (m->cell && 2 * ((uint64_t)m->count + 1) <= (uint64_t)m->mask + 1)
         return true;
     uint64_t cells = m->cell ? 2 * ((uint64_t)m->mask + 1) : 64;
-    struct req **cell = calloc(cells, sizeof *cell);
+    struct req **cell = calloc(cells, sizeof(struct req *));
     if (!cell)
         return false;
     if (m->cell) {
@@ -161,7 +161,7 @@ bool req_heap_reserve(struct req_heap *h)
     if (h->count < h->capacity)
         return true;
     uint32_t capacity = h->capacity ? 2 * h->capacity : 64;
-    struct req **item = realloc(h->item, capacity * sizeof *item);
+    struct req **item = realloc(h->item, capacity * sizeof(struct req *));
     if (!item)
         return false;
     h->item = item;

@@ -166,7 +166,7 @@ static void end(struct sim *m, struct sim_req *r)
         m->release_due[r->slot] = true;
     for (uint32_t i = 0; i < m->n_live; i++) {
         if (m->live[i] == r) {
-            memmove(&m->live[i], &m->live[i + 1], (m->n_live - i - 1) * sizeof m->live[0]);
+            memmove(&m->live[i], &m->live[i + 1], (m->n_live - i - 1) * sizeof(struct sim_req *));
             break;
         }
     }
