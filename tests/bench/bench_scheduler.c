@@ -133,7 +133,8 @@ static void bench(const char *what, uint32_t n, uint32_t waiting, uint64_t pages
         sum += ns[k++] = step(&r);
     struct sched_load l = sched_load(r.s);
     qsort(ns, k, sizeof *ns, by_value);
-    double median = (double)ns[k / 2], p99 = (double)ns[k - 1 - k / 100];
+    uint32_t middle = k / 2, worst = k - 1 - k / 100;
+    double median = (double)ns[middle], p99 = (double)ns[worst];
     double tokens = (double)(l.generated_tokens - before.generated_tokens);
     printf("%-9s %6u %8u %10.2f %10.2f %10.2f %12.1f %11.2f %8.1f\n", what, n, k, median / 1e3, p99 / 1e3,
            (double)sum / k / 1e3, (double)sum / tokens, tokens / k,
