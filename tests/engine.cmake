@@ -34,3 +34,8 @@ if(TANDEM_TESTS)
   set_tests_properties(engine_reference PROPERTIES TIMEOUT 300 ENVIRONMENT
                        "${SANITIZER_ENV};OPENBLAS_NUM_THREADS=1")
 endif()
+
+if(TANDEM_BENCH)
+  add_executable(bench_engine bench/bench_engine.c)
+  target_link_libraries(bench_engine PRIVATE tandem_engine Threads::Threads)
+endif()
