@@ -5,7 +5,7 @@
  * slightly otherwise would give wrong ids silently.
  *
  *   \s \S        White_Space; PCRE2's own \s also takes U+180E
- *   \w           L, M, N, Pc; PCRE2's \w is L, N and _
+ *   \w           Alphabetic, M, Nd, Pc and six of Latin-1; PCRE2's \w is L, N and _
  *   \p{Han}      the script; PCRE2 means Script_Extensions, hence \p{sc:Han}
  *   \v           U+000B; any vertical space in PCRE2
  *   \h           a hex digit in Oniguruma: refused         ^ $ \b \G \R ...   refused
@@ -35,8 +35,9 @@ struct tok_match {
     pcre2_match_data *data;
 };
 
-#define SPACE_ITEM "\\p{White_Space}"
-#define WORD_ITEMS "\\p{L}\\p{M}\\p{N}\\p{Pc}"
+#define SPACE_ITEM  "\\p{White_Space}"
+#define WORD_ITEMS  "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define WORD_LATIN1 "\\xb2\\xb3\\xb9\\xbc-\\xbe" /* Oniguruma outside of a class, not in one */
 
 struct translation {
     const char *p;
@@ -127,12 +128,12 @@ static enum status_code translate_escape(struct translation *tr, struct status *
         puts_text(tr, "\\P{White_Space}");
         break;
     case 'w':
-        puts_text(tr, tr->in_class ? WORD_ITEMS : "[" WORD_ITEMS "]");
+        puts_text(tr, tr->in_class ? WORD_ITEMS : "[" WORD_ITEMS WORD_LATIN1 "]");
         break;
     case 'W':
         if (tr->in_class)
             return refuse(tr, "\\W in a class", st);
-        puts_text(tr, "[^" WORD_ITEMS "]");
+        puts_text(tr, "[^" WORD_ITEMS WORD_LATIN1 "]");
         break;
     case 'v':
         puts_text(tr, "\\x0b");
