@@ -26,9 +26,7 @@ void conn_unref(struct rank_conn *conn)
 
 static void conn_post(struct rank_conn *conn, uint32_t flags)
 {
-    conn_ref(conn);
-    if (!mailbox_post(&conn->coord->box, &conn->mail, flags))
-        conn_unref(conn);
+    mailbox_post(&conn->coord->box, &conn->mail, flags, &conn->refs);
 }
 
 static void attach_open(struct rpc_call *call, const void *msg, size_t len, void *ctx)

@@ -43,7 +43,7 @@ static void server_info(struct engine *e, struct control_call *cc, int64_t now_u
     }
     m.max_running_requests = g->live && g->serving ? g->slots : c->opt.max_running;
     m.max_queued_requests = c->opt.max_queued;
-    m.step_token_budget = e->sched ? e->sched_cfg.step_token_budget : c->opt.step_tokens;
+    m.step_token_budget = g->serving ? g->step_tokens : c->opt.step_tokens;
     m.default_max_tokens = c->opt.default_max_tokens;
     m.max_message_bytes = c->opt.max_message_bytes;
     rpc_call_reply(cc->call, &m.base);

@@ -222,7 +222,7 @@ void engine_stop(struct coord *c)
 {
     struct engine *e = &c->engine;
     if (e->started) {
-        mailbox_post(&c->box, &c->stop_mail, STOP_QUIT);
+        mailbox_post(&c->box, &c->stop_mail, STOP_QUIT, NULL);
         pthread_join(e->thread, NULL);
     }
     while (e->coord && !list_empty(&e->drains)) { /* their calls are closed */

@@ -229,9 +229,7 @@ static void work(struct coord *c, struct request *r)
         rpc_call_finish(r->call, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
         return;
     }
-    request_ref(r);
-    if (!mailbox_post(&c->box, &r->mail, REQUEST_SUBMIT))
-        request_unref(r);
+    mailbox_post(&c->box, &r->mail, REQUEST_SUBMIT, &r->refs);
 }
 
 /* ---- the two threads ---- */

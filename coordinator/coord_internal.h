@@ -124,8 +124,8 @@ struct mailbox {
 
 STATUS_MUST_CHECK enum status_code mailbox_init(struct mailbox *box, struct status *st);
 void mailbox_fini(struct mailbox *box);
-/* True when the node was not queued before: the mailbox then holds a reference, which the caller must have taken. */
-bool mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags);
+/* Adds a reference (refs; NULL: not counted) when the node was not queued before. The caller has one of its own. */
+void mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags, atomic_uint *refs);
 /* The next node and its flags; NULL when there is none at until_us (0: do not wait). The reference goes to the caller. */
 struct mail *mailbox_take(struct mailbox *box, uint32_t *flags, int64_t until_us);
 
@@ -355,7 +355,6 @@ struct engine {
     pthread_t thread;
     bool started;
     struct sched *sched; /* NULL before the first group is ready */
-    struct sched_config sched_cfg;
     struct group group;
     struct plan_scratch *scratch;
     struct link conns;

@@ -27,12 +27,13 @@ void mailbox_fini(struct mailbox *box)
     pthread_mutex_destroy(&box->mu);
 }
 
-bool mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags)
+void mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags, atomic_uint *refs)
 {
     pthread_mutex_lock(&box->mu);
     mail->flags |= flags;
-    bool fresh = !mail->queued;
-    if (fresh) {
+    if (!mail->queued) {
+        if (refs) /* under the lock: the engine may take the node and drop the reference at once */
+            atomic_fetch_add_explicit(refs, 1, memory_order_relaxed);
         int lane = mail->kind == MAIL_CONN ? 0 : 1;
         mail->queued = true;
         mail->next = NULL;
@@ -44,7 +45,6 @@ bool mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags)
     pthread_mutex_unlock(&box->mu);
     if (wake)
         pthread_cond_signal(&box->cond);
-    return fresh;
 }
 
 struct mail *mailbox_take(struct mailbox *box, uint32_t *flags, int64_t until_us)

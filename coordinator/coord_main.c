@@ -92,7 +92,7 @@ static void wait_for_end(struct coord *c, int signal_fd)
             return;
         struct signalfd_siginfo info;
         if ((fds[0].revents & POLLIN) && read(signal_fd, &info, sizeof info) == (ssize_t)sizeof info) {
-            mailbox_post(&c->box, &c->stop_mail, stopping ? STOP_NOW : STOP_DRAIN);
+            mailbox_post(&c->box, &c->stop_mail, stopping ? STOP_NOW : STOP_DRAIN, NULL);
             stopping = true;
         }
         check_alive(c);

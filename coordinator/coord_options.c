@@ -116,7 +116,7 @@ static enum status_code parse_value(struct coord_options *o, const struct option
                                     struct status *st)
 {
     void *field = (char *)o + opt->offset;
-    uint64_t v;
+    uint64_t v = 0;
     enum status_code rc = ST_OK;
     switch (opt->kind) {
     case TEXT:

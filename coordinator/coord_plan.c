@@ -42,14 +42,14 @@ static enum status_code reserve(struct plan_scratch *p, const struct sched_plan 
 {
     size_t n = plan->n_admit;
     if (n > p->admit_cap) {
-        if (!grow(&p->admit, n, sizeof *p->admit) || !grow(&p->admit_ptr, n, sizeof *p->admit_ptr) ||
+        if (!grow(&p->admit, n, sizeof *p->admit) || !grow(&p->admit_ptr, n, sizeof(Tandem__V1__AdmitSlot *)) ||
             !grow(&p->sample, n, sizeof *p->sample))
             return status_nomem(st, "plan", n * sizeof *p->admit);
         p->admit_cap = n;
     }
     n = plan->n_chunk;
     if (n > p->chunk_cap) {
-        if (!grow(&p->chunk, n, sizeof *p->chunk) || !grow(&p->chunk_ptr, n, sizeof *p->chunk_ptr))
+        if (!grow(&p->chunk, n, sizeof *p->chunk) || !grow(&p->chunk_ptr, n, sizeof(Tandem__V1__PrefillChunk *)))
             return status_nomem(st, "plan", n * sizeof *p->chunk);
         p->chunk_cap = n;
     }

@@ -79,26 +79,21 @@ static void set_facts(struct engine *e)
     pthread_mutex_unlock(&e->coord->pub_mu);
 }
 
-/* The scheduler is made with the first group: only then its budget is known. Queued requests outlive a group, so later
- * groups must manage the same budget. */
+/* The scheduler is made with the first group and outlives it, and queued requests with it. */
 static enum status_code make_scheduler(struct engine *e, struct status *st)
 {
     const struct coord_options *o = &e->coord->opt;
     const struct group *g = &e->group;
-    if (e->sched) {
-        if (g->step_tokens < e->sched_cfg.step_token_budget)
-            return status_set(st, ST_FAILED_PRECONDITION, "max_step_tokens: %u, this server plans steps of %u",
-                              g->step_tokens, e->sched_cfg.step_token_budget);
+    if (e->sched)
         return ST_OK;
-    }
-    e->sched_cfg = (struct sched_config){.max_slots = g->slots,
-                                         .max_context = g->context,
-                                         .step_token_budget = min_u32(g->step_tokens, o->step_tokens),
-                                         .max_queued = o->max_queued,
-                                         .max_queued_tokens = o->max_queued_tokens,
-                                         .depth = o->pipeline_depth,
-                                         .kv = g->kv};
-    return sched_create(&e->sched, &e->sched_cfg, st);
+    struct sched_config cfg = {.max_slots = g->slots,
+                               .max_context = g->context,
+                               .step_token_budget = o->step_tokens,
+                               .max_queued = o->max_queued,
+                               .max_queued_tokens = o->max_queued_tokens,
+                               .depth = o->pipeline_depth,
+                               .kv = g->kv};
+    return sched_create(&e->sched, &cfg, st);
 }
 
 enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st)
@@ -112,6 +107,8 @@ enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st
         rc = sched_attach(e->sched, now_us, g->slots, g->context, &g->kv, st);
     if (rc != ST_OK)
         return rc;
+    g->step_tokens = min_u32(g->step_tokens, c->opt.step_tokens);
+    sched_set_step_budget(e->sched, g->step_tokens);
     set_facts(e);
     g->serving = true;
     g->had_one = true;
@@ -124,8 +121,7 @@ enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st
              "ready: epoch %llu, %u ranks, %u slots, context %u, %llu pages of %llu bytes, steps of %u tokens, %.1f s "
              "after the first rank",
              (unsigned long long)g->epoch, g->size, g->slots, g->context, (unsigned long long)g->kv.total_pages,
-             (unsigned long long)g->kv.page_bytes, e->sched_cfg.step_token_budget,
-             (double)(now_us - g->started_us) / 1e6);
+             (unsigned long long)g->kv.page_bytes, g->step_tokens, (double)(now_us - g->started_us) / 1e6);
     if (tok_vocab_size(c->tok) > g->vocab_size)
         log_line(&c->log, LOG_WARN, "the tokenizer has %u ids, the model %u: prompts with one of the rest are refused",
                  tok_vocab_size(c->tok), g->vocab_size);

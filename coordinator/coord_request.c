@@ -23,8 +23,9 @@ static uint32_t name_hash(const char *s)
 enum status_code requests_init(struct engine *e, struct status *st)
 {
     e->name_mask = 4095;
-    e->by_name = calloc((size_t)e->name_mask + 1, sizeof *e->by_name);
-    return e->by_name ? ST_OK : status_nomem(st, "request table", ((size_t)e->name_mask + 1) * sizeof *e->by_name);
+    e->by_name = calloc((size_t)e->name_mask + 1, sizeof(struct request *));
+    return e->by_name ? ST_OK
+                      : status_nomem(st, "request table", ((size_t)e->name_mask + 1) * sizeof(struct request *));
 }
 
 void requests_fini(struct engine *e)
@@ -38,7 +39,7 @@ void requests_fini(struct engine *e)
 static enum status_code table_grow(struct engine *e, struct status *st)
 {
     uint32_t cap = e->table_cap ? 2 * e->table_cap : 256;
-    struct request **table = realloc(e->table, cap * sizeof *table);
+    struct request **table = realloc(e->table, cap * sizeof(struct request *));
     if (table)
         e->table = table;
     uint32_t *generation = realloc(e->generation, cap * sizeof *generation);
@@ -48,7 +49,7 @@ static enum status_code table_grow(struct engine *e, struct status *st)
     if (free_index)
         e->free_index = free_index;
     if (!table || !generation || !free_index)
-        return status_nomem(st, "request table", cap * sizeof *table);
+        return status_nomem(st, "request table", cap * sizeof(struct request *));
     for (uint32_t i = cap; i-- > e->table_cap;) {
         table[i] = NULL;
         generation[i] = 0;

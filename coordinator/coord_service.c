@@ -26,9 +26,7 @@ void request_unref(struct request *r)
 
 static void request_post(struct request *r, uint32_t flags)
 {
-    request_ref(r);
-    if (!mailbox_post(&r->coord->box, &r->mail, flags))
-        request_unref(r);
+    mailbox_post(&r->coord->box, &r->mail, flags, &r->refs);
 }
 
 /* Why no request can be taken now; ST_OK when one can. */
@@ -155,7 +153,7 @@ static void control_open(struct rpc_call *call, const void *msg, size_t len, str
     }
     atomic_fetch_add(&cc->refs, 1);
     rpc_call_set_data(call, cc);
-    mailbox_post(&c->box, &cc->mail, 0);
+    mailbox_post(&c->box, &cc->mail, 0, NULL); /* the first reference goes with it */
     return;
 fail:
     atomic_fetch_sub(&c->live_control, 1);

@@ -1,7 +1,6 @@
 #include "tests/coord_fake.h"
 
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,7 +33,7 @@ struct fake_rank {
     int64_t beat_ms;
     bool ready_sent, shutdown, relaunch;
     struct status end;
-    char broken[256]; /* the rule that a plan broke; empty: none */
+    struct status broken; /* the rule that a plan broke */
 };
 
 struct fake_group {
@@ -59,15 +58,8 @@ uint32_t fake_token(uint64_t seed, uint32_t position, uint32_t vocab_size)
     return (uint32_t)(x % vocab_size);
 }
 
-static STATUS_PRINTF(2, 3) void broke(struct fake_rank *r, const char *fmt, ...)
-{
-    va_list ap;
-    if (r->broken[0])
-        return;
-    va_start(ap, fmt);
-    vsnprintf(r->broken, sizeof r->broken, fmt, ap);
-    va_end(ap);
-}
+/* The first rule that a plan broke says most. */
+#define broke(r, ...) ((r)->broken.code == ST_OK ? (void)status_set(&(r)->broken, ST_INTERNAL, __VA_ARGS__) : (void)0)
 
 static bool send_message(struct fake_rank *r, Tandem__V1__RankMessage *m)
 {
@@ -161,7 +153,7 @@ static bool send_fault(struct fake_rank *r)
 
 static struct slot *slot_of(struct fake_rank *r, uint32_t i, bool used, const char *what)
 {
-    if (i >= r->group->o.max_slots) {
+    if (!r->slots || i >= r->group->o.max_slots) {
         broke(r, "%s: slot %u of %u", what, i, r->group->o.max_slots);
         return NULL;
     }
@@ -224,7 +216,7 @@ static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
             *s = (struct slot){.used = true, .seed = p->admits[i]->sample ? p->admits[i]->sample->seed : 0};
     }
     uint32_t used = 0;
-    for (uint32_t i = 0; i < r->group->o.max_slots; i++)
+    for (uint32_t i = 0; r->slots && i < r->group->o.max_slots; i++)
         used += r->slots[i].used;
     atomic_store(&r->used, used);
     uint32_t n = run_rows(r, p);
@@ -410,8 +402,8 @@ bool fake_group_stop(struct fake_group *g)
         rpc_channel_destroy(r->channel);
         free(r->slots);
         free(r->tokens);
-        if (r->broken[0]) {
-            fprintf(stderr, "fake rank %u: a plan broke a rule: %s\n", i, r->broken);
+        if (r->broken.code != ST_OK) {
+            fprintf(stderr, "fake rank %u: a plan broke a rule: %s\n", i, r->broken.message);
             ok = false;
         }
     }

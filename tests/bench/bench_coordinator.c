@@ -26,7 +26,7 @@ struct reader {
 static void *reader_main(void *arg)
 {
     struct reader *r = arg;
-    struct rpc_stream **s = calloc(r->n, sizeof *s);
+    struct rpc_stream **s = calloc(r->n, sizeof(struct rpc_stream *));
     bool *open = calloc(r->n, sizeof *open);
     if (!s || !open)
         abort();
