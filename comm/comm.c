@@ -50,7 +50,7 @@ enum status_code comm_wait_step(struct comm *c, struct comm_wait *w)
     return ST_OK;
 }
 
-static void start_clock(struct comm *c)
+void comm_start_clock(struct comm *c)
 {
     c->start_ns = comm_now_ns();
     c->deadline_ns = c->start_ns + c->timeout_ms * UINT64_C(1000000);
@@ -66,7 +66,6 @@ enum status_code comm_create(struct comm **out, const struct comm_config *cfg, s
     c->ops = cfg->ops;
     c->timeout_ms = cfg->timeout_ms ? cfg->timeout_ms : TIMEOUT_MS_DEFAULT;
     atomic_init(&c->aborted, false);
-    start_clock(c);
     enum status_code rc = c->ops->open(c, st);
     if (rc != ST_OK) {
         free(c);
@@ -80,7 +79,7 @@ void comm_destroy(struct comm *c)
 {
     if (!c)
         return;
-    start_clock(c);
+    comm_start_clock(c);
     c->ops->close(c, c->failed == ST_OK && !atomic_load(&c->aborted));
     free(c);
 }
@@ -113,7 +112,7 @@ static enum status_code begin(struct comm *c, const char *what, struct status *s
     if (c->failed != ST_OK)
         return status_set(st, c->failed, "%s on rank %u of %u: an earlier operation of the group failed (%s)", what,
                           c->rank, c->size, status_name(c->failed));
-    start_clock(c);
+    comm_start_clock(c);
     return ST_OK;
 }
 

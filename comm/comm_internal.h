@@ -32,7 +32,7 @@ struct comm {
 struct comm_ops {
     const char *name;
 
-    /* Fills backend, rank, size and local_size. deadline_ns is set. Nothing is left behind on failure. */
+    /* Fills backend, rank, size and local_size; starts the clock itself where it waits. Nothing is left behind on failure. */
     enum status_code (*open)(struct comm *c, struct status *st);
     /* clean: no operation has failed and deadline_ns is set; else no peer may be waited for. */
     void (*close)(struct comm *c, bool clean);
@@ -46,6 +46,7 @@ struct comm_ops {
 };
 
 uint64_t comm_now_ns(void);
+void comm_start_clock(struct comm *c); /* sets start_ns and deadline_ns; comm.c does it before each operation */
 
 /* One step of waiting: ST_OK to go on, ST_ABORTED, or ST_DEADLINE_EXCEEDED. Gives the core away for longer the longer
  * the operation waits. The message is the caller's: it knows the peer. */

@@ -355,6 +355,7 @@ static enum status_code mpi_open(struct comm *c, struct status *st)
         goto fail;
     }
     c->backend = m;
+    comm_start_clock(c); /* MPI_Init may have taken long */
     if (c->size > 1)
         rc = count_local(c, st);
     return rc; /* if not ST_OK, requests may be open: the buffers stay */
