@@ -475,7 +475,7 @@ END_TEST
 
 START_TEST(memory_that_is_not_there_now_is_no_permanent_fault)
 {
-    const char *const extra[] = {"--kv-memory", "100T", NULL};
+    const char *const extra[] = {"--kv-memory", "8T", "--page-size", "2M", NULL};
     start_stub();
     job_start(&job, 0, MODEL, stub.address, extra);
     ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_RELAUNCH);

@@ -58,7 +58,7 @@ enum worker_log_level { WORKER_LOG_ERROR, WORKER_LOG_WARNING, WORKER_LOG_INFO, W
 
 struct worker_log {
     enum worker_log_level level;
-    int rank; /* -1: not known yet */
+    atomic_int rank; /* -1: not known yet; set once, while the guard thread may log */
 };
 
 /* One line on stderr, "tandem-worker[rank] I text", by one write, so that ranks do not mix within a line. */

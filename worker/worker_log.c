@@ -14,8 +14,9 @@ void worker_log(const struct worker_log *log, enum worker_log_level level, const
         return;
     char line[LINE_MAX_BYTES];
     char rank[16] = "-";
-    if (log->rank >= 0)
-        snprintf(rank, sizeof rank, "%d", log->rank);
+    int number = atomic_load(&log->rank);
+    if (number >= 0)
+        snprintf(rank, sizeof rank, "%d", number);
     int n = snprintf(line, sizeof line, "tandem-worker[%s] %c ", rank, "EWID"[level]);
     va_list ap;
     va_start(ap, fmt);

@@ -61,7 +61,7 @@ static enum status_code join_group(struct worker *w, struct status *st)
     worker_guard_set_comm(&w->guard, w->comm);
     w->rank = comm_rank(w->comm);
     w->size = comm_size(w->comm);
-    w->log.rank = (int)w->rank;
+    atomic_store(&w->log.rank, (int)w->rank);
     return draw_launch_id(w, st);
 }
 
@@ -131,7 +131,8 @@ int main(int argc, char **argv)
     int code = parse_command_line(&w.options, argc, argv, &done);
     if (done)
         return code;
-    w.log = (struct worker_log){.level = (enum worker_log_level)w.options.log_level, .rank = -1};
+    w.log.level = (enum worker_log_level)w.options.log_level;
+    atomic_init(&w.log.rank, -1);
 
     struct status st = STATUS_INIT;
     signal(SIGPIPE, SIG_IGN);
