@@ -54,7 +54,7 @@ enum status_code rpc_channel_create(struct rpc_channel **out, const char *addres
         return status_nomem(st, "channel", sizeof *ch);
     }
     sigset_t old;
-    rpc_core_get();
+    rpc_core_start();
     rpc_signals_block(&old);
     ch->core = core_channel_new(target);
     rpc_signals_restore(&old);
@@ -67,7 +67,6 @@ void rpc_channel_destroy(struct rpc_channel *ch)
     if (!ch)
         return;
     grpc_channel_destroy(ch->core);
-    rpc_core_put();
     free(ch->address);
     free(ch);
 }

@@ -1,4 +1,4 @@
-/* rpc_core.c - the gRPC core as a library: start, stop, signals, tags. */
+/* rpc_core.c - the gRPC core as a library: its start, signals, tags. */
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
 #include <stdio.h>
@@ -18,7 +18,7 @@ void rpc_signals_restore(const sigset_t *old)
     pthread_sigmask(SIG_SETMASK, old, NULL);
 }
 
-void rpc_core_get(void)
+static void start_library(void)
 {
     sigset_t old;
     if (!getenv("GRPC_VERBOSITY"))
@@ -28,10 +28,10 @@ void rpc_core_get(void)
     rpc_signals_restore(&old);
 }
 
-void rpc_core_put(void)
+void rpc_core_start(void)
 {
-    /* Blocking: the plain grpc_shutdown leaves a detached thread behind that may outlive main. */
-    grpc_shutdown_blocking();
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, start_library);
 }
 
 gpr_timespec rpc_after_ms(uint64_t ms)

@@ -11,9 +11,10 @@
 
 /* ---- the gRPC core as a library (rpc_core.c) ---- */
 
-/* One reference on the library; counted, any thread. Its threads inherit a mask with every signal blocked. */
-void rpc_core_get(void);
-void rpc_core_put(void); /* waits for the library's own threads when it was the last reference */
+/* Starts the library with the first server or channel of the process. It is never stopped: after a write that had to wait
+ * for its peer, grpc_shutdown waits up to 10 s for a poller of the core's own, and every grpc_init meanwhile waits with it
+ * (a client that reconnects, a command that ends). Its threads block every signal. */
+void rpc_core_start(void);
 
 /* Blocks every signal in the calling thread, for the time in which threads are created. */
 void rpc_signals_block(sigset_t *old);

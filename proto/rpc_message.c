@@ -5,8 +5,7 @@
  *  - two bytes on the wire can cost a hundred bytes of heap (an empty element of a repeated message, an unknown field),
  *    so that 16 MiB may become more than a gigabyte;
  *  - a singular message that occurs again is merged by copying all of its arrays: n occurrences take n * n time;
- *  - a C string ends at its first NUL, so that two different names may look equal;
- *  - it prints a line to stderr for a message that it refuses.
+ *  - a C string ends at its first NUL, so that two different names may look equal.
  * One pass over the bytes, without allocation, rules all of this out.
  */
 #include <grpc/byte_buffer.h>
@@ -72,25 +71,25 @@ static enum wire wire_of(ProtobufCType type)
     }
 }
 
-/* Elements of a packed array; false when its bytes do not divide into them. */
-static bool count_packed(enum wire wire, struct bytes b, size_t *n)
+/* Heap bytes of a packed array; false when its bytes do not divide into elements. */
+static bool packed_bytes(ProtobufCType type, struct bytes b, size_t *bytes)
 {
-    size_t len = (size_t)(b.end - b.p);
+    enum wire wire = wire_of(type);
+    size_t len = (size_t)(b.end - b.p), n = 0, run = 0;
+    bool wide = type == PROTOBUF_C_TYPE_INT64 || type == PROTOBUF_C_TYPE_UINT64 || type == PROTOBUF_C_TYPE_SINT64;
     if (wire != WIRE_VARINT) {
-        size_t each = wire == WIRE_32 ? 4 : 8;
-        *n = len / each;
-        return len % each == 0;
+        *bytes = len;
+        return len % (wire == WIRE_32 ? 4 : 8) == 0;
     }
-    size_t count = 0, run = 0;
     for (const uint8_t *p = b.p; p < b.end; p++) {
         if (++run > 10)
             return false;
         if (!(*p & 0x80)) {
-            count++;
+            n++;
             run = 0;
         }
     }
-    *n = count;
+    *bytes = n * (wide ? 8 : 4);
     return run == 0;
 }
 
@@ -113,10 +112,10 @@ static bool check_content(const ProtobufCFieldDescriptor *f, struct bytes b, uns
         *heap += MALLOC_BYTES + len + sizeof(ProtobufCBinaryData);
         return true;
     default: {
-        size_t n;
-        if (!repeated || !count_packed(wire_of(f->type), b, &n))
+        size_t bytes;
+        if (!repeated || !packed_bytes(f->type, b, &bytes))
             return false;
-        *heap += MALLOC_BYTES + n * 8;
+        *heap += MALLOC_BYTES + bytes;
         return true;
     }
     }
@@ -170,7 +169,8 @@ static bool check_message(const ProtobufCMessageDescriptor *d, struct bytes b, u
         } else if (wire == WIRE_LEN) {
             size_t index = (size_t)(f - d->fields);
             uint64_t bit = 1ull << (index % 64);
-            bool merged = f->type == PROTOBUF_C_TYPE_MESSAGE && f->label != PROTOBUF_C_LABEL_REPEATED;
+            bool merged = f->type == PROTOBUF_C_TYPE_MESSAGE && f->label != PROTOBUF_C_LABEL_REPEATED &&
+                          !(f->flags & PROTOBUF_C_FIELD_FLAG_ONEOF); /* there the last one replaces the others */
             if ((merged && seen[index / 64] & bit) || !check_content(f, content, depth, heap))
                 return false;
             seen[index / 64] |= bit;

@@ -13,7 +13,7 @@
 #define MAX_POLL_THREADS     64
 #define DEFAULT_QUEUE_BYTES  (4u << 20)
 #define EVENTS_BETWEEN_POLLS 32
-#define GOODBYE_MS           200 /* for clients to take in the end of their calls before connections are cut */
+#define GOODBYE_MS           500 /* for clients to take in the end of their calls before connections are cut */
 
 /* The core's queue hands out what is there before it looks at the sockets: while writers keep it filled, no request and no
  * cancellation is read. So each thread asks, every few events, a queue on which nothing ever completes: with a deadline
@@ -244,7 +244,7 @@ enum status_code rpc_server_start(struct rpc_server **out, const struct rpc_serv
         server_free(s);
         return status_nomem(st, "server", 0);
     }
-    rpc_core_get();
+    rpc_core_start();
     sigset_t old;
     rpc_signals_block(&old);
     rc = start(s, cfg, st);
@@ -333,6 +333,5 @@ void rpc_server_destroy(struct rpc_server *s)
     grpc_completion_queue_shutdown(s->idle_cq);
     grpc_completion_queue_next(s->idle_cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
     grpc_completion_queue_destroy(s->idle_cq);
-    rpc_core_put();
     server_free(s);
 }
