@@ -78,7 +78,7 @@ until "$tandem" probe --address "$address" --quiet --timeout 1; do
 done
 
 echo
-printf '\033[2m%s\033[0m' "$prompt"
+printf "%s" "$prompt"
 "$tandem" generate --address "$address" --max-tokens 160 --greedy --stats "$prompt" || failed "the request failed"
 echo
 

@@ -367,6 +367,10 @@ static enum status_code print_message(const struct generate_options *o, struct o
         fwrite(m->text.data, 1, m->text.len, stdout);
         out->last = (char)m->text.data[m->text.len - 1];
     }
+    if (m->finish && !o->print_ids && out->last != '\n') {
+        putchar('\n');
+        out->last = '\n';
+    }
     if (fflush(stdout))
         out->broken = true;
     if (m->finish && o->stats)
@@ -389,10 +393,9 @@ static enum status_code run_once(const struct generate_options *o, struct rpc_ch
     if (atomic_load(&in->hit))
         rpc_stream_cancel(stream);
     pthread_mutex_unlock(&in->lock);
-    rc = rpc_stream_send(stream, &o->request.base, 30000, st);
-    if (rc == ST_OK)
-        rc = rpc_stream_half_close(stream, st);
-    /* A server that refuses at once ends the call before all was sent; recv tells its reason. */
+    /* A server that refuses at once ends the call before all was sent: an error here is not the reason, recv tells it. */
+    if (rpc_stream_send(stream, &o->request.base, 30000, NULL) == ST_OK && rpc_stream_half_close(stream, NULL) != ST_OK)
+        rpc_stream_cancel(stream);
     const void *msg;
     size_t len;
     do {
