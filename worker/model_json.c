@@ -28,7 +28,7 @@ enum status_code json_read_text(json_t **out, const char *text, size_t bytes, co
     json_error_t err;
     json_t *doc = json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &err);
     if (!doc) {
-        if (json_error_code(&err) == json_error_out_of_memory)
+        if (json_error_code(&err) == json_error_out_of_memory || !err.text[0]) /* jansson has a reason for all else */
             return status_nomem(st, file, bytes);
         return status_set(st, ST_DATA_LOSS, "%s: not valid JSON: line %d column %d: %s", file, err.line, err.column,
                           err.text);
@@ -42,13 +42,19 @@ enum status_code json_read_text(json_t **out, const char *text, size_t bytes, co
     return ST_OK;
 }
 
+enum status_code json_open_error(int err)
+{
+    if (err == ENOENT || err == ENOTDIR)
+        return ST_NOT_FOUND;
+    return err == ENOMEM || err == EMFILE || err == ENFILE ? ST_RESOURCE_EXHAUSTED : ST_INVALID_ARGUMENT;
+}
+
 enum status_code json_read_file(json_t **out, const char *path, size_t max_bytes, struct status *st)
 {
     FILE *f = fopen(path, "rb");
     if (!f) {
         int err = errno;
-        bool absent = err == ENOENT || err == ENOTDIR;
-        return status_errno(st, absent ? ST_NOT_FOUND : ST_INVALID_ARGUMENT, err, "%s", path);
+        return status_errno(st, json_open_error(err), err, "%s", path);
     }
     enum status_code rc = ST_OK;
     char *text = NULL;

@@ -18,6 +18,9 @@ struct json_source {
     const json_t *obj;
 };
 
+/* What it means that a file cannot be opened: NOT_FOUND, RESOURCE_EXHAUSTED or INVALID_ARGUMENT. */
+enum status_code json_open_error(int err);
+
 /* The whole file as a JSON object, to be given back with json_decref. NOT_FOUND; DATA_LOSS when it is no JSON object or
  * larger than max_bytes. */
 STATUS_MUST_CHECK enum status_code json_read_file(json_t **out, const char *path, size_t max_bytes, struct status *st);

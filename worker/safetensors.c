@@ -206,8 +206,7 @@ static enum status_code map_file(struct file *f, struct status *st)
     int fd = open(f->path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         int err = errno;
-        return status_errno(st, err == ENOENT || err == ENOTDIR ? ST_NOT_FOUND : ST_INVALID_ARGUMENT, err, "%s",
-                            f->path);
+        return status_errno(st, json_open_error(err), err, "%s", f->path);
     }
     enum status_code rc = ST_OK;
     struct stat info;
