@@ -41,7 +41,7 @@ done
 [ -f build/release/CMakeCache.txt ] || cmake --preset release -DTANDEM_TESTS=OFF -DTANDEM_BENCH=OFF >/dev/null
 echo "run.sh: building"
 log=$(mktemp)
-cmake --build --preset release >"$log" 2>&1 || { cat "$log" >&2; rm -f "$log"; exit 1; }
+cmake --build --preset release --target programs >"$log" 2>&1 || { cat "$log" >&2; rm -f "$log"; exit 1; }
 rm -f "$log"
 tandem=build/release/bin/tandem
 
