@@ -51,6 +51,7 @@ static inline f32x4 max_portable(f32x4 a, f32x4 b)
 #define CVT_BF16(h) (f32x4)(__builtin_convertvector(h, u32x4) << 16)
 #define MAX(a, b)   max_portable(a, b)
 #define FOLD(v)     (v)
+#define FOLD_MAX(v) (v)
 #include "attention/attention_kernels_impl.h"
 
 #if defined(__x86_64__)
@@ -64,6 +65,7 @@ static inline f32x4 max_portable(f32x4 a, f32x4 b)
 #define CVT_BF16(h) (__m256) _mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)(h)), 16)
 #define MAX(a, b)   _mm256_max_ps(a, b)
 #define FOLD(v)     (f32x4) _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))
+#define FOLD_MAX(v) (f32x4) _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))
 #include "attention/attention_kernels_impl.h"
 
 /* Halves onto each other, twice. */
@@ -71,6 +73,12 @@ static inline __attribute__((always_inline, target("avx512f,avx512dq"))) f32x4 f
 {
     __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return (f32x4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+
+static inline __attribute__((always_inline, target("avx512f,avx512dq"))) f32x4 fold_max_avx512(__m512 v)
+{
+    __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return (f32x4)_mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 }
 
 #define ISA         avx512
@@ -83,6 +91,7 @@ static inline __attribute__((always_inline, target("avx512f,avx512dq"))) f32x4 f
 #define CVT_BF16(h) (__m512) _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)(h)), 16)
 #define MAX(a, b)   _mm512_max_ps(a, b)
 #define FOLD(v)     fold_avx512(v)
+#define FOLD_MAX(v) fold_max_avx512(v)
 #include "attention/attention_kernels_impl.h"
 #endif
 

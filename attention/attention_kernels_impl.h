@@ -8,6 +8,7 @@
  *   FEW_KB        keys of a register block with one row
  *   MAX(a, b)     the greater; NaN where b is NaN
  *   FOLD(v)       v to 4 floats, sums of VW / 4 elements
+ *   FOLD_MAX(v)   likewise, the greatest
  * No include guard: it is meant to be included several times.
  */
 #define STRING2(a) #a
@@ -121,11 +122,11 @@ INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s
     NAME(vf) mv = NAME(load)(p, ATTN_F32);
     for (uint32_t j = VW; j < seen; j += VW)
         mv = MAX(mv, NAME(load)(p + j, ATTN_F32));
-    float m[VW], max = s->max[i];
-    memcpy(m, &mv, sizeof m);
-    for (uint32_t j = 0; j < VW; j++)
-        max = m[j] > max || m[j] != m[j] ? m[j] : max;
-    if (max != s->max[i]) {
+    /* A NaN may get lost here; its power is NaN all the same. */
+    f32x4 m4 = FOLD_MAX(mv);
+    float m01 = m4[0] > m4[1] ? m4[0] : m4[1], m23 = m4[2] > m4[3] ? m4[2] : m4[3];
+    float max = m01 > m23 ? m01 : m23;
+    if (max > s->max[i]) {
         float factor = NAME(exp2s)(s->max[i] - max);
         float *out = s->out + (uint64_t)i * b->DP;
         s->sum[i] *= factor;
@@ -133,6 +134,7 @@ INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s
             NAME(store)(out + d, NAME(load)(out + d, ATTN_F32) * factor);
         s->max[i] = max;
     }
+    max = s->max[i];
     NAME(vf) sum = {0};
     uint32_t j = 0;
     for (; j < seen; j += VW) {
@@ -458,3 +460,4 @@ const struct host_kernels NAME(host_kernels) = {
 #undef CVT_BF16
 #undef MAX
 #undef FOLD
+#undef FOLD_MAX

@@ -291,7 +291,7 @@ static const struct {
     uint32_t H, HK, D;
 } shapes[] = {
     {1, 1, 32},  {6, 3, 32},  {6, 6, 48},  {8, 2, 64}, {9, 3, 64}, {5, 1, 64},  {4, 4, 80},
-    {16, 1, 96}, {8, 1, 128}, {2, 2, 256}, {3, 1, 8},  {5, 5, 40}, {17, 1, 72}, {33, 1, 32},
+    {12, 1, 96}, {8, 1, 128}, {2, 2, 256}, {3, 1, 8},  {5, 5, 40}, {17, 1, 72}, {33, 1, 32},
 };
 enum { N_SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -303,29 +303,30 @@ static const struct span hybrid[] = {{1, 40}, {1, 700}, {9, 9},   {3, 130}, {25,
 
 #define COUNT(a) ((uint32_t)(sizeof(a) / sizeof *(a)))
 
-static void conformance(enum attn_dtype dtype, const struct span *spans, uint32_t n, const char *what)
+/* Every shape in the index-th dtype, or only each third shape, so that three indices make up all of them. */
+static void conformance(uint32_t index, int third, const struct span *spans, uint32_t n, const char *what)
 {
-    for (uint32_t s = 0; s < N_SHAPES; s++) {
-        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtype, s * 48, s % 3 == 1 ? 8 : 1};
+    for (uint32_t s = third ? index : 0; s < N_SHAPES; s += third ? 3 : 1) {
+        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtypes[index], s * 48, s % 2 ? 8 : 1};
         check_all(&l, spans, n, what);
     }
 }
 
 START_TEST(prefill_matches_the_reference)
 {
-    conformance(dtypes[_i], prefills, COUNT(prefills), "prefill");
+    conformance((uint32_t)_i, 1, prefills, COUNT(prefills), "prefill");
 }
 END_TEST
 
 START_TEST(decode_matches_the_reference)
 {
-    conformance(dtypes[_i], decodes, COUNT(decodes), "decode");
+    conformance((uint32_t)_i, 0, decodes, COUNT(decodes), "decode");
 }
 END_TEST
 
 START_TEST(hybrid_batch_matches_the_reference)
 {
-    conformance(dtypes[_i], hybrid, COUNT(hybrid), "hybrid");
+    conformance((uint32_t)_i, 1, hybrid, COUNT(hybrid), "hybrid");
 }
 END_TEST
 
