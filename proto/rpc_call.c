@@ -340,10 +340,12 @@ static void close_done(void *owner, bool ok)
 static void read_done(void *owner, bool ok)
 {
     struct rpc_call *call = owner;
+    /* A cancelled call, too, ends its reading with no message and no error. */
+    bool half_close = ok && !call->in && !grpc_call_failed_before_recv_message(call->core);
     pthread_mutex_lock(&call->lock);
     if (call->in)
         call->events |= EV_MESSAGE;
-    else if (ok)
+    else if (half_close)
         call->events |= EV_HALF_CLOSE;
     pthread_mutex_unlock(&call->lock);
     dispatch(call);

@@ -298,7 +298,7 @@ END_TEST
 static TCase *add_case(Suite *s, const char *name)
 {
     TCase *c = tcase_create(name);
-    tcase_set_timeout(c, 60);
+    tcase_set_timeout(c, 60 * (SLOW > 1 ? 3 : 1));
     suite_add_tcase(s, c);
     return c;
 }

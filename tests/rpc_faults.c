@@ -356,6 +356,34 @@ START_TEST(shutdown_returns_when_the_last_call_has_ended)
 }
 END_TEST
 
+START_TEST(cancelled_bidi_call_is_not_half_closed)
+{
+    enum { N = 50 };
+    Msg m = MSG_INIT;
+    server_start("127.0.0.1:0", NO_EXTRAS);
+    struct rpc_channel *ch = connect_to(srv.address);
+    for (unsigned i = 0; i < N; i++) {
+        struct rpc_stream *s;
+        OK(rpc_stream_open(&s, ch, "/test.T/Bidi", 0, st));
+        OK(rpc_stream_send(s, &m.base, PATIENCE_MS, st));
+        ck_assert_int_eq(next_id(s), 0);
+        rpc_stream_close(s);
+        AWAIT(srv.closes == i + 1);
+    }
+    ck_assert_uint_eq(srv.half_closes, 0);
+    ck_assert_uint_eq(srv.cancelled, N);
+    struct rpc_stream *s;
+    OK(rpc_stream_open(&s, ch, "/test.T/Bidi", 0, st));
+    rpc_channel_destroy(ch); /* streams keep the connection */
+    OK(rpc_stream_send(s, &m.base, PATIENCE_MS, st));
+    ck_assert_int_eq(next_id(s), 0);
+    rpc_server_shutdown(srv.rpc, 0);
+    ck_assert_uint_eq(srv.half_closes, 0);
+    rpc_stream_close(s);
+    server_stop(0);
+}
+END_TEST
+
 static void *cancel_later(void *arg)
 {
     sleep_ms(50);
@@ -490,6 +518,7 @@ void rpc_faults_tests(TCase *c)
     tcase_add_test(c, unix_socket_is_replaced_only_when_stale);
     tcase_add_test(c, shutdown_lets_calls_end_then_cancels);
     tcase_add_test(c, shutdown_returns_when_the_last_call_has_ended);
+    tcase_add_test(c, cancelled_bidi_call_is_not_half_closed);
     tcase_add_test(c, recv_and_send_under_way_end_with_cancelled);
     tcase_add_test(c, random_ends_leave_nothing_behind);
     tcase_add_test(c, signals_go_to_the_program_and_not_to_poll_threads);
