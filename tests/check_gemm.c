@@ -149,6 +149,8 @@ START_TEST(product_matches_double_for_every_row_count)
     unsigned seed = 7;
     for (uint32_t t = 1; t <= 70; t++)
         one_case(f.gemm, dtype, 37, 131, t, t % 3, &seed);
+    for (uint32_t t = 90; t <= 400; t += 31) /* the BLAS takes over somewhere in between */
+        one_case(f.gemm, dtype, 291, 70, t, t % 3, &seed);
     drop(&f);
 }
 END_TEST
@@ -174,7 +176,7 @@ START_TEST(product_matches_double_for_long_rows)
 {
     struct fixture f = make(2, 14336);
     unsigned seed = 13;
-    static const uint32_t ts[] = {1, 4, 8, 20};
+    static const uint32_t ts[] = {1, 4, 20, 200};
     for (size_t i = 0; i < sizeof ts / sizeof *ts; i++)
         one_case(f.gemm, dtypes[_i], 70, 14336, ts[i], 0, &seed);
     drop(&f);
@@ -206,7 +208,7 @@ START_TEST(more_columns_than_announced_still_works)
     struct fixture f = make(2, 16);
     unsigned seed = 3;
     for (size_t d = 0; d < 3; d++)
-        one_case(f.gemm, dtypes[d], 40, 100, 40, 0, &seed);
+        one_case(f.gemm, dtypes[d], 40, 100, 300, 0, &seed);
     drop(&f);
 }
 END_TEST
@@ -214,7 +216,7 @@ END_TEST
 START_TEST(result_does_not_depend_on_the_number_of_threads)
 {
     enum mat_dtype dtype = dtypes[_i];
-    static const uint32_t ts[] = {1, 2, 5, 8, 16, 40, 70};
+    static const uint32_t ts[] = {1, 2, 5, 8, 16, 40, 70, 250};
     unsigned seed = 5;
     struct mat w = random_mat(dtype, 1037, 333, &seed);
     for (size_t i = 0; i < sizeof ts / sizeof *ts; i++) {
@@ -272,15 +274,17 @@ END_TEST
 START_TEST(denormal_weights_count)
 {
     struct fixture f = make(2, 64);
-    for (uint32_t t = 1; t <= 20; t += 19) {
+    enum { MAX_T = 250 };
+    static float x[MAX_T * 64], y[MAX_T];
+    for (uint32_t t = 1; t <= MAX_T; t += MAX_T - 1) {
         for (size_t d = 0; d < 3; d++) {
             uint16_t h[64];
-            float fl[64], x[20 * 64], y[20];
+            float fl[64];
             for (int i = 0; i < 64; i++) {
                 h[i] = 3; /* denormal in f16 and bf16 */
                 fl[i] = 3e-40f;
             }
-            for (int i = 0; i < 20 * 64; i++)
+            for (int i = 0; i < MAX_T * 64; i++)
                 x[i] = 0x1p100f;
             struct mat w = {d ? (void *)h : (void *)fl, dtypes[d], 1, 64};
             gemm_run(f.gemm, y, 1, x, 64, t, &w);
@@ -299,11 +303,11 @@ START_TEST(nan_and_infinity_reach_their_row_and_no_other)
     static const float bad[] = {NAN, INFINITY};
     for (size_t b = 0; b < 2; b++) {
         for (uint32_t at = 0; at < 37; at++) {
-            for (uint32_t t = 1; t <= 20; t += (t == 1 ? 7 : 12)) {
-                float wd[9 * 37], x[20 * 37], y[20 * 9];
+            for (uint32_t t = 1; t <= 200; t *= 10) { /* 100: the BLAS */
+                float wd[9 * 37], x[100 * 37], y[100 * 9];
                 for (int i = 0; i < 9 * 37; i++)
                     wd[i] = 1;
-                for (int i = 0; i < 20 * 37; i++)
+                for (int i = 0; i < 100 * 37; i++)
                     x[i] = 0.5f;
                 wd[5 * 37 + at] = bad[b];
                 struct mat w = {wd, MAT_F32, 9, 37};
@@ -331,7 +335,8 @@ START_TEST(nothing_behind_the_matrices_is_touched)
 {
     struct fixture f = make(2, 300);
     unsigned seed = 17;
-    static const uint32_t shapes[][3] = {{64, 1, 1}, {33, 9, 1}, {5, 100, 3}, {17, 33, 8}, {40, 37, 40}, {300, 300, 1}};
+    static const uint32_t shapes[][3] = {{64, 1, 1},   {33, 9, 1},    {5, 100, 3},  {17, 33, 8},
+                                         {40, 37, 40}, {40, 37, 250}, {300, 300, 1}};
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         uint32_t n = shapes[s][0], k = shapes[s][1], t = shapes[s][2];
         for (size_t d = 0; d < 3; d++) {

@@ -9,16 +9,25 @@
 #include "worker/gemm_internal.h"
 
 enum {
-    FEW_MAX = 64,       /* rows of x up to which our own kernels win, see tests/bench */
-    ITEM_BYTES = 65536, /* of W in an item of the few-rows path: 5 to 10 us of reading */
-    ROW_UNIT = 8,       /* items begin at a multiple of this: whole register blocks */
-    PANEL_ROWS = 128,   /* of W in an item of the BLAS path */
+    /* Rows of x up to which our own kernels beat the BLAS (bench_gemm, AVX-512): the BLAS repacks W on every call, and
+     * 16-bit weights must be widened for it first. */
+    FEW_MAX_F32 = 96,
+    FEW_MAX_16 = 128,
+    FEW_MAX_PORTABLE = 8, /* without vectors worth the name */
+    ITEM_NS = 6000,       /* of a thread's time in an item of the few-rows path, at about the two speeds below */
+    BYTES_PER_NS = 10,
+    FLOPS_PER_NS = 100,
+    ROW_UNIT = 8,     /* items begin at a multiple of this: whole register blocks */
+    PANEL_ROWS = 128, /* of W in an item of the BLAS path, at most */
+    PANELS = 8,       /* and about so many of them, so that threads share small matrices evenly, but no panel below */
+    PANEL_MIN = 32,
     SCRATCH_ALIGN = 64,
 };
 
 struct gemm {
     struct thread_pool *pool;
     const struct gemm_kernels *kernels;
+    uint32_t few_max_f32, few_max_16;
     uint32_t max_cols;
     uint64_t scratch_floats; /* per worker */
     float *scratch;
@@ -38,6 +47,8 @@ enum status_code gemm_create(struct gemm **out, struct thread_pool *pool, uint32
         return status_nomem(st, "gemm", sizeof *g);
     g->pool = pool;
     g->kernels = best_kernels();
+    g->few_max_f32 = g->kernels == &gemm_kernels_portable ? FEW_MAX_PORTABLE : FEW_MAX_F32;
+    g->few_max_16 = g->kernels == &gemm_kernels_portable ? FEW_MAX_PORTABLE : FEW_MAX_16;
     g->max_cols = max_cols;
     g->scratch_floats = (uint64_t)PANEL_ROWS * max_cols;
     size_t bytes = threads_count(pool) * g->scratch_floats * sizeof(float);
@@ -76,27 +87,34 @@ static void few_item(void *arg, uint32_t i, uint32_t worker)
     j->kernels->few(&j->args, first, first + (left < j->item_rows ? left : j->item_rows));
 }
 
+static uint32_t round_up(uint64_t n, uint32_t unit)
+{
+    return (uint32_t)((n + unit - 1) / unit * unit);
+}
+
 static void run_few(struct gemm *g, const struct gemm_few_args *a)
 {
-    uint64_t row_bytes = (uint64_t)a->w->cols * mat_elem_bytes(a->w->dtype);
-    uint64_t rows = (ITEM_BYTES / row_bytes + ROW_UNIT) / ROW_UNIT * ROW_UNIT;
-    if (rows > a->w->rows)
-        rows = a->w->rows;
-    struct few_job j = {g->kernels, *a, (uint32_t)rows};
-    threads_for(g->pool, (uint32_t)((a->w->rows + rows - 1) / rows), few_item, &j);
+    uint32_t N = a->w->rows, K = a->w->cols;
+    uint64_t read_ns = (uint64_t)K * mat_elem_bytes(a->w->dtype) / BYTES_PER_NS;
+    uint64_t flop_ns = (uint64_t)K * a->t * 2 / FLOPS_PER_NS;
+    uint64_t row_ns = 1 + (read_ns > flop_ns ? read_ns : flop_ns);
+    uint32_t rows = round_up(ITEM_NS / row_ns + 1, ROW_UNIT);
+    struct few_job j = {g->kernels, *a, rows};
+    threads_for(g->pool, (N - 1) / rows + 1, few_item, &j);
 }
 
 struct many_job {
     struct gemm *g;
     struct gemm_few_args args;
+    uint32_t panel_rows;
 };
 
 static void many_item(void *arg, uint32_t i, uint32_t worker)
 {
     const struct many_job *j = arg;
     const struct gemm_few_args *a = &j->args;
-    uint32_t first = i * PANEL_ROWS, K = a->w->cols;
-    uint32_t rows = a->w->rows - first < PANEL_ROWS ? a->w->rows - first : PANEL_ROWS;
+    uint32_t first = i * j->panel_rows, K = a->w->cols;
+    uint32_t rows = a->w->rows - first < j->panel_rows ? a->w->rows - first : j->panel_rows;
     const uint8_t *src = (const uint8_t *)a->w->data + (uint64_t)first * K * mat_elem_bytes(a->w->dtype);
     const float *panel = (const float *)src;
     if (a->w->dtype != MAT_F32) {
@@ -106,6 +124,14 @@ static void many_item(void *arg, uint32_t i, uint32_t worker)
     }
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)a->t, (blasint)rows, (blasint)K, 1.0f, a->x,
                 (blasint)a->ldx, panel, (blasint)K, 0.0f, a->y + first, (blasint)a->ldy);
+}
+
+static void run_many(struct gemm *g, const struct gemm_few_args *a)
+{
+    uint32_t rows = round_up(a->w->rows / PANELS + 1, PANEL_MIN);
+    rows = rows < PANEL_ROWS ? rows : PANEL_ROWS;
+    struct many_job j = {g, *a, rows};
+    threads_for(g->pool, (a->w->rows - 1) / rows + 1, many_item, &j);
 }
 
 void gemm_run(struct gemm *g, float *y, uint64_t ldy, const float *x, uint64_t ldx, uint32_t t, const struct mat *w)
@@ -118,12 +144,10 @@ void gemm_run(struct gemm *g, float *y, uint64_t ldy, const float *x, uint64_t l
         return;
     }
     struct gemm_few_args a = {y, ldy, x, ldx, t, w};
-    if (t <= FEW_MAX || w->cols > g->max_cols) {
+    if (t <= (w->dtype == MAT_F32 ? g->few_max_f32 : g->few_max_16) || w->cols > g->max_cols)
         run_few(g, &a);
-        return;
-    }
-    struct many_job j = {g, a};
-    threads_for(g->pool, (w->rows + PANEL_ROWS - 1) / PANEL_ROWS, many_item, &j);
+    else
+        run_many(g, &a);
 }
 
 void gemm_row(float *out, const struct mat *w, uint32_t row)
