@@ -628,10 +628,8 @@ static void replace(struct folder *f, const char *file, const char *from, const 
     ck_assert(config || strlen(from) == strlen(to));
     size_t before = (size_t)(at - data), after = bytes - before - strlen(from);
     char *out = malloc(bytes + strlen(to));
-    memcpy(out, data, before);
-    memcpy(out + before, to, strlen(to));
-    memcpy(out + before + strlen(to), at + strlen(from), after);
-    temp_dir_write(&f->dir, file, out, before + strlen(to) + after);
+    char *end = mempcpy(mempcpy(mempcpy(out, data, before), to, strlen(to)), at + strlen(from), after);
+    temp_dir_write(&f->dir, file, out, (size_t)(end - out));
     free(out);
 }
 

@@ -18,9 +18,9 @@ static uint8_t *make_file(const char *header, size_t data_bytes, size_t *bytes)
     uint8_t *f = malloc(*bytes);
     for (int i = 0; i < 8; i++)
         f[i] = (uint8_t)((uint64_t)n >> 8 * i);
-    memcpy(f + 8, header, n);
+    uint8_t *data = mempcpy(f + 8, header, n);
     for (size_t i = 0; i < data_bytes; i++)
-        f[8 + n + i] = (uint8_t)i;
+        data[i] = (uint8_t)i;
     return f;
 }
 

@@ -60,9 +60,10 @@ START_TEST(uniform_numbers_are_even_and_depend_on_seed_and_position)
         ck_assert(u >= 0.0 && u < 1.0);
         bin[(int)(u * BINS)]++;
     }
+    const double each = (double)N / BINS;
     double chi2 = 0;
     for (int i = 0; i < BINS; i++)
-        chi2 += (bin[i] - N / BINS) * (bin[i] - N / BINS) / (double)(N / BINS);
+        chi2 += (bin[i] - each) * (bin[i] - each) / each;
     ck_assert_double_lt(chi2, 63 + 5 * sqrt(2 * 63)); /* 63 degrees of freedom, 5 sigma */
     ck_assert_double_eq(sample_uniform(7, 9), sample_uniform(7, 9));
     ck_assert_double_ne(sample_uniform(7, 9), sample_uniform(9, 7));

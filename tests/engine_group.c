@@ -114,8 +114,8 @@ static enum status_code threads_all_gather(struct comm *c, const void *send, voi
         return rc;
     uint8_t *to = recv;
     for (uint32_t r = 0; r < g->ranks; r++) {
-        if (bytes[r])
-            memmove(to, g->send[r], bytes[r]);
+        if (bytes[r] && to != g->send[r]) /* send may stand at its place in recv, where others read it */
+            memcpy(to, g->send[r], bytes[r]);
         to += bytes[r];
     }
     return meet(c, st);
@@ -415,7 +415,7 @@ enum status_code group_run(struct group *g, struct group_request *req, uint32_t 
     }
     for (bool busy = true; busy; step++) {
         fill_draft(&d, g, req, n, sched, step);
-        struct engine_result result;
+        struct engine_result result = {0};
         if ((rc = group_step(g, &d.plan, &result, st)) != ST_OK)
             break;
         if (result.n_tokens != d.n_sampled) {

@@ -22,14 +22,14 @@ struct sample_params engine_sample_params(const Tandem__V1__SampleParams *p)
     };
 }
 
-static enum status_code find_slot(const struct check *c, const char *what, uint32_t slot, struct engine_slot **out,
-                                  struct status *st)
+/* NULL and INVALID_ARGUMENT when there is no such slot. */
+static struct engine_slot *find_slot(const struct check *c, const char *what, uint32_t slot, struct status *st)
 {
-    if (slot >= c->e->info.max_slots)
-        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: %s slot %u, expected 0 to %u",
-                          (unsigned long long)c->step, what, slot, c->e->info.max_slots - 1);
-    *out = &c->e->slot[slot];
-    return ST_OK;
+    if (slot < c->e->info.max_slots)
+        return &c->e->slot[slot];
+    status_set(st, ST_INVALID_ARGUMENT, "step %llu: %s slot %u, expected 0 to %u", (unsigned long long)c->step, what,
+               slot, c->e->info.max_slots - 1);
+    return NULL;
 }
 
 static enum status_code contradiction(const struct check *c, const char *what, uint32_t slot, const char *why,
@@ -47,10 +47,9 @@ static enum status_code check_releases(struct check *c, const Tandem__V1__StepPl
 {
     for (size_t i = 0; i < plan->n_release_slots; i++) {
         uint32_t slot = plan->release_slots[i];
-        struct engine_slot *s = NULL;
-        enum status_code rc = find_slot(c, "release of", slot, &s, st);
-        if (rc != ST_OK)
-            return rc;
+        struct engine_slot *s = find_slot(c, "release of", slot, st);
+        if (!s)
+            return ST_INVALID_ARGUMENT;
         if (!s->live)
             return contradiction(c, "release of", slot, "it is free", st);
         if (s->released_by == c->number)
@@ -65,17 +64,17 @@ static enum status_code check_admits(struct check *c, const Tandem__V1__StepPlan
 {
     for (size_t i = 0; i < plan->n_admits; i++) {
         uint32_t slot = plan->admits[i]->slot;
-        struct engine_slot *s = NULL;
-        enum status_code rc = find_slot(c, "admission to", slot, &s, st);
-        if (rc != ST_OK)
-            return rc;
+        struct engine_slot *s = find_slot(c, "admission to", slot, st);
+        if (!s)
+            return ST_INVALID_ARGUMENT;
         if (s->admitted_by == c->number)
             return contradiction(c, "admission to", slot, "named twice", st);
         if (live_after_admits(c, s))
             return contradiction(c, "admission to", slot, "it is taken", st);
         s->admitted_by = c->number;
         struct sample_params p = engine_sample_params(plan->admits[i]->sample);
-        if ((rc = sample_check(&p, st)) != ST_OK) {
+        enum status_code rc = sample_check(&p, st);
+        if (rc != ST_OK) {
             status_prefix(st, "step %llu: admission to slot %u", (unsigned long long)c->step, slot);
             return rc;
         }
@@ -111,9 +110,11 @@ static enum status_code check_decodes(struct check *c, const Tandem__V1__StepPla
 {
     for (size_t i = 0; i < plan->n_decode_slots; i++) {
         uint32_t slot = plan->decode_slots[i];
-        struct engine_slot *s = NULL;
-        enum status_code rc = find_slot(c, "decode of", slot, &s, st);
-        if (rc != ST_OK || (rc = check_rows(c, "decode of", slot, s, 1, st)) != ST_OK)
+        struct engine_slot *s = find_slot(c, "decode of", slot, st);
+        if (!s)
+            return ST_INVALID_ARGUMENT;
+        enum status_code rc = check_rows(c, "decode of", slot, s, 1, st);
+        if (rc != ST_OK)
             return rc;
         if (s->admitted_by == c->number || !s->has_token)
             return contradiction(c, "decode of", slot, "it has no sampled token to go on with", st);
@@ -123,17 +124,17 @@ static enum status_code check_decodes(struct check *c, const Tandem__V1__StepPla
 
 static enum status_code check_prefill(struct check *c, const Tandem__V1__PrefillChunk *chunk, struct status *st)
 {
-    struct engine_slot *s = NULL;
-    enum status_code rc = find_slot(c, "prefill of", chunk->slot, &s, st);
-    if (rc != ST_OK)
-        return rc;
+    struct engine_slot *s = find_slot(c, "prefill of", chunk->slot, st);
+    if (!s)
+        return ST_INVALID_ARGUMENT;
     if (chunk->n_token_ids == 0)
         return status_set(st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: no tokens",
                           (unsigned long long)c->step, chunk->slot);
     if (chunk->n_token_ids > c->e->info.max_step_tokens)
         return status_set(st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: %zu tokens, expected at most %u",
                           (unsigned long long)c->step, chunk->slot, chunk->n_token_ids, c->e->info.max_step_tokens);
-    if ((rc = check_rows(c, "prefill of", chunk->slot, s, chunk->n_token_ids, st)) != ST_OK)
+    enum status_code rc = check_rows(c, "prefill of", chunk->slot, s, chunk->n_token_ids, st);
+    if (rc != ST_OK)
         return rc;
     uint32_t length = s->admitted_by == c->number ? 0 : s->length;
     if (chunk->position != length)

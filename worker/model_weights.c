@@ -296,9 +296,9 @@ enum status_code model_weights_load(struct model_weights *out, const char *dir, 
     copy_all(&l, w.arena, progress);
     place_all(&w, m);
     *out = w;
+    w = (struct model_weights){0}; /* given away */
 done:
-    if (rc != ST_OK)
-        model_weights_unload(&w);
+    model_weights_unload(&w);
     free(l.piece);
     safetensors_close(files);
     return rc;

@@ -229,21 +229,24 @@ static enum status_code map_file(struct file *f, struct status *st)
     return rc;
 }
 
-static enum status_code add_file(struct safetensors *s, const char *dir, const char *name, struct status *st)
+/* NULL and RESOURCE_EXHAUSTED when memory is out. dir NULL: the name is the path. */
+static struct file *add_file(struct safetensors *s, const char *dir, const char *name, struct status *st)
 {
     struct file *grown = realloc(s->files, (s->n_files + 1) * sizeof *grown);
-    if (!grown)
-        return status_nomem(st, "list of files", (s->n_files + 1) * sizeof *grown);
+    if (!grown) {
+        status_nomem(st, "list of files", (s->n_files + 1) * sizeof *grown);
+        return NULL;
+    }
     s->files = grown;
     struct file *f = &s->files[s->n_files];
     memset(f, 0, sizeof *f);
     int length = dir ? asprintf(&f->path, "%s/%s", dir, name) : asprintf(&f->path, "%s", name);
     if (length < 0) {
-        f->path = NULL;
-        return status_nomem(st, "path of a file", strlen(name));
+        status_nomem(st, "path of a file", strlen(name));
+        return NULL;
     }
     s->n_files++;
-    return ST_OK;
+    return f;
 }
 
 /* Number of the file of that name, n_files when it is new. Few files, and most tensors stand in the one before. */
@@ -273,9 +276,8 @@ static enum status_code add_indexed_files(struct safetensors *s, const char *dir
             continue;
         if (s->n_files == MAX_FILES)
             return status_set(st, ST_DATA_LOSS, "%s: weight_map: more than %d files", index_path, MAX_FILES);
-        enum status_code rc = add_file(s, dir, name, st);
-        if (rc != ST_OK)
-            return rc;
+        if (!add_file(s, dir, name, st))
+            return ST_RESOURCE_EXHAUSTED;
     }
     return ST_OK;
 }
@@ -355,7 +357,7 @@ enum status_code safetensors_open(struct safetensors **out, const char *dir, str
         goto fail;
     }
     if (access(single_path, F_OK) == 0)
-        rc = (rc = add_file(s, dir, "model.safetensors", st)) == ST_OK ? open_files(s, st) : rc;
+        rc = add_file(s, dir, "model.safetensors", st) ? open_files(s, st) : ST_RESOURCE_EXHAUSTED;
     else
         rc = open_indexed(s, dir, index_path, st);
     if (rc != ST_OK)
@@ -377,11 +379,12 @@ enum status_code safetensors_open_memory(struct safetensors **out, const void *d
     struct safetensors *s = calloc(1, sizeof *s);
     if (!s)
         return status_nomem(st, "safetensors", sizeof *s);
-    enum status_code rc = add_file(s, NULL, name, st);
-    if (rc != ST_OK)
+    enum status_code rc = ST_RESOURCE_EXHAUSTED;
+    struct file *f = add_file(s, NULL, name, st);
+    if (!f)
         goto fail;
-    s->files[0].bytes = data;
-    s->files[0].size = bytes;
+    f->bytes = data;
+    f->size = bytes;
     if ((rc = read_header(s, 0, st)) != ST_OK || (rc = sort_entries(s, st)) != ST_OK)
         goto fail;
     *out = s;

@@ -258,7 +258,7 @@ enum status_code sampler_draw(struct sampler *s, uint32_t *token, const float *l
                               uint64_t position, uint32_t row, struct status *st)
 {
     struct sample_best best = sample_argmax(logits, s->vocab, 0);
-    uint32_t first;
+    uint32_t first = best.id;
     enum status_code rc = sample_best_token(&first, best, row, st);
     if (rc != ST_OK)
         return rc;

@@ -137,9 +137,9 @@ static size_t seed(uint8_t *out, uint64_t *state)
     uint64_t length = strlen(header);
     for (int i = 0; i < 8; i++)
         out[n++] = (uint8_t)(length >> 8 * i);
-    memcpy(out + n, header, length);
-    memset(out + n + length, 7, 24);
-    return n + length + 24;
+    uint8_t *values = mempcpy(out + n, header, length);
+    memset(values, 7, 24);
+    return (size_t)(values - out) + 24;
 }
 
 static size_t damage(uint8_t *data, size_t n, uint64_t *state)
@@ -168,9 +168,11 @@ static size_t damage(uint8_t *data, size_t n, uint64_t *state)
             }
         return n;
     default: /* something put in */
-        memmove(data + at + strlen(piece), data + at, n - at);
-        memcpy(data + at, piece, strlen(piece));
-        return n + strlen(piece);
+        for (const char *c = piece; *c; c++, at++, n++) {
+            memmove(data + at + 1, data + at, n - at);
+            data[at] = (uint8_t)*c;
+        }
+        return n;
     }
 }
 
