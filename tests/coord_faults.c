@@ -76,7 +76,7 @@ START_TEST(abort_ends_by_name_and_all)
     static const char *const names[] = {"r0", "nobody", "r1"};
     fake_group_mood(g, 0, FAKE_HOLD);
     for (int i = 0; i < 3; i++) {
-        char name[8];
+        char name[16];
         snprintf(name, sizeof name, "r%d", i);
         ask_ids(&a, 8, 1, 100);
         ask_name(&a, name);
