@@ -1,4 +1,5 @@
 /* rpc_faults.c - proto/rpc.h when things go wrong: bad peers, bad addresses, cancellation, shutdown under load. */
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -433,6 +434,37 @@ START_TEST(recv_and_send_under_way_end_with_cancelled)
 }
 END_TEST
 
+START_TEST(garbage_on_the_socket_is_survived)
+{
+    static const char *const openers[] = {"", "GET / HTTP/1.1\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"};
+    unsigned seed = 1;
+    server_start("127.0.0.1:0", NO_EXTRAS);
+    struct sockaddr_in sa = {.sin_family = AF_INET, .sin_port = htons(rpc_server_port(srv.rpc, 0))};
+    sa.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    for (int i = 0; i < 60; i++) {
+        char bytes[2000];
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        ck_assert_int_eq(connect(fd, (struct sockaddr *)&sa, sizeof sa), 0);
+        ssize_t sent = send(fd, openers[i % 3], strlen(openers[i % 3]), MSG_NOSIGNAL);
+        for (size_t k = 0; k < sizeof bytes; k++)
+            bytes[k] = (char)(rand_r(&seed) >> 8);
+        if (sent >= 0)
+            sent = send(fd, bytes, (size_t)rand_r(&seed) % sizeof bytes, MSG_NOSIGNAL);
+        if (sent >= 0 && i % 2) { /* half of them wait for an answer or the end, the others are gone at once */
+            shutdown(fd, SHUT_WR);
+            while (recv(fd, bytes, sizeof bytes, 0) > 0)
+                ;
+        }
+        close(fd);
+    }
+    struct rpc_channel *ch = connect_to(srv.address);
+    OK(echo(ch, "still here", st));
+    rpc_channel_destroy(ch);
+    server_stop(0);
+    ck_assert_uint_eq(srv.opens, 1);
+}
+END_TEST
+
 /* Calls that are opened, cancelled, finished and dropped at random from several threads. */
 static void *hammer(void *arg)
 {
@@ -520,6 +552,7 @@ void rpc_faults_tests(TCase *c)
     tcase_add_test(c, shutdown_returns_when_the_last_call_has_ended);
     tcase_add_test(c, cancelled_bidi_call_is_not_half_closed);
     tcase_add_test(c, recv_and_send_under_way_end_with_cancelled);
+    tcase_add_test(c, garbage_on_the_socket_is_survived);
     tcase_add_test(c, random_ends_leave_nothing_behind);
     tcase_add_test(c, signals_go_to_the_program_and_not_to_poll_threads);
 }
