@@ -2,7 +2,8 @@
  *
  *     main thread        options -> MPI -> attach -> load -> [ next plan -> engine_step -> StepResult ]*
  *     receiver thread    stream -> plan queue, Shutdown, end of the stream         (one per attachment)
- *     heartbeat thread   a Heartbeat each interval, whatever the main thread does  (one per attachment)
+ *     sender thread      a Heartbeat each interval, whatever the main thread does; the StepResults of steps behind
+ *                        which the next plan waits already                         (one per attachment)
  *     guard thread       signals, and the deadlines that end a rank which cannot end itself
  *
  * The main thread owns the engine and MPI, and may be stuck in either: a collective whose peer is gone, a read from a dead
@@ -130,6 +131,12 @@ void worker_guard_limit_step(struct worker_guard *g, uint32_t limit_ms);
 
 enum worker_link { WORKER_LINK_DOWN, WORKER_LINK_UP, WORKER_LINK_BROKEN };
 
+struct worker_result {
+    uint64_t step, compute_us, used_pages;
+    uint32_t *tokens; /* kept and reused */
+    uint32_t n_tokens, capacity;
+};
+
 struct worker_control {
     const struct worker_log *log;
     struct worker_guard *guard;
@@ -138,13 +145,17 @@ struct worker_control {
     atomic_uint_fast64_t last_step;
 
     pthread_mutex_t lock;
-    pthread_cond_t changed;
+    pthread_cond_t changed; /* for the main thread */
+    pthread_cond_t to_send; /* for the sender */
     /* guarded by lock */
     enum worker_link link;
     struct status broken;    /* why the link is broken */
     struct status violation; /* code not OK: the coordinator broke the protocol */
     Tandem__V1__CoordinatorMessage *queue[WORKER_QUEUE_MAX];
     uint32_t head, count;
+    struct worker_result results[WORKER_QUEUE_MAX]; /* to be sent; full: the main thread waits */
+    uint32_t result_head, result_count;             /* an entry counts, and is the sender's, until it is sent */
+    bool flushing;                                  /* the main thread waits for the sender */
     bool in_step;
     bool draining; /* Shutdown without relaunch: end after the queue */
     bool closing;  /* a Fault was sent: no more heartbeats */
@@ -154,7 +165,7 @@ struct worker_control {
     struct rpc_stream *stream;
     uint64_t epoch;
     uint32_t heartbeat_ms;
-    pthread_t receiver, heartbeat;
+    pthread_t receiver, sender;
 };
 
 enum worker_event {
@@ -178,6 +189,9 @@ enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__Coor
 void worker_control_step_end(struct worker_control *c, Tandem__V1__CoordinatorMessage *message, bool done);
 /* Sends a message of this epoch. A failure breaks the link (worker_control_next reports it) and is otherwise ignored. */
 void worker_control_send(struct worker_control *c, Tandem__V1__RankMessage *m);
+/* Sends a StepResult; copies the tokens when it leaves the sending to the sender thread. */
+void worker_control_result(struct worker_control *c, uint64_t step, uint64_t compute_us,
+                           const struct engine_result *result);
 /* Sends Fault and waits, with bounds, until the coordinator took it. */
 void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent);
 /* Wakes the main thread in attach or next: it looks at the guard's exit code. Any thread. */

@@ -127,22 +127,6 @@ static void send_ready(struct worker *w)
 
 /* ---- steps ---- */
 
-static void send_result(struct worker *w, uint64_t step, const struct engine_result *result, int64_t compute_us)
-{
-    Tandem__V1__StepResult r = TANDEM__V1__STEP_RESULT__INIT;
-    r.step = step;
-    if (w->rank == 0) {
-        r.n_token_ids = result->n_tokens;
-        r.token_ids = (uint32_t *)result->tokens; /* packed from where it lies, not written to */
-    }
-    r.compute_us = (uint64_t)compute_us;
-    r.used_pages = result->used_pages;
-    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
-    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_RESULT;
-    m.result = &r;
-    worker_control_send(&w->control, &m);
-}
-
 static enum status_code run_step(struct worker *w, Tandem__V1__CoordinatorMessage *message, struct status *st)
 {
     struct engine_result result = {0};
@@ -155,7 +139,7 @@ static enum status_code run_step(struct worker *w, Tandem__V1__CoordinatorMessag
         return rc;
     worker_log(&w->log, WORKER_LOG_DEBUG, "step %llu: %u tokens, %lld us", (unsigned long long)step, result.n_tokens,
                (long long)compute_us);
-    send_result(w, step, &result, compute_us);
+    worker_control_result(&w->control, step, (uint64_t)compute_us, &result);
     return ST_OK;
 }
 
