@@ -24,7 +24,7 @@ static enum status_code cuda_devices(uint32_t *count, struct status *st)
 
 static enum status_code cuda_describe(uint32_t device, struct backend_device *out, struct status *st)
 {
-    uint32_t count;
+    uint32_t count = 0;
     enum status_code rc = cuda_devices(&count, st);
     if (rc != ST_OK)
         return rc;

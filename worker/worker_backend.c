@@ -68,7 +68,7 @@ static enum status_code load_plugin(struct worker_backend *b, const char *path, 
 /* The devices, and whether the back end serves on ours. The error of a refusal names device 0, as all are alike. */
 static enum status_code try_serve(const struct backend_api *api, int rank, struct status *st)
 {
-    uint32_t count;
+    uint32_t count = 0;
     enum status_code rc = api->devices(&count, st);
     if (rc != ST_OK)
         return rc;

@@ -48,8 +48,7 @@ void worker_control_wake(void *control)
     pthread_mutex_unlock(&c->lock);
 }
 
-/* Waits until then; false when the time is over. Called with the lock. */
-static bool wait_until(struct worker_control *c, pthread_cond_t *cond, int64_t until_us)
+bool worker_control_wait(struct worker_control *c, pthread_cond_t *cond, int64_t until_us)
 {
     struct timespec t = {.tv_sec = until_us / 1000000, .tv_nsec = until_us % 1000000 * 1000};
     return pthread_cond_timedwait(cond, &c->lock, &t) != ETIMEDOUT;
@@ -66,8 +65,7 @@ static void free_message(Tandem__V1__CoordinatorMessage *m)
         protobuf_c_message_free_unpacked(&m->base, NULL);
 }
 
-/* Any thread of the link: the stream is of no use any more. */
-static void break_link(struct worker_control *c, const struct status *why)
+void worker_control_break(struct worker_control *c, const struct status *why)
 {
     pthread_mutex_lock(&c->lock);
     bool first = c->link == WORKER_LINK_UP;
@@ -169,129 +167,12 @@ static void *receiver_main(void *arg)
         if (rc == ST_OK && !data)
             rc = status_set(&st, ST_UNAVAILABLE, "the coordinator ended the stream");
         if (rc != ST_OK) {
-            break_link(c, &st);
+            worker_control_break(c, &st);
             return NULL;
         }
         if (!take_message(c, data, len))
             return NULL;
     }
-}
-
-/* ---- sender ---- */
-
-static void send_heartbeat(struct worker_control *c, int64_t now_us)
-{
-    Tandem__V1__Heartbeat h = TANDEM__V1__HEARTBEAT__INIT;
-    h.last_step = atomic_load_explicit(&c->last_step, memory_order_relaxed);
-    h.monotonic_us = (uint64_t)now_us;
-    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
-    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_HEARTBEAT;
-    m.heartbeat = &h;
-    worker_control_send(c, &m);
-}
-
-static void send_result(struct worker_control *c, const struct worker_result *result)
-{
-    Tandem__V1__StepResult r = TANDEM__V1__STEP_RESULT__INIT;
-    r.step = result->step;
-    r.compute_us = result->compute_us;
-    r.used_pages = result->used_pages;
-    r.n_token_ids = result->n_tokens;
-    r.token_ids = result->tokens;
-    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
-    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_RESULT;
-    m.result = &r;
-    worker_control_send(c, &m);
-}
-
-static void *sender_main(void *arg)
-{
-    struct worker_control *c = arg;
-    int64_t beat_us = worker_now_us();
-    pthread_mutex_lock(&c->lock);
-    while (c->link == WORKER_LINK_UP) {
-        int64_t now_us = worker_now_us();
-        bool beat = now_us >= beat_us && !c->closing;
-        if (!beat && !c->result_count) {
-            wait_until(c, &c->to_send, c->closing ? now_us + HEARTBEAT_MAX_MS * 1000ll : beat_us);
-            continue;
-        }
-        const struct worker_result *result = c->result_count ? &c->results[c->result_head] : NULL;
-        pthread_mutex_unlock(&c->lock);
-        if (beat) {
-            beat_us = now_us + (int64_t)c->heartbeat_ms * 1000;
-            send_heartbeat(c, now_us);
-        }
-        if (result)
-            send_result(c, result);
-        pthread_mutex_lock(&c->lock);
-        if (result) {
-            c->result_head = (c->result_head + 1) % WORKER_QUEUE_MAX;
-            c->result_count--;
-        }
-        if (c->flushing)
-            pthread_cond_broadcast(&c->changed);
-    }
-    pthread_mutex_unlock(&c->lock);
-    return NULL;
-}
-
-/* Waits until at most `most` results are left; false when the link is not up. Called with the lock. */
-static bool await_sender(struct worker_control *c, uint32_t most)
-{
-    c->flushing = true;
-    while (c->link == WORKER_LINK_UP && c->result_count > most)
-        pthread_cond_wait(&c->changed, &c->lock);
-    c->flushing = false;
-    return c->link == WORKER_LINK_UP;
-}
-
-/* Puts the result into the queue for the sender; false without memory for its tokens. Called with the lock. */
-static bool queue_result(struct worker_control *c, const struct worker_result *result)
-{
-    struct worker_result *to = &c->results[(c->result_head + c->result_count) % WORKER_QUEUE_MAX];
-    if (result->n_tokens > to->capacity) {
-        uint32_t *tokens = realloc(to->tokens, 2 * result->n_tokens * sizeof *tokens);
-        if (!tokens)
-            return false;
-        to->tokens = tokens;
-        to->capacity = 2 * result->n_tokens;
-    }
-    uint32_t *tokens = to->tokens, capacity = to->capacity;
-    if (result->n_tokens)
-        memcpy(tokens, result->tokens, result->n_tokens * sizeof *tokens);
-    *to = *result;
-    to->tokens = tokens;
-    to->capacity = capacity;
-    c->result_count++;
-    return true;
-}
-
-/* To write a message takes 20-100 us of system calls. While the next plan waits the sender does it, beside the next step;
- * when none waits, this thread has nothing better to do, and waking the other would only delay the result. */
-void worker_control_result(struct worker_control *c, uint64_t step, uint64_t compute_us,
-                           const struct engine_result *result)
-{
-    const struct worker_result r = {
-        .step = step,
-        .compute_us = compute_us,
-        .used_pages = result->used_pages,
-        .tokens = (uint32_t *)result->tokens, /* packed or copied from where it lies, not written to */
-        .n_tokens = c->hello.rank == 0 ? result->n_tokens : 0,
-    };
-    pthread_mutex_lock(&c->lock);
-    if (c->link != WORKER_LINK_UP || !await_sender(c, WORKER_QUEUE_MAX - 1)) {
-        pthread_mutex_unlock(&c->lock);
-        return;
-    }
-    bool queued = (c->count || c->result_count) && queue_result(c, &r);
-    if (queued)
-        pthread_cond_signal(&c->to_send);
-    else
-        await_sender(c, 0); /* after a lack of memory: results leave in order */
-    pthread_mutex_unlock(&c->lock);
-    if (!queued)
-        send_result(c, &r);
 }
 
 /* ---- attach ---- */
@@ -348,7 +229,7 @@ static enum status_code start_threads(struct worker_control *c, struct status *s
     int err = pthread_create(&c->receiver, NULL, receiver_main, c);
     if (err)
         return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "receiver thread");
-    err = pthread_create(&c->sender, NULL, sender_main, c);
+    err = pthread_create(&c->sender, NULL, worker_control_sender, c);
     if (err) {
         rpc_stream_cancel(c->stream);
         pthread_join(c->receiver, NULL);
@@ -421,7 +302,7 @@ enum status_code worker_control_attach(struct worker_control *c, uint32_t timeou
         if (next_us > until_us)
             next_us = until_us;
         pthread_mutex_lock(&c->lock);
-        while (!exit_requested(c) && wait_until(c, &c->changed, next_us))
+        while (!exit_requested(c) && worker_control_wait(c, &c->changed, next_us))
             ;
         pthread_mutex_unlock(&c->lock);
         retry_ms = retry_ms * 2 < RETRY_MAX_MS ? retry_ms * 2 : RETRY_MAX_MS;
@@ -471,7 +352,7 @@ enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__Coor
         }
         if (ending) {
             if (c->draining)
-                await_sender(c, 0);
+                worker_control_await_sender(c, 0);
             event = WORKER_EXIT;
             break;
         }
@@ -496,43 +377,5 @@ void worker_control_step_end(struct worker_control *c, Tandem__V1__CoordinatorMe
     free_message(message);
     pthread_mutex_lock(&c->lock);
     c->in_step = false;
-    pthread_mutex_unlock(&c->lock);
-}
-
-void worker_control_send(struct worker_control *c, Tandem__V1__RankMessage *m)
-{
-    struct status st = STATUS_INIT;
-    m->epoch = c->epoch;
-    if (rpc_stream_send(c->stream, &m->base, WORKER_SEND_TIMEOUT_MS, &st) != ST_OK)
-        break_link(c, &st);
-}
-
-void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent)
-{
-    pthread_mutex_lock(&c->lock);
-    bool up = await_sender(c, 0);
-    c->closing = true; /* a heartbeat that fails would cancel the stream, and with it what was sent */
-    pthread_mutex_unlock(&c->lock);
-    if (!up)
-        return;
-    Tandem__V1__Fault f = TANDEM__V1__FAULT__INIT;
-    f.code = why->code;
-    f.message = (char *)why->message;
-    f.permanent = permanent;
-    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
-    m.epoch = c->epoch;
-    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_FAULT;
-    m.fault = &f;
-    struct status st = STATUS_INIT;
-    if (rpc_stream_send(c->stream, &m.base, WORKER_FAULT_SEND_MS, &st) != ST_OK ||
-        rpc_stream_half_close(c->stream, &st) != ST_OK) {
-        worker_log(c->log, WORKER_LOG_WARNING, "the coordinator did not take the fault: %s", st.message);
-        return;
-    }
-    /* Its answer, Shutdown or the end of the stream, says that the Fault has arrived: to exit before could lose it. */
-    int64_t until_us = worker_now_us() + WORKER_FAULT_WAIT_MS * 1000;
-    pthread_mutex_lock(&c->lock);
-    while (c->link == WORKER_LINK_UP && !exit_requested(c) && wait_until(c, &c->changed, until_us))
-        ;
     pthread_mutex_unlock(&c->lock);
 }

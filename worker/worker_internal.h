@@ -194,6 +194,13 @@ void worker_control_result(struct worker_control *c, uint64_t step, uint64_t com
                            const struct engine_result *result);
 /* Sends Fault and waits, with bounds, until the coordinator took it. */
 void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent);
+/* Between worker_control.c and worker_send.c. wait and await_sender are called with the lock.
+ * wait: until then; false when the time is over. await_sender: until at most `most` results are left; false when the link
+ * is not up. break: the stream is of no use any more; any thread of the link. sender: the thread. */
+bool worker_control_wait(struct worker_control *c, pthread_cond_t *cond, int64_t until_us);
+bool worker_control_await_sender(struct worker_control *c, uint32_t most);
+void worker_control_break(struct worker_control *c, const struct status *why);
+void *worker_control_sender(void *control);
 /* Wakes the main thread in attach or next: it looks at the guard's exit code. Any thread. */
 void worker_control_wake(void *control);
 

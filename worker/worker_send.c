@@ -1,0 +1,160 @@
+/* worker_send.c - what a rank says to its coordinator: heartbeats, results, a fault. */
+#include "worker/worker_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define NO_BEAT_MS 60000 /* between looks of a sender that has no more heartbeats to send */
+
+void worker_control_send(struct worker_control *c, Tandem__V1__RankMessage *m)
+{
+    struct status st = STATUS_INIT;
+    m->epoch = c->epoch;
+    if (rpc_stream_send(c->stream, &m->base, WORKER_SEND_TIMEOUT_MS, &st) != ST_OK)
+        worker_control_break(c, &st);
+}
+
+static void send_heartbeat(struct worker_control *c, int64_t now_us)
+{
+    Tandem__V1__Heartbeat h = TANDEM__V1__HEARTBEAT__INIT;
+    h.last_step = atomic_load_explicit(&c->last_step, memory_order_relaxed);
+    h.monotonic_us = (uint64_t)now_us;
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_HEARTBEAT;
+    m.heartbeat = &h;
+    worker_control_send(c, &m);
+}
+
+static void send_result(struct worker_control *c, const struct worker_result *result)
+{
+    Tandem__V1__StepResult r = TANDEM__V1__STEP_RESULT__INIT;
+    r.step = result->step;
+    r.compute_us = result->compute_us;
+    r.used_pages = result->used_pages;
+    r.n_token_ids = result->n_tokens;
+    r.token_ids = result->tokens;
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_RESULT;
+    m.result = &r;
+    worker_control_send(c, &m);
+}
+
+void *worker_control_sender(void *arg)
+{
+    struct worker_control *c = arg;
+    int64_t beat_us = worker_now_us();
+    pthread_mutex_lock(&c->lock);
+    while (c->link == WORKER_LINK_UP) {
+        int64_t now_us = worker_now_us();
+        bool beat = now_us >= beat_us && !c->closing;
+        if (!beat && !c->result_count) {
+            worker_control_wait(c, &c->to_send, c->closing ? now_us + NO_BEAT_MS * 1000 : beat_us);
+            continue;
+        }
+        const struct worker_result *result = c->result_count ? &c->results[c->result_head] : NULL;
+        pthread_mutex_unlock(&c->lock);
+        if (beat) {
+            beat_us = now_us + (int64_t)c->heartbeat_ms * 1000;
+            send_heartbeat(c, now_us);
+        }
+        if (result)
+            send_result(c, result);
+        pthread_mutex_lock(&c->lock);
+        if (result) {
+            c->result_head = (c->result_head + 1) % WORKER_QUEUE_MAX;
+            c->result_count--;
+        }
+        if (c->flushing)
+            pthread_cond_broadcast(&c->changed);
+    }
+    pthread_mutex_unlock(&c->lock);
+    return NULL;
+}
+
+bool worker_control_await_sender(struct worker_control *c, uint32_t most)
+{
+    c->flushing = true;
+    while (c->link == WORKER_LINK_UP && c->result_count > most)
+        pthread_cond_wait(&c->changed, &c->lock);
+    c->flushing = false;
+    return c->link == WORKER_LINK_UP;
+}
+
+/* Puts the result into the queue for the sender; false without memory for its tokens. Called with the lock. */
+static bool queue_result(struct worker_control *c, const struct worker_result *result)
+{
+    struct worker_result *to = &c->results[(c->result_head + c->result_count) % WORKER_QUEUE_MAX];
+    if (result->n_tokens > to->capacity) {
+        uint32_t *tokens = realloc(to->tokens, 2 * result->n_tokens * sizeof *tokens);
+        if (!tokens)
+            return false;
+        to->tokens = tokens;
+        to->capacity = 2 * result->n_tokens;
+    }
+    uint32_t *tokens = to->tokens, capacity = to->capacity;
+    if (result->n_tokens)
+        memcpy(tokens, result->tokens, result->n_tokens * sizeof *tokens);
+    *to = *result;
+    to->tokens = tokens;
+    to->capacity = capacity;
+    c->result_count++;
+    return true;
+}
+
+/* To write a message takes 20-100 us of system calls. While the next plan waits the sender does it, beside the next step;
+ * when none waits, this thread has nothing better to do, and waking the other would only delay the result. */
+void worker_control_result(struct worker_control *c, uint64_t step, uint64_t compute_us,
+                           const struct engine_result *result)
+{
+    const struct worker_result r = {
+        .step = step,
+        .compute_us = compute_us,
+        .used_pages = result->used_pages,
+        .tokens = (uint32_t *)result->tokens, /* packed or copied from where it lies, not written to */
+        .n_tokens = c->hello.rank == 0 ? result->n_tokens : 0,
+    };
+    pthread_mutex_lock(&c->lock);
+    if (c->link != WORKER_LINK_UP || !worker_control_await_sender(c, WORKER_QUEUE_MAX - 1)) {
+        pthread_mutex_unlock(&c->lock);
+        return;
+    }
+    bool queued = (c->count || c->result_count) && queue_result(c, &r);
+    if (queued)
+        pthread_cond_signal(&c->to_send);
+    else
+        worker_control_await_sender(c, 0); /* after a lack of memory: results leave in order */
+    pthread_mutex_unlock(&c->lock);
+    if (!queued)
+        send_result(c, &r);
+}
+
+void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent)
+{
+    pthread_mutex_lock(&c->lock);
+    bool up = worker_control_await_sender(c, 0);
+    c->closing = true; /* a heartbeat that fails would cancel the stream, and with it what was sent */
+    pthread_mutex_unlock(&c->lock);
+    if (!up)
+        return;
+    Tandem__V1__Fault f = TANDEM__V1__FAULT__INIT;
+    f.code = why->code;
+    f.message = (char *)why->message;
+    f.permanent = permanent;
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    m.epoch = c->epoch;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_FAULT;
+    m.fault = &f;
+    struct status st = STATUS_INIT;
+    if (rpc_stream_send(c->stream, &m.base, WORKER_FAULT_SEND_MS, &st) != ST_OK ||
+        rpc_stream_half_close(c->stream, &st) != ST_OK) {
+        worker_log(c->log, WORKER_LOG_WARNING, "the coordinator did not take the fault: %s", st.message);
+        return;
+    }
+    /* Its answer, Shutdown or the end of the stream, says that the Fault has arrived: to exit before could lose it. */
+    int64_t until_us = worker_now_us() + WORKER_FAULT_WAIT_MS * 1000;
+    pthread_mutex_lock(&c->lock);
+    while (c->link == WORKER_LINK_UP && worker_guard_exit_code(c->guard) < 0 &&
+           worker_control_wait(c, &c->changed, until_us))
+        ;
+    pthread_mutex_unlock(&c->lock);
+}
