@@ -82,7 +82,7 @@ enum status_code rpc_address_target(const char *address, const char *what, bool 
         return rc;
     }
     char host[256];
-    unsigned port;
+    unsigned port = 0;
     rc = split(address, what, port_0_allowed, host, &port, st);
     if (rc != ST_OK)
         return rc;
@@ -161,7 +161,7 @@ static enum status_code probe_tcp(const char *address, struct status *st)
 {
     char host[256];
     char service[8];
-    unsigned port;
+    unsigned port = 0;
     enum status_code rc = split(address, "listen address", true, host, &port, st);
     if (rc != ST_OK)
         return rc;
