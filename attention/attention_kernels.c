@@ -6,6 +6,7 @@
 #include "attention/attention_host_internal.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -95,6 +96,15 @@ static inline __attribute__((always_inline, target("avx512f,avx512dq"))) f32x4 f
 #include "attention/attention_kernels_impl.h"
 #endif
 
+#if defined(__x86_64__)
+/* Not every compiler knows it by name. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 uint32_t host_kernels_list(const struct host_kernels *out[HOST_MAX_KERNELS])
 {
     uint32_t n = 0;
@@ -102,7 +112,7 @@ uint32_t host_kernels_list(const struct host_kernels *out[HOST_MAX_KERNELS])
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         out[n++] = &host_kernels_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
         out[n++] = &host_kernels_avx2;
 #endif
     out[n++] = &host_kernels_portable;

@@ -5,6 +5,7 @@
 #include "worker/gemm_internal.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -63,6 +64,15 @@ static inline __attribute__((always_inline, target("avx512f,avx512dq"))) f32x4 f
 #include "worker/gemm_kernels_impl.h"
 #endif
 
+#if defined(__x86_64__)
+/* Not every compiler knows it by name. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 uint32_t gemm_kernels_list(const struct gemm_kernels *out[GEMM_MAX_KERNELS])
 {
     uint32_t n = 0;
@@ -70,7 +80,7 @@ uint32_t gemm_kernels_list(const struct gemm_kernels *out[GEMM_MAX_KERNELS])
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         out[n++] = &gemm_kernels_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
         out[n++] = &gemm_kernels_avx2;
 #endif
     out[n++] = &gemm_kernels_portable;
