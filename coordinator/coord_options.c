@@ -59,7 +59,8 @@ static const struct option options[] = {
 
 static void print_help(void)
 {
-    printf("tandem-coordinator serves a model over gRPC; the computing is done by ranks (tandem-worker) that attach to "
+    printf("usage: tandem-coordinator --model DIR [OPTIONS]\n\n"
+           "tandem-coordinator serves a model over gRPC; the computing is done by ranks (tandem-worker) that attach to "
            "it.\n"
            "`tandem serve` starts both. By hand:\n\n"
            "    tandem-coordinator --model ./my-model --tp 2 --control-listen unix:/tmp/ctl.sock &\n"

@@ -70,7 +70,7 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
     if (a.token_bytes == 0)
         a.total_pages = 0;
     else if (a.total_pages == 0)
-        return status_set(st, ST_RESOURCE_EXHAUSTED,
+        return status_set(st, cfg->kv_bytes ? ST_INVALID_ARGUMENT : ST_RESOURCE_EXHAUSTED,
                           "kv_bytes: %llu bytes of KV memory, less than one page of %llu bytes",
                           (unsigned long long)budget, (unsigned long long)a.page_bytes);
     const struct kv_pool_config kv = {

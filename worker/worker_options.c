@@ -201,6 +201,7 @@ enum status_code worker_options_parse(struct worker_options *o, enum worker_acti
 void worker_options_help(void)
 {
     printf(
+        "usage: tandem-worker --model DIR --coordinator ADDR [OPTIONS]\n\n"
         "tandem-worker - one tensor-parallel rank of a tandem cluster.\n"
         "\n"
         "MPI starts R of them; together they hold one model, each rank its share of the heads, of the MLP and of the\n"
