@@ -407,7 +407,7 @@ START_TEST(options_out_of_range_are_refused)
         {small(DEMO), 1, ST_INVALID_ARGUMENT, "max_context: 1025, expected at most 1024"},
         {small(DEMO), 1, ST_INVALID_ARGUMENT, "max_slots: 65537"},
         {small(DEMO), 1, ST_INVALID_ARGUMENT, "max_step_tokens: 65537"},
-        {small(DEMO), 1, ST_RESOURCE_EXHAUSTED, "kv_bytes: 4096"},
+        {small(DEMO), 1, ST_INVALID_ARGUMENT, "kv_bytes: 4096"},
         {small(DEMO), 1, ST_INVALID_ARGUMENT, "page_bytes"},
         {small(DEMO), 9, ST_INVALID_ARGUMENT, "ranks: 9, expected 1 to 8"},
         {small(DEMO), 1, ST_INVALID_ARGUMENT, "threads"},
