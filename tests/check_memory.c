@@ -20,8 +20,8 @@
 
 /* --- faults: the n-th call from now on fails --- */
 
-static int fail_call;  /* 0: none; n: the n-th call of the wrapped functions fails */
-static int fail_errno; /* 0: ENOMEM */
+static int fail_call;         /* 0: none; n: the n-th call of the wrapped functions fails */
+static int fail_errno;        /* 0: ENOMEM */
 static const char *fake_root; /* files under /proc and /sys are opened here instead */
 
 static bool inject(void)
