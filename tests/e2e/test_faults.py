@@ -171,10 +171,26 @@ class BadStart(unittest.TestCase):
             self.skipTest("this machine has a GPU")
         self.fails("cuda", args=["--backend", "cuda"])
 
+    def test_mpirun_missing(self):
+        self.fails("/no/such/mpirun", args=["--mpirun", "/no/such/mpirun"])
+
     def test_one_rank_cannot_load(self):
-        # The ranks read different layers' bytes at the same time; a data error in a shared file hits all of them. A rank
-        # of its own is hit by a worker that does not exist for it: mpirun fails as a whole and says so.
-        self.fails("mpirun", args=["--mpirun", "/no/such/mpirun"])
+        """Rank 1 of 3 gets another, broken folder; the others are well and must not hang."""
+        bad = self.model()
+        os.truncate(os.path.join(bad, "model.safetensors"), 5000)
+        mpirun = os.path.join(self.dir.name, "mpirun")
+        shim = os.path.join(self.dir.name, "shim")
+        with open(mpirun, "w") as f:  # puts the shim in front of the worker's command line
+            f.write('#!/bin/bash\nargs=()\nfor a in "$@"; do\n'
+                    f'  case $a in */tandem-worker) args+=({shim});; esac\n  args+=("$a")\ndone\n'
+                    'exec mpirun "${args[@]}"\n')
+        with open(shim, "w") as f:
+            f.write('#!/bin/bash\nargs=()\nfor a in "$@"; do\n'
+                    f'  [ "$OMPI_COMM_WORLD_RANK$a" != "1{DEMO}" ] || a={bad}\n  args+=("$a")\ndone\n'
+                    'exec "${args[@]}"\n')
+        for path in (mpirun, shim):
+            os.chmod(path, 0o755)
+        self.fails("rank 1", "model.safetensors", args=["--mpirun", mpirun], tp=3)
 
 
 class LostRanks(unittest.TestCase):
