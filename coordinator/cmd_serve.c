@@ -659,11 +659,16 @@ static bool prepare(struct serve *s, const struct serve_options *o)
 {
     if (!find_bin_dir(s))
         return false;
-    strcpy(s->run_dir, "/tmp/tandem-XXXXXX");
+    const char *tmp = getenv("TMPDIR");
+    if (!tmp || !*tmp || strlen(tmp) > 40) /* a socket's path is short */
+        tmp = "/tmp";
+    snprintf(s->run_dir, sizeof s->run_dir, "%s/tandem-XXXXXX", tmp);
     if (!mkdtemp(s->run_dir)) {
         int err = errno;
         s->run_dir[0] = '\0';
-        return cmd_error(CMD_FAILED, "serve", "/tmp: cannot make a private folder: %s", strerror(err)), false;
+        return cmd_error(CMD_FAILED, "serve", "%s: cannot make a private folder: %s; TMPDIR names another place", tmp,
+                         strerror(err)),
+               false;
     }
     strcpy(s->shm_dir, "/dev/shm/tandem-XXXXXX");
     if (!s->local_only || !mkdtemp(s->shm_dir))
@@ -719,7 +724,9 @@ int cmd_serve(int argc, char **argv)
         sigaddset(&set, SIGCHLD);
         sigaddset(&set, SIGTERM);
         sigaddset(&set, SIGINT);
-        sigaddset(&set, SIGHUP);
+        struct sigaction hup;
+        if (!sigaction(SIGHUP, NULL, &hup) && hup.sa_handler != SIG_IGN)
+            sigaddset(&set, SIGHUP); /* under nohup it stays ignored */
         sigprocmask(SIG_BLOCK, &set, NULL);
         signal(SIGPIPE, SIG_IGN);
         int signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
