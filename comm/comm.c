@@ -142,7 +142,7 @@ enum status_code comm_all_gather(struct comm *c, const void *send, void *recv, c
         return rc;
     if (!bytes)
         return status_set(st, ST_INVALID_ARGUMENT, "all_gather: bytes is NULL, expected %u entries", c->size);
-    size_t total = 0, own = 0;
+    size_t total = 0, own = 0, own_bytes = bytes[c->rank];
     for (uint32_t r = 0; r < c->size; r++) {
         if (r == c->rank)
             own = total;
@@ -151,11 +151,11 @@ enum status_code comm_all_gather(struct comm *c, const void *send, void *recv, c
     }
     if (total == 0)
         return ST_OK;
-    if (!recv || (!send && bytes[c->rank] > 0))
+    if (!recv || (!send && own_bytes > 0))
         return status_set(st, ST_INVALID_ARGUMENT, "all_gather: %zu bytes from %p to %p", total, send, recv);
     /* memmove: send may overlap its place if a caller is off by some bytes; in place it costs nothing. */
-    if (bytes[c->rank] > 0 && (const char *)send != (char *)recv + own)
-        memmove((char *)recv + own, send, bytes[c->rank]);
+    if (own_bytes > 0 && send != (char *)recv + own)
+        memmove((char *)recv + own, send, own_bytes);
     if (c->size == 1)
         return ST_OK;
     return end(c, c->ops->all_gather(c, (char *)recv + own, recv, bytes, st), "all_gather", st);

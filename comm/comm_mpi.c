@@ -33,6 +33,7 @@ struct mpi {
     uint32_t n;     /* open requests, at most 2 per peer */
     MPI_Request *requests;
     uint32_t *peers; /* of each request */
+    char *names;     /* of the machines, NAME_BYTES per rank; until all have come */
 };
 
 #ifdef TANDEM_SANITIZED
@@ -275,7 +276,8 @@ static void machine_name(char name[NAME_BYTES])
 
 static enum status_code count_local(struct comm *c, struct status *st)
 {
-    char *names = calloc(c->size, NAME_BYTES);
+    struct mpi *m = c->backend;
+    char *names = m->names = calloc(c->size, NAME_BYTES);
     size_t *bytes = calloc(c->size, sizeof *bytes);
     enum status_code rc = ST_OK;
     if (!names || !bytes) {
@@ -289,14 +291,15 @@ static enum status_code count_local(struct comm *c, struct status *st)
     rc = mpi_all_gather(c, own, names, bytes, st);
     if (rc != ST_OK) {
         status_prefix(st, "waiting for all ranks of the job");
-        return rc; /* receives may be open on names */
+        goto out; /* receives may be open on names: it stays */
     }
     c->local_size = 0;
     for (uint32_t r = 0; r < c->size; r++)
         c->local_size += memcmp(names + (size_t)r * NAME_BYTES, own, NAME_BYTES) == 0;
+    free(names);
+    m->names = NULL;
 out:
     free(bytes);
-    free(names);
     return rc;
 }
 

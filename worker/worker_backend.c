@@ -84,7 +84,7 @@ static enum status_code try_serve(const struct backend_api *api, int rank, struc
     if (rc == ST_OK) {
         /* The worker of this build has no step loop for a session. */
         api->close(session);
-        rc = status_set(st, ST_UNIMPLEMENTED, "this worker cannot drive the %s back end", api->name);
+        status_set(st, ST_UNIMPLEMENTED, "this worker cannot drive the %s back end", api->name);
     }
     char memory[32];
     return status_prefix(st, "%u x %s, %s, compute capability %u.%u", count, d.name,

@@ -190,15 +190,15 @@ static enum status_code take_welcome(struct worker_control *c, const void *data,
     Tandem__V1__CoordinatorMessage *m =
         (Tandem__V1__CoordinatorMessage *)rpc_unpack(&tandem__v1__coordinator_message__descriptor, data, len);
     enum status_code rc = ST_OK;
-    if (m && m->body_case == TANDEM__V1__COORDINATOR_MESSAGE__BODY_SHUTDOWN)
-        rc = status_set(st, ST_UNAVAILABLE, "refused: %s", m->shutdown->reason);
-    else if (!m || m->body_case != TANDEM__V1__COORDINATOR_MESSAGE__BODY_WELCOME || m->epoch == 0)
-        rc = status_set(st, ST_UNIMPLEMENTED,
-                        "its first message is no Welcome with an epoch: is it a tandem-coordinator?");
-    if (rc == ST_OK) {
+    if (m && m->body_case == TANDEM__V1__COORDINATOR_MESSAGE__BODY_WELCOME && m->epoch != 0) {
         uint32_t ms = m->welcome->heartbeat_interval_ms;
         c->epoch = m->epoch;
         c->heartbeat_ms = ms == 0 ? HEARTBEAT_MS : ms > HEARTBEAT_MAX_MS ? HEARTBEAT_MAX_MS : ms;
+    } else if (m && m->body_case == TANDEM__V1__COORDINATOR_MESSAGE__BODY_SHUTDOWN) {
+        rc = status_set(st, ST_UNAVAILABLE, "refused: %s", m->shutdown->reason);
+    } else {
+        rc = status_set(st, ST_UNIMPLEMENTED,
+                        "its first message is no Welcome with an epoch: is it a tandem-coordinator?");
     }
     free_message(m);
     return rc;
