@@ -1,10 +1,12 @@
 /* check_engine.c - worker/engine.h on the demo model: the right tokens for every split and batch, and a clear refusal of
  * plans and folders that are wrong. The arithmetic on other shapes is tests/reference.py's business. */
 #include <check.h>
+#include <fcntl.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "comm/comm_internal.h"
@@ -683,6 +685,48 @@ START_TEST(damaged_folder_is_described)
 }
 END_TEST
 
+struct meddler {
+    char path[512];
+    off_t cut; /* below 0: only touched */
+    bool done;
+};
+
+static void meddle(void *ctx, uint64_t done_bytes, uint64_t total_bytes)
+{
+    struct meddler *m = ctx;
+    (void)done_bytes;
+    (void)total_bytes;
+    if (m->done)
+        return;
+    m->done = true;
+    const struct timespec past[2] = {{.tv_sec = 1}, {.tv_sec = 1}};
+    ck_assert_int_eq(m->cut >= 0 ? truncate(m->path, m->cut) : utimensat(AT_FDCWD, m->path, past, 0), 0);
+}
+
+/* Another program writes to the file while it is mapped: without care a cut is a SIGBUS. */
+START_TEST(file_that_changes_while_it_is_loaded_is_refused)
+{
+    static const struct {
+        off_t cut;
+        const char *says;
+    } cases[] = {{0, "another program"}, {100000, "another program cuts"}, {-1, "another program changed it"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct folder f = copy_demo();
+        struct meddler m = {.cut = cases[i].cut};
+        snprintf(m.path, sizeof m.path, "%s/model.safetensors", f.dir.path);
+        struct group *g;
+        struct status st = STATUS_INIT;
+        struct engine_config cfg = small(f.dir.path);
+        cfg.progress = meddle;
+        cfg.progress_ctx = &m;
+        enum status_code rc = group_create(&g, &cfg, 1, &st);
+        ck_assert_msg(rc == ST_DATA_LOSS && strstr(st.message, cases[i].says) && strstr(st.message, m.path), "%s: %s",
+                      status_name(rc), st.message);
+        drop_folder(&f);
+    }
+}
+END_TEST
+
 START_TEST(weights_that_are_no_numbers_end_the_step_with_the_row)
 {
     struct folder f = copy_demo();
@@ -724,6 +768,7 @@ static void add_cases(Suite *s)
     tcase_add_test(limits, options_out_of_range_are_refused);
     tcase_add_loop_test(faults, wrong_plan_is_described_and_changes_nothing, 0, SPOILED_PLANS);
     tcase_add_test(faults, damaged_folder_is_described);
+    tcase_add_test(faults, file_that_changes_while_it_is_loaded_is_refused);
     tcase_add_test(faults, weights_that_are_no_numbers_end_the_step_with_the_row);
     tcase_set_timeout(core, 120);
     tcase_set_timeout(limits, 120);

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "tests/temp_dir.h"
 #include "worker/safetensors.h"
@@ -290,6 +291,28 @@ START_TEST(damaged_folder_is_described)
 }
 END_TEST
 
+/* What stands there instead of a file must neither be waited for nor be taken for nothing. */
+START_TEST(odd_files_are_described)
+{
+    struct temp_dir d = temp_dir_make();
+    char path[512], index[512];
+    snprintf(path, sizeof path, "%s/model.safetensors", d.path);
+    snprintf(index, sizeof index, "%s/model.safetensors.index.json", d.path);
+    ck_assert_int_eq(mkfifo(path, 0600), 0);
+    expect_open(&d, ST_INVALID_ARGUMENT, "model.safetensors: not a regular file");
+    ck_assert_int_eq(unlink(path), 0);
+    ck_assert_int_eq(symlink("model.safetensors", path), 0);
+    expect_open(&d, ST_INVALID_ARGUMENT, "model.safetensors: Too many levels");
+    ck_assert_int_eq(unlink(path), 0);
+    ck_assert_int_eq(symlink("nowhere", path), 0);
+    expect_open(&d, ST_NOT_FOUND, "model.safetensors: No such file");
+    ck_assert_int_eq(unlink(path), 0);
+    ck_assert_int_eq(mkfifo(index, 0600), 0);
+    expect_open(&d, ST_INVALID_ARGUMENT, "index.json: not a regular file");
+    temp_dir_remove(&d);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("safetensors");
@@ -303,6 +326,7 @@ int main(void)
     tcase_add_test(faults, lying_header_length_is_refused);
     tcase_add_test(faults, file_cut_anywhere_is_refused);
     tcase_add_test(faults, damaged_folder_is_described);
+    tcase_add_test(faults, odd_files_are_described);
     tcase_set_timeout(faults, 60);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);

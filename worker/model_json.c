@@ -1,8 +1,11 @@
 #include "worker/model_json.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 static const char *type_name(const json_t *v)
 {
@@ -51,9 +54,17 @@ enum status_code json_open_error(int err)
 
 enum status_code json_read_file(json_t **out, const char *path, size_t max_bytes, struct status *st)
 {
-    FILE *f = fopen(path, "rb");
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO would wait for a writer */
+    struct stat info;
+    if (fd >= 0 && fstat(fd, &info) == 0 && !S_ISREG(info.st_mode)) {
+        close(fd);
+        return status_set(st, ST_INVALID_ARGUMENT, "%s: not a regular file", path);
+    }
+    FILE *f = fd >= 0 ? fdopen(fd, "rb") : NULL;
     if (!f) {
         int err = errno;
+        if (fd >= 0)
+            close(fd);
         return status_errno(st, json_open_error(err), err, "%s", path);
     }
     enum status_code rc = ST_OK;

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "worker/mapped_read.h"
 #include "worker/safetensors.h"
 
 #define ALIGN_BYTES 64
@@ -186,8 +187,18 @@ static void widen(float *out, const uint8_t *src, enum mat_dtype dtype, uint32_t
 }
 
 /* Rows first .. first + n - 1 of the piece's share. */
-static void copy_rows(const struct piece *p, uint8_t *arena, uint32_t first, uint32_t n)
+struct rows_copy {
+    const struct piece *piece;
+    uint8_t *arena;
+    uint32_t first, n;
+};
+
+static void copy_rows(void *arg)
 {
+    const struct rows_copy *c = arg;
+    const struct piece *p = c->piece;
+    uint8_t *arena = c->arena;
+    uint32_t first = c->first, n = c->n;
     uint64_t src_elem = mat_elem_bytes(p->src.dtype), dst_elem = mat_elem_bytes(p->dtype);
     uint64_t src_stride = p->src_cols * src_elem, dst_stride = p->cols.count * dst_elem;
     const uint8_t *src = p->src.data + (p->rows.first + (uint64_t)first) * src_stride + p->cols.first * src_elem;
@@ -204,7 +215,8 @@ static void copy_rows(const struct piece *p, uint8_t *arena, uint32_t first, uin
     }
 }
 
-static void copy_all(const struct loader *l, uint8_t *arena, struct model_progress progress)
+static enum status_code copy_all(const struct loader *l, uint8_t *arena, struct model_progress progress,
+                                 struct status *st)
 {
     uint64_t done = 0;
     if (progress.fn)
@@ -217,7 +229,12 @@ static void copy_all(const struct loader *l, uint8_t *arena, struct model_progre
         uint32_t step = row_bytes < CHUNK_BYTES ? (uint32_t)(CHUNK_BYTES / row_bytes) : 1;
         for (uint32_t r = 0; r < p->rows.count; r += step) {
             uint32_t n = p->rows.count - r < step ? p->rows.count - r : step;
-            copy_rows(p, arena, r, n);
+            struct rows_copy c = {p, arena, r, n};
+            if (!mapped_read(copy_rows, &c))
+                return status_set(st, ST_DATA_LOSS,
+                                  "%s: tensor %s cannot be read any more: another program cuts the file, or the disk "
+                                  "fails",
+                                  p->src.file, p->src.name);
             done += n * row_bytes;
             if (progress.fn && n == step)
                 progress.fn(progress.ctx, done, l->bytes);
@@ -225,6 +242,7 @@ static void copy_all(const struct loader *l, uint8_t *arena, struct model_progre
     }
     if (progress.fn)
         progress.fn(progress.ctx, l->bytes, l->bytes);
+    return safetensors_check_unchanged(l->files, st);
 }
 
 static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, struct status *st)
@@ -291,9 +309,9 @@ enum status_code model_weights_load(struct model_weights *out, const char *dir, 
         rc = status_nomem(st, "list of weights", l.max_pieces * sizeof *l.piece);
         goto done;
     }
-    if ((rc = plan_all(&l, &w, st)) != ST_OK || (rc = allocate_arena(&w, l.bytes, st)) != ST_OK)
+    if ((rc = plan_all(&l, &w, st)) != ST_OK || (rc = allocate_arena(&w, l.bytes, st)) != ST_OK ||
+        (rc = copy_all(&l, w.arena, progress, st)) != ST_OK)
         goto done;
-    copy_all(&l, w.arena, progress);
     place_all(&w, m);
     *out = w;
     w = (struct model_weights){0}; /* given away */

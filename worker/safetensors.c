@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "worker/mapped_read.h"
 #include "worker/model_json.h"
 
 #define MAX_INDEX_BYTES (64u << 20)
@@ -32,6 +33,7 @@ struct file {
     const uint8_t *bytes;
     uint64_t size;
     uint64_t data_at; /* 8 + N */
+    struct stat info; /* when it was mapped */
     json_t *header;
 };
 
@@ -158,6 +160,37 @@ static enum status_code check_tiling(struct entry *e, size_t n, const struct fil
     return ST_OK;
 }
 
+struct copy {
+    void *to;
+    const void *from;
+    size_t bytes;
+};
+
+static void copy_bytes(void *arg)
+{
+    const struct copy *c = arg;
+    memcpy(c->to, c->from, c->bytes);
+}
+
+static enum status_code gone(const struct file *f, struct status *st)
+{
+    return status_set(st, ST_DATA_LOSS, "%s: cannot be read to its end: another program cuts it, or the disk fails",
+                      f->path);
+}
+
+/* The JSON of the header, out of a copy: a parser cannot be left half-way when the file is cut. */
+static enum status_code parse_header(struct file *f, uint64_t length, struct status *st)
+{
+    char *text = malloc(length ? length : 1);
+    if (!text)
+        return status_nomem(st, f->path, length);
+    struct copy c = {text, f->bytes + 8, length};
+    enum status_code rc =
+        mapped_read(copy_bytes, &c) ? json_read_text(&f->header, text, length, f->path, st) : gone(f, st);
+    free(text);
+    return rc;
+}
+
 /* Header of files[n]; appends its tensors to the entries. */
 static enum status_code read_header(struct safetensors *s, uint32_t n, struct status *st)
 {
@@ -166,14 +199,18 @@ static enum status_code read_header(struct safetensors *s, uint32_t n, struct st
     if (f->size < 8)
         return status_set(st, ST_DATA_LOSS, "%s: %llu bytes, too short for a safetensors file", f->path,
                           (unsigned long long)f->size);
+    uint8_t start[8];
+    struct copy c = {start, f->bytes, sizeof start};
+    if (!mapped_read(copy_bytes, &c))
+        return gone(f, st);
     for (int i = 7; i >= 0; i--)
-        length = length << 8 | f->bytes[i];
+        length = length << 8 | start[i];
     if (length > f->size - 8 || length > SAFETENSORS_MAX_HEADER)
         return status_set(st, ST_DATA_LOSS,
                           "%s: header of %llu bytes in a file of %llu: truncated, or no safetensors file", f->path,
                           (unsigned long long)length, (unsigned long long)f->size);
     f->data_at = 8 + length;
-    enum status_code rc = json_read_text(&f->header, (const char *)f->bytes + 8, length, f->path, st);
+    enum status_code rc = parse_header(f, length, st);
     if (rc != ST_OK)
         return rc;
 
@@ -203,7 +240,7 @@ static enum status_code read_header(struct safetensors *s, uint32_t n, struct st
 /* Maps the file; f->path is set. An empty file stays without bytes. */
 static enum status_code map_file(struct file *f, struct status *st)
 {
-    int fd = open(f->path, O_RDONLY | O_CLOEXEC);
+    int fd = open(f->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO would wait for a writer */
     if (fd < 0) {
         int err = errno;
         return status_errno(st, json_open_error(err), err, "%s", f->path);
@@ -223,6 +260,7 @@ static enum status_code map_file(struct file *f, struct status *st)
             f->map = map;
             f->bytes = map;
             f->size = (uint64_t)info.st_size;
+            f->info = info;
         }
     }
     close(fd);
@@ -356,7 +394,8 @@ enum status_code safetensors_open(struct safetensors **out, const char *dir, str
         rc = status_nomem(st, "path of the weights", strlen(dir));
         goto fail;
     }
-    if (access(single_path, F_OK) == 0)
+    struct stat info;
+    if (lstat(single_path, &info) == 0) /* also a link to nowhere: the message is about it then */
         rc = add_file(s, dir, "model.safetensors", st) ? open_files(s, st) : ST_RESOURCE_EXHAUSTED;
     else
         rc = open_indexed(s, dir, index_path, st);
@@ -422,6 +461,21 @@ const char *safetensors_name(const struct safetensors *s, size_t i)
 const char *safetensors_file(const struct safetensors *s)
 {
     return s->n_files ? s->files[0].path : "no file";
+}
+
+enum status_code safetensors_check_unchanged(const struct safetensors *s, struct status *st)
+{
+    for (uint32_t i = 0; i < s->n_files; i++) {
+        const struct file *f = &s->files[i];
+        struct stat now;
+        /* Another file of that name is fine: ours is still there, without a name. */
+        if (!f->map || stat(f->path, &now) != 0 || now.st_ino != f->info.st_ino || now.st_dev != f->info.st_dev)
+            continue;
+        if (now.st_size != f->info.st_size || now.st_mtim.tv_sec != f->info.st_mtim.tv_sec ||
+            now.st_mtim.tv_nsec != f->info.st_mtim.tv_nsec)
+            return status_set(st, ST_DATA_LOSS, "%s: another program changed it while it was read", f->path);
+    }
+    return ST_OK;
 }
 
 static const struct entry *find(const struct safetensors *s, const char *name)

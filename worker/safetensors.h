@@ -31,7 +31,7 @@ struct safetensor {
     enum mat_dtype dtype;
     uint32_t dims;
     uint64_t shape[SAFETENSORS_MAX_DIMS];
-    const uint8_t *data; /* row-major, not aligned */
+    const uint8_t *data; /* row-major, not aligned; to be read by mapped_read, as the file may be cut meanwhile */
     uint64_t bytes;
 };
 
@@ -52,6 +52,8 @@ const char *safetensors_file(const struct safetensors *s);
  * the data live as long as the handle. */
 STATUS_MUST_CHECK enum status_code safetensors_get(struct safetensor *out, const struct safetensors *s,
                                                    const char *name, struct status *st);
+/* DATA_LOSS when a file was written to since it was opened: what has been read may be half old and half new. */
+STATUS_MUST_CHECK enum status_code safetensors_check_unchanged(const struct safetensors *s, struct status *st);
 /* Whether there is a tensor of that name, of whatever dtype. */
 int safetensors_has(const struct safetensors *s, const char *name);
 
