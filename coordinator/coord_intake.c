@@ -110,12 +110,19 @@ static enum status_code take_stop_ids(struct request *r, const Tandem__V1__Stopp
     return ST_OK;
 }
 
-/* r->prompt from the text; *n may be anything up to what 16 MB of text give. */
-static enum status_code take_text(struct coord *c, struct request *r, const Tandem__V1__GenerateRequest *m, size_t *n,
-                                  struct status *st)
+/* r->prompt from the text; *n may be more than the context holds. */
+static enum status_code take_text(struct coord *c, struct request *r, const Tandem__V1__GenerateRequest *m,
+                                  const struct model_facts *facts, size_t *n, struct status *st)
 {
+    size_t token_bytes = tok_max_token_bytes(c->tok);
     if (m->text.len == 0)
         return status_set(st, ST_INVALID_ARGUMENT, "text: empty, expected a prompt");
+    /* Encoding megabytes takes seconds: not for a text that cannot fit whatever comes out. */
+    if (token_bytes && (m->text.len - 1) / token_bytes >= facts->max_context - 1)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "text: a prompt of %zu bytes, but a token takes at most %zu and the context holds %u tokens, "
+                          "a new one among them",
+                          m->text.len, token_bytes, facts->max_context);
     unsigned flags = m->add_special_tokens_is_case && !m->add_special_tokens ? 0 : TOK_ADD_SPECIAL;
     if (tok_encode(c->tok, (const char *)m->text.data, m->text.len, flags, &r->prompt, n, st) != ST_OK)
         return status_prefix(st, "text");
@@ -144,7 +151,7 @@ static enum status_code take_prompt(struct coord *c, struct request *r, Tandem__
     const char *field = "text";
     switch (m->prompt_case) {
     case TANDEM__V1__GENERATE_REQUEST__PROMPT_TEXT:
-        rc = take_text(c, r, m, &n, st);
+        rc = take_text(c, r, m, facts, &n, st);
         break;
     case TANDEM__V1__GENERATE_REQUEST__PROMPT_TOKEN_IDS:
         rc = take_ids(r, m->token_ids, &n, st);

@@ -43,6 +43,10 @@ STATUS_MUST_CHECK enum status_code tok_decode(const struct tokenizer *t, const u
                                               char **text, size_t *len, struct status *st);
 
 uint32_t tok_vocab_size(const struct tokenizer *t); /* highest id + 1 */
+/* Bytes of text that one id stands for at most: a text of more than n times so many bytes makes more than n ids, which is
+ * known without encoding it. 0: no bound, because text may shrink or vanish before it becomes ids (an added token takes
+ * white space along, a normalizer shortens, a pre-tokenizer removes, unknown characters are dropped or fused). */
+size_t tok_max_token_bytes(const struct tokenizer *t);
 bool tok_is_special(const struct tokenizer *t, uint32_t id);
 /* Id of a token by its exact content; -1 when there is none. */
 int64_t tok_find(const struct tokenizer *t, const char *content);

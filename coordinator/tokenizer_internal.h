@@ -359,8 +359,12 @@ struct tokenizer {
     struct tok_buf added_text;
     struct tok_regex *word_char; /* for single_word, else NULL */
     struct tok_decoder dec;
-    struct tok_pool *pool; /* the only part that changes after load; has its own lock */
+    size_t max_token_bytes; /* see tok_max_token_bytes */
+    struct tok_pool *pool;  /* the only part that changes after load; has its own lock */
 };
+
+/* tokenizer_bound.c: max_token_bytes of a tokenizer that is loaded but for it. */
+size_t tok_bound(const struct tokenizer *t);
 
 /* From what tokenizer.json holds; root may go afterwards. */
 STATUS_MUST_CHECK enum status_code tok_create(struct tokenizer **out, const json_t *root, struct status *st);

@@ -31,6 +31,8 @@ static enum status_code load_parts(struct tokenizer *t, const json_t *root, stru
         rc = tok_decoder_load(t, json_object_get(root, "decoder"), st);
     if (rc == ST_OK)
         rc = tok_decoder_finish(t, st);
+    if (rc == ST_OK)
+        t->max_token_bytes = tok_bound(t);
     return rc;
 }
 
@@ -152,6 +154,11 @@ void tok_free(struct tokenizer *t)
 uint32_t tok_vocab_size(const struct tokenizer *t)
 {
     return t->vocab.size;
+}
+
+size_t tok_max_token_bytes(const struct tokenizer *t)
+{
+    return t->max_token_bytes;
 }
 
 bool tok_is_special(const struct tokenizer *t, uint32_t id)

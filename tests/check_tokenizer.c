@@ -129,6 +129,9 @@ static void expect_ids(const struct tokenizer *t, const json_t *text, const json
     enum status_code rc = tok_encode(t, json_string_value(text), json_string_length(text), flags, &ids, &n, &st);
     ck_assert_msg(rc == ST_OK, "%s: %s", what, st.message);
     ck_assert_msg((ids == NULL) == (n == 0), "%s: NULL exactly when there are no ids", what);
+    size_t bound = tok_max_token_bytes(t);
+    ck_assert_msg(bound == 0 || n * bound >= json_string_length(text), "%s: %zu ids of at most %zu bytes for %zu", what,
+                  n, bound, json_string_length(text));
     char *shown = json_dumps(text, JSON_ENCODE_ANY);
     ck_assert_msg(n == n_want, "%s: %s: %zu ids, expected %zu", what, shown, n, n_want);
     for (size_t i = 0; i < n; i++)
@@ -527,6 +530,7 @@ static void round_trip(const struct tokenizer *t, const char *text, size_t len, 
     double start = now_s();
     ck_assert_msg(tok_encode(t, text, len, 0, &ids, &n, &st) == ST_OK, "%s: %s", what, st.message);
     double encoded = now_s();
+    ck_assert_uint_ge(n * tok_max_token_bytes(t), len);
     char *back = decode(t, ids, n, 0, &back_len);
     /* Linear or n log n: far below; quadratic would take minutes. */
     ck_assert_msg(encoded - start < 15 && now_s() - encoded < 15, "%s: %.1f s and %.1f s", what, encoded - start,
@@ -914,6 +918,72 @@ START_TEST(an_unknown_token_that_is_missing_is_an_error_when_needed)
 }
 END_TEST
 
+struct bound {
+    const char *path, *value;
+    size_t want;
+};
+
+#define UNK(fuse) "{\"type\":\"BPE\",\"unk_token\":\"?\",\"fuse_unk\":" fuse ",\"vocab\":" UNK_VOCAB "}"
+#define UNK_VOCAB "{\"?\":0,\"??\":1},\"merges\":[\"? ?\"]"
+#define LONG_ADDED(strip)                                                                                              \
+    "[{\"id\":32000,\"content\":\"<a long one>\",\"single_word\":false," strip                                         \
+    ",\"normalized\":false,\"special\":true}]"
+#define REPLACE(from, to) "{\"type\":\"Replace\",\"pattern\":{\"String\":\"" from "\"},\"content\":\"" to "\"}"
+
+/* Of llama2's tokenizer, whose longest token is 16 U+2581. */
+static const struct bound BOUNDS[] = {
+    {NULL, NULL, 48},
+    {"added_tokens", LONG_ADDED("\"lstrip\":false,\"rstrip\":false"), 48},
+    {"added_tokens", LONG_ADDED("\"lstrip\":true,\"rstrip\":false"), 0},
+    {"added_tokens", LONG_ADDED("\"lstrip\":false,\"rstrip\":true"), 0},
+    {"normalizer", "null", 48},
+    {"normalizer", REPLACE("ab", "cd"), 48},
+    {"normalizer", REPLACE("ab", "c"), 0},
+    {"normalizer", "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"a\"},\"content\":\"bb\"}", 0},
+    {"pre_tokenizer", "{\"type\":\"WhitespaceSplit\"}", 0},
+    {"pre_tokenizer", "{\"type\":\"Digits\",\"individual_digits\":true}", 48},
+    {"model.byte_fallback", "false", 0}, /* unknown characters are fused */
+    {"model", UNK("true"), 0},
+    {"model", UNK("false"), 8}, /* "??" may be two characters of four bytes */
+    {"model", "{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]}", 0},
+};
+
+START_TEST(bytes_of_a_token_are_bounded_or_said_not_to_be)
+{
+    static const char *const texts[] = {"aaaa", "   a   ", "\xF0\x9F\x91\x8D\xF0\x9F\x91\x8D??\xF0\x9F\x91\x8D",
+                                        "abab"};
+    const struct bound *b = &BOUNDS[_i];
+    json_t *root = read_json(TEST_DATA "/tokenizers/llama2/tokenizer.json");
+    if (b->path) {
+        put_member(root, "post_processor", "null");
+        if (strncmp(b->path, "model", 5) == 0)
+            put_member(root, "added_tokens", "[]");
+        put_member(root, b->path, b->value);
+    }
+    struct tokenizer *t = create(root);
+    ck_assert_uint_eq(tok_max_token_bytes(t), b->want);
+    for (size_t i = 0; b->want && i < sizeof texts / sizeof *texts; i++) {
+        struct status st = STATUS_INIT;
+        uint32_t *ids;
+        size_t n;
+        ck_assert(tok_encode(t, texts[i], strlen(texts[i]), 0, &ids, &n, &st) == ST_OK);
+        ck_assert_uint_ge(n * b->want, strlen(texts[i]));
+        free(ids);
+    }
+    tok_free(t);
+    json_decref(root);
+}
+END_TEST
+
+START_TEST(bounds_of_the_models)
+{
+    static const size_t want[N_MODELS] = {17, 9, 48};
+    struct tokenizer *t = load(MODELS[_i]);
+    ck_assert_uint_eq(tok_max_token_bytes(t), want[_i]);
+    tok_free(t);
+}
+END_TEST
+
 START_TEST(a_regex_that_explodes_ends_with_an_error)
 {
     json_t *root = parse_json(TINY);
@@ -999,6 +1069,8 @@ int main(void)
     tcase_add_test(core, ids_outside_of_the_vocabulary);
     tcase_add_loop_test(limits, a_lone_word_of_a_megabyte_and_other_monsters, 0, N_MODELS);
     tcase_add_test(limits, texts_that_are_not_utf8_or_too_long);
+    tcase_add_loop_test(limits, bytes_of_a_token_are_bounded_or_said_not_to_be, 0, sizeof BOUNDS / sizeof *BOUNDS);
+    tcase_add_loop_test(limits, bounds_of_the_models, 0, N_MODELS);
     tcase_add_test(limits, a_long_stream_costs_the_same_per_push);
     tcase_add_test(limits, threads_share_a_tokenizer);
     tcase_add_loop_test(faults, a_wrong_member_is_named, 0, sizeof FAULTS / sizeof *FAULTS);

@@ -60,6 +60,12 @@ static void invalid_utf8(struct ask *a)
 {
     ask_text(a, "abc\xff\xfe", 4);
 }
+static void long_text(struct ask *a)
+{
+    static char text[4097]; /* could fit by its length alone */
+    memset(text, '1', 4096);
+    ask_text(a, text, 4);
+}
 static void id_out_of_range(struct ask *a)
 {
     a->prompt[3] = 2048;
@@ -118,6 +124,7 @@ static const struct bad bads[] = {
     {"no ids", empty_ids, ST_INVALID_ARGUMENT, "token_ids: empty"},
     {"no text", empty_text, ST_INVALID_ARGUMENT, "text: empty"},
     {"UTF-8", invalid_utf8, ST_INVALID_ARGUMENT, "3"},
+    {"long text", long_text, ST_INVALID_ARGUMENT, "tokens, expected at most 1023"},
     {"id", id_out_of_range, ST_INVALID_ARGUMENT, "token_ids: token 3 is 2048, expected below 2048"},
     {"long", long_prompt, ST_INVALID_ARGUMENT, "token_ids: 1024 tokens, expected at most 1023"},
     {"context", too_many_tokens, ST_INVALID_ARGUMENT, "stopping.max_tokens: 25, expected at most 24"},
@@ -239,6 +246,7 @@ START_TEST(a_huge_prompt_stalls_nobody)
     for (size_t i = 0; i < len; i++)
         text[i] = "the little dog ran "[i % 19];
     text[len] = '\0';
+    double cpu_s = proc_cpu_seconds(&p);
     ask_text(&big, text, 4);
     struct rpc_stream *s = proc_open(&p, &big.m, 0);
     int64_t worst = 0;
@@ -254,8 +262,9 @@ START_TEST(a_huge_prompt_stalls_nobody)
     }
     proc_drain(s, &r);
     ck_assert_int_eq(r.code, ST_INVALID_ARGUMENT);
-    ck_assert_ptr_nonnull(strstr(r.message, "tokens, expected at most 1023"));
+    ck_assert_msg(strstr(r.message, "text: a prompt of 8388608 bytes") && strstr(r.message, "1024"), "%s", r.message);
     ck_assert_int_lt(worst, 2000);
+    ck_assert_double_lt(proc_cpu_seconds(&p) - cpu_s, 1.0); /* it was refused by its length, not encoded */
     rpc_stream_close(s);
     proc_reply_free(&r);
     free(text);
