@@ -186,7 +186,7 @@ enum status_code tok_json_type(const json_t *obj, const char *where, const char 
 static enum status_code flatten(const json_t *obj, const char *where, const char *list_key, tok_component_fn *fn,
                                 void *arg, int depth, struct status *st)
 {
-    const char *type;
+    const char *type = "";
     enum status_code rc = tok_json_type(obj, where, &type, st);
     if (rc != ST_OK)
         return rc;
@@ -194,7 +194,7 @@ static enum status_code flatten(const json_t *obj, const char *where, const char
         return fn(arg, obj, type, where, st);
     if (depth >= TOK_MAX_NEST)
         return status_set(st, ST_UNIMPLEMENTED, "%s: Sequence nested deeper than %d", where, TOK_MAX_NEST);
-    const json_t *list;
+    const json_t *list = NULL;
     rc = tok_json_array(obj, where, list_key, &list, st);
     for (size_t i = 0; rc == ST_OK && i < json_array_size(list); i++) {
         char place[256];
