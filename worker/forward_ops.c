@@ -7,10 +7,11 @@
 
 #define LANES 16
 
-/* Also compiled for the wider vectors of newer x86-64 CPUs, chosen when the program starts. Not under a sanitizer: the
+/* Also compiled for the wider vectors of newer x86-64 CPUs, chosen when the program starts: by what the CPU can do, while
+ * "arch=haswell" would ask for that very model. Not under a sanitizer: the
  * choice would run before its run-time is there. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(TANDEM_SANITIZED)
-#define VECTORISED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORISED
 #endif
