@@ -54,7 +54,8 @@ int64_t tok_find(const struct tokenizer *t, const char *content);
 /* Streaming decode. What all pushes and the final flush return, put together, equals tok_decode of all ids; each piece
  * is valid UTF-8 and never ends within a character that a later token may complete. Cost per push is bounded (does not
  * grow with the length of the text). prompt ids may be given first with tok_stream_prime, so that a decoder that looks
- * left (the space in front of a sentencepiece word) sees them: the text then continues the prompt. */
+ * left (the space in front of a sentencepiece word) sees them: the text then continues the prompt, of which only a character
+ * that the prompt left unfinished comes again. */
 struct tok_stream;
 STATUS_MUST_CHECK enum status_code tok_stream_create(struct tok_stream **out, const struct tokenizer *t, unsigned flags,
                                                      struct status *st);

@@ -483,6 +483,22 @@ bool tok_dec_push(const struct tokenizer *t, struct tok_dec_state *st, uint32_t 
     return run_end(dec, st, out) && token_out(dec, st, s, n, clean, out);
 }
 
+bool tok_dec_settle(const struct tokenizer *t, struct tok_dec_state *st, struct tok_buf *out)
+{
+    size_t whole = st->run.len - st->run_utf8.n_held;
+    if (whole && !token_out(&t->dec, st, st->run.data, whole, true, out))
+        return false;
+    if (whole)
+        memmove(st->run.data, st->run.data + whole, st->run_utf8.n_held);
+    st->run.len = st->run_utf8.n_held;
+    for (size_t k = t->dec.n_each; k < t->dec.n_steps; k++) {
+        for (; st->strip[k].n_held; st->strip[k].n_held--)
+            if (!whole_out(&t->dec, st, k + 1, t->dec.steps[k].mark, t->dec.steps[k].mark_len, out))
+                return false;
+    }
+    return true;
+}
+
 bool tok_dec_finish(const struct tokenizer *t, struct tok_dec_state *st, struct tok_buf *out)
 {
     if (!run_end(&t->dec, st, out))

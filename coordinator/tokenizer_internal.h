@@ -340,6 +340,8 @@ struct tok_dec_state { /* zeroed: at the beginning */
 };
 STATUS_MUST_CHECK bool tok_dec_push(const struct tokenizer *t, struct tok_dec_state *s, uint32_t id, unsigned flags,
                                     struct tok_buf *out); /* false: out of memory */
+/* Gives out what is held back but for an unfinished character: whatever follows, it belongs to the tokens so far. */
+STATUS_MUST_CHECK bool tok_dec_settle(const struct tokenizer *t, struct tok_dec_state *s, struct tok_buf *out);
 STATUS_MUST_CHECK bool tok_dec_finish(const struct tokenizer *t, struct tok_dec_state *s, struct tok_buf *out);
 void tok_dec_fini(struct tok_dec_state *s);
 

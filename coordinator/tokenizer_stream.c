@@ -37,6 +37,7 @@ void tok_stream_prime(struct tok_stream *s, const uint32_t *ids, size_t n)
         s->out.len = 0;
         s->nomem = !tok_dec_push(s->t, &s->state, ids[i], s->flags, &s->out);
     }
+    s->nomem = s->nomem || !tok_dec_settle(s->t, &s->state, &s->out);
     s->out.len = 0;
 }
 
