@@ -32,7 +32,11 @@ void log_line(const struct coord_log *log, enum log_level level, const char *fmt
     va_end(ap);
     if (k < 0)
         return;
+    size_t text = n;
     n = (size_t)k < sizeof line - n - 1 ? n + (size_t)k : sizeof line - 2;
+    for (size_t i = text; i < n; i++) /* names, paths and messages of others: one event stays one line */
+        if ((unsigned char)line[i] < 0x20 || line[i] == 0x7F)
+            line[i] = '?';
     line[n++] = '\n';
     ssize_t unused = write(STDERR_FILENO, line, n);
     (void)unused; /* nobody to tell */

@@ -52,8 +52,7 @@ static enum status_code start_servers(struct coord *c, struct rpc_method *public
     struct rpc_server_config cfg = {.methods = control_methods,
                                     .n_methods = COORD_CONTROL_METHODS,
                                     .listen = (const char *const[]){c->opt.control_listen},
-                                    .n_listen = 1,
-                                    .max_message_bytes = c->opt.max_message_bytes,
+                                    .n_listen = 1, /* messages of ranks are not clients': no option bounds them */
                                     .max_streams = COORD_MAX_CONNS};
     mode_t old = umask(0077); /* a control socket is for this user */
     enum status_code rc = rpc_server_start(&c->control_server, &cfg, st);

@@ -283,6 +283,7 @@ START_TEST(options_are_checked_in_one_line)
         "--model " TEST_MODEL " --listen nonsense",
         "--log-level chatter",
         "--step-tokens -1",
+        "--model " TEST_MODEL " --max-message-bytes 16777217",
         "--model " TEST_MODEL " --heartbeat-timeout-ms 600",
         "",
         "--supervisor-fd 99 --model " TEST_MODEL,
@@ -317,6 +318,25 @@ START_TEST(an_address_in_use_is_named)
 }
 END_TEST
 
+START_TEST(one_event_is_one_line_of_the_log)
+{
+    struct proc p;
+    char cmd[1024], out[4096];
+    start(&p, NULL); /* for its folder */
+    snprintf(
+        cmd, sizeof cmd,
+        "timeout -s TERM 1 %s --model %s --listen %sx --control-listen %sx --served-name \"$(printf 'a\\nforged')\" "
+        "2>&1",
+        TEST_COORDINATOR, TEST_MODEL, p.address, p.control);
+    FILE *f = popen(cmd, "r");
+    ck_assert_ptr_nonnull(f);
+    out[fread(out, 1, sizeof out - 1, f)] = '\0';
+    pclose(f);
+    ck_assert_msg(strstr(out, "a?forged") && !strstr(out, "\nforged"), "%s", out);
+    finish(&p, NULL);
+}
+END_TEST
+
 TCase *coord_limits(void)
 {
     TCase *limits = tcase_create("limits");
@@ -327,5 +347,6 @@ TCase *coord_limits(void)
     tcase_add_test(limits, a_huge_prompt_stalls_nobody);
     tcase_add_test(limits, options_are_checked_in_one_line);
     tcase_add_test(limits, an_address_in_use_is_named);
+    tcase_add_test(limits, one_event_is_one_line_of_the_log);
     return limits;
 }
