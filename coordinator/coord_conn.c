@@ -95,7 +95,7 @@ static void attach_message(struct rpc_call *call, const void *data, size_t len, 
     (void)ctx;
     struct rank_conn *conn = rpc_call_data(call);
     struct status st = STATUS_INIT;
-    if (!conn)
+    if (!conn || conn->refused) /* what comes until the stream is closed is not looked at */
         return;
     Tandem__V1__RankMessage *m =
         (Tandem__V1__RankMessage *)rpc_unpack(&tandem__v1__rank_message__descriptor, data, len);
@@ -126,6 +126,7 @@ fail:
     if (m)
         protobuf_c_message_free_unpacked(&m->base, NULL);
     log_line(&conn->coord->log, LOG_ERROR, "a rank's stream from %s: %s", rpc_call_peer(call), st.message);
+    conn->refused = true;
     rpc_call_finish(call, &st, 0); /* on_close follows, and with it the loss of the group */
     conn_post(conn, CONN_HALF_CLOSED);
 }

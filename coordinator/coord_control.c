@@ -7,7 +7,7 @@
 static void done(struct engine *e, struct control_call *cc, const struct status *st)
 {
     if (st)
-        rpc_call_finish(cc->call, st, st->code == ST_UNAVAILABLE ? COORD_RETRY_AFTER_MS : 0);
+        rpc_call_finish(cc->call, st, st->code == ST_UNAVAILABLE && !e->draining ? COORD_RETRY_AFTER_MS : 0);
     atomic_fetch_sub(&e->coord->live_control, 1);
     control_unref(cc);
 }

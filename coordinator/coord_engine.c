@@ -78,6 +78,11 @@ static void stop_advance(struct engine *e, int64_t now_us)
     struct status st = STATUS_INIT;
     bool empty = atomic_load(&c->live_requests) == 0;
     bool due = now_us >= e->stop_until_us;
+    if (e->stop == STOP_DRAINING && !e->group.live) { /* and no group may attach any more: they would wait in vain */
+        status_set(&st, ST_UNAVAILABLE, "the server is stopping, and %s",
+                   e->lost_reason[0] ? e->lost_reason : "no worker group is there");
+        requests_end_live(e, &st, now_us);
+    }
     if (e->stop == STOP_DRAINING && (empty || due)) {
         status_set(&st, ST_UNAVAILABLE, "the server is stopping");
         if (!empty)

@@ -262,8 +262,11 @@ static bool take_message(struct engine *e, struct rank_conn *conn, Tandem__V1__R
         take_hello(e, conn, m->hello, now_us);
         return false;
     }
-    if (m->epoch != e->group.epoch)
+    if (m->epoch != e->group.epoch) { /* dropped, its step or its Ready would be waited for without an end */
+        group_lost(e, now_us, false, "rank %u was lost: a message of epoch %" PRIu64 ", expected %" PRIu64, conn->rank,
+                   m->epoch, e->group.epoch);
         return false;
+    }
     switch (m->body_case) {
     case TANDEM__V1__RANK_MESSAGE__BODY_LOADING:
         take_loading(e, conn, m->loading);
@@ -294,7 +297,7 @@ void group_handle_mail(struct engine *e, struct rank_conn *conn, uint32_t flags,
     if (flags & (CONN_HALF_CLOSED | CONN_CLOSED)) {
         if (conn->state == CONN_MEMBER)
             group_lost(e, now_us, false, "rank %u was lost: its stream was closed", conn->rank);
-        if (conn->state == CONN_NEW || !(flags & CONN_CLOSED))
+        if (conn->state == CONN_NEW) /* one that ends already gets no more time */
             group_end_conn(conn, NULL, now_us);
     }
     if (flags & CONN_CLOSED) {

@@ -283,6 +283,8 @@ struct rank_conn {
     /* set by the poll thread, read by the engine */
     atomic_int_least64_t heard_us; /* last message of any kind */
     atomic_uint_least64_t beat_step;
+    /* poll thread */
+    bool refused; /* a message broke the rules: the stream was finished */
     /* mailbox lock */
     struct conn_msg *msg_head, **msg_tail;
     uint32_t n_msg;
@@ -416,6 +418,8 @@ void requests_flush_dirty(struct engine *e, int64_t now_us);
 struct request *request_by_name(struct engine *e, const char *name);
 /* Ends one request early; its call gets this status. */
 void request_end(struct engine *e, struct request *r, const struct status *st, int64_t now_us);
+/* Those that still need the ranks: not those of which only a client has to take the rest. */
+void requests_end_live(struct engine *e, const struct status *st, int64_t now_us);
 uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us);
 /* Drops clients that took nothing for too long. */
 void requests_check_slow(struct engine *e, int64_t now_us);

@@ -102,6 +102,12 @@ static struct request *request_by_id(struct engine *e, uint64_t id)
 
 /* ---- ends ---- */
 
+/* When it is worth to ask this server again; 0: no more, it drains. */
+static uint32_t retry_after_ms(const struct engine *e)
+{
+    return e->draining ? 0 : COORD_RETRY_AFTER_MS;
+}
+
 /* The call was finished or cancelled; what is left is its on_close. */
 static void to_closing(struct engine *e, struct request *r, int64_t now_us)
 {
@@ -325,11 +331,8 @@ static void take_finished(struct engine *e, struct request *r, const struct sche
     }
     r->end = *ev;
     r->finish_ready = true;
-    r->state = REQUEST_FINISHED;
-    if (r->closed)
-        to_closing(e, r, now_us);
-    else
-        mark_dirty(e, r);
+    r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
+    mark_dirty(e, r);
     log_line(&e->coord->log, LOG_DEBUG, "%s: %u prompt tokens, %u new, %s", r->name, ev->n_prompt, ev->n_new,
              ev->stopped ? "stop" : "length");
 }
@@ -341,7 +344,7 @@ static void take_failed(struct engine *e, struct request *r, const struct sched_
     switch (ev->code) {
     case ST_UNAVAILABLE:
         status_set(&st, ST_UNAVAILABLE, "%s", e->lost_reason[0] ? e->lost_reason : "the worker group is gone");
-        retry = COORD_RETRY_AFTER_MS;
+        retry = retry_after_ms(e);
         break;
     case ST_DEADLINE_EXCEEDED:
         status_set(&st, ev->code, "the deadline passed %s, after %u of %u tokens",
@@ -374,9 +377,16 @@ void request_end(struct engine *e, struct request *r, const struct status *st, i
 {
     bool live = r->state == REQUEST_LIVE;
     uint64_t id = r->id;
-    fail(e, r, st, st->code == ST_UNAVAILABLE ? COORD_RETRY_AFTER_MS : 0, now_us);
+    fail(e, r, st, st->code == ST_UNAVAILABLE ? retry_after_ms(e) : 0, now_us);
     if (live) /* its FAILED event finds no request any more */
         (void)!sched_cancel(e->sched, now_us, id, st->code, NULL);
+}
+
+void requests_end_live(struct engine *e, const struct status *st, int64_t now_us)
+{
+    for (uint32_t i = 0; i < e->table_cap; i++)
+        if (e->table[i] && e->table[i]->state == REQUEST_LIVE)
+            request_end(e, e->table[i], st, now_us);
 }
 
 uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us)

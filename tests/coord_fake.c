@@ -64,6 +64,7 @@ uint32_t fake_token(uint64_t seed, uint32_t position, uint32_t vocab_size)
 static bool send_message(struct fake_rank *r, Tandem__V1__RankMessage *m)
 {
     m->epoch = m->body_case == TANDEM__V1__RANK_MESSAGE__BODY_HELLO ? 0 : atomic_load(&r->epoch);
+    m->epoch += atomic_load(&r->mood) == FAKE_WRONG_EPOCH;
     return rpc_stream_send(atomic_load(&r->stream), &m->base, 5000, NULL) == ST_OK;
 }
 
@@ -313,6 +314,10 @@ static void *rank_main(void *arg)
         if (mood == FAKE_FAULT)
             atomic_store(&r->mood, FAKE_WELL);
         send_heartbeat(r);
+        for (int i = 0; i < 5 && mood == FAKE_GARBAGE; i++) {
+            Tandem__V1__RankMessage none = TANDEM__V1__RANK_MESSAGE__INIT;
+            send_message(r, &none); /* false once the stream has ended: recv says how */
+        }
         const void *msg = NULL;
         size_t len = 0;
         bool late = false;

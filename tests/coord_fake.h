@@ -40,6 +40,8 @@ enum fake_mood {
     FAKE_WRONG_STEP,  /* answers the next plan with another number */
     FAKE_WRONG_COUNT, /* with a token too few or too many */
     FAKE_WRONG_TOKEN, /* with an id that is not in the vocabulary */
+    FAKE_WRONG_EPOCH, /* answers under the number of the next epoch */
+    FAKE_GARBAGE,     /* sends messages without a body, again and again */
     FAKE_DROP,        /* cancels the stream */
     FAKE_FAULT,       /* sends a permanent Fault */
 };

@@ -185,6 +185,8 @@ static const struct loss losses[] = {
     {FAKE_HOLD, 0, "rank 0 was lost: step ", false},
     {FAKE_WRONG_STEP, 0, "rank 0 was lost: it answered step", false},
     {FAKE_WRONG_STEP, 1, "rank 1 was lost: it answered step", false},
+    {FAKE_WRONG_EPOCH, 1, "rank 1 was lost: a message of epoch 2, expected 1", false},
+    {FAKE_GARBAGE, 1, "rank 1 was lost: its stream was closed", false},
     {FAKE_WRONG_COUNT, 0, "rank 0 was lost: step", false},
     {FAKE_WRONG_TOKEN, 0, "the vocabulary has 2048", false},
     {FAKE_FAULT, 1, "rank 1: weights: file is truncated (DATA_LOSS)", true},
@@ -270,6 +272,89 @@ START_TEST(queued_requests_outlive_the_group)
     check_ids(&r, 8, 2, 4);
     rpc_stream_close(running);
     rpc_stream_close(queued);
+    proc_reply_free(&r);
+    finish(&p, g);
+}
+END_TEST
+
+/* No group may attach to a coordinator that stops: what waits for one is told so, not left to the drain timeout. */
+START_TEST(a_stop_without_a_group_keeps_nobody_waiting)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    o.max_slots = 1;
+    struct fake_group *g = start_ready(&p, &o, NULL);
+    struct proc_reply r = {0}, q = {0};
+    struct ask a;
+    fake_group_mood(g, 0, FAKE_HOLD);
+    ask_ids(&a, 8, 1, 4);
+    struct rpc_stream *running = proc_open(&p, &a.m, 0);
+    ck_assert(wait_running(&p, 1, 0));
+    ask_ids(&a, 8, 2, 4);
+    struct rpc_stream *queued = proc_open(&p, &a.m, 0);
+    ck_assert(wait_running(&p, 1, 1));
+    if (_i == 1) {
+        kill(p.pid, SIGTERM);
+        ck_assert(proc_wait_state(&p, STATE(DRAINING), WAIT_MS));
+    }
+    int64_t t = proc_now_ms();
+    fake_group_mood(g, 1, FAKE_DROP);
+    proc_drain(running, &r);
+    ck_assert_int_eq(r.code, ST_UNAVAILABLE);
+    ck_assert_ptr_nonnull(strstr(r.message, "rank 1 was lost"));
+    ck_assert_int_eq(r.retry_after_ms > 0, _i == 0);
+    if (_i == 0)
+        kill(p.pid, SIGTERM);
+    proc_drain(queued, &q);
+    ck_assert_int_eq(q.code, ST_UNAVAILABLE);
+    ck_assert_msg(strstr(q.message, "stopping") && strstr(q.message, "rank 1 was lost"), "%s", q.message);
+    ck_assert_uint_eq(q.retry_after_ms, 0);
+    ck_assert_int_lt(proc_now_ms() - t, 5000);
+    rpc_stream_close(running);
+    rpc_stream_close(queued);
+    proc_reply_free(&r);
+    proc_reply_free(&q);
+    ck_assert_int_eq(proc_end(&p, 0, WAIT_MS), 0);
+    ck_assert(fake_group_stop(g));
+}
+END_TEST
+
+START_TEST(a_rank_that_attaches_twice_ends_its_group)
+{
+    struct proc p;
+    char line[512];
+    struct status st = STATUS_INIT;
+    struct fake_options o = FAKE_OPTIONS;
+    struct fake_group *g = start_ready(&p, &o, NULL);
+    struct proc_reply r = {0};
+    struct ask a;
+    bool shutdown = false, relaunch = false;
+    ck_assert(proc_event(&p, line, sizeof line, WAIT_MS)); /* ready */
+    fake_group_mood(g, 0, FAKE_HOLD);
+    ask_ids(&a, 8, 1, 4);
+    struct rpc_stream *s = proc_open(&p, &a.m, 0);
+    ck_assert(wait_running(&p, 1, 0));
+    o.partial = true; /* rank 0 of the same launch, alone */
+    struct fake_group *again = fake_group_start(p.control, &o);
+    proc_drain(s, &r);
+    ck_assert_int_eq(r.code, ST_UNAVAILABLE);
+    ck_assert_msg(strstr(r.message, "rank 0 was lost: it attached again"), "%s", r.message);
+    ck_assert(proc_event(&p, line, sizeof line, WAIT_MS));
+    ck_assert_msg(strstr(line, "group-lost epoch=1 permanent=0"), "%s", line);
+    ck_assert_int_eq(fake_rank_end(g, 1, &st, &shutdown, &relaunch), ST_OK);
+    ck_assert(shutdown && relaunch);
+    ck_assert(fake_group_stop(g));
+    ck_assert(fake_group_stop(again)); /* its half group of epoch 2 goes with it */
+    ck_assert(proc_event(&p, line, sizeof line, WAIT_MS));
+    ck_assert_msg(strstr(line, "group-lost epoch=2 permanent=0"), "%s", line);
+    o.partial = false;
+    o.launch_id = 2;
+    g = fake_group_start(p.control, &o);
+    ck_assert(proc_wait_state(&p, STATE(READY), WAIT_MS));
+    rpc_stream_close(s);
+    proc_reply_free(&r);
+    proc_generate(&p, &a.m, 0, &r);
+    check_ids(&r, 8, 1, 4);
     proc_reply_free(&r);
     finish(&p, g);
 }
@@ -466,6 +551,8 @@ TCase *coord_faults(void)
     tcase_add_loop_test(faults, a_lost_rank_ends_the_epoch_and_the_next_group_serves, 0,
                         (int)(sizeof losses / sizeof *losses));
     tcase_add_test(faults, queued_requests_outlive_the_group);
+    tcase_add_loop_test(faults, a_stop_without_a_group_keeps_nobody_waiting, 0, 2);
+    tcase_add_test(faults, a_rank_that_attaches_twice_ends_its_group);
     tcase_add_test(faults, ranks_that_do_not_belong_are_refused);
     tcase_add_test(faults, a_group_that_never_gets_ready_is_no_group);
     tcase_add_loop_test(faults, a_client_that_never_reads_is_dropped, 0, 2);
