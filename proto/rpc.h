@@ -102,7 +102,8 @@ STATUS_MUST_CHECK enum status_code rpc_call_send(struct rpc_call *call, const Pr
 uint32_t rpc_call_pending(const struct rpc_call *call);
 /* Ends the call with this status after what is queued has gone out; an error with nothing sent yet travels before any
  * message (so that clients may retry). The first call wins, later ones do nothing. retry_after_ms > 0 adds the trailer
- * retry-after-ms. st NULL: OK. */
+ * retry-after-ms. grpc-status-details-bin says the same to programs: a google.rpc.RetryInfo, and for INVALID_ARGUMENT
+ * whose message starts with "field.path: " a google.rpc.BadRequest. st NULL: OK. */
 void rpc_call_finish(struct rpc_call *call, const struct status *st, uint32_t retry_after_ms);
 /* UNARY: the answer and OK. */
 void rpc_call_reply(struct rpc_call *call, const ProtobufCMessage *m);

@@ -71,7 +71,7 @@ struct rpc_call {
     uint32_t retry_after_ms;
     /* What the core reads while the status batch is out. */
     grpc_slice detail;
-    grpc_metadata trailer;
+    grpc_metadata trailers[2];
     bool owes_slot; /* no memory for the slot that should have followed */
 };
 
@@ -119,7 +119,9 @@ static struct rpc_call *call_new(struct rpc_server *s, size_t index)
     grpc_call_details_init(&call->details);
     call->tail = &call->head;
     call->deadline_us = INT64_MAX;
-    call->detail = call->trailer.key = call->trailer.value = grpc_empty_slice();
+    call->detail = grpc_empty_slice();
+    for (size_t i = 0; i < 2; i++)
+        call->trailers[i].value = grpc_empty_slice();
     pthread_mutex_init(&call->lock, NULL);
     return call;
 }
@@ -148,7 +150,8 @@ static void release_core(struct rpc_call *call, grpc_call *core)
     grpc_metadata_array_destroy(&call->metadata);
     grpc_call_details_destroy(&call->details);
     grpc_slice_unref(call->detail);
-    grpc_slice_unref(call->trailer.value);
+    for (size_t i = 0; i < 2; i++)
+        grpc_slice_unref(call->trailers[i].value);
     if (core)
         grpc_call_unref(core);
 }
@@ -180,6 +183,25 @@ static void use_put(struct rpc_call *call)
 
 /* ---- writing ---- */
 
+/* With the lock held: what a program reads of the status beside its code. Returns how many trailers that makes. */
+static size_t make_trailers(struct rpc_call *call)
+{
+    size_t n = 0;
+    if (call->retry_after_ms > 0) {
+        char text[16];
+        snprintf(text, sizeof text, "%u", call->retry_after_ms);
+        call->trailers[n].key = grpc_slice_from_static_string("retry-after-ms");
+        call->trailers[n++].value = grpc_slice_from_copied_string(text);
+    }
+    uint8_t details[RPC_DETAILS_MAX];
+    size_t len = rpc_details_encode(&call->status, call->retry_after_ms, details);
+    if (len > 0) {
+        call->trailers[n].key = grpc_slice_from_static_string("grpc-status-details-bin");
+        call->trailers[n++].value = grpc_slice_from_copied_buffer((const char *)details, len);
+    }
+    return n;
+}
+
 /* With the lock held. Fills ops with what is to be written now, 0: nothing. A batch may hold the headers, a message and
  * the status at once; a call that ends with an error before its first message sends headers and status in one batch,
  * which the core turns into "trailers only". */
@@ -206,15 +228,8 @@ static size_t next_write(struct rpc_call *call, grpc_op ops[3])
         ops[n].op = GRPC_OP_SEND_STATUS_FROM_SERVER;
         ops[n].data.send_status_from_server.status = (grpc_status_code)call->status.code;
         ops[n].data.send_status_from_server.status_details = &call->detail;
-        if (call->retry_after_ms > 0) {
-            char retry_text[16];
-            snprintf(retry_text, sizeof retry_text, "%u", call->retry_after_ms);
-            call->trailer.key = grpc_slice_from_static_string("retry-after-ms");
-            call->trailer.value = grpc_slice_from_copied_string(retry_text);
-            ops[n].data.send_status_from_server.trailing_metadata_count = 1;
-            ops[n].data.send_status_from_server.trailing_metadata = &call->trailer;
-        }
-        n++;
+        ops[n].data.send_status_from_server.trailing_metadata_count = make_trailers(call);
+        ops[n++].data.send_status_from_server.trailing_metadata = call->trailers;
     }
     call->initial_sent = true;
     call->writing = true;

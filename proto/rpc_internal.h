@@ -56,6 +56,13 @@ grpc_slice rpc_flatten(grpc_byte_buffer *b);
 /* An error's text from the network into a status. */
 enum status_code rpc_status_from_slice(struct status *st, grpc_status_code code, grpc_slice details);
 
+/* ---- details of an error (rpc_details.c) ---- */
+
+#define RPC_DETAILS_MAX (3 * STATUS_MESSAGE_MAX)
+/* The trailer grpc-status-details-bin: a google.rpc.Status with a BadRequest that names the field and a RetryInfo. Returns
+ * its bytes; 0 when there is neither. */
+size_t rpc_details_encode(const struct status *st, uint32_t retry_after_ms, uint8_t out[RPC_DETAILS_MAX]);
+
 /* Copies "first\0key\0value\0key\0value\0\0"; NULL when out of memory. */
 char *rpc_strings_copy(const char *first, const grpc_metadata_array *md);
 const char *rpc_strings_find(const char *strings, const char *key);

@@ -23,6 +23,32 @@ def raw(channel, path, message, timeout=10):
     return channel.unary_stream(path, same, same)(message, timeout=timeout * SLOW)
 
 
+def fields(message):
+    """{number: value} of a protobuf message, as the wire has it: an int or bytes; the last of a repeated field."""
+    found, at = {}, 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            found[key >> 3] = varint()
+        else:
+            assert key & 7 == 2, key
+            n = varint()
+            found[key >> 3] = message[at:at + n]
+            at += n
+    return found
+
+
 class Api(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -190,6 +216,17 @@ class Api(unittest.TestCase):
         self.refused("request_id", request_id="no spaces please")
         self.refused("request_id", request_id="x" * 129)
 
+    def test_the_field_is_there_for_programs_too(self):
+        with self.assertRaises(grpc.RpcError) as e:
+            self.c.run("Once", temperature=200)
+        status = fields(dict(e.exception.trailing_metadata())["grpc-status-details-bin"])
+        self.assertEqual((status[1], status[2].decode()), (3, e.exception.details()))
+        detail = fields(status[3])
+        self.assertEqual(detail[1], b"type.googleapis.com/google.rpc.BadRequest")
+        violation = fields(fields(detail[2])[1])
+        self.assertEqual(violation[1], b"sampling.temperature")
+        self.assertIn(b"expected 0 to 100", violation[2])
+
     def test_two_live_requests_of_one_name(self):
         call = self.c.generate("Once", request_id="twin", **LONG)
         next(call)
@@ -292,7 +329,9 @@ class Limits(unittest.TestCase):
                 list(call)
             self.assertEqual(e.exception.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
             self.assertLess(time.monotonic() - start, 1 * SLOW)
-            self.assertIn("retry-after-ms", dict(e.exception.trailing_metadata()))
+            trailers = dict(e.exception.trailing_metadata())
+            hint = fields(fields(fields(fields(trailers["grpc-status-details-bin"])[3])[2])[1])
+            self.assertEqual(hint[1] * 1000 + hint[2] // 1000000, int(trailers["retry-after-ms"]))
             for call in [running] + waiting:
                 call.cancel()
             c.wait_idle()
