@@ -26,6 +26,7 @@
 #define TANDEM_MEMORY_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "proto/kv_account.h"
@@ -97,5 +98,9 @@ void kv_pool_reset(struct kv_pool *pool);
 uint32_t kv_slot_tokens(const struct kv_pool *pool, uint32_t slot);
 struct kv_view kv_slot_view(const struct kv_pool *pool, uint32_t slot, uint32_t layer);
 struct kv_stats kv_pool_stats(const struct kv_pool *pool);
+
+/* What this process can still allocate on the host, in bytes, the limits of its control groups included. `why` gets the
+ * name of the bound that decides ("MemAvailable", "memory.max of /x"). UINT64_MAX when nothing is known. */
+uint64_t kv_host_available(char *why, size_t why_size);
 
 #endif

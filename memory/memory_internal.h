@@ -48,10 +48,6 @@ struct kv_ops {
     void (*clear)(struct kv_backend *be, uint8_t *at, uint64_t bytes);
 };
 
-/* What this process can still allocate, in bytes, the limits of its control groups included. `why` gets the name of the
- * bound that decides ("MemAvailable", "memory.max of /x"). UINT64_MAX when nothing is known. */
-uint64_t kv_host_available(char *why, size_t why_size);
-
 /* --- the pool: memory.c, memory_range.c --- */
 
 enum range_state { RANGE_IDLE, RANGE_ACTIVE, RANGE_FENCED };

@@ -12,7 +12,9 @@
 #define DEFAULT_STEP_TOKENS 512
 #define MAX_SLOTS           65536u
 #define MAX_STEP_TOKENS     65536u
-#define KV_ELEM_BYTES       4 /* float32: greedy ids then equal those of a float32 reference */
+/* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
+#define DEFAULT_KV_PAGES_MAX 32768u
+#define KV_ELEM_BYTES        4 /* float32: greedy ids then equal those of a float32 reference */
 
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
 
@@ -53,6 +55,15 @@ static enum status_code read_limits(struct engine *e, const struct engine_config
     return ST_OK;
 }
 
+/* A quarter of the machine, or of what is left of it: other programs, a container's limit. */
+static uint64_t memory_share(void)
+{
+    char why[128];
+    uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t available = kv_host_available(why, sizeof why);
+    return (available < machine ? available : machine) / 4;
+}
+
 static enum status_code create_kv(struct engine *e, const struct engine_config *cfg, struct status *st)
 {
     const struct engine_info *info = &e->info;
@@ -60,9 +71,12 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
         .page_bytes = cfg->page_bytes ? cfg->page_bytes : KV_PAGE_BYTES_DEFAULT,
         .token_bytes = (uint64_t)e->model.layers * 2 * e->shard.kv_heads.count * e->model.head_dim * KV_ELEM_BYTES,
     };
-    uint64_t useful = kv_pages_for(&a, info->max_context) * info->max_slots, budget = cfg->kv_bytes;
+    uint64_t budget = cfg->kv_bytes;
     if (budget == 0) {
-        budget = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / 4 / comm_local_size(cfg->comm);
+        uint64_t useful = kv_pages_for(&a, info->max_context) * info->max_slots;
+        if (useful > DEFAULT_KV_PAGES_MAX)
+            useful = DEFAULT_KV_PAGES_MAX;
+        budget = memory_share() / comm_local_size(cfg->comm);
         if (budget / a.page_bytes > useful)
             budget = useful * a.page_bytes;
     }

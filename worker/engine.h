@@ -30,7 +30,7 @@ struct engine_config {
     uint32_t max_slots;       /* 0: 256 */
     uint32_t max_context;     /* 0: the model's own; more than that is INVALID_ARGUMENT */
     uint32_t max_step_tokens; /* rows of a step; 0: 512 */
-    uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most a quarter of the machine's
+    uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most a quarter of the available
                                  memory divided by the ranks on it */
     uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
     /* Called now and then while weights load, on the calling thread. Optional. */

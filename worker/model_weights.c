@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "memory/memory.h"
 #include "worker/mapped_read.h"
 #include "worker/safetensors.h"
 
@@ -247,13 +248,13 @@ static enum status_code copy_all(const struct loader *l, uint8_t *arena, struct 
 
 static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, struct status *st)
 {
-    uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    if (bytes > machine)
-        return status_set(
-            st, ST_RESOURCE_EXHAUSTED,
-            "weights: %llu bytes on this rank, but the machine has %llu bytes of memory: use more ranks on "
-            "more machines",
-            (unsigned long long)bytes, (unsigned long long)machine);
+    /* Memory is given out at the first touch: without this look the kernel would kill the rank while it reads. */
+    char why[128];
+    uint64_t available = kv_host_available(why, sizeof why);
+    if (bytes > available)
+        return status_set(st, ST_RESOURCE_EXHAUSTED,
+                          "weights: %llu bytes on this rank, but %s leaves %llu: use more ranks on more machines",
+                          (unsigned long long)bytes, why, (unsigned long long)available);
     void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED)
         return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "weights: %llu bytes on this rank",

@@ -37,7 +37,7 @@ static const struct option_spec specs[] = {
     {"max-step-tokens", "N", OPTION_NUMBER, AT(max_step_tokens), 1, 1u << 20, NULL, "rows of one step; default 512"},
     {"kv-memory", "SIZE", OPTION_SIZE, AT(kv_bytes), 1, UINT64_MAX, NULL,
      "KV cache of this rank, as 512M or 2G; default: what the slots can use, at most\n"
-     "a quarter of the machine's memory divided by the ranks on it"},
+     "a quarter of the available memory divided by the ranks on it"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
     {"comm-timeout-ms", "N", OPTION_NUMBER, AT(comm_timeout_ms), 1, 3600000, NULL,
      "bound of one exchange between ranks; default 60000"},
