@@ -21,7 +21,7 @@ say() { printf '== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
 build() { # build PRESET
     say "build $1"
-    cmake --preset "$1" -DTANDEM_TESTS=ON >/dev/null
+    cmake --preset "$1" -DTANDEM_TESTS=ON -DTANDEM_WERROR=ON >/dev/null
     cmake --build --preset "$1" 2>&1 | tail -n 1
 }
 run_tests() { # run_tests PRESET ARGS...
