@@ -13,7 +13,10 @@
 #define MAX_POLL_THREADS     64
 #define DEFAULT_QUEUE_BYTES  (4u << 20)
 #define EVENTS_BETWEEN_POLLS 32
-#define GOODBYE_MS           500 /* for clients to take in the end of their calls before connections are cut */
+/* What a server's connections may hold of messages that are not whole yet. Else each stream that stops half way through
+ * 16 MiB keeps them, 4096 on a connection. When it is full the core closes streams. */
+#define MAX_CORE_BYTES ((size_t)512 << 20)
+#define GOODBYE_MS     500 /* for clients to take in the end of their calls before connections are cut */
 
 /* The core's queue hands out what is there before it looks at the sockets: while writers keep it filled, no request and no
  * cancellation is read. So each thread asks, every few events, a queue on which nothing ever completes: with a deadline
@@ -110,7 +113,13 @@ static grpc_server *core_server_new(const struct rpc_server_config *cfg)
 {
     uint32_t message = cfg->max_message_bytes ? cfg->max_message_bytes : RPC_MAX_MESSAGE_BYTES;
     uint32_t metadata = cfg->max_metadata_bytes ? cfg->max_metadata_bytes : RPC_MAX_METADATA_BYTES;
+    grpc_resource_quota *quota = grpc_resource_quota_create("server");
+    grpc_resource_quota_resize(quota, MAX_CORE_BYTES);
+    grpc_arg bound = {.type = GRPC_ARG_POINTER, .key = (char *)GRPC_ARG_RESOURCE_QUOTA};
+    bound.value.pointer.p = quota;
+    bound.value.pointer.vtable = grpc_resource_quota_arg_vtable();
     grpc_arg args[] = {
+        bound,
         arg_int(GRPC_ARG_ALLOW_REUSEPORT, 0), /* else a second server would silently share the port */
         arg_int(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, message),
         arg_int(GRPC_ARG_MAX_METADATA_SIZE, metadata),
@@ -127,7 +136,9 @@ static grpc_server *core_server_new(const struct rpc_server_config *cfg)
         arg_int(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10000),
     };
     grpc_channel_args list = {sizeof args / sizeof *args, args};
-    return grpc_server_create(&list, NULL);
+    grpc_server *core = grpc_server_create(&list, NULL);
+    grpc_resource_quota_unref(quota);
+    return core;
 }
 
 static enum status_code register_methods(struct rpc_server *s, struct status *st)
