@@ -11,6 +11,7 @@
  *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready"
  *     coordinator ended        start it again; the ranks attach to the new one and keep their weights
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -21,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
@@ -655,6 +657,65 @@ static bool find_bin_dir(struct serve *s)
     return true;
 }
 
+/* ---- private folders ---- */
+
+static int remove_entry(const char *path, const struct stat *sb, int type, struct FTW *ftw)
+{
+    (void)sb, (void)type, (void)ftw;
+    remove(path);
+    return 0;
+}
+
+static void remove_tree(const char *path)
+{
+    nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+/* Removes what a serve that was killed has left in `parent`: a folder of our name whose lock nobody holds. The lock, and
+ * not a process id, tells: the folder may be shared with containers that number their processes themselves. */
+static void sweep(const char *parent)
+{
+    DIR *dir = opendir(parent);
+    if (!dir)
+        return;
+    for (const struct dirent *e; (e = readdir(dir));) {
+        char path[PATH_MAX], lock[PATH_MAX + 8];
+        struct stat sb;
+        if (strncmp(e->d_name, "tandem-", 7) != 0 || strlen(e->d_name) != 13)
+            continue;
+        snprintf(path, sizeof path, "%s/%s", parent, e->d_name);
+        snprintf(lock, sizeof lock, "%s/lock", path);
+        if (lstat(path, &sb) || !S_ISDIR(sb.st_mode) || sb.st_uid != geteuid())
+            continue;
+        int fd = open(lock, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if (fd < 0)
+            continue;
+        if (!flock(fd, LOCK_EX | LOCK_NB))
+            remove_tree(path);
+        close(fd);
+    }
+    closedir(dir);
+}
+
+/* Makes PARENT/tandem-XXXXXX and holds its lock as long as this process lives. path: "" on failure, errno says why. */
+static bool make_folder(char *path, size_t n, const char *parent)
+{
+    sweep(parent);
+    snprintf(path, n, "%s/tandem-XXXXXX", parent);
+    if (!mkdtemp(path)) {
+        path[0] = '\0';
+        return false;
+    }
+    char lock[PATH_MAX];
+    snprintf(lock, sizeof lock, "%s/lock", path);
+    int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600); /* closed by the end of the process */
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB)) {
+        close(fd); /* a file system without locks: nobody will take it for stale either */
+        unlink(lock);
+    }
+    return true;
+}
+
 static bool prepare(struct serve *s, const struct serve_options *o)
 {
     if (!find_bin_dir(s))
@@ -662,17 +723,12 @@ static bool prepare(struct serve *s, const struct serve_options *o)
     const char *tmp = getenv("TMPDIR");
     if (!tmp || !*tmp || strlen(tmp) > 40) /* a socket's path is short */
         tmp = "/tmp";
-    snprintf(s->run_dir, sizeof s->run_dir, "%s/tandem-XXXXXX", tmp);
-    if (!mkdtemp(s->run_dir)) {
-        int err = errno;
-        s->run_dir[0] = '\0';
+    if (!make_folder(s->run_dir, sizeof s->run_dir, tmp))
         return cmd_error(CMD_FAILED, "serve", "%s: cannot make a private folder: %s; TMPDIR names another place", tmp,
-                         strerror(err)),
+                         strerror(errno)),
                false;
-    }
-    strcpy(s->shm_dir, "/dev/shm/tandem-XXXXXX");
-    if (!s->local_only || !mkdtemp(s->shm_dir))
-        s->shm_dir[0] = '\0'; /* elsewhere the folder does not exist, or there is no /dev/shm */
+    if (s->local_only) /* on other hosts the folder would not exist */
+        make_folder(s->shm_dir, sizeof s->shm_dir, "/dev/shm");
     if (o->control)
         snprintf(s->control, sizeof s->control, "%s", o->control);
     else
@@ -686,21 +742,14 @@ static bool prepare(struct serve *s, const struct serve_options *o)
     return true;
 }
 
-static int remove_entry(const char *path, const struct stat *sb, int type, struct FTW *ftw)
-{
-    (void)sb, (void)type, (void)ftw;
-    remove(path);
-    return 0;
-}
-
 static void clean_up(struct serve *s)
 {
     if (s->pipe_fd >= 0)
         close(s->pipe_fd);
     if (s->run_dir[0])
-        nftw(s->run_dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+        remove_tree(s->run_dir);
     if (s->shm_dir[0])
-        nftw(s->shm_dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+        remove_tree(s->shm_dir);
     clear(&s->coordinator);
     clear(&s->mpirun);
 }

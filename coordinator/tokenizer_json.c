@@ -198,7 +198,7 @@ static enum status_code flatten(const json_t *obj, const char *where, const char
     rc = tok_json_array(obj, where, list_key, &list, st);
     for (size_t i = 0; rc == ST_OK && i < json_array_size(list); i++) {
         char place[256];
-        snprintf(place, sizeof place, "%s.%s[%zu]", where, list_key, i);
+        snprintf(place, sizeof place, "%.180s.%.40s[%zu]", where, list_key, i);
         rc = flatten(json_array_get(list, i), place, list_key, fn, arg, depth + 1, st);
     }
     return rc;
