@@ -233,6 +233,20 @@ def tandem(*args, stdin="", timeout=60):
     return p.returncode, p.stdout.decode(errors="replace"), p.stderr.decode(errors="replace")
 
 
+def slow_model(to):
+    """A random model whose long answers take many seconds, for tests that need a request to be running for sure."""
+    path = os.path.join(to, "slow")
+    subprocess.run(["/usr/bin/python3", os.path.join(SOURCE, "tests/bench/make_model.py"), path, "--hidden", "256",
+                    "--inner", "1024", "--layers", "8", "--heads", "4", "--kv-heads", "2", "--head-dim", "64",
+                    "--vocab", "2048", "--context", "16384", "--tokenizer", DEMO], check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+# For slow_model: memory for a few requests of FOREVER, which lasts longer than any test.
+SLOW_ARGS = ["--kv-memory", "600M"]
+FOREVER = dict(temperature=0, ignore_eos=True, max_tokens=16000)
+
+
 def copy_model(to, source=DEMO):
     """A copy of a model folder that a test may damage."""
     path = os.path.join(to, "model")

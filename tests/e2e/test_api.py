@@ -3,13 +3,14 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
 
 import grpc
 
-from cluster import PB, SLOW, SOURCE, Cluster, Result, request, tandem, wait_for
+from cluster import FOREVER, PB, SLOW, SLOW_ARGS, SOURCE, Cluster, Result, request, slow_model, tandem, wait_for
 import health_pb2  # found through cluster's path
 from tandem.v1 import control_pb2, inference_pb2
 
@@ -95,57 +96,6 @@ class Api(unittest.TestCase):
         self.assertEqual(len({tuple(r.ids) for r in results}), 1)
         self.assertEqual(len(results[0].ids), 8)
 
-    # -- ending early --
-
-    def test_cancel_frees_the_slot(self):
-        call = self.c.generate("Once upon a time", **LONG)
-        next(call)
-        self.assertEqual(self.c.load().running_requests, 1)
-        call.cancel()
-        self.assertLess(self.c.wait_idle(2), 1.5 * SLOW)
-
-    def test_disconnect_frees_the_slot(self):
-        channel = self.c.connect()
-        call = self.c.generate("Once upon a time", channel=channel, **LONG)
-        next(call)
-        channel.close()
-        self.assertLess(self.c.wait_idle(2), 1.5 * SLOW)
-
-    def test_deadline_while_running(self):
-        code, _ = self.code_of(self.c.generate("Once upon a time", timeout=0.15, **LONG))
-        self.assertEqual(code, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-    def test_abort_by_name(self):
-        call = self.c.generate("Once upon a time", request_id="victim", **LONG)
-        next(call)
-        reply = self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(request_ids=["victim"]))
-        self.assertEqual(reply.aborted, 1)
-        code, details = self.code_of(call)
-        self.assertEqual(code, grpc.StatusCode.CANCELLED)
-        with self.assertRaises(grpc.RpcError) as e:
-            self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(request_ids=["victim"]))
-        self.assertEqual(e.exception.code(), grpc.StatusCode.NOT_FOUND)
-
-    def test_abort_all(self):
-        calls = [self.c.generate("Once upon a time", **LONG) for _ in range(5)]
-        for call in calls:
-            next(call)
-        reply = self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(all=True))
-        self.assertEqual(reply.aborted, 5)
-        for call in calls:
-            self.assertEqual(self.code_of(call)[0], grpc.StatusCode.CANCELLED)
-
-    def test_client_that_never_reads_is_dropped_and_others_go_on(self):
-        same = lambda x: x  # noqa: E731
-        slow = self.c.connect([("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)])
-        calls = [slow.unary_stream("/tandem.v1.Inference/Generate", same, same)(
-            request("Once upon a time", **LONG).SerializeToString(), timeout=60 * SLOW) for _ in range(40)]
-        r = self.c.run("One day", temperature=0, max_tokens=16)
-        self.assertEqual(len(r.ids), 16)
-        self.c.wait_idle(30)
-        slow.close()
-        del calls
-
     # -- health and control --
 
     def test_health_names(self):
@@ -227,12 +177,6 @@ class Api(unittest.TestCase):
         self.assertEqual(violation[1], b"sampling.temperature")
         self.assertIn(b"expected 0 to 100", violation[2])
 
-    def test_two_live_requests_of_one_name(self):
-        call = self.c.generate("Once", request_id="twin", **LONG)
-        next(call)
-        self.refused("request_id", code=grpc.StatusCode.ALREADY_EXISTS, request_id="twin")
-        call.cancel()
-
     def test_bad_prompts(self):
         self.refused("prompt", prompt="")
         self.refused("prompt", prompt=[])
@@ -286,9 +230,91 @@ class Api(unittest.TestCase):
                                     metadata=[("x-big", "y" * (64 << 10))]))
         self.assertEqual(code, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
+
+class Ending(unittest.TestCase):
+    """Requests that end before their time; the model is slow, so that they are running for sure."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = tempfile.TemporaryDirectory()
+        cls.model = slow_model(cls.dir.name)
+        cls.c = Cluster(model=cls.model, tp=2, args=[*SLOW_ARGS, "--max-queued", 600, "--coordinator-arg",
+                                                     "--slow-client-timeout-ms", "--coordinator-arg", "2000"])
+        cls.c.__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.c.__exit__(None, None, None)
+        cls.dir.cleanup()
+
+    def tearDown(self):
+        self.c.wait_idle()
+
+    def code_of(self, call):
+        with self.assertRaises(grpc.RpcError) as e:
+            list(call)
+        return e.exception.code(), e.exception.details()
+
+    def test_cancel_frees_the_slot(self):
+        call = self.c.generate("Once upon a time", **FOREVER)
+        next(call)
+        self.assertEqual(self.c.load().running_requests, 1)
+        call.cancel()
+        self.assertLess(self.c.wait_idle(2), 1.5 * SLOW)
+
+    def test_disconnect_frees_the_slot(self):
+        channel = self.c.connect()
+        call = self.c.generate("Once upon a time", channel=channel, **FOREVER)
+        next(call)
+        channel.close()
+        self.assertLess(self.c.wait_idle(2), 1.5 * SLOW)
+
+    def test_deadline_while_running(self):
+        code, _ = self.code_of(self.c.generate("Once upon a time", timeout=0.15, **FOREVER))
+        self.assertEqual(code, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    def test_abort_by_name(self):
+        call = self.c.generate("Once upon a time", request_id="victim", **FOREVER)
+        next(call)
+        reply = self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(request_ids=["victim"]))
+        self.assertEqual(reply.aborted, 1)
+        code, details = self.code_of(call)
+        self.assertEqual(code, grpc.StatusCode.CANCELLED)
+        with self.assertRaises(grpc.RpcError) as e:
+            self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(request_ids=["victim"]))
+        self.assertEqual(e.exception.code(), grpc.StatusCode.NOT_FOUND)
+
+    def test_abort_all(self):
+        calls = [self.c.generate("Once upon a time", **FOREVER) for _ in range(5)]
+        for call in calls:
+            next(call)
+        reply = self.c.control("Abort", control_pb2.AbortResponse, control_pb2.AbortRequest(all=True))
+        self.assertEqual(reply.aborted, 5)
+        for call in calls:
+            self.assertEqual(self.code_of(call)[0], grpc.StatusCode.CANCELLED)
+
+    def test_client_that_never_reads_is_dropped_and_others_go_on(self):
+        same = lambda x: x  # noqa: E731
+        slow = self.c.connect([("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)])
+        calls = [slow.unary_stream("/tandem.v1.Inference/Generate", same, same)(
+            request("Once upon a time", **FOREVER).SerializeToString(), timeout=60 * SLOW) for _ in range(40)]
+        r = self.c.run("One day", temperature=0, ignore_eos=True, max_tokens=16)
+        self.assertEqual(len(r.ids), 16)
+        self.c.wait_idle(30)
+        slow.close()
+        del calls
+
+    def test_two_live_requests_of_one_name(self):
+        call = self.c.generate("Once", request_id="twin", **FOREVER)
+        next(call)
+        code, details = self.code_of(self.c.generate("Once", request_id="twin"))
+        self.assertEqual(code, grpc.StatusCode.ALREADY_EXISTS)
+        self.assertIn("request_id", details)
+        call.cancel()
+
     def test_storm_of_cancels(self):
         def one(i):
-            call = self.c.generate("Once upon a time", **LONG)
+            call = self.c.generate("Once upon a time", **FOREVER)
             if i % 3:
                 try:
                     next(call)
@@ -301,7 +327,38 @@ class Api(unittest.TestCase):
         for t in threads:
             t.join(60 * SLOW)
         self.c.wait_idle(20)
-        self.assertEqual(len(self.c.run("One", temperature=0, max_tokens=4).ids), 4)
+        self.assertEqual(len(self.c.run("One", temperature=0, ignore_eos=True, max_tokens=4).ids), 4)
+
+    def test_full_queue_refuses_at_once_with_a_hint(self):
+        with Cluster(model=self.model, args=[*SLOW_ARGS, "--max-slots", 1, "--max-queued", 2]) as c:
+            running = c.generate("Once", **FOREVER)
+            next(running)
+            waiting = [c.generate("Once", **FOREVER) for _ in range(2)]
+            wait_for("queue full", lambda: c.load().queued_requests == 2)
+            start = time.monotonic()
+            call = c.generate("Once", **FOREVER)
+            with self.assertRaises(grpc.RpcError) as e:
+                list(call)
+            self.assertEqual(e.exception.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self.assertLess(time.monotonic() - start, 1 * SLOW)
+            trailers = dict(e.exception.trailing_metadata())
+            hint = fields(fields(fields(fields(trailers["grpc-status-details-bin"])[3])[2])[1])
+            self.assertEqual(hint[1] * 1000 + hint[2] // 1000000, int(trailers["retry-after-ms"]))
+            for call in [running] + waiting:
+                call.cancel()
+            c.wait_idle()
+
+    def test_deadline_in_the_queue(self):
+        with Cluster(model=self.model, args=[*SLOW_ARGS, "--max-slots", 2]) as c:
+            busy = [c.generate("Once upon a time", **FOREVER) for _ in range(2)]
+            for call in busy:
+                next(call)
+            with self.assertRaises(grpc.RpcError) as e:
+                list(c.generate("Once", timeout=0.5 * SLOW, temperature=0, max_tokens=900))
+            self.assertEqual(e.exception.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
+            for call in busy:
+                call.cancel()
+            c.wait_idle()
 
 
 class ReadmeClient(unittest.TestCase):
@@ -317,37 +374,6 @@ class ReadmeClient(unittest.TestCase):
 
 
 class Limits(unittest.TestCase):
-    def test_full_queue_refuses_at_once_with_a_hint(self):
-        with Cluster(args=["--max-slots", 1, "--max-queued", 2]) as c:
-            running = c.generate("Once", **LONG)
-            next(running)
-            waiting = [c.generate("Once", **LONG) for _ in range(2)]
-            wait_for("queue full", lambda: c.load().queued_requests == 2)
-            start = time.monotonic()
-            call = c.generate("Once", **LONG)
-            with self.assertRaises(grpc.RpcError) as e:
-                list(call)
-            self.assertEqual(e.exception.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
-            self.assertLess(time.monotonic() - start, 1 * SLOW)
-            trailers = dict(e.exception.trailing_metadata())
-            hint = fields(fields(fields(fields(trailers["grpc-status-details-bin"])[3])[2])[1])
-            self.assertEqual(hint[1] * 1000 + hint[2] // 1000000, int(trailers["retry-after-ms"]))
-            for call in [running] + waiting:
-                call.cancel()
-            c.wait_idle()
-
-    def test_deadline_in_the_queue(self):
-        with Cluster(args=["--max-slots", 2]) as c:
-            busy = [c.generate("Once upon a time", **LONG) for _ in range(2)]
-            for call in busy:
-                next(call)
-            with self.assertRaises(grpc.RpcError) as e:
-                list(c.generate("Once", timeout=0.2, temperature=0, max_tokens=900))
-            self.assertEqual(e.exception.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
-            for call in busy:
-                call.cancel()
-            c.wait_idle()
-
     def test_request_that_can_never_fit_is_refused(self):
         with Cluster(args=["--kv-memory", "256K", "--page-size", "64K"]) as c:
             with self.assertRaises(grpc.RpcError) as e:
@@ -356,8 +382,6 @@ class Limits(unittest.TestCase):
             self.assertEqual(len(c.run("Once", temperature=0, max_tokens=20).ids), 20)
 
     def test_unix_socket(self):
-        import os
-        import tempfile
         with tempfile.TemporaryDirectory() as d:
             path = f"unix:{os.path.join(d, 'api')}"
             with Cluster(args=["--listen", path]) as c:
