@@ -11,28 +11,22 @@
  *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready"
  *     coordinator ended        start it again; the ranks attach to the new one and keep their weights
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
-#include <getopt.h>
-#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "coordinator/cmd.h"
+#include "coordinator/cmd_serve.h"
 
-#define MAX_ARGS       192
 #define MAX_LINE       4096
 #define MAX_FAILURES   8     /* launches in a row that never became ready */
 #define LISTEN_WAIT_MS 15000 /* from starting the coordinator to its "listening" */
@@ -40,57 +34,13 @@
 #define HEALTHY_MS     30000 /* a group that was ready this long has its failures forgiven */
 #define MAX_PAUSE_MS   10000
 
-static const char help[] =
-    "usage: tandem serve --model DIR [OPTIONS]\n\n"
-    "Serves a model: starts the coordinator, launches the tensor-parallel ranks with mpirun, and starts again what "
-    "dies.\n"
-    "DIR is a Hugging Face model folder: config.json, *.safetensors, tokenizer.json.\n\n"
-    "  --model DIR            the model folder (required)\n"
-    "  --tp R                 tensor-parallel ranks (default 1)\n"
-    "  --listen ADDR          where clients connect, host:port or unix:/path; may be given several times\n"
-    "                         (default " CMD_DEFAULT_ADDRESS ")\n"
-    "  --served-name NAME     name of the model in the API (default: the folder's name)\n"
-    "  --backend NAME         auto, cuda or host (default auto)\n"
-    "  --threads N            CPU threads of each rank on the host back end (default: its share of the cores)\n"
-    "  --max-slots N          requests that run at once (default 256)\n"
-    "  --max-context N        tokens of a request, prompt and answer (default: the model's)\n"
-    "  --step-tokens N        rows of one step: decodes and prompt chunks (default 512)\n"
-    "  --kv-memory SIZE       KV memory of each rank, such as 512M or 8G (default: computed)\n"
-    "  --page-size SIZE       size of a KV page (default 2M)\n"
-    "  --max-queued N         requests that may wait (default: the coordinator's)\n"
-    "  --default-max-tokens N new tokens of a request that names no limit (default 256)\n"
-    "  --drain-timeout S      on SIGTERM: seconds that running requests get to end (default 30)\n"
-    "  --coordinator-arg ARG  handed to tandem-coordinator as it is; may be repeated\n"
-    "  --worker-arg ARG       handed to tandem-worker as it is; may be repeated\n"
-    "  --mpi-arg ARG          handed to mpirun as it is; may be repeated. With ranks on other hosts give\n"
-    "                         --control-listen too\n"
-    "  --control-listen ADDR  where ranks connect (default: a unix socket in a private folder)\n"
-    "  --mpirun PATH          the mpirun to use (default: from PATH)\n"
-    "  --log-level LEVEL      error, warning, info or debug (default info)\n\n"
-    "SIGTERM or Ctrl-C drains and stops; a second one stops at once.\n\n"
-    "  tandem serve --model /models/llama --tp 2\n"
-    "  tandem generate \"Once upon a time\"          # in another terminal\n"
-    "  tandem probe --wait 60                      # until it serves\n";
-
-struct argument_list {
-    char *v[MAX_ARGS + 1];
-    int n;
-};
-
 struct child {
     pid_t pid;          /* 0: not running */
     int64_t kill_at_ms; /* SIGKILL then; INT64_MAX: not asked to end */
 };
 
 struct serve {
-    char bin_dir[PATH_MAX];
-    char run_dir[64]; /* control socket, Open MPI's session files */
-    char shm_dir[64]; /* Open MPI's shared segments; "": where it wants */
-    char control[160];
-    struct argument_list coordinator, mpirun;
-    bool local_only;
-    double drain_s;
-    uint64_t tp;
+    struct serve_setup set;
 
     struct child coord, ranks;
     int pipe_fd; /* read end of the coordinator's lines; -1 */
@@ -116,29 +66,6 @@ static int64_t now_ms(void)
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
-static bool push(struct argument_list *a, const char *text)
-{
-    if (a->n == MAX_ARGS)
-        return false;
-    a->v[a->n] = strdup(text);
-    if (!a->v[a->n])
-        return false;
-    a->v[++a->n] = NULL;
-    return true;
-}
-
-static bool push2(struct argument_list *a, const char *option, const char *value)
-{
-    return push(a, option) && push(a, value);
-}
-
-static void clear(struct argument_list *a)
-{
-    for (int i = 0; i < a->n; i++)
-        free(a->v[i]);
-    a->n = 0;
 }
 
 /* ---- children ---- */
@@ -188,14 +115,11 @@ static bool start_coordinator(struct serve *s)
         return cmd_error(CMD_FAILED, "serve", "pipe: %s", strerror(errno)), false;
     char number[16];
     snprintf(number, sizeof number, "%d", fds[1]);
-    struct argument_list *a = &s->coordinator;
+    struct argument_list *a = &s->set.coordinator;
     int keep = a->n;
-    bool ok = push2(a, "--supervisor-fd", number);
+    bool ok = arguments_push2(a, "--supervisor-fd", number);
     s->coord = (struct child){ok ? spawn(a->v, fds[1], SIGTERM) : -1, INT64_MAX};
-    while (a->n > keep) {
-        free(a->v[--a->n]);
-        a->v[a->n] = NULL;
-    }
+    arguments_cut(a, keep);
     close(fds[1]);
     if (s->coord.pid < 0) {
         s->coord.pid = 0;
@@ -212,7 +136,7 @@ static bool start_coordinator(struct serve *s)
 static bool start_ranks(struct serve *s)
 {
     s->launch_at_ms = INT64_MAX;
-    s->ranks = (struct child){spawn(s->mpirun.v, -1, SIGKILL), INT64_MAX};
+    s->ranks = (struct child){spawn(s->set.mpirun.v, -1, SIGKILL), INT64_MAX};
     if (s->ranks.pid > 0)
         return true;
     s->ranks.pid = 0;
@@ -227,7 +151,7 @@ static void stop(struct serve *s, int exit_code)
     s->stopping++;
     s->launch_at_ms = INT64_MAX;
     if (s->stopping == 1 && s->coord.pid)
-        end_child(&s->coord, exit_code ? TERM_WAIT_MS : (int64_t)(s->drain_s * 1000) + 5000);
+        end_child(&s->coord, exit_code ? TERM_WAIT_MS : (int64_t)(s->set.drain_s * 1000) + 5000);
     else
         end_child(&s->ranks, TERM_WAIT_MS);
     if (s->stopping > 1) {
@@ -283,7 +207,7 @@ static void on_ready(struct serve *s)
     }
     s->announced = true;
     fprintf(stderr, "tandem serve: ready on %s after %.2f s, %llu rank%s; Ctrl-C stops\n", s->public_address,
-            (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->tp, s->tp == 1 ? "" : "s");
+            (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s");
 }
 
 static void on_group_lost(struct serve *s, const char *rest)
@@ -465,308 +389,16 @@ static void supervise(struct serve *s, int signal_fd)
     }
 }
 
-/* ---- options ---- */
-
-/* Options that go on to one or both programs unchanged. */
-static const struct forward {
-    const char *name, *to_coordinator, *to_worker;
-} forwards[] = {
-    {"served-name", "--served-name", NULL},
-    {"max-queued", "--max-queued", NULL},
-    {"default-max-tokens", "--default-max-tokens", NULL},
-    {"log-level", "--log-level", "--log-level"},
-    {"step-tokens", "--step-tokens", "--max-step-tokens"},
-    {"backend", NULL, "--backend"},
-    {"threads", NULL, "--threads"},
-    {"max-slots", NULL, "--max-slots"},
-    {"max-context", NULL, "--max-context"},
-    {"kv-memory", NULL, "--kv-memory"},
-    {"page-size", NULL, "--page-size"},
-};
-#define N_FORWARDS (sizeof forwards / sizeof *forwards)
-
-enum {
-    OPT_MODEL = 256,
-    OPT_TP,
-    OPT_LISTEN,
-    OPT_DRAIN,
-    OPT_COORD_ARG,
-    OPT_WORKER_ARG,
-    OPT_MPI_ARG,
-    OPT_CONTROL,
-    OPT_MPIRUN,
-    OPT_FORWARD
-};
-
-static const struct option own_options[] = {
-    {"model", required_argument, 0, OPT_MODEL},
-    {"tp", required_argument, 0, OPT_TP},
-    {"listen", required_argument, 0, OPT_LISTEN},
-    {"drain-timeout", required_argument, 0, OPT_DRAIN},
-    {"coordinator-arg", required_argument, 0, OPT_COORD_ARG},
-    {"worker-arg", required_argument, 0, OPT_WORKER_ARG},
-    {"mpi-arg", required_argument, 0, OPT_MPI_ARG},
-    {"control-listen", required_argument, 0, OPT_CONTROL},
-    {"mpirun", required_argument, 0, OPT_MPIRUN},
-    {"help", no_argument, 0, 'h'},
-};
-#define N_OWN (sizeof own_options / sizeof *own_options)
-
-struct serve_options {
-    const char *model, *control, *mpirun;
-    struct argument_list coordinator, worker, mpi;
-    bool listens;
-};
-
-static bool take_option(struct serve *s, struct serve_options *o, int opt, bool *ok)
-{
-    uint64_t u;
-    switch (opt) {
-    case OPT_MODEL:
-        o->model = optarg;
-        break;
-    case OPT_TP:
-        if (!cmd_parse_u64(optarg, 1, 64, &u))
-            return cmd_error(CMD_USAGE, "serve", "--tp %s: expected the number of ranks, 1 to 64", optarg), false;
-        s->tp = u;
-        break;
-    case OPT_LISTEN:
-        o->listens = true;
-        *ok = push2(&o->coordinator, "--listen", optarg);
-        break;
-    case OPT_DRAIN:
-        if (!cmd_parse_double(optarg, 0, 86400, &s->drain_s))
-            return cmd_error(CMD_USAGE, "serve", "--drain-timeout %s: expected seconds, 0 to 86400", optarg), false;
-        break;
-    case OPT_COORD_ARG:
-        *ok = push(&o->coordinator, optarg);
-        break;
-    case OPT_WORKER_ARG:
-        *ok = push(&o->worker, optarg);
-        break;
-    case OPT_MPI_ARG:
-        s->local_only = false;
-        *ok = push(&o->mpi, optarg);
-        break;
-    case OPT_CONTROL:
-        o->control = optarg;
-        break;
-    case OPT_MPIRUN:
-        o->mpirun = optarg;
-        break;
-    default: {
-        const struct forward *f = &forwards[opt - OPT_FORWARD];
-        *ok = (!f->to_coordinator || push2(&o->coordinator, f->to_coordinator, optarg)) &&
-              (!f->to_worker || push2(&o->worker, f->to_worker, optarg));
-    }
-    }
-    return true;
-}
-
-/* CMD_OK, CMD_USAGE, or -1 after --help. */
-static int parse(int argc, char **argv, struct serve *s, struct serve_options *o)
-{
-    struct option options[N_OWN + N_FORWARDS + 1] = {0};
-    memcpy(options, own_options, sizeof own_options);
-    for (size_t i = 0; i < N_FORWARDS; i++)
-        options[N_OWN + i] = (struct option){forwards[i].name, required_argument, 0, OPT_FORWARD + (int)i};
-    bool ok = true;
-    for (int c; (c = getopt_long(argc, argv, "+:h", options, NULL)) != -1;) {
-        if (c == 'h') {
-            fputs(help, stdout);
-            return -1;
-        }
-        if (c == '?' || c == ':')
-            return cmd_bad_option("serve", argv, c);
-        if (!take_option(s, o, c, &ok))
-            return CMD_USAGE;
-        if (!ok)
-            return cmd_error(CMD_USAGE, "serve", "too many arguments: %d at most", MAX_ARGS);
-    }
-    if (optind < argc)
-        return cmd_error(CMD_USAGE, "serve", "%s: takes no arguments, only options; see `tandem serve --help`",
-                         argv[optind]);
-    if (!o->model)
-        return cmd_error(CMD_USAGE, "serve", "--model DIR is missing; see `tandem serve --help`");
-    struct stat sb;
-    if (stat(o->model, &sb))
-        return cmd_error(CMD_FAILED, "serve", "--model %s: %s", o->model, strerror(errno));
-    if (!S_ISDIR(sb.st_mode))
-        return cmd_error(CMD_FAILED, "serve", "--model %s: not a folder; expected a Hugging Face model folder",
-                         o->model);
-    return CMD_OK;
-}
-
-static bool append(struct argument_list *to, const struct argument_list *from)
-{
-    bool ok = true;
-    for (int i = 0; ok && i < from->n; i++)
-        ok = push(to, from->v[i]);
-    return ok;
-}
-
-/* The two command lines. */
-static bool build_commands(struct serve *s, const struct serve_options *o)
-{
-    char path[PATH_MAX + 32], number[32];
-    struct argument_list *c = &s->coordinator, *m = &s->mpirun;
-    snprintf(path, sizeof path, "%s/tandem-coordinator", s->bin_dir);
-    snprintf(number, sizeof number, "%llu", (unsigned long long)s->tp);
-    bool ok = push(c, path) && push2(c, "--model", o->model) && push2(c, "--tp", number) &&
-              push2(c, "--control-listen", s->control);
-    if (!o->listens)
-        ok = ok && push2(c, "--listen", CMD_DEFAULT_ADDRESS);
-    char drain[32];
-    snprintf(drain, sizeof drain, "%.0f", s->drain_s * 1000);
-    ok = ok && push2(c, "--drain-timeout-ms", drain) && append(c, &o->coordinator);
-
-    ok = ok && push(m, o->mpirun ? o->mpirun : "mpirun") && push2(m, "-np", number);
-    /* Ranks have threads of their own and may share cores: no binding, no busy waiting, more ranks than cores allowed.
-     * Copies between processes through the kernel need rights that containers often lack. */
-    ok = ok && push(m, "--oversubscribe") && push2(m, "--bind-to", "none") && push(m, "--mca") &&
-         push2(m, "mpi_yield_when_idle", "1") && push(m, "--mca") &&
-         push2(m, "btl_vader_single_copy_mechanism", "none");
-    /* Its files lie in folders of ours: when ranks are killed, nobody else would clean up after them. */
-    ok = ok && push(m, "--mca") && push2(m, "orte_tmpdir_base", s->run_dir);
-    if (s->shm_dir[0])
-        ok = ok && push(m, "--mca") && push2(m, "btl_vader_backing_directory", s->shm_dir);
-    if (s->local_only) /* no ssh is needed, and none may be there */
-        ok = ok && push(m, "--mca") && push2(m, "plm", "isolated");
-    ok = ok && append(m, &o->mpi);
-    snprintf(path, sizeof path, "%s/tandem-worker", s->bin_dir);
-    ok = ok && push(m, path) && push2(m, "--model", o->model) && push2(m, "--coordinator", s->control);
-    return ok && append(m, &o->worker);
-}
-
-static bool find_bin_dir(struct serve *s)
-{
-    ssize_t n = readlink("/proc/self/exe", s->bin_dir, sizeof s->bin_dir - 1);
-    if (n <= 0)
-        return cmd_error(CMD_FAILED, "serve", "/proc/self/exe: %s", strerror(errno)), false;
-    s->bin_dir[n] = '\0';
-    char *slash = strrchr(s->bin_dir, '/');
-    *slash = '\0';
-    char path[PATH_MAX + 32];
-    static const char *const programs[] = {"tandem-coordinator", "tandem-worker"};
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%s/%s", s->bin_dir, programs[i]);
-        if (access(path, X_OK))
-            return cmd_error(CMD_FAILED, "serve", "%s: %s; it must lie beside this program", path, strerror(errno)),
-                   false;
-    }
-    return true;
-}
-
-/* ---- private folders ---- */
-
-static int remove_entry(const char *path, const struct stat *sb, int type, struct FTW *ftw)
-{
-    (void)sb, (void)type, (void)ftw;
-    remove(path);
-    return 0;
-}
-
-static void remove_tree(const char *path)
-{
-    nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
-}
-
-/* Removes what a serve that was killed has left in `parent`: a folder of our name whose lock nobody holds. The lock, and
- * not a process id, tells: the folder may be shared with containers that number their processes themselves. */
-static void sweep(const char *parent)
-{
-    DIR *dir = opendir(parent);
-    if (!dir)
-        return;
-    for (const struct dirent *e; (e = readdir(dir));) {
-        char path[PATH_MAX], lock[PATH_MAX + 8];
-        struct stat sb;
-        if (strncmp(e->d_name, "tandem-", 7) != 0 || strlen(e->d_name) != 13)
-            continue;
-        snprintf(path, sizeof path, "%s/%s", parent, e->d_name);
-        snprintf(lock, sizeof lock, "%s/lock", path);
-        if (lstat(path, &sb) || !S_ISDIR(sb.st_mode) || sb.st_uid != geteuid())
-            continue;
-        int fd = open(lock, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-        if (fd < 0)
-            continue;
-        if (!flock(fd, LOCK_EX | LOCK_NB))
-            remove_tree(path);
-        close(fd);
-    }
-    closedir(dir);
-}
-
-/* Makes PARENT/tandem-XXXXXX and holds its lock as long as this process lives. path: "" on failure, errno says why. */
-static bool make_folder(char *path, size_t n, const char *parent)
-{
-    sweep(parent);
-    snprintf(path, n, "%s/tandem-XXXXXX", parent);
-    if (!mkdtemp(path)) {
-        path[0] = '\0';
-        return false;
-    }
-    char lock[PATH_MAX];
-    snprintf(lock, sizeof lock, "%s/lock", path);
-    int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600); /* closed by the end of the process */
-    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB)) {
-        close(fd); /* a file system without locks: nobody will take it for stale either */
-        unlink(lock);
-    }
-    return true;
-}
-
-static bool prepare(struct serve *s, const struct serve_options *o)
-{
-    if (!find_bin_dir(s))
-        return false;
-    const char *tmp = getenv("TMPDIR");
-    if (!tmp || !*tmp || strlen(tmp) > 40) /* a socket's path is short */
-        tmp = "/tmp";
-    if (!make_folder(s->run_dir, sizeof s->run_dir, tmp))
-        return cmd_error(CMD_FAILED, "serve", "%s: cannot make a private folder: %s; TMPDIR names another place", tmp,
-                         strerror(errno)),
-               false;
-    if (s->local_only) /* on other hosts the folder would not exist */
-        make_folder(s->shm_dir, sizeof s->shm_dir, "/dev/shm");
-    if (o->control)
-        snprintf(s->control, sizeof s->control, "%s", o->control);
-    else
-        snprintf(s->control, sizeof s->control, "unix:%s/control", s->run_dir);
-    if (!build_commands(s, o))
-        return cmd_error(CMD_FAILED, "serve", "too many arguments: %d at most", MAX_ARGS), false;
-    if (geteuid() == 0) { /* mpirun refuses root without these two; in containers root is usual */
-        setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
-        setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
-    }
-    return true;
-}
-
-static void clean_up(struct serve *s)
-{
-    if (s->pipe_fd >= 0)
-        close(s->pipe_fd);
-    if (s->run_dir[0])
-        remove_tree(s->run_dir);
-    if (s->shm_dir[0])
-        remove_tree(s->shm_dir);
-    clear(&s->coordinator);
-    clear(&s->mpirun);
-}
-
 int cmd_serve(int argc, char **argv)
 {
-    struct serve s = {.pipe_fd = -1,
-                      .tp = 1,
-                      .drain_s = 30,
-                      .local_only = true,
+    struct serve s = {.set = {.tp = 1, .drain_s = 30, .local_only = true},
+                      .pipe_fd = -1,
                       .start_ms = now_ms(),
                       .launch_at_ms = INT64_MAX,
                       .listen_by_ms = INT64_MAX,
                       .coord = {0, INT64_MAX},
                       .ranks = {0, INT64_MAX}};
-    struct serve_options o = {0};
-    int rc = parse(argc, argv, &s, &o);
+    int rc = serve_parse(argc, argv, &s.set);
     if (rc == CMD_OK) {
         sigset_t set;
         sigemptyset(&set);
@@ -781,7 +413,7 @@ int cmd_serve(int argc, char **argv)
         int signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
         if (signal_fd < 0)
             rc = cmd_error(CMD_FAILED, "serve", "signalfd: %s", strerror(errno));
-        else if (!prepare(&s, &o) || !start_coordinator(&s))
+        else if (!serve_prepare(&s.set) || !start_coordinator(&s))
             rc = CMD_FAILED;
         else {
             supervise(&s, signal_fd);
@@ -790,9 +422,8 @@ int cmd_serve(int argc, char **argv)
         if (signal_fd >= 0)
             close(signal_fd);
     }
-    clean_up(&s);
-    clear(&o.coordinator);
-    clear(&o.worker);
-    clear(&o.mpi);
+    if (s.pipe_fd >= 0)
+        close(s.pipe_fd);
+    serve_release(&s.set);
     return rc < 0 ? CMD_OK : rc;
 }

@@ -1,0 +1,47 @@
+/* cmd_serve.h - what the two files of `tandem serve` share: cmd_serve_setup.c reads options, makes the private folders and
+ * builds the two command lines; cmd_serve.c runs and watches them. */
+#ifndef TANDEM_CMD_SERVE_H
+#define TANDEM_CMD_SERVE_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define SERVE_MAX_ARGS 192
+
+/* An argv that owns its strings; ends with NULL. Starts as all zero. */
+struct argument_list {
+    char *v[SERVE_MAX_ARGS + 1];
+    int n;
+};
+
+/* False when it is full or memory is. */
+bool arguments_push(struct argument_list *a, const char *text);
+bool arguments_push2(struct argument_list *a, const char *option, const char *value);
+/* Removes what was pushed after the list had n entries. */
+void arguments_cut(struct argument_list *a, int n);
+
+struct serve_setup {
+    /* from the options */
+    const char *model, *control_listen, *mpirun_path;
+    struct argument_list coordinator_extra, worker_extra, mpi_extra;
+    bool listens;    /* --listen was given */
+    bool local_only; /* all ranks on this machine */
+    double drain_s;
+    uint64_t tp;
+    /* by serve_prepare */
+    char bin_dir[PATH_MAX];
+    char run_dir[64]; /* control socket, Open MPI's session files */
+    char shm_dir[64]; /* Open MPI's shared segments; "": where it wants */
+    char control[160];
+    struct argument_list coordinator, mpirun; /* what to run */
+};
+
+/* CMD_OK, CMD_USAGE or CMD_FAILED (a line on stderr has said why), or -1 after --help. */
+int serve_parse(int argc, char **argv, struct serve_setup *s);
+/* Finds the programs, makes the folders, builds the command lines. False: a line on stderr has said why. */
+bool serve_prepare(struct serve_setup *s);
+/* Removes the folders, frees the lists. */
+void serve_release(struct serve_setup *s);
+
+#endif
