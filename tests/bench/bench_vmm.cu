@@ -1,6 +1,6 @@
 /* bench_vmm.cu - what the driver's virtual memory calls cost: alone, in ranges, under a running kernel, beside launches.
  *
- *     bin/bench_vmm [GiB of the large pool, default 100]
+ *     bin/bench_vmm [GiB of the large pool, default 100] [busy: only what runs beside a kernel]
  *
  * All times are of the calls on the host, in microseconds: median, 99th percentile, largest. Results are checked: what is
  * written through one address must be read through every other address of the same page.
@@ -50,8 +50,10 @@ static __global__ void busy_kernel(enum busy_kind kind, const uint4 *buf, size_t
     uint64_t end = begin;
     unsigned sum = 0;
     unsigned long long done = 0;
-    for (size_t c = blockIdx.x;; c += gridDim.x) {
-        const uint4 *at = buf + c * CHUNK % vecs;
+    /* A share for each CTA: in a common order the CTAs would gather behind the first and read the L2 cache. */
+    size_t chunks = vecs / CHUNK / gridDim.x;
+    for (size_t c = 0;; c = (c + 1) % chunks) {
+        const uint4 *at = buf + (blockIdx.x * chunks + c) * CHUNK;
         for (size_t i = threadIdx.x; kind != BUSY_SPIN && i < CHUNK; i += 8 * blockDim.x) {
             uint4 x[8];
             for (int u = 0; u < 8; u++)
@@ -533,11 +535,14 @@ int main(int argc, char **argv)
     VMM_MUST(b.v.reserve(&b.range, PAGES * PAGE_BYTES, PAGE_BYTES, 0, 0));
     for (vmm_page &p : b.page)
         VMM_MUST(b.v.create(&p, PAGE_BYTES, &b.v.prop, 0));
-    bench_rules(&b);
-    bench_reserve(&b);
-    bench_create(&b, "GPU idle");
-    bench_map(&b, NULL);
-    bench_large_handles(&b);
+    bool all = argc < 3 || strcmp(argv[2], "busy");
+    if (all) {
+        bench_rules(&b);
+        bench_reserve(&b);
+        bench_create(&b, "GPU idle");
+        bench_map(&b, NULL);
+        bench_large_handles(&b);
+    }
     for (enum busy_kind kind : {BUSY_SPIN, BUSY_READ, BUSY_POLL}) {
         printf("\n## %s, alone\n", BUSY_NAME[kind]);
         busy_start(&b, kind, BUSY_NS / 4);
@@ -549,8 +554,10 @@ int main(int argc, char **argv)
     bench_create(&b, BUSY_NAME[BUSY_READ]);
     busy_stop(&b);
     bench_alias(&b);
-    bench_launches(&b);
-    bench_pool(&b, (size_t)(gib * (1 << 30) / PAGE_BYTES));
+    if (all) {
+        bench_launches(&b);
+        bench_pool(&b, (size_t)(gib * (1 << 30) / PAGE_BYTES));
+    }
     CUDA_MUST(cudaDeviceSynchronize());
     printf("\n%s\n", b.failures ? "FAIL" : "all checks passed");
     return b.failures ? 1 : 0;
