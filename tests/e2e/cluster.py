@@ -223,7 +223,7 @@ class Cluster:
         return {r.rank: r.pid for r in self.info().ranks}
 
     def coordinator_pid(self):
-        return next(p for p in children(self.process.pid) if process_name(p) == "tandem-coordinator")
+        return next((p for p in children(self.process.pid) if process_name(p) == "tandem-coordinator"), None)
 
 
 def tandem(*args, stdin="", timeout=60):
