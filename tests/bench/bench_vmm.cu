@@ -108,15 +108,18 @@ static void busy_start(struct bench *b, enum busy_kind kind, uint64_t limit_ns)
         ;
 }
 
-/* Says whether the kernel was still there when the calls were done, and how fast it read. */
+/* Says whether the kernel was still there when the calls were done (if not, they may have waited for it), and how fast
+ * it read. */
 static void busy_stop(struct bench *b)
 {
-    bool ran = cudaStreamQuery(b->busy) == cudaErrorNotReady;
+    cudaError_t rc = cudaStreamQuery(b->busy);
+    if (rc != cudaErrorNotReady)
+        CUDA_MUST(rc);
     *b->stop = 1;
     CUDA_MUST(cudaStreamSynchronize(b->busy));
     unsigned long long out[4];
     CUDA_MUST(cudaMemcpy(out, b->busy_out, sizeof out, cudaMemcpyDeviceToHost));
-    printf("    kernel: %s, read %.0f GB/s for %.0f ms\n", ran ? "ran on past the calls" : "ENDED before the calls did",
+    printf("    kernel: %s, read %.0f GB/s for %.0f ms\n", rc == cudaSuccess ? "had ended" : "still ran",
            (double)out[0] / (double)(out[2] - out[1]), (double)(out[2] - out[1]) * 1e-6);
 }
 
