@@ -64,8 +64,13 @@ void engine_pump(struct engine *e, int64_t now_us)
     while (may_send(g) && sched_plan(e->sched, now_us, &plan)) {
         g->last_sent = plan.step;
         g->sent_us[plan.step % COORD_STEP_RING] = now_us;
-        if (plan_send(e->scratch, g, &plan, &bad, &st) != ST_OK)
-            group_lost(e, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
+        if (plan_send(e->scratch, g, &plan, &bad, &st) != ST_OK) {
+            /* The end of its stream shows here or in its mail, whichever comes first: one wording for one fact. */
+            if (st.code == ST_CANCELLED)
+                group_lost(e, now_us, false, "rank %u was lost: its stream was closed", bad);
+            else
+                group_lost(e, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
+        }
     }
     engine_events(e, now_us);
 }
