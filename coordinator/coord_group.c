@@ -162,6 +162,7 @@ static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V
     conn->state = CONN_MEMBER;
     conn->rank = h->rank;
     conn->pid = h->pid;
+    conn->progress_us = now_us;
     text_sanitize(conn->host, sizeof conn->host, h->host, strlen(h->host));
     text_sanitize(conn->device, sizeof conn->device, h->device, strlen(h->device));
     conn_ref(conn);
@@ -175,8 +176,12 @@ static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V
 
 /* ---- the rest of its messages ---- */
 
-static void take_loading(struct engine *e, struct rank_conn *conn, const Tandem__V1__Loading *l)
+static void take_loading(struct engine *e, struct rank_conn *conn, const Tandem__V1__Loading *l, int64_t now_us)
 {
+    if (l->done_bytes > conn->loaded_bytes) {
+        conn->loaded_bytes = l->done_bytes;
+        conn->progress_us = now_us;
+    }
     if (l->total_bytes == 0)
         return;
     double share = (double)l->done_bytes / (double)l->total_bytes;
@@ -269,7 +274,7 @@ static bool take_message(struct engine *e, struct rank_conn *conn, Tandem__V1__R
     }
     switch (m->body_case) {
     case TANDEM__V1__RANK_MESSAGE__BODY_LOADING:
-        take_loading(e, conn, m->loading);
+        take_loading(e, conn, m->loading, now_us);
         return false;
     case TANDEM__V1__RANK_MESSAGE__BODY_READY:
         return take_ready(e, conn, m, now_us);
@@ -317,6 +322,12 @@ static int64_t step_began_us(const struct group *g, const struct rank_conn *conn
     return sent > conn->last_result_us ? sent : conn->last_result_us;
 }
 
+/* By when the rank must be Ready or have read more of its weights: heartbeats alone do not say that it gets anywhere. */
+static int64_t load_until_us(const struct engine *e, const struct rank_conn *conn)
+{
+    return conn->ready ? INT64_MAX : conn->progress_us + (int64_t)e->coord->opt.load_timeout_ms * 1000;
+}
+
 void group_forgive_silence(struct engine *e, int64_t now_us)
 {
     struct group *g = &e->group;
@@ -324,6 +335,7 @@ void group_forgive_silence(struct engine *e, int64_t now_us)
         if (g->rank[r]) {
             atomic_store(&g->rank[r]->heard_us, now_us);
             g->rank[r]->last_result_us = now_us;
+            g->rank[r]->progress_us = now_us;
         }
 }
 
@@ -334,6 +346,11 @@ static void check_rank(struct engine *e, struct rank_conn *conn, int64_t now_us)
     int64_t silent_us = now_us - atomic_load(&conn->heard_us);
     if (silent_us >= (int64_t)o->heartbeat_timeout_ms * 1000) {
         group_lost(e, now_us, false, "rank %u was lost: no heartbeat for %.1f s", conn->rank, (double)silent_us / 1e6);
+        return;
+    }
+    if (now_us >= load_until_us(e, conn)) {
+        group_lost(e, now_us, false, "rank %u was lost: it loads, but got no further for %u ms (--load-timeout-ms)",
+                   conn->rank, o->load_timeout_ms);
         return;
     }
     int64_t began_us = step_began_us(g, conn);
@@ -382,6 +399,7 @@ int64_t group_next_us(const struct engine *e)
         if (!g->rank[r])
             continue;
         next = min_i64(next, atomic_load(&g->rank[r]->heard_us) + (int64_t)o->heartbeat_timeout_ms * 1000);
+        next = min_i64(next, load_until_us(e, g->rank[r]));
         int64_t began_us = step_began_us(g, g->rank[r]);
         if (began_us != INT64_MAX)
             next = min_i64(next, began_us + (int64_t)o->step_timeout_ms * 1000);

@@ -94,6 +94,7 @@ struct coord_options {
     uint32_t heartbeat_interval_ms;
     uint32_t heartbeat_timeout_ms;
     uint32_t step_timeout_ms;
+    uint32_t load_timeout_ms;
     uint32_t slow_client_timeout_ms;
     uint32_t drain_timeout_ms;
     int supervisor_fd; /* -1: none */
@@ -296,7 +297,9 @@ struct rank_conn {
     char host[80], device[80];
     uint64_t last_step;
     int64_t last_result_us;
-    unsigned progress; /* tenths of the weights that were logged */
+    uint64_t loaded_bytes;
+    int64_t progress_us; /* when loaded_bytes grew last; until then when it attached */
+    unsigned progress;   /* tenths of the weights that were logged */
     bool ready;
 };
 

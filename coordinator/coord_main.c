@@ -14,6 +14,7 @@
 
 #define ALIVE_CHECK_MS    500
 #define FAREWELL_S        2
+#define STOP_S            20  /* for the whole of stop() */
 #define SHUTDOWN_GRACE_MS 500 /* for calls that end anyway; the drain was before */
 
 /* Where a server really listens: the port that was asked for may be 0. */
@@ -138,6 +139,15 @@ static void leave(int signal_number)
     _exit(0);
 }
 
+static void leave_late(int signal_number)
+{
+    static const char text[] = "tandem-coordinator: stopped in the middle: the shutdown took too long\n";
+    (void)signal_number;
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) /* nobody is left to tell */
+        _exit(1);
+    _exit(1);
+}
+
 /* Everything that matters is done here; what is left is to free memory. The gRPC core takes up to 10 s for that when a
  * connection's peer does not read (it joins a thread of its own that sleeps in epoll). */
 static void bound_farewell(void)
@@ -148,6 +158,9 @@ static void bound_farewell(void)
 
 static void stop(struct coord *c, bool served)
 {
+    /* A prompt that is being tokenized and the gRPC core are waited for below, and neither promises an end. */
+    signal(SIGALRM, leave_late);
+    alarm(STOP_S);
     if (c->health)
         rpc_health_close_watchers(c->health); /* they would hold up the shutdown */
     if (c->public_server)

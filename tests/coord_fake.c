@@ -86,6 +86,22 @@ static bool send_hello(struct fake_rank *r)
     return send_message(r, &m);
 }
 
+static bool send_loading(struct fake_rank *r)
+{
+    Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
+    Tandem__V1__Loading loading = TANDEM__V1__LOADING__INIT;
+    bool ok = true;
+    m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_LOADING;
+    m.loading = &loading;
+    loading.total_bytes = 1000;
+    for (uint32_t i = 0; ok && i < r->group->o.loading; i++) {
+        loading.done_bytes = i + 1;
+        usleep(100000);
+        ok = send_message(r, &m);
+    }
+    return ok;
+}
+
 static bool send_ready(struct fake_rank *r)
 {
     const struct fake_options *o = &r->group->o;
@@ -269,7 +285,7 @@ static bool take_message(struct fake_rank *r, const void *data, size_t len)
     case TANDEM__V1__COORDINATOR_MESSAGE__BODY_WELCOME:
         atomic_store(&r->epoch, m->epoch);
         r->heartbeat_ms = m->welcome->heartbeat_interval_ms;
-        ok = r->group->o.never_ready || send_ready(r);
+        ok = send_loading(r) && (r->group->o.never_ready || send_ready(r));
         break;
     case TANDEM__V1__COORDINATOR_MESSAGE__BODY_PLAN:
         if (m->epoch != atomic_load(&r->epoch))

@@ -24,6 +24,7 @@ struct fake_options {
     uint32_t eos_id;  /* FAKE_NO_STOP: the model has none */
     uint32_t eos_at;  /* position at which eos_id is sampled; 0: never */
     bool never_ready; /* stays in loading */
+    uint32_t loading; /* Loading messages that the ranks send before that, 100 ms apart, each with more bytes */
     bool partial;     /* the last rank does not attach */
 };
 

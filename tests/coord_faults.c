@@ -411,6 +411,31 @@ START_TEST(a_group_that_never_gets_ready_is_no_group)
 }
 END_TEST
 
+START_TEST(a_rank_that_beats_and_loads_nothing_is_lost)
+{
+    const char *args[] = {"--heartbeat-interval-ms", "50", "--load-timeout-ms", "400", NULL};
+    struct proc p;
+    char line[512];
+    struct fake_options o = FAKE_OPTIONS;
+    o.never_ready = true;
+    o.loading = _i == 0 ? 0 : 8;
+    start(&p, args);
+    int64_t began_ms = proc_now_ms();
+    struct fake_group *g = fake_group_start(p.control, &o);
+    ck_assert(proc_event(&p, line, sizeof line, WAIT_MS));
+    int64_t took_ms = proc_now_ms() - began_ms;
+    ck_assert_msg(strstr(line, "permanent=0") && strstr(line, "got no further for 400 ms"), "%s", line);
+    ck_assert_int_ge(took_ms, o.loading * 100 + 400 - 20); /* progress moves the bound */
+    ck_assert(fake_group_stop(g));
+    o.never_ready = false; /* the next group serves */
+    o.loading = 1;
+    o.launch_id = 2;
+    g = fake_group_start(p.control, &o);
+    ck_assert(proc_wait_state(&p, STATE(READY), WAIT_MS));
+    finish(&p, g);
+}
+END_TEST
+
 /* Between a client and the server: passes on what the client says, and of the answers only the first bytes, as a client
  * does whose process stands still. */
 struct proxy {
@@ -555,6 +580,7 @@ TCase *coord_faults(void)
     tcase_add_test(faults, a_rank_that_attaches_twice_ends_its_group);
     tcase_add_test(faults, ranks_that_do_not_belong_are_refused);
     tcase_add_test(faults, a_group_that_never_gets_ready_is_no_group);
+    tcase_add_loop_test(faults, a_rank_that_beats_and_loads_nothing_is_lost, 0, 2);
     tcase_add_loop_test(faults, a_client_that_never_reads_is_dropped, 0, 2);
     tcase_add_test(faults, clients_that_come_and_go_leave_nothing);
     return faults;
