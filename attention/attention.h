@@ -10,6 +10,8 @@
  *   seq 1: row  5    (a decode, context 900)                 sees keys 0 .. that position: causal, lower right
  *   ...
  *
+ * With a sliding window of W a row sees the last W keys of those only, its own included: position - W + 1 .. position.
+ *
  * A decode is a sequence with one row: work is split by rows and keys, not by request type. Softmax in fp32.
  * Result of a row does not depend on the other sequences of the batch, nor on the number of threads.
  */
@@ -38,6 +40,7 @@ struct attn_batch {
     uint32_t kv_heads; /* HK */
     uint32_t head_dim; /* D, a multiple of 8 up to 256 */
     float scale;       /* of q . k, usually 1 / sqrt(D) */
+    uint32_t window;   /* W: keys a row sees at most; 0: all */
     enum attn_dtype kv_dtype;
     uint64_t token_stride; /* bytes, of K and V alike */
     uint64_t head_stride;

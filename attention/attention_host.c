@@ -4,7 +4,7 @@
  * a sequence is cut depends on its own rows and kv_len and on the head shape, on nothing else; which items run together
  * or on which thread is decided after that and cannot change a result.
  *
- *   packed rows > BLOCK_ROWS    blocks of equal size, each against all keys it sees
+ *   packed rows > BLOCK_ROWS    blocks of equal size, each against all keys that one of its rows sees
  *   packed rows <= BLOCK_ROWS   one block; its keys in parts of SPLIT_KEYS or more (flash-decoding), so that a long decode
  *                               is shared by all threads. A part leaves its unnormalised rows in the pool of partial
  *                               results; whoever finishes the last part of a unit adds them up, in order of keys.
@@ -29,6 +29,10 @@ enum {
     INLINE_NS = 12000, /* a wave smaller than this is not worth waking anybody */
     NO_UNIT = UINT32_MAX,
 };
+
+/* So the row of a unit that starts last sees a key of the unit's first part: its window starts at most BLOCK_ROWS - 1 keys
+ * after that part, which has more than SPLIT_KEYS / 2. add_up needs it. */
+_Static_assert(BLOCK_ROWS <= SPLIT_KEYS / 2, "rows of a unit may see nothing of its first part");
 
 struct item {
     uint32_t seq, head;   /* KV head */
@@ -154,6 +158,13 @@ static uint64_t row_offset(const struct attn_batch *b, const struct item *it, ui
     return (row * b->heads + it->head * G + packed % G) * b->head_dim;
 }
 
+/* The row sees no key from here on. */
+static uint32_t keys_seen(const struct attn_batch *b, uint32_t seq, uint32_t packed)
+{
+    const struct attn_seq *s = &b->seq[seq];
+    return s->kv_len - s->rows + packed / (b->heads / b->kv_heads) + 1;
+}
+
 static void write_row(struct host *h, const struct item *it, uint32_t i, const float *out, float sum)
 {
     const struct attn_batch *b = h->batch;
@@ -204,7 +215,8 @@ static void run_item(struct host *h, const struct item *it, struct host_scratch 
         float *q = s->q + (uint64_t)i * DP;
         h->kernels->scale(q, (const float *)b->q + row_offset(b, it, it->first + i), D, b->scale * (float)M_LOG2E);
         memset(q + D, 0, (DP - D) * sizeof *q);
-        s->limit[i] = seq->kv_len - seq->rows + (it->first + i) / G + 1;
+        s->limit[i] = keys_seen(b, it->seq, it->first + i);
+        s->start[i] = attn_first_key(b, s->limit[i]);
     }
     if (seq->rows * G <= FEW_ROWS)
         h->kernels->few(&block, s);
@@ -281,15 +293,13 @@ static void add_item(struct host *h, const struct item *it, int few)
 static void plan_blocks(struct host *h, uint32_t seq, uint32_t packed)
 {
     const struct attn_batch *b = h->batch;
-    const struct attn_seq *s = &b->seq[seq];
-    uint32_t G = b->heads / b->kv_heads;
     uint32_t blocks = (packed + BLOCK_ROWS - 1) / BLOCK_ROWS;
     uint32_t rows = (packed + blocks - 1) / blocks;
     for (uint32_t end = packed; end > 0;) { /* the last rows see most keys: the longest first */
         uint32_t first = (end - 1) / rows * rows;
-        uint32_t keys = s->kv_len - s->rows + (end - 1) / G + 1;
+        uint32_t k_begin = attn_first_key(b, keys_seen(b, seq, first)), k_end = keys_seen(b, seq, end - 1);
         for (uint32_t head = 0; head < b->kv_heads; head++)
-            add_item(h, &(struct item){seq, head, first, end - first, 0, keys, NO_UNIT, 0}, packed <= FEW_ROWS);
+            add_item(h, &(struct item){seq, head, first, end - first, k_begin, k_end, NO_UNIT, 0}, packed <= FEW_ROWS);
         end = first;
     }
 }
@@ -298,7 +308,8 @@ static void plan_blocks(struct host *h, uint32_t seq, uint32_t packed)
 static void plan_parts(struct host *h, uint32_t seq, uint32_t packed, uint32_t part_keys)
 {
     const struct attn_batch *b = h->batch;
-    uint32_t kv_len = b->seq[seq].kv_len, parts = (kv_len + part_keys - 1) / part_keys;
+    uint32_t kv_len = b->seq[seq].kv_len, start = attn_first_key(b, keys_seen(b, seq, 0));
+    uint32_t parts = (kv_len - start + part_keys - 1) / part_keys;
     uint64_t unit_floats = parts * part_floats(packed, padded(b->head_dim));
     uint32_t fit = h->pool_floats / unit_floats < MAX_ITEMS / MAX_PARTS ? (uint32_t)(h->pool_floats / unit_floats)
                                                                         : MAX_ITEMS / MAX_PARTS;
@@ -316,7 +327,8 @@ static void plan_parts(struct host *h, uint32_t seq, uint32_t packed, uint32_t p
             h->pool_used += unit_floats;
         }
         for (uint32_t p = 0; p < parts; p++) {
-            uint32_t k_begin = p * part_keys, k_end = kv_len - k_begin < part_keys ? kv_len : k_begin + part_keys;
+            uint32_t k_begin = start + p * part_keys,
+                     k_end = kv_len - k_begin < part_keys ? kv_len : k_begin + part_keys;
             for (uint32_t i = 0; i < n; i++)
                 add_item(h, &(struct item){seq, begin + i, 0, packed, k_begin, k_end, unit + i, p}, packed <= FEW_ROWS);
         }
@@ -325,15 +337,15 @@ static void plan_parts(struct host *h, uint32_t seq, uint32_t packed, uint32_t p
 
 static void plan_seq(struct host *h, uint32_t seq, uint32_t packed)
 {
-    uint32_t kv_len = h->batch->seq[seq].kv_len;
-    uint32_t parts = (kv_len + SPLIT_KEYS - 1) / SPLIT_KEYS;
+    uint32_t keys = h->batch->seq[seq].kv_len - attn_first_key(h->batch, keys_seen(h->batch, seq, 0));
+    uint32_t parts = (keys + SPLIT_KEYS - 1) / SPLIT_KEYS;
     if (packed > BLOCK_ROWS || parts == 1) {
         plan_blocks(h, seq, packed);
         return;
     }
     parts = parts < MAX_PARTS ? parts : MAX_PARTS;
-    uint32_t keys = (kv_len + parts - 1) / parts;
-    plan_parts(h, seq, packed, (keys + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS);
+    uint32_t part_keys = (keys + parts - 1) / parts;
+    plan_parts(h, seq, packed, (part_keys + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS);
 }
 
 static enum status_code host_run(void *state, const struct attn_batch *b, struct status *st)

@@ -27,7 +27,8 @@ struct host_scratch {
     float *v;                   /* [TILE_KEYS][DP] the tile's values */
     float max[BLOCK_ROWS];      /* of the scores seen, base 2; -inf: none yet */
     float sum[BLOCK_ROWS];      /* of 2^(score - max) */
-    uint32_t limit[BLOCK_ROWS]; /* keys a row sees: 0 .. limit - 1 */
+    uint32_t start[BLOCK_ROWS]; /* keys a row sees: start .. limit - 1, at least one; both rise with the row */
+    uint32_t limit[BLOCK_ROWS];
 };
 
 struct host_block {
@@ -41,7 +42,7 @@ struct host_block {
 
 struct host_kernels {
     const char *name;
-    /* Both leave out, max and sum of b->rows rows in s; q and limit are filled in. few: at most FEW_ROWS rows. */
+    /* Both leave out, max and sum of b->rows rows in s; q, start and limit are filled in. few: at most FEW_ROWS rows. */
     void (*few)(const struct host_block *b, struct host_scratch *s);
     void (*many)(const struct host_block *b, struct host_scratch *s);
     /* dst[i] = src[i] * factor for n elements, a multiple of 8. */

@@ -16,8 +16,15 @@ struct attn_ops {
     /* Allocates all that run will need for the largest batch. *state is set only on ST_OK. */
     enum status_code (*create)(void **state, const struct attn_config *cfg, struct status *st);
     void (*destroy)(void *state); /* NULL is fine */
+    /* A back end that does not compute `window` says UNIMPLEMENTED where it is not 0. */
     enum status_code (*run)(void *state, const struct attn_batch *batch, struct status *st);
 };
+
+/* The first key seen by a row that sees none from `limit` on. */
+static inline uint32_t attn_first_key(const struct attn_batch *b, uint32_t limit)
+{
+    return b->window && limit > b->window ? limit - b->window : 0;
+}
 
 static inline uint32_t attn_elem_bytes(enum attn_dtype d)
 {

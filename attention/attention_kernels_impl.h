@@ -113,10 +113,13 @@ INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s
 {
     float *p = s->p + (uint64_t)i * TILE_KEYS;
     uint32_t seen = s->limit[i] <= from ? 0 : s->limit[i] - from < n ? s->limit[i] - from : n;
-    if (seen == 0) {
+    uint32_t skip = s->start[i] <= from ? 0 : s->start[i] - from; /* keys that slid out of the row's window */
+    if (skip >= seen) {
         memset(p, 0, (n + VW - 1) / VW * VW * sizeof *p);
         return;
     }
+    for (uint32_t j = 0; j < skip; j++)
+        p[j] = -INFINITY;
     for (uint32_t j = seen; j % VW; j++)
         p[j] = -INFINITY;
     NAME(vf) mv = NAME(load)(p, ATTN_F32);
@@ -141,7 +144,9 @@ INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s
         NAME(vf) e = NAME(exp2v)(NAME(load)(p + j, ATTN_F32) - max);
         NAME(store)(p + j, e);
         /* What was -inf became 2^-126, not 0: it must be 0 so that values the row does not see cannot matter. */
-        if (j + VW > seen) {
+        if (j < skip || j + VW > seen) {
+            for (uint32_t z = j; z < skip && z < j + VW; z++)
+                p[z] = 0;
             for (uint32_t z = seen; z < j + VW; z++)
                 p[z] = 0;
             e = NAME(load)(p + j, ATTN_F32);
@@ -396,7 +401,7 @@ INLINE void NAME(tile_rows)(const struct host_block *b, struct host_scratch *s, 
                             const int R)
 {
     uint32_t last = s->limit[i + R - 1]; /* limits rise with the row */
-    if (last <= from)
+    if (last <= from || s->start[i] >= from + n)
         return;
     uint32_t seen = last - from < n ? last - from : n;
     float *p = s->p + (uint64_t)i * TILE_KEYS;

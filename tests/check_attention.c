@@ -33,6 +33,7 @@ struct layout {
     enum attn_dtype dtype;
     uint64_t token_pad; /* bytes between tokens; head-major instead: HEAD_MAJOR */
     float sharpness;    /* of the softmax: magnitude of q */
+    uint32_t window;
 };
 
 #define HEAD_MAJOR UINT64_MAX
@@ -122,6 +123,20 @@ static void make_seq(struct problem *p, uint32_t i, struct span s, const struct 
     p->seq[i] = (struct attn_seq){.k = base, .v = base + v_at, .rows = s.rows, .kv_len = s.kv_len};
 }
 
+/* Keys before the window of the sequence's first row must not be read: NaN. */
+static void hide_before_window(struct problem *p, uint32_t i, const struct layout *l)
+{
+    const struct attn_seq *s = &p->seq[i];
+    uint32_t seen = s->kv_len - s->rows + 1, hidden = l->window && l->window < seen ? seen - l->window : 0;
+    for (uint32_t t = 0; t < hidden; t++) {
+        for (uint32_t h = 0; h < l->HK; h++) {
+            uint64_t at = t * p->b.token_stride + h * p->b.head_stride, bytes = l->D * (l->dtype == ATTN_F32 ? 4u : 2u);
+            memset((char *)s->k + at, 0xff, bytes);
+            memset((char *)s->v + at, 0xff, bytes);
+        }
+    }
+}
+
 static struct problem *make(const struct layout *l, const struct span *spans, uint32_t n, unsigned seed)
 {
     struct problem *p = calloc(1, sizeof *p);
@@ -132,9 +147,11 @@ static struct problem *make(const struct layout *l, const struct span *spans, ui
                                .kv_heads = l->HK,
                                .head_dim = l->D,
                                .scale = 1 / sqrtf((float)l->D),
+                               .window = l->window,
                                .kv_dtype = l->dtype};
     for (uint32_t i = 0; i < n; i++) {
         make_seq(p, i, spans[i], l, &seed);
+        hide_before_window(p, i, l);
         p->seq[i].first_row = p->b.rows;
         p->b.rows += spans[i].rows;
     }
@@ -166,16 +183,17 @@ static void drop(struct problem *p)
 
 /* ---- the reference ---- */
 
-/* One query row and head against its keys, 0 .. keys - 1; score has room for them. Returns the tolerance. */
+/* One query row and head against its keys, 0 .. keys - 1 or the window's; score has room for them. Returns the tolerance. */
 static double reference_row(const struct problem *p, uint32_t seq, uint32_t head, uint32_t keys, const float *q,
                             double *want, double *score)
 {
     uint32_t D = p->b.head_dim, HK = p->b.kv_heads;
     uint64_t at = (uint64_t)(head / (p->b.heads / HK)) * D, step = (uint64_t)HK * D;
+    uint32_t first = p->b.window && p->b.window < keys ? keys - p->b.window : 0;
     double max = -INFINITY, S = 0, sum = 0;
     for (uint32_t d = 0; d < D; d++)
         S += fabs((double)q[d]) * (double)p->b.scale;
-    for (uint32_t t = 0; t < keys; t++) {
+    for (uint32_t t = first; t < keys; t++) {
         const float *k = p->k[seq] + at + t * step;
         double dot[4] = {0};
         for (uint32_t d = 0; d < D; d += 4) {
@@ -186,7 +204,7 @@ static double reference_row(const struct problem *p, uint32_t seq, uint32_t head
         max = fmax(max, score[t]);
     }
     memset(want, 0, D * sizeof *want);
-    for (uint32_t t = 0; t < keys; t++) {
+    for (uint32_t t = first; t < keys; t++) {
         const float *v = p->v[seq] + at + t * step;
         double w = exp(score[t] - max);
         sum += w;
@@ -308,7 +326,7 @@ static const struct span hybrid[] = {{1, 40}, {1, 700}, {9, 9},   {3, 130}, {25,
 static void conformance(uint32_t index, int third, const struct span *spans, uint32_t n, const char *what)
 {
     for (uint32_t s = third ? index : 0; s < N_SHAPES; s += third ? 3 : 1) {
-        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtypes[index], s * 48, s % 2 ? 8 : 1};
+        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtypes[index], s * 48, s % 2 ? 8 : 1, 0};
         check_all(&l, spans, n, what);
     }
 }
@@ -334,7 +352,7 @@ END_TEST
 START_TEST(every_group_size_matches_the_reference)
 {
     for (uint32_t G = 1; G <= 16; G++) {
-        struct layout l = {2 * G, 2, 48, dtypes[G % 3], 0, 1};
+        struct layout l = {2 * G, 2, 48, dtypes[G % 3], 0, 1, 0};
         static const struct span spans[] = {{1, 77}, {2, 20}, {7, 30}, {1, 3}};
         check_all(&l, spans, COUNT(spans), "group");
     }
@@ -345,7 +363,7 @@ START_TEST(wide_token_strides_and_head_major_layouts_work)
 {
     static const uint64_t pads[] = {HEAD_MAJOR, 4, 65536 - 64, 65536 - 1024 * 4};
     for (size_t i = 0; i < COUNT(pads); i++) {
-        struct layout l = {8, 4, 64, dtypes[_i], pads[i], 1};
+        struct layout l = {8, 4, 64, dtypes[_i], pads[i], 1, 0};
         /* one stride serves the whole batch: head-major needs equal lengths */
         static const struct span spans[] = {{1, 130}, {20, 130}, {5, 130}};
         check_all(&l, spans, COUNT(spans), "stride");
@@ -356,7 +374,7 @@ END_TEST
 START_TEST(long_contexts_match_the_reference)
 {
     static const struct span spans[] = {{1, 20000}, {30, 3000}, {1, 4097}};
-    struct layout l = {4, 2, 64, dtypes[_i], 0, 4};
+    struct layout l = {4, 2, 64, dtypes[_i], 0, 4, 0};
     check_all(&l, spans, COUNT(spans), "long");
 }
 END_TEST
@@ -365,8 +383,21 @@ END_TEST
 START_TEST(parts_grow_with_very_long_contexts)
 {
     static const struct span spans[] = {{1, 70001}};
-    struct layout l = {2, 1, 8, ATTN_F32, 0, 1};
+    struct layout l = {2, 1, 8, ATTN_F32, 0, 1, 0};
     check_all(&l, spans, COUNT(spans), "very long");
+}
+END_TEST
+
+/* Widths around the sizes of tiles and vectors, of which a block sees one key, all, or its part of a split. */
+START_TEST(sliding_windows_match_the_reference)
+{
+    static const uint32_t windows[] = {1, 2, 5, 16, 17, 63, 64, 65, 200, 513, 600, 1099, 1100, 5000};
+    static const struct span spans[] = {{1, 1}, {1, 40}, {1, 700}, {3, 1100}, {9, 9}, {25, 90}, {40, 1100}, {110, 150}};
+    for (size_t i = 0; i < COUNT(windows); i++) {
+        uint32_t G = 1 + (uint32_t)i % 4;
+        struct layout l = {2 * G, 2, i % 2 ? 40 : 32, dtypes[i % 3], 0, 4, windows[i]};
+        check_all(&l, spans, COUNT(spans), "window");
+    }
 }
 END_TEST
 
@@ -376,7 +407,7 @@ START_TEST(large_batches_run_in_waves)
     struct span spans[MAX_SEQS];
     for (uint32_t i = 0; i < MAX_SEQS; i++)
         spans[i] = (struct span){1 + (i % 16 == 3), 20 + i + (i % 10 == 0 ? 1500 : 0)};
-    struct layout l = {64, 64, 8, ATTN_BF16, 0, 1};
+    struct layout l = {64, 64, 8, ATTN_BF16, 0, 1, 0};
     check_all(&l, spans, MAX_SEQS, "waves");
 }
 END_TEST
@@ -384,7 +415,7 @@ END_TEST
 START_TEST(scores_far_apart_do_not_overflow)
 {
     static const struct span spans[] = {{1, 700}, {40, 200}, {3, 3}};
-    struct layout l = {4, 2, 64, ATTN_F32, 0, 2000};
+    struct layout l = {4, 2, 64, ATTN_F32, 0, 2000, 0};
     check_all(&l, spans, COUNT(spans), "sharp");
 }
 END_TEST
@@ -392,7 +423,7 @@ END_TEST
 START_TEST(sequences_may_stand_in_any_order)
 {
     struct runner r = start(back_ends[_i], 2);
-    struct layout l = {4, 2, 32, ATTN_F32, 0, 1};
+    struct layout l = {4, 2, 32, ATTN_F32, 0, 1, 0};
     if (r.attn) {
         struct problem *p = make(&l, hybrid, COUNT(hybrid), 5);
         uint32_t at = p->b.rows;
@@ -416,7 +447,7 @@ START_TEST(result_is_the_same_alone_and_in_a_batch_for_any_threads)
         uint32_t H, HK, D;
     } heads[] = {{6, 3, 32}, {8, 2, 64}, {3, 3, 48}, {12, 1, 128}};
     const struct attn_ops *ops = back_ends[_i / 4];
-    struct layout l = {heads[_i % 4].H, heads[_i % 4].HK, heads[_i % 4].D, dtypes[_i % 3], 0, 3};
+    struct layout l = {heads[_i % 4].H, heads[_i % 4].HK, heads[_i % 4].D, dtypes[_i % 3], 0, 3, 0};
     struct runner one = start(ops, 0);
     if (!one.attn)
         return;
@@ -518,7 +549,7 @@ static void refuse(const struct attn_batch *b, const char *field)
 static void setup_refuser(void)
 {
     static const struct span spans[] = {{3, 10}, {1, 20}, {2, 2}};
-    static const struct layout l = {4, 2, 32, ATTN_F32, 0, 1};
+    static const struct layout l = {4, 2, 32, ATTN_F32, 0, 1, 0};
     refuser = (struct runner){0};
     struct attn_config cfg = {
         .ops = &attn_ops_host, .max_rows = 8, .max_heads = 8, .max_head_dim = 64, .max_kv_len = 30};
@@ -688,6 +719,7 @@ int main(void)
     TCase *limits = tcase_create("limits");
     tcase_add_loop_test(limits, long_contexts_match_the_reference, 0, 3);
     tcase_add_test(limits, parts_grow_with_very_long_contexts);
+    tcase_add_test(limits, sliding_windows_match_the_reference);
     tcase_add_test(limits, large_batches_run_in_waves);
     tcase_add_test(limits, scores_far_apart_do_not_overflow);
     tcase_add_loop_test(limits, nothing_to_do_is_fine, 0, N_BACK_ENDS);
