@@ -13,7 +13,12 @@
  * With a sliding window of W a row sees the last W keys of those only, its own included: position - W + 1 .. position.
  *
  * A decode is a sequence with one row: work is split by rows and keys, not by request type. Softmax in fp32.
- * Result of a row does not depend on the other sequences of the batch, nor on the number of threads.
+ * Result of a row does not depend on the other sequences of the batch, nor on the number of threads (on a GPU: beyond
+ * rounding, or not at all, see fixed_split_keys).
+ *
+ * Two families of back ends, one meaning: struct attn computes on the host at once; struct attn_gpu, below, launches
+ * kernels on a stream, with everything that changes from step to step in device memory, so that a captured CUDA graph
+ * serves every step.
  */
 #ifndef TANDEM_ATTENTION_H
 #define TANDEM_ATTENTION_H
@@ -21,6 +26,10 @@
 #include <stdint.h>
 
 #include "proto/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 enum attn_dtype { ATTN_F32 = 0, ATTN_BF16 = 1, ATTN_F16 = 2 };
 
@@ -78,4 +87,120 @@ void attn_destroy(struct attn *a); /* NULL is fine */
  * One thread at a time on one struct attn. */
 STATUS_MUST_CHECK enum status_code attn_run(struct attn *a, const struct attn_batch *batch, struct status *st);
 
+/* ---- back ends on a GPU ----
+ *
+ *     struct attn_gpu *a;
+ *     attn_gpu_pick(&cfg, st);                           fills cfg.ops: the fastest back end that can do cfg
+ *     attn_gpu_create(&a, &cfg, st);                     all memory is taken here
+ *     per step, captured in a graph or not:
+ *       (caller, on the stream: step.seq and step.counts get this step's batch)
+ *       attn_gpu_plan(a, &step, st);                     once per step: work lists, on the device, from step's memory
+ *       attn_gpu_run(a, &step, &io_of_layer_0, st);      once per layer, all with the same plan
+ *       attn_gpu_run(a, &step, &io_of_layer_1, st); ...
+ *
+ * Memory of q, out, K and V is the device's; their elements are cfg.dtype (bf16 or f16), sums are fp32.
+ *
+ *   q, out  row r, head h: base + r * row_stride + h * D * 2 + d * 2; row strides in bytes, so that q may stay where the
+ *           QKV product left it
+ *   K, V    of a sequence: seq.k + io.kv_offset + t * token_stride + h * head_stride + d * 2. With all layers of a token
+ *           side by side (token_stride = L * 2 * HK * D * 2), seq.k and seq.v are those of layer 0, and kv_offset is
+ *           l * 2 * HK * D * 2.
+ *
+ * Alignment: q, out, k, v, every stride and kv_offset are multiples of 16 bytes.
+ *
+ * What is read: of K and V only tokens 0 .. kv_len - 1 (with a window, only those that some row of the sequence sees), in
+ * full rows of D; pages behind may be unmapped, and NaN behind or between does no harm. Of q and out only rows of
+ * sequences. Keys that a row does not see, but another row of its sequence does, must be finite.
+ *
+ * Streams and graphs: plan and run only launch kernels on step.stream (and, with ATTN_GPU_STREAMS, on an own stream that
+ * is forked from it and joined to it): no allocation, no synchronisation, no copy from the host. They may be captured;
+ * the arguments are then frozen, the contents of seq and counts are read at each replay. Plans and runs of one struct
+ * attn_gpu must follow each other in stream order: it has one plan and one workspace. Create and destroy are not captured;
+ * destroy when the GPU has finished, and before the graphs that were captured run again.
+ */
+
+/* How prefill and decode share the GPU. All but ATTN_GPU_AUTO are there to be compared. */
+enum attn_gpu_policy {
+    ATTN_GPU_AUTO = 0, /* what is fastest for the batch, decided on the device where that needs the batch */
+    ATTN_GPU_FUSED,    /* one kernel in which both live on every SM */
+    ATTN_GPU_SERIAL,   /* prefill's work, then decode's */
+    ATTN_GPU_STREAMS,  /* two kernels on two streams */
+};
+
+struct attn_gpu_ops;
+extern const struct attn_gpu_ops attn_gpu_ops_cuda; /* portable: mma.sync, sm_80 and newer */
+
+struct attn_gpu_config {
+    const struct attn_gpu_ops *ops;
+    int device;            /* of the CUDA runtime */
+    enum attn_dtype dtype; /* of q, out, K and V: ATTN_BF16 or ATTN_F16 */
+    uint32_t heads;        /* H, of this rank */
+    uint32_t kv_heads;     /* HK; H is a multiple */
+    uint32_t head_dim;     /* D, a multiple of 8 up to 256 */
+    float scale;           /* of q . k, usually 1 / sqrt(D) */
+    float soft_cap;        /* c > 0: scores s = scale * q . k become c * tanh(s / c); 0: none */
+    uint32_t window; /* keys a row sees at most; 0: all. Layers with another window take another struct attn_gpu */
+    uint64_t token_stride; /* bytes, of K and V alike */
+    uint64_t head_stride;
+    uint32_t max_seqs;      /* of a batch */
+    uint32_t max_rows;      /* T, of a batch */
+    uint32_t max_kv_len;    /* of a sequence */
+    uint64_t max_kv_tokens; /* of all sequences of a batch together; 0: max_seqs * max_kv_len */
+    /* 0: keys are cut into parts as the batch needs, and a row's result depends on the batch within rounding. Else the cut
+     * depends on the sequence's own rows and kv_len alone (parts of so many keys, a multiple of 64, for decodes; chunks
+     * are not cut), and so do all bits of its rows. */
+    uint32_t fixed_split_keys;
+    enum attn_gpu_policy policy;
+};
+
+/* A step. Made once per captured graph ("bucket"): the pointers and bounds stay, the memory behind them changes. */
+struct attn_gpu_step {
+    /* Device memory, [max_seqs]; 8-byte aligned. k and v: device pointers, token 0, head 0, layer 0. Not changed between
+     * the plan and the last run of the step. */
+    const struct attn_seq *seq;
+    const uint32_t *counts; /* device memory, [1]: sequences of this step, 0 .. max_seqs */
+    /* Bounds of the bucket, host numbers, at most the config's: launches are sized by them. */
+    uint32_t max_seqs;
+    uint32_t max_rows;
+    uint32_t max_seq_rows; /* rows of one sequence: 1 where all are decodes; max_rows if not known */
+    void *stream;          /* cudaStream_t; NULL is the default stream */
+};
+
+/* One layer's memory. */
+struct attn_gpu_io {
+    const void *q;
+    void *out;
+    uint64_t q_row_stride; /* bytes; at least H * D * 2 */
+    uint64_t out_row_stride;
+    uint64_t kv_offset; /* bytes, added to every k and v */
+};
+
+struct attn_gpu;
+
+/* Sets cfg->ops to the first back end, fastest first, whose query accepts cfg; UNIMPLEMENTED when none does. */
+STATUS_MUST_CHECK enum status_code attn_gpu_pick(struct attn_gpu_config *cfg, struct status *st);
+
+/* INVALID_ARGUMENT names the field; UNIMPLEMENTED: the back end cannot do this on this device; RESOURCE_EXHAUSTED: the
+ * device has not memory enough. Makes cfg->device current for the calling thread. */
+STATUS_MUST_CHECK enum status_code attn_gpu_create(struct attn_gpu **out, const struct attn_gpu_config *cfg,
+                                                   struct status *st);
+void attn_gpu_destroy(struct attn_gpu *a); /* NULL is fine */
+const char *attn_gpu_name(const struct attn_gpu *a);
+uint64_t attn_gpu_workspace_bytes(const struct attn_gpu *a); /* device memory held */
+
+/* Device memory, one uint32_t: 0, or 1 + the index of a sequence of the last plan that breaks a rule (no rows, kv_len below
+ * rows or above max_kv_len, more rows than max_seq_rows, rows behind max_rows; max_seqs + 1: too many sequences). The rows
+ * of such a sequence are not computed; the others are. Copy it with the step's results. */
+const uint32_t *attn_gpu_fault(const struct attn_gpu *a);
+
+/* The device of the config must be current. Both check what the host knows (INVALID_ARGUMENT) and report launch errors
+ * (INTERNAL). A step of no sequences is fine. */
+STATUS_MUST_CHECK enum status_code attn_gpu_plan(struct attn_gpu *a, const struct attn_gpu_step *step,
+                                                 struct status *st);
+STATUS_MUST_CHECK enum status_code attn_gpu_run(struct attn_gpu *a, const struct attn_gpu_step *step,
+                                                const struct attn_gpu_io *io, struct status *st);
+
+#ifdef __cplusplus
+}
+#endif
 #endif

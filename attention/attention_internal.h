@@ -4,6 +4,10 @@
 
 #include "attention/attention.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 enum {
     ATTN_MAX_HEAD_DIM = 256,
     ATTN_HEAD_DIM_UNIT = 8,
@@ -26,9 +30,31 @@ static inline uint32_t attn_first_key(const struct attn_batch *b, uint32_t limit
     return b->window && limit > b->window ? limit - b->window : 0;
 }
 
+/* A back end on a GPU. It sees what attention_gpu.c has let through; sequences are in device memory, so it checks them
+ * itself, on the device (attn_gpu_fault). */
+struct attn_gpu_ops {
+    const char *name;
+    /* Whether it can do cfg on cfg->device: ST_OK, or ST_UNIMPLEMENTED with the reason. */
+    enum status_code (*query)(const struct attn_gpu_config *cfg, struct status *st);
+    /* Only after query has accepted cfg; device is current. *state is set only on ST_OK. */
+    enum status_code (*create)(void **state, const struct attn_gpu_config *cfg, struct status *st);
+    void (*destroy)(void *state); /* NULL is fine */
+    uint64_t (*workspace_bytes)(const void *state);
+    const uint32_t *(*fault)(const void *state);
+    enum status_code (*plan)(void *state, const struct attn_gpu_step *step, struct status *st);
+    enum status_code (*run)(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io,
+                            struct status *st);
+};
+
+/* Back ends that attn_gpu_pick tries, fastest first; ends with NULL. In attention_pick.c, which knows them all. */
+extern const struct attn_gpu_ops *const attn_gpu_back_ends[];
+
 static inline uint32_t attn_elem_bytes(enum attn_dtype d)
 {
     return d == ATTN_F32 ? 4 : 2;
 }
 
+#ifdef __cplusplus
+}
+#endif
 #endif
