@@ -4,8 +4,9 @@
     reference.py --run PATH/engine_run [--seed N] [--only NAME]     compare (what ctest does)
     reference.py --write DIR --only NAME [--seed N]                 leave one model folder, with expected.json, in DIR
 
-The forward below is written from the published description of Llama and shares nothing with worker/: no KV cache, every
-step is computed from scratch. Ids are compared up to the first step whose margin is under TOLERANCE, logits always.
+The forward below is written from the published descriptions of Llama, Mistral, Qwen 2 and Qwen 3 and of the rotary
+scalings (the formulas of the transformers library for the latter), and shares nothing with worker/: no KV cache, every step
+is computed from scratch. Ids are compared up to the first step whose margin is under TOLERANCE, logits always.
 """
 import argparse
 import json
@@ -21,7 +22,8 @@ TOLERANCE = 2e-3  # logits here are of size 1 to 10; float32 arithmetic differs 
 LOGITS_TOLERANCE = 2e-4
 NEW_TOKENS = 24
 
-# hidden, inner, layers, heads, kv_heads, head_dim, vocab; dtype(s); files; options
+# hidden, inner, layers, heads, kv_heads, head_dim, vocab; dtype(s); files; options; config: fields as they stand in
+# config.json, from which the reference takes biases, norms, windows and scalings too
 MODELS = {
     "gqa_untied": dict(hidden=72, inner=100, layers=3, heads=8, kv_heads=2, head_dim=16, vocab=301, dtype="F32", files=1,
                        tied=False),
@@ -35,7 +37,37 @@ MODELS = {
                       tied=True),
     "default_head_dim": dict(hidden=64, inner=96, layers=4, heads=4, kv_heads=4, head_dim=None, vocab=200, dtype="BF16",
                              files=5, tied=False),
+    "mistral": dict(hidden=56, inner=90, layers=3, heads=6, kv_heads=2, head_dim=16, vocab=199, dtype="BF16", files=1,
+                    tied=False, arch="MistralForCausalLM", config=dict(sliding_window=9)),
+    "qwen2": dict(hidden=48, inner=77, layers=3, heads=6, kv_heads=2, head_dim=None, vocab=211, dtype="F16", files=1,
+                  tied=True, rope_theta=1000000.0, arch="Qwen2ForCausalLM",
+                  config=dict(use_sliding_window=True, sliding_window=11, max_window_layers=2, use_mrope=False)),
+    "qwen3": dict(hidden=40, inner=66, layers=3, heads=4, kv_heads=2, head_dim=24, vocab=180, dtype="BF16", files=1,
+                  tied=True, arch="Qwen3ForCausalLM",
+                  config=dict(use_sliding_window=False, sliding_window=None, max_window_layers=3)),
+    "qwen3_yarn": dict(hidden=40, inner=66, layers=3, heads=4, kv_heads=1, head_dim=32, vocab=150, dtype="mixed", files=1,
+                       tied=False, arch="Qwen3ForCausalLM",
+                       config=dict(attention_bias=True, use_sliding_window=True, sliding_window=8,
+                                   layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                                   rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=16,
+                                                     original_max_position_embeddings=40))),
+    "llama3_biases": dict(hidden=64, inner=101, layers=2, heads=4, kv_heads=2, head_dim=32, vocab=170, dtype="F32", files=1,
+                          tied=False, rope_theta=500.0,
+                          config=dict(attention_bias=True, mlp_bias=True,
+                                      rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
+                                                        high_freq_factor=4.0, original_max_position_embeddings=64))),
+    "yi_linear": dict(hidden=64, inner=96, layers=2, heads=8, kv_heads=1, head_dim=None, vocab=190, dtype="BF16", files=1,
+                      tied=False, rope_theta=5000000.0, config=dict(rope_scaling=dict(type="linear", factor=2.5))),
+    "smollm2_yarn": dict(hidden=72, inner=64, layers=3, heads=9, kv_heads=3, head_dim=8, vocab=130, dtype="BF16", files=1,
+                         tied=True, rope_theta=100000.0,
+                         config=dict(rope_interleaved=False, is_llama_config=True,
+                                     rope_scaling=dict(type="yarn", factor=3.0, original_max_position_embeddings=50,
+                                                       attention_factor=1.3, truncate=False))),
 }
+# ranks, rows per step, requests at a time, threads: of the shapes above, and of the families below
+RUNS = [(1, 64, 1, 2), (1, 3, 4, 1), (2, 16, 2, 1), (3, 64, 4, 1), (4, 5, 3, 2), (5, 64, 4, 1), (6, 16, 4, 1), (7, 64, 2, 1),
+        (8, 64, 4, 1)]
+FAMILY_RUNS = [(1, 64, 1, 1), (2, 5, 3, 1), (3, 16, 4, 1)]
 
 
 def to_bf16(x):
@@ -69,6 +101,19 @@ def tensor_shapes(m):
         yield p + "mlp.gate_proj.weight", (m["inner"], h)
         yield p + "mlp.up_proj.weight", (m["inner"], h)
         yield p + "mlp.down_proj.weight", (h, m["inner"])
+        if m["qkv_bias"]:
+            yield p + "self_attn.q_proj.bias", (m["heads"] * d,)
+            yield p + "self_attn.k_proj.bias", (m["kv_heads"] * d,)
+            yield p + "self_attn.v_proj.bias", (m["kv_heads"] * d,)
+        if m["o_bias"]:
+            yield p + "self_attn.o_proj.bias", (h,)
+        if m["mlp_bias"]:
+            yield p + "mlp.gate_proj.bias", (m["inner"],)
+            yield p + "mlp.up_proj.bias", (m["inner"],)
+            yield p + "mlp.down_proj.bias", (h,)
+        if m["qk_norm"]:
+            yield p + "self_attn.q_norm.weight", (d,)
+            yield p + "self_attn.k_norm.weight", (d,)
     yield "model.norm.weight", (h,)
     if not m["tied"]:
         yield "lm_head.weight", (m["vocab"], h)
@@ -85,16 +130,37 @@ def write_file(path, tensors):
         f.write(struct.pack("<Q", len(text)) + text + data)
 
 
-def make_model(folder, m, rng):
-    """Writes the folder; returns the weights as float64."""
+def complete(m):
+    """Defaults, and what the class and the options of config.json mean."""
     m.setdefault("rope_theta", 10000.0)
     m.setdefault("eps", 1e-5)
-    explicit_head_dim = m["head_dim"] is not None
+    m.setdefault("arch", "LlamaForCausalLM")
+    m["explicit_head_dim"] = m["head_dim"] is not None
     m["head_dim"] = m["head_dim"] or m["hidden"] // m["heads"]
+    c = m.setdefault("config", {})
+    m["qkv_bias"] = m["arch"] == "Qwen2ForCausalLM" or c.get("attention_bias", False)
+    m["o_bias"] = c.get("attention_bias", False)
+    m["mlp_bias"] = c.get("mlp_bias", False)
+    m["qk_norm"] = m["arch"] == "Qwen3ForCausalLM"
+    windowed = range(0)
+    if m["arch"] == "MistralForCausalLM":
+        windowed = range(m["layers"])
+    elif c.get("layer_types"):
+        windowed = [i for i, kind in enumerate(c["layer_types"]) if kind == "sliding_attention"]
+    elif c.get("use_sliding_window"):
+        windowed = range(c["max_window_layers"], m["layers"])
+    m["windows"] = [c["sliding_window"] if i in windowed else None for i in range(m["layers"])]
+
+
+def make_model(folder, m, rng):
+    """Writes the folder; returns the weights as float64."""
+    complete(m)
     mixed = ["BF16", "F16", "F32"]
     weights, parts = {}, [[] for _ in range(m["files"])]
     for k, (name, shape) in enumerate(tensor_shapes(m)):
-        if len(shape) == 1:
+        if name.endswith(".bias"):
+            x = 0.5 * rng.standard_normal(shape)
+        elif len(shape) == 1:
             x = 1.0 + 0.2 * rng.standard_normal(shape)
         elif "embed" in name:
             x = rng.standard_normal(shape)
@@ -116,15 +182,16 @@ def make_model(folder, m, rng):
         with open(folder + "/model.safetensors.index.json", "w") as f:
             json.dump({"metadata": {}, "weight_map": index}, f)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": m["hidden"],
+        "architectures": [m["arch"]], "hidden_size": m["hidden"],
         "intermediate_size": m["inner"], "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"],
         "num_key_value_heads": m["kv_heads"], "vocab_size": m["vocab"], "max_position_embeddings": 160,
         "rms_norm_eps": m["eps"], "rope_theta": m["rope_theta"], "hidden_act": "silu", "rope_scaling": None,
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": m["tied"], "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if explicit_head_dim:
+    if m["explicit_head_dim"]:
         config["head_dim"] = m["head_dim"]
+    config.update(m["config"])
     with open(folder + "/config.json", "w") as f:
         json.dump(config, f)
     return weights
@@ -134,33 +201,75 @@ def rms_norm(x, w, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
 
 
-def rotate(x, theta):
+def frequencies(m, d):
+    """Inverse frequencies, and what cosine and sine are multiplied by."""
+    theta = m["rope_theta"]
+    scaling = m["config"].get("rope_scaling") or {}
+    plain = 1.0 / theta ** (np.arange(0, d, 2) / d)
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind is None:
+        return plain, 1.0
+    factor = scaling["factor"]
+    if kind == "linear":
+        return plain / factor, 1.0
+    trained = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * np.pi / plain
+        smooth = (trained / wavelength - low) / (high - low)
+        mixed = (1 - smooth) * plain / factor + smooth * plain
+        slow = np.where(wavelength > trained / low, plain / factor, mixed)
+        return np.where(wavelength < trained / high, plain, slow), 1.0
+    assert kind == "yarn"
+
+    def dimension(rotations):
+        return d * np.log(trained / (rotations * 2 * np.pi)) / (2 * np.log(theta))
+    first, last = dimension(scaling.get("beta_fast", 32)), dimension(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    ramp = np.clip((np.arange(d // 2) - first) / (last - first or 0.001), 0, 1)
+    return plain / factor * ramp + plain * (1 - ramp), scaling.get("attention_factor", 0.1 * np.log(factor) + 1)
+
+
+def rotate(x, inverse, factor):
     """x: [T][heads][d]; pairs (i, i + d/2) as Hugging Face's Llama has them."""
     t, _, d = x.shape
-    angle = np.outer(np.arange(t), theta ** (-np.arange(0, d, 2) / d))[:, None, :]
+    angle = np.outer(np.arange(t), inverse)[:, None, :]
     a, b = x[..., : d // 2], x[..., d // 2:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+    return factor * np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def linear(w, name, x):
+    y = x @ w[name + ".weight"].T
+    return y + w[name + ".bias"] if name + ".bias" in w else y
 
 
 def last_logits(m, w, ids):
     t, d, group = len(ids), m["head_dim"], m["heads"] // m["kv_heads"]
+    rope = frequencies(m, d)
     x = w["model.embed_tokens.weight"][ids]
-    mask = np.where(np.tri(t) > 0, 0.0, -np.inf)
     for i in range(m["layers"]):
         p = "model.layers.%d." % i
         h = rms_norm(x, w[p + "input_layernorm.weight"], m["eps"])
-        q = rotate((h @ w[p + "self_attn.q_proj.weight"].T).reshape(t, -1, d), m["rope_theta"])
-        k = rotate((h @ w[p + "self_attn.k_proj.weight"].T).reshape(t, -1, d), m["rope_theta"])
-        v = (h @ w[p + "self_attn.v_proj.weight"].T).reshape(t, -1, d)
+        q = linear(w, p + "self_attn.q_proj", h).reshape(t, -1, d)
+        k = linear(w, p + "self_attn.k_proj", h).reshape(t, -1, d)
+        v = linear(w, p + "self_attn.v_proj", h).reshape(t, -1, d)
+        if m["qk_norm"]:
+            q = rms_norm(q, w[p + "self_attn.q_norm.weight"], m["eps"])
+            k = rms_norm(k, w[p + "self_attn.k_norm.weight"], m["eps"])
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        distance = np.arange(t)[:, None] - np.arange(t)
+        mask = np.where((distance >= 0) & (distance < (m["windows"][i] or t)), 0.0, -np.inf)
         out = np.empty((t, m["heads"], d))
         for head in range(m["heads"]):
             s = q[:, head] @ k[:, head // group].T / np.sqrt(d) + mask
             s = np.exp(s - s.max(-1, keepdims=True))
             out[:, head] = s / s.sum(-1, keepdims=True) @ v[:, head // group]
-        x = x + out.reshape(t, -1) @ w[p + "self_attn.o_proj.weight"].T
+        x = x + linear(w, p + "self_attn.o_proj", out.reshape(t, -1))
         h = rms_norm(x, w[p + "post_attention_layernorm.weight"], m["eps"])
-        gate, up = h @ w[p + "mlp.gate_proj.weight"].T, h @ w[p + "mlp.up_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+        gate, up = linear(w, p + "mlp.gate_proj", h), linear(w, p + "mlp.up_proj", h)
+        x = x + linear(w, p + "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
     head = w["model.embed_tokens.weight" if m["tied"] else "lm_head.weight"]
     return rms_norm(x[-1], w["model.norm.weight"], m["eps"]) @ head.T
 
@@ -201,16 +310,15 @@ def compare(label, cases, got):
 
 
 def check_model(run, name, seed):
-    rng = np.random.default_rng([seed, sorted(MODELS).index(name)])
+    rng = np.random.default_rng([seed, list(MODELS).index(name)])
     m = dict(MODELS[name])
     bad = compared = 0
     with tempfile.TemporaryDirectory() as folder:
         weights = make_model(folder, m, rng)
         cases = make_cases(m, weights, rng)
         prompts = json.dumps([c["prompt_ids"] for c in cases])
-        # ranks, rows per step, requests at a time, threads
-        for ranks, rows, concurrent, threads in [(1, 64, 1, 2), (1, 3, 4, 1), (2, 16, 2, 1), (3, 64, 4, 1), (4, 5, 3, 2),
-                                                 (5, 64, 4, 1), (6, 16, 4, 1), (7, 64, 2, 1), (8, 64, 4, 1)]:
+        runs = FAMILY_RUNS if m["config"] else RUNS
+        for ranks, rows, concurrent, threads in runs:
             label = "%s, %d ranks, %d rows, %d at a time, seed %d" % (name, ranks, rows, concurrent, seed)
             p = subprocess.run([run, "%s,threads=%d" % (folder, threads), str(ranks), str(rows), str(concurrent),
                                 str(NEW_TOKENS)], input=prompts, stdout=subprocess.PIPE, universal_newlines=True)
@@ -222,7 +330,7 @@ def check_model(run, name, seed):
             bad += b
             compared += c
     print("%s: %d ids compared, %d differences" % (name, compared, bad))
-    if compared < 9 * NEW_TOKENS:
+    if compared < len(runs) * NEW_TOKENS:
         print("%s: too few margins are over %g to tell anything" % (name, TOLERANCE))
         bad += 1
     return bad
@@ -236,7 +344,7 @@ def main():
     args.add_argument("--seed", type=int, default=1)
     args = args.parse_args()
     if args.write:
-        rng = np.random.default_rng([args.seed, sorted(MODELS).index(args.only)])
+        rng = np.random.default_rng([args.seed, list(MODELS).index(args.only)])
         m = dict(MODELS[args.only])
         os.makedirs(args.write, exist_ok=True)
         weights = make_model(args.write, m, rng)

@@ -58,19 +58,6 @@ static void lay_out(struct forward *f, struct arena *a)
     }
 }
 
-/* Angles in double: position times frequency has no digits to lose at a long context. */
-static void fill_rope(struct forward *f)
-{
-    uint32_t half = f->cfg.model->head_dim / 2;
-    for (uint32_t i = 0; i < half; i++) {
-        double frequency = pow(f->cfg.model->rope_theta, -(double)i / half);
-        for (uint32_t p = 0; p < f->cfg.max_context; p++) {
-            f->cosine[(uint64_t)p * half + i] = (float)cos(p * frequency);
-            f->sine[(uint64_t)p * half + i] = (float)sin(p * frequency);
-        }
-    }
-}
-
 static void run_threads(void *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i, uint32_t worker), void *arg)
 {
     threads_for(ctx, n, fn, arg);
@@ -130,7 +117,7 @@ enum status_code forward_create(struct forward **out, const struct forward_confi
     memset(f->sampler, 0, threads_count(cfg->pool) * sizeof *f->sampler);
     if ((rc = create_parts(f, st)) != ST_OK)
         goto fail;
-    fill_rope(f);
+    rope_table(f->cosine, f->sine, &cfg->model->rope, NULL, cfg->model->head_dim, cfg->max_context);
     *out = f;
     return ST_OK;
 fail:
@@ -158,6 +145,7 @@ struct row_job {
     const struct forward_batch *b;
     uint32_t layer;
     const float *norm;
+    const float *bias;
 };
 
 static void embed_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
@@ -196,12 +184,13 @@ static void add_norm_rows(void *arg, uint32_t first, uint32_t end, uint32_t work
                              m->norm_eps);
 }
 
-/* Splits qkv: q rotated to its own place, k rotated and v into the slot. */
+/* Bias, norm of the heads. Then splits qkv: q rotated to its own place, k rotated and v into the slot. */
 static void rope_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
 {
     (void)worker;
     const struct row_job *j = arg;
     struct forward *f = j->f;
+    const struct layer_weights *w = &f->cfg.weights->layer[j->layer];
     uint32_t d = f->cfg.model->head_dim, heads = f->cfg.shard->heads.count, kv_heads = f->cfg.shard->kv_heads.count;
     uint64_t qkv_width = (uint64_t)(heads + 2 * kv_heads) * d;
     for (uint32_t r = first; r < end; r++) {
@@ -209,7 +198,13 @@ static void rope_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
         const struct kv_view view = kv_slot_view(f->cfg.kv, seq->slot, j->layer);
         uint32_t position = seq->position + (r - seq->first_row);
         const float *cosine = f->cosine + (uint64_t)position * (d / 2), *sine = f->sine + (uint64_t)position * (d / 2);
-        const float *q = f->qkv + r * qkv_width, *k = q + (uint64_t)heads * d, *v = k + (uint64_t)kv_heads * d;
+        float *q = f->qkv + r * qkv_width, *k = q + (uint64_t)heads * d, *v = k + (uint64_t)kv_heads * d;
+        if (w->qkv_bias)
+            forward_add_row(q, w->qkv_bias, (uint32_t)qkv_width);
+        if (w->q_norm) {
+            forward_norm_heads(q, w->q_norm, heads, d, f->cfg.model->norm_eps);
+            forward_norm_heads(k, w->k_norm, kv_heads, d, f->cfg.model->norm_eps);
+        }
         forward_rope_row(f->q + (uint64_t)r * heads * d, q, cosine, sine, heads, d);
         for (uint32_t h = 0; h < kv_heads; h++) {
             uint64_t at = position * view.token_stride + h * view.head_stride;
@@ -224,10 +219,30 @@ static void swiglu_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker
     (void)worker;
     const struct row_job *j = arg;
     uint32_t n = j->f->cfg.shard->inner.count;
+    const float *bias = j->f->cfg.weights->layer[j->layer].gate_up_bias;
     for (uint32_t r = first; r < end; r++) {
-        const float *gate = j->f->gate_up + (uint64_t)r * 2 * n;
+        float *gate = j->f->gate_up + (uint64_t)r * 2 * n;
+        if (bias)
+            forward_add_row(gate, bias, 2 * n);
         forward_swiglu_row(j->f->act + (uint64_t)r * n, gate, gate + n, n);
     }
+}
+
+static void bias_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
+{
+    (void)worker;
+    const struct row_job *j = arg;
+    uint32_t hidden = j->f->cfg.model->hidden;
+    for (uint32_t r = first; r < end; r++)
+        forward_add_row(j->f->h + (uint64_t)r * hidden, j->bias, hidden);
+}
+
+/* h += bias, on the rank that has it: the sum over the ranks takes it up once. */
+static void add_bias(struct forward *f, const struct forward_batch *b, const float *bias)
+{
+    struct row_job job = {.f = f, .b = b, .bias = bias};
+    if (bias)
+        forward_rows(f->cfg.pool, b->rows, f->cfg.model->hidden, bias_rows, &job);
 }
 
 static enum status_code all_reduce(struct forward *f, float *x, uint32_t rows, struct status *st)
@@ -258,6 +273,7 @@ static enum status_code attend(struct forward *f, const struct forward_batch *b,
         .kv_heads = f->cfg.shard->kv_heads.count,
         .head_dim = m->head_dim,
         .scale = (float)(1.0 / sqrt((double)m->head_dim)),
+        .window = model_window(m, layer),
         .kv_dtype = ATTN_F32,
         .token_stride = view.token_stride,
         .head_stride = view.head_stride,
@@ -273,7 +289,7 @@ static enum status_code attention_block(struct forward *f, const struct forward_
 {
     const struct layer_weights *w = &f->cfg.weights->layer[layer];
     uint32_t hidden = f->cfg.model->hidden;
-    struct row_job job = {f, b, layer, NULL};
+    struct row_job job = {.f = f, .b = b, .layer = layer};
     enum status_code rc;
     if (f->attn) {
         gemm_run(f->gemm, f->qkv, w->qkv.rows, f->h, hidden, b->rows, &w->qkv);
@@ -282,6 +298,7 @@ static enum status_code attention_block(struct forward *f, const struct forward_
             return rc;
     }
     gemm_run(f->gemm, f->h, hidden, f->att, w->o.cols, b->rows, &w->o);
+    add_bias(f, b, w->o_bias);
     return all_reduce(f, f->h, b->rows, st);
 }
 
@@ -289,10 +306,11 @@ static enum status_code mlp_block(struct forward *f, const struct forward_batch 
 {
     const struct layer_weights *w = &f->cfg.weights->layer[layer];
     uint32_t hidden = f->cfg.model->hidden;
-    struct row_job job = {f, b, layer, NULL};
+    struct row_job job = {.f = f, .b = b, .layer = layer};
     gemm_run(f->gemm, f->gate_up, w->gate_up.rows, f->h, hidden, b->rows, &w->gate_up);
     forward_rows(f->cfg.pool, b->rows, 4ull * w->down.cols, swiglu_rows, &job); /* an exp is worth some plain floats */
     gemm_run(f->gemm, f->h, hidden, f->act, w->down.cols, b->rows, &w->down);
+    add_bias(f, b, w->down_bias);
     return all_reduce(f, f->h, b->rows, st);
 }
 
@@ -302,7 +320,7 @@ enum status_code forward_run(struct forward *f, const struct forward_batch *b, u
         return ST_OK;
     const struct model_config *m = f->cfg.model;
     const struct model_weights *w = f->cfg.weights;
-    struct row_job job = {f, b, 0, NULL};
+    struct row_job job = {.f = f, .b = b};
     enum status_code rc;
     for (uint32_t i = 0; i < b->seqs; i++)
         for (uint32_t r = 0; r < b->seq[i].rows; r++)

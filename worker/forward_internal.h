@@ -51,6 +51,10 @@ void forward_norm_row(float *out, const float *x, const float *weight, uint32_t 
 void forward_add_norm_row(float *x, float *y, const float *weight, uint32_t n, float eps);
 /* Rotates pairs (i, i + d/2) of n heads of d floats, the half-split form. out may be x. */
 void forward_rope_row(float *out, const float *x, const float *cosine, const float *sine, uint32_t heads, uint32_t d);
+/* x += y */
+void forward_add_row(float *x, const float *y, uint32_t n);
+/* Each of n heads of d floats normed by itself, in place, with the same weight [d]. */
+void forward_norm_heads(float *x, const float *weight, uint32_t heads, uint32_t d, float eps);
 /* out = silu(gate) * up */
 void forward_swiglu_row(float *out, const float *gate, const float *up, uint32_t n);
 

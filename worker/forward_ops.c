@@ -89,6 +89,21 @@ VECTORISED void forward_add_norm_row(float *restrict x, float *restrict y, const
     norm_row(y, x, weight, n, eps);
 }
 
+VECTORISED void forward_add_row(float *restrict x, const float *restrict y, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x[i] += y[i];
+}
+
+VECTORISED void forward_norm_heads(float *x, const float *restrict weight, uint32_t heads, uint32_t d, float eps)
+{
+    for (uint32_t h = 0; h < heads; h++, x += d) {
+        float scale = 1.0f / sqrtf(sum_squares(x, d) / (float)d + eps);
+        for (uint32_t i = 0; i < d; i++)
+            x[i] = x[i] * scale * weight[i];
+    }
+}
+
 VECTORISED void forward_rope_row(float *out, const float *x, const float *cosine, const float *sine, uint32_t heads,
                                  uint32_t d)
 {

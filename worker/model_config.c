@@ -1,109 +1,43 @@
 #include "worker/model_config.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 
-#include "worker/model_json.h"
+#include "worker/model_config_internal.h"
 
 #define MAX_JSON_BYTES (1u << 20)
 
-/* Limits far above any model, low enough that no product of two of them overflows 64 bits. */
-#define MAX_VOCAB     (1u << 24)
-#define MAX_HIDDEN    (1u << 18)
-#define MAX_INNER     (1u << 20)
-#define MAX_LAYERS    4096u
-#define MAX_HEADS     4096u
-#define MAX_HEAD_DIM  256u /* of attention.h */
-#define MAX_CONTEXT   (1u << 26)
 #define MAX_KV_BYTES  ((1ull << 31) - 1) /* of one token: kv_account.h */
 #define KV_ELEM_BYTES 4
 
-static enum status_code unsupported(struct json_source src, const char *field, const char *value, const char *only,
-                                    struct status *st)
+enum status_code model_check_heads(const char *file, const struct model_config *m, struct status *st)
 {
-    return status_set(st, ST_UNIMPLEMENTED, "%s: %s: %s is not supported, only %s", src.file, field, value, only);
-}
-
-static enum status_code check_architecture(struct json_source src, struct model_config *m, struct status *st)
-{
-    const json_t *list = json_object_get(src.obj, "architectures");
-    const json_t *first = json_array_get(list, 0);
-    if (!json_is_string(first))
-        return status_set(st, ST_INVALID_ARGUMENT, "%s: architectures: expected an array with the model's class",
-                          src.file);
-    const char *name = json_string_value(first);
-    if (strcmp(name, "LlamaForCausalLM") != 0)
-        return unsupported(src, "architectures", name, "LlamaForCausalLM", st);
-    snprintf(m->architecture, sizeof m->architecture, "%s", name);
-    return ST_OK;
-}
-
-/* Options that change the arithmetic; absent ones have the value we compute. */
-static enum status_code check_options(struct json_source src, struct status *st)
-{
-    static const char *const must_be_false[] = {"attention_bias", "mlp_bias"};
-    enum status_code rc;
-    for (size_t i = 0; i < sizeof must_be_false / sizeof *must_be_false; i++) {
-        bool set = false;
-        if ((rc = json_read_bool(src, must_be_false[i], &set, st)) != ST_OK)
-            return rc;
-        if (set)
-            return unsupported(src, must_be_false[i], "true", "false", st);
-    }
-    const char *act = "silu";
-    if ((rc = json_read_string(src, "hidden_act", &act, st)) != ST_OK)
-        return rc;
-    if (strcmp(act, "silu") != 0)
-        return unsupported(src, "hidden_act", act, "silu", st);
-    const json_t *quant = json_object_get(src.obj, "quantization_config");
-    if (quant && !json_is_null(quant)) {
-        const char *method = json_string_value(json_object_get(quant, "quant_method"));
-        return unsupported(src, "quantization_config", method ? method : "an object", "unquantised weights", st);
-    }
-    return ST_OK;
-}
-
-/* rope_scaling must say nothing; newer files write rope_parameters with the type "default" and the theta in it. */
-static enum status_code read_rope(struct json_source src, struct model_config *m, struct status *st)
-{
-    enum status_code rc;
-    static const char *const fields[] = {"rope_scaling", "rope_parameters"};
-    m->rope_theta = 10000.0;
-    if ((rc = json_read_double(src, "rope_theta", 1.0, 1e15, &m->rope_theta, st)) != ST_OK)
-        return rc;
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
-        const json_t *v = json_object_get(src.obj, fields[i]);
-        if (!v || json_is_null(v))
-            continue;
-        if (!json_is_object(v))
-            return status_set(st, ST_INVALID_ARGUMENT, "%s: %s: expected an object or null", src.file, fields[i]);
-        struct json_source inner = {src.file, v};
-        const char *type = i == 1 ? "default" : "a scaling without rope_type";
-        if ((rc = json_read_string(inner, "type", &type, st)) != ST_OK ||
-            (rc = json_read_string(inner, "rope_type", &type, st)) != ST_OK)
-            return rc;
-        if (strcmp(type, "default") != 0)
-            return unsupported(src, fields[i], type, "null", st);
-        if ((rc = json_read_double(inner, "rope_theta", 1.0, 1e15, &m->rope_theta, st)) != ST_OK)
-            return rc;
-    }
-    return ST_OK;
-}
-
-static enum status_code read_heads(struct json_source src, struct model_config *m, struct status *st)
-{
-    enum status_code rc;
-    m->kv_heads = m->heads;
-    if ((rc = json_read_uint(src, "num_key_value_heads", 1, MAX_HEADS, &m->kv_heads, st)) != ST_OK)
-        return rc;
     if (m->heads % m->kv_heads)
         return status_set(st, ST_INVALID_ARGUMENT,
-                          "%s: num_key_value_heads: %u, expected a divisor of num_attention_heads, %u", src.file,
+                          "%s: num_key_value_heads: %u, expected a divisor of num_attention_heads, %u", file,
                           m->kv_heads, m->heads);
-    m->head_dim = 0;
-    if ((rc = json_read_uint(src, "head_dim", 1, MAX_HEAD_DIM, &m->head_dim, st)) != ST_OK)
+    if (m->head_dim % 8 || m->head_dim > MODEL_MAX_HEAD_DIM)
+        return status_set(st, ST_UNIMPLEMENTED, "%s: head_dim: %u is not supported, only multiples of 8 up to %u", file,
+                          m->head_dim, MODEL_MAX_HEAD_DIM);
+    uint64_t kv_bytes = (uint64_t)m->layers * 2 * m->kv_heads * m->head_dim * KV_ELEM_BYTES;
+    if (kv_bytes > MAX_KV_BYTES)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "%s: num_hidden_layers %u, num_key_value_heads %u, head_dim %u: %llu KV bytes a token, "
+                          "expected at most %llu",
+                          file, m->layers, m->kv_heads, m->head_dim, (unsigned long long)kv_bytes, MAX_KV_BYTES);
+    return ST_OK;
+}
+
+/* What is not there has the default of the class; null stands for what the heads and the width say. */
+static enum status_code read_heads(struct json_source src, const struct model_family *family, struct model_config *m,
+                                   struct status *st)
+{
+    enum status_code rc;
+    m->kv_heads = family->kv_heads && !json_object_get(src.obj, "num_key_value_heads") ? family->kv_heads : m->heads;
+    m->head_dim = json_object_get(src.obj, "head_dim") ? 0 : family->head_dim;
+    if ((rc = json_read_uint(src, "num_key_value_heads", 1, MODEL_MAX_HEADS, &m->kv_heads, st)) != ST_OK ||
+        (rc = json_read_uint(src, "head_dim", 1, MODEL_MAX_HEAD_DIM, &m->head_dim, st)) != ST_OK)
         return rc;
     if (!m->head_dim) {
         if (m->hidden % m->heads)
@@ -112,38 +46,30 @@ static enum status_code read_heads(struct json_source src, struct model_config *
                               src.file, m->heads, m->hidden);
         m->head_dim = m->hidden / m->heads;
     }
-    if (m->head_dim % 8 || m->head_dim > MAX_HEAD_DIM)
-        return status_set(st, ST_UNIMPLEMENTED, "%s: head_dim: %u is not supported, only multiples of 8 up to %u",
-                          src.file, m->head_dim, MAX_HEAD_DIM);
-    uint64_t kv_bytes = (uint64_t)m->layers * 2 * m->kv_heads * m->head_dim * KV_ELEM_BYTES;
-    if (kv_bytes > MAX_KV_BYTES)
-        return status_set(st, ST_INVALID_ARGUMENT,
-                          "%s: num_hidden_layers %u, num_key_value_heads %u, head_dim %u: %llu KV bytes a token, "
-                          "expected at most %llu",
-                          src.file, m->layers, m->kv_heads, m->head_dim, (unsigned long long)kv_bytes, MAX_KV_BYTES);
-    return ST_OK;
+    return model_check_heads(src.file, m, st);
 }
 
-static enum status_code read_shape(struct json_source src, struct model_config *m, struct status *st)
+static enum status_code read_shape(struct json_source src, const struct model_family *family, struct model_config *m,
+                                   struct status *st)
 {
     const struct {
         const char *field;
         uint32_t max;
         uint32_t *out;
     } needed[] = {
-        {"vocab_size", MAX_VOCAB, &m->vocab_size},     {"hidden_size", MAX_HIDDEN, &m->hidden},
-        {"intermediate_size", MAX_INNER, &m->inner},   {"num_hidden_layers", MAX_LAYERS, &m->layers},
-        {"num_attention_heads", MAX_HEADS, &m->heads},
+        {"vocab_size", MODEL_MAX_VOCAB, &m->vocab_size},     {"hidden_size", MODEL_MAX_HIDDEN, &m->hidden},
+        {"intermediate_size", MODEL_MAX_INNER, &m->inner},   {"num_hidden_layers", MODEL_MAX_LAYERS, &m->layers},
+        {"num_attention_heads", MODEL_MAX_HEADS, &m->heads},
     };
     enum status_code rc;
     for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
         if ((rc = json_read_need(src, needed[i].field, st)) != ST_OK ||
             (rc = json_read_uint(src, needed[i].field, 1, needed[i].max, needed[i].out, st)) != ST_OK)
             return rc;
-    if ((rc = read_heads(src, m, st)) != ST_OK)
+    if ((rc = read_heads(src, family, m, st)) != ST_OK)
         return rc;
-    m->max_context = 2048;
-    if ((rc = json_read_uint(src, "max_position_embeddings", 1, MAX_CONTEXT, &m->max_context, st)) != ST_OK)
+    m->max_context = family->context;
+    if ((rc = json_read_uint(src, "max_position_embeddings", 1, MODEL_MAX_CONTEXT, &m->max_context, st)) != ST_OK)
         return rc;
     double eps = 1e-6;
     if ((rc = json_read_double(src, "rms_norm_eps", 1e-30, 1.0, &eps, st)) != ST_OK)
@@ -213,8 +139,12 @@ static enum status_code from_documents(struct model_config *out, struct json_sou
 {
     struct model_config m = {.bos_id = -1, .temperature = 1.0f, .top_p = 1.0f};
     enum status_code rc;
-    if ((rc = check_architecture(config, &m, st)) != ST_OK || (rc = check_options(config, st)) != ST_OK ||
-        (rc = read_shape(config, &m, st)) != ST_OK || (rc = read_rope(config, &m, st)) != ST_OK ||
+    const struct model_family *family;
+    if ((rc = model_find_family(&family, config, st)) != ST_OK)
+        return rc;
+    snprintf(m.architecture, sizeof m.architecture, "%s", family->name);
+    if ((rc = read_shape(config, family, &m, st)) != ST_OK ||
+        (rc = model_read_family(config, family, &m, st)) != ST_OK || (rc = model_read_rope(config, &m, st)) != ST_OK ||
         (rc = read_special_ids(config, &m, st)) != ST_OK)
         return rc;
     if (generation.obj && (rc = read_generation(generation, &m, st)) != ST_OK)

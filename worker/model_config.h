@@ -1,6 +1,6 @@
 /* model_config.h - what config.json and generation_config.json of a Hugging Face folder say. Prefix model_config_.
  *
- * Only LlamaForCausalLM; every option that would change the arithmetic and is not computed here is refused by its name
+ * LlamaForCausalLM (also Yi, SmolLM2), MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; every option that would change the arithmetic and is not computed here is refused by its name
  * (UNIMPLEMENTED), so that a model either runs right or not at all.
  */
 #ifndef TANDEM_MODEL_CONFIG_H
@@ -11,8 +11,10 @@
 #include <stdint.h>
 
 #include "proto/status.h"
+#include "worker/rope.h"
 
-#define MODEL_MAX_EOS 16
+#define MODEL_MAX_EOS    16
+#define MODEL_MAX_LAYERS 4096
 
 struct model_config {
     char architecture[64];
@@ -25,8 +27,14 @@ struct model_config {
     uint32_t head_dim; /* D; H * D may differ from hidden */
     uint32_t max_context;
     float norm_eps;
-    double rope_theta;
-    bool tied; /* the LM head is the embedding */
+    struct rope rope;
+    bool tied;       /* the LM head is the embedding */
+    bool qkv_bias;   /* of the q, k and v projections */
+    bool o_bias;     /* of the attention's output projection */
+    bool mlp_bias;   /* of gate, up and down */
+    bool qk_norm;    /* q and k are normed head by head before they are rotated */
+    uint32_t window; /* tokens that the layers of window_layers see at most; 0: no such layers. model_window answers */
+    uint64_t window_layers[MODEL_MAX_LAYERS / 64];
 
     int64_t bos_id; /* -1: none */
     uint32_t eos_ids[MODEL_MAX_EOS];
@@ -46,5 +54,8 @@ STATUS_MUST_CHECK enum status_code model_config_load(struct model_config *out, c
 STATUS_MUST_CHECK enum status_code model_config_parse(struct model_config *out, const char *config, size_t config_bytes,
                                                       const char *generation, size_t generation_bytes,
                                                       struct status *st);
+
+/* Tokens that a row of this layer sees, itself included; 0: all. */
+uint32_t model_window(const struct model_config *m, uint32_t layer);
 
 #endif

@@ -106,13 +106,72 @@ static enum status_code plan_stack(struct loader *l, struct mat *out, const stru
     return ST_OK;
 }
 
-static enum status_code plan_norm(struct loader *l, const float **out, const char *name, struct status *st)
+static enum status_code plan_norm(struct loader *l, const float **out, const char *name, uint32_t n, struct status *st)
 {
     struct mat mat;
-    enum status_code rc =
-        plan_stack(l, &mat, &(struct part){name, 0, {0, 1}}, 1, l->m->hidden, whole(l->m->hidden), st);
+    enum status_code rc = plan_stack(l, &mat, &(struct part){name, 0, {0, 1}}, 1, n, whole(n), st);
     if (rc == ST_OK)
         *out = mat.data;
+    return rc;
+}
+
+/* Stacks spans of n vectors; full_rows is the length of each. Nothing of all of them: *out stays NULL. */
+static enum status_code plan_vector(struct loader *l, const float **out, const struct part *part, uint32_t n,
+                                    struct status *st)
+{
+    uint64_t at = l->bytes;
+    for (uint32_t i = 0; i < n; i++) {
+        struct piece *p = &l->piece[l->n_pieces];
+        enum status_code rc = get_checked(&p->src, l, part[i].name, 0, part[i].full_rows, st);
+        if (rc != ST_OK)
+            return rc;
+        p->rows = whole(1);
+        p->cols = part[i].rows;
+        p->src_cols = part[i].full_rows;
+        p->at = at;
+        p->dtype = MAT_F32;
+        at += part[i].rows.count * sizeof(float);
+        l->n_pieces++;
+    }
+    if (at != l->bytes)
+        *out = (const void *)(uintptr_t)(l->bytes + 1); /* as in plan_stack */
+    l->bytes = (at + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    return ST_OK;
+}
+
+/* Biases, and norms of heads, of those that the model has. */
+static enum status_code plan_layer_vectors(struct loader *l, struct layer_weights *w, uint32_t layer, struct status *st)
+{
+    const struct model_config *m = l->m;
+    static const char *const suffix[] = {
+        "self_attn.q_proj.bias", "self_attn.k_proj.bias",   "self_attn.v_proj.bias",
+        "self_attn.o_proj.bias", "mlp.gate_proj.bias",      "mlp.up_proj.bias",
+        "mlp.down_proj.bias",    "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+    };
+    enum { Q, K, V, O, GATE, UP, DOWN, Q_NORM, K_NORM, N };
+    char name[N][80];
+    for (int i = 0; i < N; i++)
+        snprintf(name[i], sizeof name[i], "model.layers.%u.%s", layer, suffix[i]);
+
+    uint32_t q_rows = m->heads * m->head_dim, kv_rows = m->kv_heads * m->head_dim;
+    struct shard_span q = times(l->shard->heads, m->head_dim), kv = times(l->shard->kv_heads, m->head_dim);
+    const struct part qkv[] = {{name[Q], q_rows, q}, {name[K], kv_rows, kv}, {name[V], kv_rows, kv}};
+    const struct part gate_up[] = {{name[GATE], m->inner, l->shard->inner}, {name[UP], m->inner, l->shard->inner}};
+    struct shard_span first_rank = {0, l->shard->vocab.first == 0 ? m->hidden : 0}; /* no other starts at row 0 */
+    const struct part o = {name[O], m->hidden, first_rank}, down = {name[DOWN], m->hidden, first_rank};
+    enum status_code rc = ST_OK;
+    if (m->qkv_bias)
+        rc = plan_vector(l, &w->qkv_bias, qkv, 3, st);
+    if (rc == ST_OK && m->o_bias)
+        rc = plan_vector(l, &w->o_bias, &o, 1, st);
+    if (rc == ST_OK && m->mlp_bias)
+        rc = plan_vector(l, &w->gate_up_bias, gate_up, 2, st);
+    if (rc == ST_OK && m->mlp_bias)
+        rc = plan_vector(l, &w->down_bias, &down, 1, st);
+    if (rc == ST_OK && m->qk_norm)
+        rc = plan_norm(l, &w->q_norm, name[Q_NORM], m->head_dim, st);
+    if (rc == ST_OK && m->qk_norm)
+        rc = plan_norm(l, &w->k_norm, name[K_NORM], m->head_dim, st);
     return rc;
 }
 
@@ -135,13 +194,15 @@ static enum status_code plan_layer(struct loader *l, struct layer_weights *w, ui
     const struct part gate_up[] = {{name[GATE], m->inner, inner}, {name[UP], m->inner, inner}};
     const struct part o = {name[O], m->hidden, hidden}, down = {name[DOWN], m->hidden, hidden};
     enum status_code rc;
-    if ((rc = plan_norm(l, &w->attn_norm, name[ATTN_NORM], st)) != ST_OK ||
+    if ((rc = plan_norm(l, &w->attn_norm, name[ATTN_NORM], m->hidden, st)) != ST_OK ||
         (rc = plan_stack(l, &w->qkv, qkv, 3, m->hidden, hidden, st)) != ST_OK ||
         (rc = plan_stack(l, &w->o, &o, 1, q_rows, q, st)) != ST_OK ||
-        (rc = plan_norm(l, &w->mlp_norm, name[MLP_NORM], st)) != ST_OK ||
+        (rc = plan_norm(l, &w->mlp_norm, name[MLP_NORM], m->hidden, st)) != ST_OK ||
         (rc = plan_stack(l, &w->gate_up, gate_up, 2, m->hidden, hidden, st)) != ST_OK)
         return rc;
-    return plan_stack(l, &w->down, &down, 1, m->inner, inner, st);
+    if ((rc = plan_stack(l, &w->down, &down, 1, m->inner, inner, st)) != ST_OK)
+        return rc;
+    return plan_layer_vectors(l, w, layer, st);
 }
 
 static enum status_code plan_all(struct loader *l, struct model_weights *w, struct status *st)
@@ -153,7 +214,7 @@ static enum status_code plan_all(struct loader *l, struct model_weights *w, stru
     for (uint32_t i = 0; rc == ST_OK && i < m->layers; i++)
         rc = plan_layer(l, &w->layer[i], i, st);
     if (rc == ST_OK)
-        rc = plan_norm(l, &w->final_norm, "model.norm.weight", st);
+        rc = plan_norm(l, &w->final_norm, "model.norm.weight", m->hidden, st);
     if (rc == ST_OK && !m->tied)
         rc = plan_stack(l, &w->head, &head, 1, m->hidden, whole(m->hidden), st);
     return rc;
@@ -271,20 +332,22 @@ static void place(struct mat *m, const uint8_t *arena)
     m->data = m->data ? arena + ((uintptr_t)m->data - 1) : NULL;
 }
 
-static const float *place_norm(const float *norm, const uint8_t *arena)
+static void place_vector(const float **v, const uint8_t *arena)
 {
-    return (const float *)(const void *)(arena + ((uintptr_t)norm - 1));
+    *v = *v ? (const float *)(const void *)(arena + ((uintptr_t)*v - 1)) : NULL;
 }
 
 static void place_all(struct model_weights *w, const struct model_config *m)
 {
     place(&w->embed, w->arena);
     place(&w->head, w->arena);
-    w->final_norm = place_norm(w->final_norm, w->arena);
+    place_vector(&w->final_norm, w->arena);
     for (uint32_t i = 0; i < m->layers; i++) {
         struct layer_weights *l = &w->layer[i];
-        l->attn_norm = place_norm(l->attn_norm, w->arena);
-        l->mlp_norm = place_norm(l->mlp_norm, w->arena);
+        const float **const vectors[] = {&l->attn_norm,    &l->mlp_norm,  &l->qkv_bias, &l->o_bias,
+                                         &l->gate_up_bias, &l->down_bias, &l->q_norm,   &l->k_norm};
+        for (size_t k = 0; k < sizeof vectors / sizeof *vectors; k++)
+            place_vector(vectors[k], w->arena);
         place(&l->qkv, w->arena);
         place(&l->o, w->arena);
         place(&l->gate_up, w->arena);
@@ -299,7 +362,7 @@ enum status_code model_weights_load(struct model_weights *out, const char *dir, 
 {
     struct model_weights w = {0};
     struct safetensors *files = NULL;
-    struct loader l = {.m = m, .shard = shard, .max_pieces = 3 + 9ull * m->layers};
+    struct loader l = {.m = m, .shard = shard, .max_pieces = 3 + 18ull * m->layers};
     enum status_code rc = safetensors_open(&files, dir, st);
     if (rc != ST_OK)
         return rc;

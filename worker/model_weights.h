@@ -7,7 +7,8 @@
  *   gate_up  2 * inner_loc           x  hidden        gate rows, then up rows
  *   down     hidden                  x  inner_loc     a slice of columns
  *
- * Parts of one stack that differ in dtype are widened to F32; so are the norms, always.
+ * Biases are stacked like the rows they belong to. Those of o and down are on rank 0 only: it adds them to its partial sums.
+ * Parts of one stack that differ in dtype are widened to F32; so are norms and biases, always.
  */
 #ifndef TANDEM_MODEL_WEIGHTS_H
 #define TANDEM_MODEL_WEIGHTS_H
@@ -23,6 +24,12 @@ struct layer_weights {
     struct mat o;
     struct mat gate_up;
     struct mat down;
+    /* NULL where the model has none */
+    const float *qkv_bias;        /* [(H_loc + 2 HK_loc) * D] */
+    const float *o_bias;          /* [hidden], rank 0 */
+    const float *gate_up_bias;    /* [2 * inner_loc] */
+    const float *down_bias;       /* [hidden], rank 0 */
+    const float *q_norm, *k_norm; /* [D] */
 };
 
 struct model_weights {
