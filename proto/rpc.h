@@ -60,20 +60,42 @@ struct rpc_method {
     void *ctx;
 };
 
+/* What one listener demands; all zero: plaintext, open to everyone. The files are read at the start and again when they
+ * have changed: certificates before the next handshake, tokens within 0.5 s. New files that cannot be used are reported,
+ * and those read before stay in use. Calls that the listener refuses reach no callback. */
+struct rpc_listen_security {
+    const char *cert_file, *key_file; /* PEM, the certificate first and its chain behind it. Both: TLS 1.2 or later */
+    const char *client_ca_file;       /* PEM. With TLS: clients must show a certificate signed by one of these */
+    const char *token_file;           /* tokens, one a line. Calls must carry "authorization: Bearer TOKEN" and else get
+                                         UNAUTHENTICATED; grpc.health.v1 needs none */
+    bool health_only;                 /* other calls than grpc.health.v1 get PERMISSION_DENIED */
+};
+
 struct rpc_server_config {
     const struct rpc_method *methods; /* stay valid as long as the server */
     size_t n_methods;
     const char *const *listen; /* "127.0.0.1:50051", "[::]:50051", "unix:/path"; port 0 takes a free one */
     size_t n_listen;
+    const struct rpc_listen_security *security; /* of listen[i]; NULL: none */
+    /* A file was read again (failed: could not be used), a certificate has expired. Any thread; must not block. */
+    void (*on_report)(void *ctx, bool failed, const char *message);
+    void *report_ctx;
     uint32_t max_message_bytes;    /* 0: RPC_MAX_MESSAGE_BYTES. Larger ones end the call: RESOURCE_EXHAUSTED */
     uint32_t max_metadata_bytes;   /* 0: RPC_MAX_METADATA_BYTES */
     uint32_t max_streams;          /* 0: RPC_MAX_STREAMS */
     uint32_t max_send_queue_bytes; /* of one call; 0: 4 MiB */
     uint32_t poll_threads;         /* 0: 2 (with one, a busy writer starves reads) */
+    /* Connections. A client that is silent for keepalive_ms is pinged, and gone after keepalive_timeout_ms more. One that
+     * pings more often than min_ping_interval_ms is sent away. */
+    uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms; /* 0: 60000, 20000, 10000 */
+    uint32_t max_connection_idle_ms;      /* without a call for so long: closed; 0: never */
+    uint32_t max_connection_age_ms;       /* the client is told to connect anew, calls under way go on; 0: never */
+    uint32_t max_connection_age_grace_ms; /* of these calls, from then on; they end with UNAVAILABLE. 0: no limit */
 };
 
 /* ALREADY_EXISTS when an address is in use, INVALID_ARGUMENT when it is none; the message names it. A stale unix socket
- * (nobody accepts on it) is replaced; one that is alive is in use. */
+ * (nobody accepts on it) is replaced; one that is alive is in use. A security file that is missing or wrong, an expired
+ * certificate, a key of another one: INVALID_ARGUMENT, NOT_FOUND or PERMISSION_DENIED, and the message names the file. */
 STATUS_MUST_CHECK enum status_code rpc_server_start(struct rpc_server **out, const struct rpc_server_config *cfg,
                                                     struct status *st);
 /* Port that listen[i] was bound to; 0 for a unix socket. */
@@ -128,7 +150,21 @@ void rpc_health_methods(struct rpc_health *h, struct rpc_method *methods);
 struct rpc_channel;
 struct rpc_stream;
 
-/* address as in listen. Connects lazily. */
+/* How a client shows who it is and whom it believes; all zero: plaintext. The strings are copied. Files are read at the
+ * start, and again before a call when they have changed (its connection is then a new one). */
+struct rpc_client_security {
+    bool tls;                         /* TLS, with the system's certificates; each of the next four turns it on, too */
+    const char *ca_file;              /* PEM: the server's certificate must be signed by one of these */
+    const char *cert_file, *key_file; /* shown to a server that asks for it; both or none */
+    const char *server_name;          /* expected in the server's certificate; default: the host of the address */
+    const char *token_file; /* its first token goes with every call, but in the clear only to unix sockets and to
+                                         loopback addresses: INVALID_ARGUMENT for others */
+};
+
+/* address as in listen. Connects lazily. sec NULL: plaintext. Errors as those of rpc_server_start's files. */
+STATUS_MUST_CHECK enum status_code rpc_channel_open(struct rpc_channel **out, const char *address,
+                                                    const struct rpc_client_security *sec, struct status *st);
+/* The same in plaintext. */
 STATUS_MUST_CHECK enum status_code rpc_channel_create(struct rpc_channel **out, const char *address, struct status *st);
 void rpc_channel_destroy(struct rpc_channel *ch); /* after its streams; NULL is fine */
 

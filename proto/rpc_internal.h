@@ -100,17 +100,24 @@ void rpc_server_slot_begins(struct rpc_server *s);
 void rpc_server_call_begins(struct rpc_server *s);                /* a slot has become a call */
 void rpc_server_call_ends(struct rpc_server *s, bool was_active); /* after its last use of the core */
 
-/* ---- client (rpc_client.c; streams in rpc_stream.c) ---- */
-
-struct rpc_channel {
-    grpc_channel *core;
-    char *address; /* as given, for messages */
-};
+/* ---- client (rpc_channel.c; calls in rpc_client.c, streams in rpc_stream.c) ---- */
 
 /* Waits for one tag. False: it did not come in time. *ok: how its batch ended. */
 bool rpc_pluck(grpc_completion_queue *cq, struct rpc_tag *tag, gpr_timespec deadline, bool *ok);
 void rpc_cq_destroy(grpc_completion_queue *cq); /* nothing is out on it any more */
-grpc_call *rpc_call_create(struct rpc_channel *ch, const char *path, uint64_t deadline_ms, grpc_completion_queue *cq);
+
+/* A call and what it needs of its channel until it has ended. */
+struct rpc_link;
+struct rpc_client_call {
+    grpc_call *core;
+    struct rpc_link *link;
+    grpc_metadata headers[1]; /* for GRPC_OP_SEND_INITIAL_METADATA */
+    size_t n_headers;
+};
+void rpc_client_call_begin(struct rpc_client_call *c, struct rpc_channel *ch, const char *path, uint64_t deadline_ms,
+                           grpc_completion_queue *cq);
+void rpc_client_call_end(struct rpc_client_call *c);           /* nothing of it is out any more */
+const char *rpc_channel_address(const struct rpc_channel *ch); /* as given, for messages */
 /* The status that a call ended with; names the address where the network is to blame. */
 enum status_code rpc_client_status(const struct rpc_channel *ch, grpc_status_code code, grpc_slice details,
                                    struct status *st);

@@ -1,12 +1,11 @@
 /* rpc_server.c - a server: its start, its poll threads, its end. A call's own life is in rpc_call.c. */
 #include <errno.h>
 #include <grpc/compression.h>
-#include <grpc/grpc_security.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "proto/rpc_internal.h"
+#include "proto/rpc_security.h"
 
 #define SLOTS_PER_METHOD     32 /* calls that may come in at once before a poll thread has to ask for more */
 #define MAX_METHODS          64
@@ -109,10 +108,14 @@ static grpc_arg arg_int(const char *key, uint32_t value)
     return a;
 }
 
+/* 0: the default. What is beyond an int is "never" to the core, too. */
+static uint32_t or_else(uint32_t value, uint32_t otherwise)
+{
+    return value == 0 ? otherwise : value > INT32_MAX ? INT32_MAX : value;
+}
+
 static grpc_server *core_server_new(const struct rpc_server_config *cfg)
 {
-    uint32_t message = cfg->max_message_bytes ? cfg->max_message_bytes : RPC_MAX_MESSAGE_BYTES;
-    uint32_t metadata = cfg->max_metadata_bytes ? cfg->max_metadata_bytes : RPC_MAX_METADATA_BYTES;
     grpc_resource_quota *quota = grpc_resource_quota_create("server");
     grpc_resource_quota_resize(quota, MAX_CORE_BYTES);
     grpc_arg bound = {.type = GRPC_ARG_POINTER, .key = (char *)GRPC_ARG_RESOURCE_QUOTA};
@@ -121,18 +124,21 @@ static grpc_server *core_server_new(const struct rpc_server_config *cfg)
     grpc_arg args[] = {
         bound,
         arg_int(GRPC_ARG_ALLOW_REUSEPORT, 0), /* else a second server would silently share the port */
-        arg_int(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, message),
-        arg_int(GRPC_ARG_MAX_METADATA_SIZE, metadata),
-        arg_int(GRPC_ARG_MAX_CONCURRENT_STREAMS, cfg->max_streams ? cfg->max_streams : RPC_MAX_STREAMS),
+        arg_int(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, or_else(cfg->max_message_bytes, RPC_MAX_MESSAGE_BYTES)),
+        arg_int(GRPC_ARG_MAX_METADATA_SIZE, or_else(cfg->max_metadata_bytes, RPC_MAX_METADATA_BYTES)),
+        arg_int(GRPC_ARG_MAX_CONCURRENT_STREAMS, or_else(cfg->max_streams, RPC_MAX_STREAMS)),
         /* Compressed messages are refused, UNIMPLEMENTED: 16 MiB of gzip may hold 16 GiB. */
         arg_int(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1u << GRPC_COMPRESS_NONE),
         arg_int(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0),
-        /* A dead peer is noticed within 80 s; a peer may ping as often as every 10 s, with or without calls. */
-        arg_int(GRPC_ARG_KEEPALIVE_TIME_MS, 60000),
-        arg_int(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000),
+        arg_int(GRPC_ARG_KEEPALIVE_TIME_MS, or_else(cfg->keepalive_ms, 60000)),
+        arg_int(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, or_else(cfg->keepalive_timeout_ms, 20000)),
         arg_int(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
         arg_int(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
-        arg_int(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000),
+        arg_int(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, or_else(cfg->min_ping_interval_ms, 10000)),
+        arg_int(GRPC_ARG_MAX_CONNECTION_IDLE_MS, or_else(cfg->max_connection_idle_ms, INT32_MAX)),
+        arg_int(GRPC_ARG_MAX_CONNECTION_AGE_MS,
+                or_else(cfg->max_connection_age_ms, INT32_MAX)), /* +- 10 %, at random */
+        arg_int(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, or_else(cfg->max_connection_age_grace_ms, INT32_MAX)),
         arg_int(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10000),
     };
     grpc_channel_args list = {sizeof args / sizeof *args, args};
@@ -154,22 +160,38 @@ static enum status_code register_methods(struct rpc_server *s, struct status *st
     return ST_OK;
 }
 
-static enum status_code listen_on(struct rpc_server *s, const char *address, uint16_t *port, struct status *st)
+/* Credentials of a listener that demands nothing have no callbacks, which cost a look at every call's headers. */
+static enum status_code credentials_of(grpc_server_credentials **out, const struct rpc_server_config *cfg, size_t i,
+                                       struct status *st)
+{
+    const struct rpc_listen_security *sec = cfg->security ? &cfg->security[i] : NULL;
+    struct rpc_report report = {cfg->on_report, cfg->report_ctx};
+    if (sec && (sec->cert_file || sec->key_file || sec->client_ca_file || sec->token_file || sec->health_only))
+        return rpc_guard_credentials(out, sec, report, st);
+    *out = grpc_insecure_server_credentials_create();
+    return ST_OK;
+}
+
+static enum status_code listen_on(struct rpc_server *s, const struct rpc_server_config *cfg, size_t i,
+                                  struct status *st)
 {
     char target[RPC_TARGET_MAX];
+    const char *address = cfg->listen[i];
+    grpc_server_credentials *creds = NULL;
     enum status_code rc = rpc_address_target(address, "listen address", true, target, st);
     if (rc == ST_OK)
         rc = rpc_address_probe(address, st);
+    if (rc == ST_OK)
+        rc = credentials_of(&creds, cfg, i, st);
     if (rc != ST_OK)
         return rc;
-    grpc_server_credentials *plain = grpc_insecure_server_credentials_create();
     /* Schemes other than unix: are for clients only. */
     bool is_unix = rpc_address_is_unix(address);
-    int bound = grpc_server_add_http2_port(s->core, is_unix ? target : address, plain);
-    grpc_server_credentials_release(plain);
+    int bound = grpc_server_add_http2_port(s->core, is_unix ? target : address, creds);
+    grpc_server_credentials_release(creds);
     if (bound == 0) /* taken since it was tried out a moment ago */
         return status_set(st, ST_ALREADY_EXISTS, "listen address %s: in use by another process", address);
-    *port = is_unix ? 0 : (uint16_t)bound;
+    s->ports[i] = is_unix ? 0 : (uint16_t)bound;
     return ST_OK;
 }
 
@@ -227,7 +249,7 @@ static enum status_code start(struct rpc_server *s, const struct rpc_server_conf
     grpc_server_register_completion_queue(s->core, s->cq, NULL);
     enum status_code rc = register_methods(s, st);
     for (size_t i = 0; i < cfg->n_listen && rc == ST_OK; i++)
-        rc = listen_on(s, cfg->listen[i], &s->ports[i], st);
+        rc = listen_on(s, cfg, i, st);
     if (rc != ST_OK) {
         s->n_threads = 0;
         return rc;

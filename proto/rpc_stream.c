@@ -19,7 +19,7 @@
 struct rpc_stream {
     struct rpc_channel *channel;
     grpc_completion_queue *cq;
-    grpc_call *core;
+    struct rpc_client_call call;
     struct rpc_tag open_tag, headers_tag, status_tag, recv_tag, send_tag;
 
     /* Written by the core while their batches are out. */
@@ -56,12 +56,14 @@ static void start_call(struct rpc_stream *s)
     op.data.recv_status_on_client.trailing_metadata = &s->trailing;
     op.data.recv_status_on_client.status = &s->code;
     op.data.recv_status_on_client.status_details = &s->details;
-    rpc_batch_start(s->core, &op, 1, &s->status_tag);
+    rpc_batch_start(s->call.core, &op, 1, &s->status_tag);
     op = (grpc_op){.op = GRPC_OP_SEND_INITIAL_METADATA};
-    rpc_batch_start(s->core, &op, 1, &s->open_tag);
+    op.data.send_initial_metadata.metadata = s->call.headers;
+    op.data.send_initial_metadata.count = s->call.n_headers;
+    rpc_batch_start(s->call.core, &op, 1, &s->open_tag);
     op = (grpc_op){.op = GRPC_OP_RECV_INITIAL_METADATA};
     op.data.recv_initial_metadata.recv_initial_metadata = &s->initial;
-    rpc_batch_start(s->core, &op, 1, &s->headers_tag);
+    rpc_batch_start(s->call.core, &op, 1, &s->headers_tag);
 }
 
 enum status_code rpc_stream_open(struct rpc_stream **out, struct rpc_channel *ch, const char *path,
@@ -81,7 +83,7 @@ enum status_code rpc_stream_open(struct rpc_stream **out, struct rpc_channel *ch
     pthread_cond_init(&s->changed, &attr);
     pthread_condattr_destroy(&attr);
     s->cq = grpc_completion_queue_create_for_pluck(NULL);
-    s->core = rpc_call_create(ch, path, deadline_ms, s->cq);
+    rpc_client_call_begin(&s->call, ch, path, deadline_ms, s->cq);
     start_call(s);
     *out = s;
     return ST_OK;
@@ -129,7 +131,7 @@ static enum status_code send_failure(struct rpc_stream *s, struct status *st)
         return rpc_client_status(s->channel, s->code, s->details, st);
     if (cancelled)
         return status_set(st, ST_CANCELLED, "the stream was cancelled");
-    return status_set(st, ST_UNAVAILABLE, "%s: the stream has ended", s->channel->address);
+    return status_set(st, ST_UNAVAILABLE, "%s: the stream has ended", rpc_channel_address(s->channel));
 }
 
 /* Takes the right to send. */
@@ -142,7 +144,8 @@ static enum status_code send_begin(struct rpc_stream *s, gpr_timespec deadline, 
     while (s->sending && err != ETIMEDOUT)
         err = pthread_cond_timedwait(&s->changed, &s->lock, &end);
     if (s->sending || s->send_out)
-        rc = status_set(st, ST_DEADLINE_EXCEEDED, "%s: the peer did not take a message in time", s->channel->address);
+        rc = status_set(st, ST_DEADLINE_EXCEEDED, "%s: the peer did not take a message in time",
+                        rpc_channel_address(s->channel));
     else if (s->half_closed)
         rc = status_set(st, ST_FAILED_PRECONDITION, "a message after the half close of the stream");
     else
@@ -155,10 +158,10 @@ static enum status_code send_begin(struct rpc_stream *s, gpr_timespec deadline, 
 static enum status_code send_op(struct rpc_stream *s, const grpc_op *op, gpr_timespec deadline, struct status *st)
 {
     bool ok = false;
-    rpc_batch_start(s->core, op, 1, &s->send_tag);
+    rpc_batch_start(s->call.core, op, 1, &s->send_tag);
     bool back = rpc_pluck(s->cq, &s->send_tag, deadline, &ok);
     if (!back)
-        grpc_call_cancel(s->core, NULL); /* half a message may be on its way: nothing can follow it */
+        grpc_call_cancel(s->call.core, NULL); /* half a message may be on its way: nothing can follow it */
     if (back && s->out) {
         grpc_byte_buffer_destroy(s->out);
         s->out = NULL;
@@ -171,7 +174,8 @@ static enum status_code send_op(struct rpc_stream *s, const grpc_op *op, gpr_tim
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
     if (!back)
-        return status_set(st, ST_DEADLINE_EXCEEDED, "%s: the peer did not take a message in time", s->channel->address);
+        return status_set(st, ST_DEADLINE_EXCEEDED, "%s: the peer did not take a message in time",
+                          rpc_channel_address(s->channel));
     return ok ? ST_OK : send_failure(s, st);
 }
 
@@ -218,7 +222,7 @@ enum status_code rpc_stream_recv(struct rpc_stream *s, const void **msg, size_t 
     if (!s->exhausted && !s->receiving) {
         grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
         op.data.recv_message.recv_message = &s->in;
-        rpc_batch_start(s->core, &op, 1, &s->recv_tag);
+        rpc_batch_start(s->call.core, &op, 1, &s->recv_tag);
         s->receiving = true;
     }
     if (s->receiving) {
@@ -251,7 +255,7 @@ void rpc_stream_cancel(struct rpc_stream *s)
     pthread_mutex_lock(&s->lock);
     s->cancelled = true;
     pthread_mutex_unlock(&s->lock);
-    grpc_call_cancel(s->core, NULL);
+    grpc_call_cancel(s->call.core, NULL);
 }
 
 const char *rpc_stream_trailer(const struct rpc_stream *s, const char *key)
@@ -269,7 +273,7 @@ void rpc_stream_close(struct rpc_stream *s)
         return;
     gpr_timespec forever = gpr_inf_future(GPR_CLOCK_MONOTONIC); /* a cancelled call gives all its batches back */
     bool ok;
-    grpc_call_cancel(s->core, NULL);
+    grpc_call_cancel(s->call.core, NULL);
     if (s->receiving)
         rpc_pluck(s->cq, &s->recv_tag, forever, &ok);
     if (s->send_out)
@@ -277,7 +281,7 @@ void rpc_stream_close(struct rpc_stream *s)
     rpc_pluck(s->cq, &s->open_tag, forever, &ok);
     rpc_pluck(s->cq, &s->headers_tag, forever, &ok);
     await_end(s, forever);
-    grpc_call_unref(s->core);
+    rpc_client_call_end(&s->call);
     rpc_cq_destroy(s->cq);
     if (s->in)
         grpc_byte_buffer_destroy(s->in);

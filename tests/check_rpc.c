@@ -319,6 +319,7 @@ static Suite *rpc_suite(void)
     rpc_limits_tests(limits);
     rpc_unpack_tests(limits);
     rpc_faults_tests(add_case(s, "faults"));
+    rpc_security_tests(add_case(s, "security"));
     return s;
 }
 

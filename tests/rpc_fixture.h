@@ -87,5 +87,6 @@ void folder_remove(void); /* fails when a socket was left behind */
 void rpc_limits_tests(TCase *c);
 void rpc_unpack_tests(TCase *c);
 void rpc_faults_tests(TCase *c);
+void rpc_security_tests(TCase *c);
 
 #endif
