@@ -33,7 +33,7 @@ struct serve_setup {
     char bin_dir[PATH_MAX];
     char run_dir[64]; /* control socket, Open MPI's session files */
     char shm_dir[64]; /* Open MPI's shared segments; "": where it wants */
-    char control[160];
+    char control[192];
     struct argument_list coordinator, mpirun; /* what to run */
 };
 

@@ -34,6 +34,14 @@ static const char help[] =
     "  --max-queued N         requests that may wait (default: the coordinator's)\n"
     "  --default-max-tokens N new tokens of a request that names no limit (default 256)\n"
     "  --drain-timeout S      on SIGTERM: seconds that running requests get to end (default 30)\n"
+    "  --tls-cert FILE, --tls-key FILE, --tls-client-ca FILE, --token-file FILE\n"
+    "                         TLS, client certificates and bearer tokens on TCP listeners; words behind an address\n"
+    "                         say otherwise, such as --listen 0.0.0.0:50052,plain,health (see tandem-coordinator "
+    "--help)\n"
+    "  --control-tls-ca FILE, --control-tls-cert FILE, --control-tls-key FILE\n"
+    "                         mutual TLS between coordinator and ranks: both show this certificate, signed by this CA\n"
+    "  --control-tls-server-name NAME, --control-token-file FILE\n"
+    "                         name in that certificate where it is not the address; a token beside it\n"
     "  --coordinator-arg ARG  handed to tandem-coordinator as it is; may be repeated\n"
     "  --worker-arg ARG       handed to tandem-worker as it is; may be repeated\n"
     "  --mpi-arg ARG          handed to mpirun as it is; may be repeated. With ranks on other hosts give\n"
@@ -81,6 +89,15 @@ static const struct forward {
     {"default-max-tokens", "--default-max-tokens", NULL},
     {"log-level", "--log-level", "--log-level"},
     {"step-tokens", "--step-tokens", "--max-step-tokens"},
+    {"tls-cert", "--tls-cert", NULL},
+    {"tls-key", "--tls-key", NULL},
+    {"tls-client-ca", "--tls-client-ca", NULL},
+    {"token-file", "--token-file", NULL},
+    {"control-tls-cert", "--control-tls-cert", "--tls-cert"},
+    {"control-tls-key", "--control-tls-key", "--tls-key"},
+    {"control-tls-ca", "--control-tls-client-ca", "--tls-ca"},
+    {"control-tls-server-name", NULL, "--tls-server-name"},
+    {"control-token-file", "--control-token-file", "--token-file"},
     {"backend", NULL, "--backend"},
     {"threads", NULL, "--threads"},
     {"max-slots", NULL, "--max-slots"},
@@ -207,8 +224,9 @@ static bool append(struct argument_list *to, const struct argument_list *from)
 /* The two command lines. */
 static bool build_commands(struct serve_setup *s)
 {
-    char path[PATH_MAX + 32], number[32];
+    char path[PATH_MAX + 32], number[32], address[sizeof s->control];
     struct argument_list *c = &s->coordinator, *m = &s->mpirun;
+    snprintf(address, sizeof address, "%.*s", (int)strcspn(s->control, ","), s->control); /* words are the listener's */
     snprintf(path, sizeof path, "%s/tandem-coordinator", s->bin_dir);
     snprintf(number, sizeof number, "%llu", (unsigned long long)s->tp);
     bool ok = arguments_push(c, path) && arguments_push2(c, "--model", s->model) &&
@@ -236,7 +254,7 @@ static bool build_commands(struct serve_setup *s)
     ok = ok && append(m, &s->mpi_extra);
     snprintf(path, sizeof path, "%s/tandem-worker", s->bin_dir);
     ok = ok && arguments_push(m, path) && arguments_push2(m, "--model", s->model) &&
-         arguments_push2(m, "--coordinator", s->control);
+         arguments_push2(m, "--coordinator", address);
     return ok && append(m, &s->worker_extra);
 }
 

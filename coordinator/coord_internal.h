@@ -77,12 +77,25 @@ void text_sanitize(char *out, size_t cap, const void *text, size_t len);
 
 /* ---- coord_options.c ---- */
 
+/* An address to listen on and what it demands; strings of `security` point into argv. */
+struct coord_listener {
+    char address[192];
+    struct rpc_listen_security security;
+};
+
 struct coord_options {
     const char *model_dir;
     char served_name[COORD_MAX_NAME + 1];
-    const char *listen[COORD_MAX_LISTEN];
+    const char *listen[COORD_MAX_LISTEN]; /* as given; from listeners_resolve on the addresses */
+    struct coord_listener listeners[COORD_MAX_LISTEN];
     size_t n_listen;
-    char control_listen[160];
+    char control_listen[192]; /* as given */
+    struct coord_listener control;
+    const char *tls_cert, *tls_key, *tls_client_ca, *token_file; /* of public listeners; NULL: not given */
+    const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
+    bool reflection;
+    uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms;
+    uint32_t max_connection_idle_ms, max_connection_age_ms, max_connection_age_grace_ms; /* 0: none */
     uint32_t tp; /* 0: whatever size the first group has */
     uint32_t max_queued;
     uint64_t max_queued_tokens;
@@ -104,6 +117,11 @@ struct coord_options {
 /* *done: --help or --version was printed, nothing else is to do. The error is one line that says what to do. */
 STATUS_MUST_CHECK enum status_code options_parse(struct coord_options *o, int argc, char **argv, bool *done,
                                                  struct status *st);
+
+/* coord_listen.c: what each listener demands, from its words and the files that were given. */
+STATUS_MUST_CHECK enum status_code listeners_resolve(struct coord_options *o, struct status *st);
+/* Says which listeners are open to a network. */
+void listeners_warn(const struct coord_options *o, const struct coord_log *log);
 
 /* ---- coord_mail.c: mail to the engine ---- */
 

@@ -29,7 +29,7 @@ static void bound_address(char *out, size_t cap, const char *asked, uint16_t por
 
 static void announce(const struct coord *c)
 {
-    char list[COORD_MAX_LISTEN * 128] = "", control[176];
+    char list[COORD_MAX_LISTEN * 128] = "", control[208];
     size_t n = 0;
     for (size_t i = 0; i < c->opt.n_listen; i++) {
         char one[128];
@@ -39,9 +39,39 @@ static void announce(const struct coord *c)
         if (n >= sizeof list)
             break;
     }
-    bound_address(control, sizeof control, c->opt.control_listen, rpc_server_port(c->control_server, 0));
+    bound_address(control, sizeof control, c->opt.control.address, rpc_server_port(c->control_server, 0));
     log_line(&c->log, LOG_INFO, "serving \"%s\" on %s; ranks attach to %s", c->opt.served_name, list, control);
+    listeners_warn(&c->opt, &c->log);
     supervisor_line(c, "listening public=%s control=%s", list, control);
+}
+
+/* From a thread of the rpc library. */
+static void on_report(void *ctx, bool failed, const char *message)
+{
+    const struct coord *c = ctx;
+    log_line(&c->log, failed ? LOG_ERROR : LOG_INFO, "%s", message);
+}
+
+static struct rpc_server_config public_config(struct coord *c, const struct rpc_method *methods,
+                                              struct rpc_listen_security *security)
+{
+    const struct coord_options *o = &c->opt;
+    for (size_t i = 0; i < o->n_listen; i++)
+        security[i] = o->listeners[i].security;
+    return (struct rpc_server_config){.methods = methods,
+                                      .n_methods = COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS,
+                                      .listen = o->listen,
+                                      .n_listen = o->n_listen,
+                                      .security = security,
+                                      .on_report = on_report,
+                                      .report_ctx = c,
+                                      .max_message_bytes = o->max_message_bytes,
+                                      .keepalive_ms = o->keepalive_ms,
+                                      .keepalive_timeout_ms = o->keepalive_timeout_ms,
+                                      .min_ping_interval_ms = o->min_ping_interval_ms,
+                                      .max_connection_idle_ms = o->max_connection_idle_ms,
+                                      .max_connection_age_ms = o->max_connection_age_ms,
+                                      .max_connection_age_grace_ms = o->max_connection_age_grace_ms};
 }
 
 static enum status_code start_servers(struct coord *c, struct rpc_method *public_methods,
@@ -52,19 +82,19 @@ static enum status_code start_servers(struct coord *c, struct rpc_method *public
     conn_methods(c, control_methods);
     struct rpc_server_config cfg = {.methods = control_methods,
                                     .n_methods = COORD_CONTROL_METHODS,
-                                    .listen = (const char *const[]){c->opt.control_listen},
+                                    .listen = (const char *const[]){c->opt.control.address},
                                     .n_listen = 1, /* messages of ranks are not clients': no option bounds them */
+                                    .security = &c->opt.control.security,
+                                    .on_report = on_report,
+                                    .report_ctx = c,
                                     .max_streams = COORD_MAX_CONNS};
     mode_t old = umask(0077); /* a control socket is for this user */
     enum status_code rc = rpc_server_start(&c->control_server, &cfg, st);
     umask(old);
     if (rc != ST_OK)
         return status_prefix(st, "--control-listen");
-    cfg = (struct rpc_server_config){.methods = public_methods,
-                                     .n_methods = COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS,
-                                     .listen = c->opt.listen,
-                                     .n_listen = c->opt.n_listen,
-                                     .max_message_bytes = c->opt.max_message_bytes};
+    struct rpc_listen_security security[COORD_MAX_LISTEN];
+    cfg = public_config(c, public_methods, security);
     rc = rpc_server_start(&c->public_server, &cfg, st);
     return rc == ST_OK ? rc : status_prefix(st, "--listen");
 }

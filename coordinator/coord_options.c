@@ -8,7 +8,7 @@
 
 #include "coordinator/coord_internal.h"
 
-enum kind { TEXT, LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL };
+enum kind { TEXT, LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, SWITCH };
 
 struct option {
     const char *name;
@@ -28,8 +28,35 @@ static const struct option options[] = {
     {"--listen", LISTEN, 0, 0, 0, "ADDR",
      "public address, may be given again: 127.0.0.1:50051 (the default), [::]:50051, unix:/path; port 0: any free"},
     {"--control-listen", CONTROL_LISTEN, 0, 0, 0, "ADDR",
-     "where ranks attach; default unix:$XDG_RUNTIME_DIR/tandem-control.sock. No authentication: keep it private"},
+     "where ranks attach; default unix:$XDG_RUNTIME_DIR/tandem-control.sock"},
     {"--tp", U32, AT(tp), 1, COORD_MAX_RANKS, "R", "size of the worker group; default: that of the first to attach"},
+    {"--reflection", SWITCH, AT(reflection), 0, 0, "on|off", "answer grpc.reflection (v1, v1alpha); default on"},
+    {"", TEXT, 0, 0, 0, NULL,
+     "Security. TCP listeners demand what there are files for, unix sockets nothing; words behind an address say\n"
+     "otherwise, as in --listen 0.0.0.0:50051,mtls,open: plain, tls, mtls; open, token; health (grpc.health.v1 only).\n"
+     "Changed files are read again by themselves"},
+    {"--tls-cert", TEXT, AT(tls_cert), 0, 0, "FILE", "PEM: the server's certificate and its chain"},
+    {"--tls-key", TEXT, AT(tls_key), 0, 0, "FILE", "PEM: its private key"},
+    {"--tls-client-ca", TEXT, AT(tls_client_ca), 0, 0, "FILE", "PEM: clients must show a certificate signed by these"},
+    {"--token-file", TEXT, AT(token_file), 0, 0, "FILE", "bearer tokens, one a line; health needs none"},
+    {"--control-tls-cert", TEXT, AT(control_tls_cert), 0, 0, "FILE",
+     "the same for --control-listen, on a unix socket, too"},
+    {"--control-tls-key", TEXT, AT(control_tls_key), 0, 0, "FILE", "its private key"},
+    {"--control-tls-client-ca", TEXT, AT(control_tls_client_ca), 0, 0, "FILE",
+     "ranks must show a certificate signed by these"},
+    {"--control-token-file", TEXT, AT(control_token_file), 0, 0, "FILE", "tokens of ranks"},
+    {"", TEXT, 0, 0, 0, NULL, "Connections of clients, in milliseconds"},
+    {"--keepalive-ms", U32, AT(keepalive_ms), 1000, 86400000, "T", "a silent client is pinged; default 60000"},
+    {"--keepalive-timeout-ms", U32, AT(keepalive_timeout_ms), 100, 3600000, "T",
+     "and gone without an answer for so long; default 20000"},
+    {"--min-ping-interval-ms", U32, AT(min_ping_interval_ms), 100, 3600000, "T",
+     "clients that ping more often are sent away; default 10000"},
+    {"--max-connection-idle-ms", U32, AT(max_connection_idle_ms), 0, 0x7fffffff, "T",
+     "closed when it had no call for so long; 0: never; default 900000"},
+    {"--max-connection-age-ms", U32, AT(max_connection_age_ms), 0, 0x7fffffff, "T",
+     "then the client is told to connect anew; running calls go on; 0: never; default 1800000"},
+    {"--max-connection-age-grace-ms", U32, AT(max_connection_age_grace_ms), 0, 0x7fffffff, "T",
+     "for them, from then on; 0 (the default): no limit"},
     {"", TEXT, 0, 0, 0, NULL, "Limits; what is over them is refused with RESOURCE_EXHAUSTED"},
     {"--max-queued", U32, AT(max_queued), 1, 1000000, "N", "requests that wait for a slot; default 1024"},
     {"--max-queued-tokens", U64, AT(max_queued_tokens), 1, UINT64_C(1) << 40, "N", "their prompts; default 4194304"},
@@ -77,7 +104,7 @@ static void print_help(void)
             continue;
         }
         snprintf(left, sizeof left, "%s %s", o->name, o->arg ? o->arg : "");
-        printf("  %-28s %s\n", left, o->help);
+        printf("  %-33s %s\n", left, o->help);
     }
     printf("\nSIGTERM or SIGINT drains and stops; a second one stops at once. Health: \"\" (alive), "
            "\"tandem.v1.Inference\"\n"
@@ -138,6 +165,11 @@ static enum status_code parse_value(struct coord_options *o, const struct option
             return status_set(st, ST_INVALID_ARGUMENT, "--control-listen: %zu bytes, expected at most %zu",
                               strlen(text), sizeof o->control_listen - 1);
         return ST_OK;
+    case SWITCH:
+        *(bool *)field = strcmp(text, "on") == 0;
+        if (!*(bool *)field && strcmp(text, "off") != 0)
+            return status_set(st, ST_INVALID_ARGUMENT, "%s: %.60s, expected on or off", opt->name, text);
+        return ST_OK;
     case LEVEL:
         return parse_level(text, (enum log_level *)field, st);
     case U32:
@@ -197,7 +229,8 @@ static enum status_code check_together(struct coord_options *o, struct status *s
         o->listen[o->n_listen++] = "127.0.0.1:50051";
     if (!o->control_listen[0])
         default_control_listen(o);
-    return name_from_folder(o, st);
+    enum status_code rc = listeners_resolve(o, st);
+    return rc == ST_OK ? name_from_folder(o, st) : rc;
 }
 
 static const struct option *find_option(const char *arg, const char **value)
@@ -226,6 +259,12 @@ enum status_code options_parse(struct coord_options *o, int argc, char **argv, b
         .load_timeout_ms = 120000,
         .slow_client_timeout_ms = 30000,
         .drain_timeout_ms = 30000,
+        .reflection = true,
+        .keepalive_ms = 60000,
+        .keepalive_timeout_ms = 20000,
+        .min_ping_interval_ms = 10000,
+        .max_connection_idle_ms = 900000,
+        .max_connection_age_ms = 1800000,
         .supervisor_fd = -1,
         .log_level = LOG_INFO,
     };

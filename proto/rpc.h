@@ -61,7 +61,7 @@ struct rpc_method {
 };
 
 /* What one listener demands; all zero: plaintext, open to everyone. The files are read at the start and again when they
- * have changed: certificates before the next handshake, tokens within 0.5 s. New files that cannot be used are reported,
+ * have changed: certificates before the next handshake, tokens within 0.2 s. New files that cannot be used are reported,
  * and those read before stay in use. Calls that the listener refuses reach no callback. */
 struct rpc_listen_security {
     const char *cert_file, *key_file; /* PEM, the certificate first and its chain behind it. Both: TLS 1.2 or later */

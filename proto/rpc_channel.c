@@ -10,7 +10,7 @@
 
 #include "proto/rpc_security.h"
 
-#define LOOK_MS 500 /* between looks at the files' stamps */
+#define LOOK_MS 200 /* between looks at the files' stamps */
 
 struct rpc_link {
     atomic_uint refs;
@@ -176,13 +176,40 @@ const char *rpc_channel_address(const struct rpc_channel *ch)
     return ch->address;
 }
 
+/* What a failed connection is likely to mean here: the core knows the handshake, we know the options. */
+static void hint(const struct rpc_channel *ch, const char *failure, char *out, size_t n)
+{
+    bool closed = strstr(failure, "Socket closed") || strstr(failure, "Connection reset");
+    out[0] = '\0';
+    if (strstr(failure, "certificate verify failed"))
+        snprintf(out, n, "; the server's certificate has expired or was not signed by tls-ca %.160s",
+                 ch->ca ? ch->ca : "(not given: the system's)");
+    else if (strstr(failure, "not in peer certificate"))
+        snprintf(out, n, "; tls-server-name names what it should hold");
+    else if (closed && ch->cert)
+        snprintf(out, n, "; does the server believe tls-cert %.160s?", ch->cert);
+    else if (closed && ch->tls)
+        snprintf(out, n, "; does the server demand a client certificate (tls-cert)?");
+    else if (closed)
+        snprintf(out, n, "; does the server expect TLS (tls-ca)?");
+    else if (strstr(failure, "wrong version number"))
+        snprintf(out, n, "; the server does not speak TLS");
+}
+
 enum status_code rpc_client_status(const struct rpc_channel *ch, grpc_status_code code, grpc_slice details,
                                    struct status *st)
 {
     enum status_code rc = rpc_status_from_slice(st, code, details);
-    if (rc == ST_UNAVAILABLE && st)
-        return status_prefix(st, "%s", ch->address);
-    return rc;
+    char more[256];
+    if (rc != ST_UNAVAILABLE || !st)
+        return rc;
+    if (strncmp(st->message, "failed to connect", 17) == 0) {
+        char text[STATUS_MESSAGE_MAX];
+        hint(ch, st->message, more, sizeof more);
+        memcpy(text, st->message, sizeof text);
+        status_set(st, rc, "%.*s%s", (int)(sizeof text - sizeof more), text, more);
+    }
+    return status_prefix(st, "%s", ch->address);
 }
 
 /* ---- making one ---- */

@@ -13,7 +13,7 @@
 #include "proto/rpc_security.h"
 
 #define DIGEST_BYTES 32
-#define LOOK_MS      500 /* between looks at the file's stamp */
+#define LOOK_MS      200 /* between looks at the file's stamp */
 #define SCHEME       "bearer "
 
 struct digests {

@@ -128,9 +128,9 @@ START_TEST(tls_needs_the_right_ca_and_name)
     start_secure("127.0.0.1:0", server_files(NULL));
     OK(try_call(CLIENT(.ca_file = in_dir("ca.pem")), st));
     OK(try_call(CLIENT(.ca_file = in_dir("ca.pem"), .server_name = "localhost"), st));
-    REFUSED(ST_UNAVAILABLE, "certificate verify failed", .ca_file = in_dir("other-ca.pem"));
-    REFUSED(ST_UNAVAILABLE, "elsewhere", .ca_file = in_dir("ca.pem"), .server_name = "elsewhere.test");
-    REFUSED(ST_UNAVAILABLE, "", .tls = false);
+    REFUSED(ST_UNAVAILABLE, "was not signed by tls-ca /tmp", .ca_file = in_dir("other-ca.pem"));
+    REFUSED(ST_UNAVAILABLE, "tls-server-name", .ca_file = in_dir("ca.pem"), .server_name = "elsewhere.test");
+    REFUSED(ST_UNAVAILABLE, "does the server expect TLS", .tls = false);
     ck_assert_uint_eq(srv.opens, 2);
     server_stop(0);
 }
@@ -141,8 +141,8 @@ START_TEST(mutual_tls_needs_a_certificate_of_the_ca)
     start_secure("127.0.0.1:0", server_files("ca.pem"));
     OK(try_call(
         CLIENT(.ca_file = in_dir("ca.pem"), .cert_file = in_dir("client.pem"), .key_file = in_dir("client.key")), st));
-    REFUSED(ST_UNAVAILABLE, "", .ca_file = in_dir("ca.pem"));
-    REFUSED(ST_UNAVAILABLE, "", .ca_file = in_dir("ca.pem"), .cert_file = in_dir("stranger.pem"),
+    REFUSED(ST_UNAVAILABLE, "demand a client certificate (tls-cert)", .ca_file = in_dir("ca.pem"));
+    REFUSED(ST_UNAVAILABLE, "believe tls-cert /tmp", .ca_file = in_dir("ca.pem"), .cert_file = in_dir("stranger.pem"),
             .key_file = in_dir("stranger.key"));
     ck_assert_uint_eq(srv.opens, 1);
     server_stop(0);

@@ -241,7 +241,7 @@ static enum status_code start_threads(struct worker_control *c, struct status *s
 static enum status_code attach_once(struct worker_control *c, int64_t until_us, struct status *st)
 {
     int64_t welcome_us = worker_now_us() + WORKER_WELCOME_MS * 1000;
-    enum status_code rc = rpc_channel_create(&c->channel, c->address, st);
+    enum status_code rc = rpc_channel_open(&c->channel, c->address, c->security, st);
     if (rc != ST_OK)
         return rc;
     rc = rpc_stream_open(&c->stream, c->channel, ATTACH_PATH, 0, st);

@@ -76,7 +76,8 @@ enum worker_backend_kind { WORKER_BACKEND_AUTO, WORKER_BACKEND_CUDA, WORKER_BACK
 struct worker_options {
     const char *model_dir;
     const char *coordinator;
-    uint32_t backend; /* enum worker_backend_kind */
+    struct rpc_client_security security; /* of that connection */
+    uint32_t backend;                    /* enum worker_backend_kind */
     uint32_t threads;
     uint32_t max_slots;
     uint32_t max_context;
@@ -141,7 +142,8 @@ struct worker_control {
     const struct worker_log *log;
     struct worker_guard *guard;
     const char *address;
-    Tandem__V1__Hello hello; /* its strings belong to the caller */
+    const struct rpc_client_security *security; /* NULL: plaintext */
+    Tandem__V1__Hello hello;                    /* its strings belong to the caller */
     atomic_uint_fast64_t last_step;
 
     pthread_mutex_t lock;

@@ -75,6 +75,7 @@ static void fill_hello(struct worker *w)
     else
         snprintf(w->device, sizeof w->device, "host");
     w->control.address = w->options.coordinator;
+    w->control.security = &w->options.security;
     Tandem__V1__Hello *h = &w->control.hello;
     h->protocol = RPC_WORKER_PROTOCOL;
     h->launch_id = w->launch_id;
