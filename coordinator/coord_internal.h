@@ -404,6 +404,7 @@ struct coord {
     struct coord_log log;
     struct tokenizer *tok;
     struct rpc_health *health;
+    struct rpc_reflection *reflection; /* NULL: switched off */
     struct rpc_server *public_server, *control_server;
     struct mailbox box;
     struct intake intake;

@@ -59,7 +59,8 @@ static struct rpc_server_config public_config(struct coord *c, const struct rpc_
     for (size_t i = 0; i < o->n_listen; i++)
         security[i] = o->listeners[i].security;
     return (struct rpc_server_config){.methods = methods,
-                                      .n_methods = COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS,
+                                      .n_methods = COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS +
+                                                   (c->reflection ? RPC_REFLECTION_METHODS : 0),
                                       .listen = o->listen,
                                       .n_listen = o->n_listen,
                                       .security = security,
@@ -79,6 +80,8 @@ static enum status_code start_servers(struct coord *c, struct rpc_method *public
 {
     service_methods(c, public_methods);
     rpc_health_methods(c->health, public_methods + COORD_PUBLIC_METHODS);
+    if (c->reflection)
+        rpc_reflection_methods(c->reflection, public_methods + COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS);
     conn_methods(c, control_methods);
     struct rpc_server_config cfg = {.methods = control_methods,
                                     .n_methods = COORD_CONTROL_METHODS,
@@ -160,6 +163,10 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
         return rc;
     check_alive(c);
+    if (c->opt.reflection)
+        rc = rpc_reflection_create(&c->reflection, rpc_public_descriptors, rpc_public_descriptors_len, st);
+    if (rc != ST_OK)
+        return rc;
     return start_servers(c, public_methods, control_methods, st);
 }
 
@@ -205,6 +212,7 @@ static void stop(struct coord *c, bool served)
     rpc_server_destroy(c->public_server);
     rpc_server_destroy(c->control_server);
     rpc_health_destroy(c->health);
+    rpc_reflection_destroy(c->reflection);
     tok_free(c->tok);
     if (c->engine.coord)
         mailbox_fini(&c->box);
@@ -216,7 +224,7 @@ static void stop(struct coord *c, bool served)
 int main(int argc, char **argv)
 {
     struct status st = STATUS_INIT;
-    struct rpc_method public_methods[COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS];
+    struct rpc_method public_methods[COORD_PUBLIC_METHODS + RPC_HEALTH_METHODS + RPC_REFLECTION_METHODS];
     struct rpc_method control_methods[COORD_CONTROL_METHODS];
     int signal_fd = -1, exit_code = 0;
     bool done = false;

@@ -145,6 +145,21 @@ void rpc_health_close_watchers(struct rpc_health *h);
 /* Fills RPC_HEALTH_METHODS entries of a method table. */
 void rpc_health_methods(struct rpc_health *h, struct rpc_method *methods);
 
+/* ---- grpc.reflection.v1 and v1alpha ---- */
+
+/* Answers from a serialized google.protobuf.FileDescriptorSet, which stays valid; lists all services in it. */
+struct rpc_reflection;
+STATUS_MUST_CHECK enum status_code rpc_reflection_create(struct rpc_reflection **out, const void *set, size_t len,
+                                                         struct status *st);
+void rpc_reflection_destroy(struct rpc_reflection *r); /* after the server; NULL is fine */
+#define RPC_REFLECTION_METHODS 2
+/* Fills RPC_REFLECTION_METHODS entries of a method table. */
+void rpc_reflection_methods(struct rpc_reflection *r, struct rpc_method *methods);
+
+/* The set of all that a coordinator serves to clients, made by protoc at build time. */
+extern const uint8_t rpc_public_descriptors[];
+extern const size_t rpc_public_descriptors_len;
+
 /* ---- client ---- */
 
 struct rpc_channel;

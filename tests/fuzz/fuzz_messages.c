@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "grpc/health/v1/health.pb-c.h"
+#include "grpc/reflection/v1/reflection.pb-c.h"
 #include "proto/rpc.h"
 #include "tandem/v1/control.pb-c.h"
 #include "tandem/v1/inference.pb-c.h"
@@ -41,6 +42,8 @@ static const ProtobufCMessageDescriptor *const types[] = {
     &grpc__health__v1__health_check_response__descriptor,
     &grpc__health__v1__health_list_request__descriptor,
     &grpc__health__v1__health_list_response__descriptor,
+    &grpc__reflection__v1__server_reflection_request__descriptor,
+    &grpc__reflection__v1__server_reflection_response__descriptor,
 };
 #define N_TYPES (sizeof types / sizeof *types)
 
