@@ -25,6 +25,8 @@ static const char help[] =
     "                         (default " CMD_DEFAULT_ADDRESS ")\n"
     "  --served-name NAME     name of the model in the API (default: the folder's name)\n"
     "  --backend NAME         auto, cuda or host (default auto)\n"
+    "  --devices LIST         CUDA devices, such as 0,2: the first is rank 0's (default: all)\n"
+    "  --memory-percent N     of a device's memory that may be in use, other programs included (default 90)\n"
     "  --threads N            CPU threads of each rank on the host back end (default: its share of the cores)\n"
     "  --max-slots N          requests that run at once (default 256)\n"
     "  --max-context N        tokens of a request, prompt and answer (default: the model's)\n"
@@ -99,6 +101,8 @@ static const struct forward {
     {"control-tls-server-name", NULL, "--tls-server-name"},
     {"control-token-file", "--control-token-file", "--token-file"},
     {"backend", NULL, "--backend"},
+    {"devices", NULL, "--devices"},
+    {"memory-percent", NULL, "--memory-percent"},
     {"threads", NULL, "--threads"},
     {"max-slots", NULL, "--max-slots"},
     {"max-context", NULL, "--max-context"},

@@ -26,18 +26,33 @@ static enum status_code fake_describe(uint32_t device, struct backend_device *ou
     return ST_OK;
 }
 
+static int opened[2];
+
 static enum status_code fake_open(struct backend_session **out, uint32_t device, struct status *st)
 {
-    (void)out;
+    if (is("serves")) {
+        *out = (struct backend_session *)(void *)&opened[device];
+        opened[device]++;
+        return ST_OK;
+    }
     return status_set(st, ST_UNIMPLEMENTED, "refuses to serve on device %u", device);
 }
 
 static void fake_close(struct backend_session *session)
 {
-    (void)session;
+    if (--*(int *)(void *)session != 0)
+        abort(); /* closed twice */
 }
 
-static const struct backend_api api = {BACKEND_ABI, "fake", fake_devices, fake_describe, fake_open, fake_close};
+static const struct backend_parts *fake_parts(struct backend_session *session)
+{
+    (void)session;
+    static const struct backend_parts parts = {.text = "fake:1"};
+    return &parts;
+}
+
+static const struct backend_api api = {BACKEND_ABI, "fake",     fake_devices, fake_describe,
+                                       fake_open,   fake_parts, fake_close};
 static const struct backend_api old_api = {.abi = BACKEND_ABI + 1};
 
 backend_entry tandem_backend;

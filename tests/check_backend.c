@@ -41,7 +41,48 @@ START_TEST(devices_are_named_when_the_plugin_refuses)
 }
 END_TEST
 
+START_TEST(a_back_end_that_serves_gives_its_parts)
+{
+    const struct worker_backend_config cfg = {.plugin = TEST_FAKE_PLUGIN, .driver_library = SOME_LIBRARY};
+    struct worker_backend b;
+    setenv("BACKEND_FAKE", "serves", 1);
+    for (int i = 0; i < 2; i++) { /* the second time finds the first one closed */
+        ck_assert_int_eq(worker_backend_open(&b, &cfg, &quiet, NULL), ST_OK);
+        ck_assert_str_eq(b.parts->text, "fake:1");
+        worker_backend_close(&b);
+    }
+    ck_assert_ptr_null(b.parts);
+}
+END_TEST
+
 /* ---- limits ---- */
+
+START_TEST(device_lists_are_numbers_of_devices)
+{
+    static const char *const wrong[] = {"", ",", "0,", ",0", "0,,1", "a", "1 ", "-1", "4", "99999999999999999999"};
+    uint32_t device;
+    struct status st = STATUS_INIT;
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        ck_assert_int_eq(worker_backend_device(&device, wrong[i], 0, 4, &st), ST_INVALID_ARGUMENT);
+        ck_assert_msg(strncmp(st.message, "--devices: ", 11) == 0, "%s", st.message);
+    }
+    ck_assert_int_eq(worker_backend_device(&device, "3,0,2", 1, 4, &st), ST_OK);
+    ck_assert_uint_eq(device, 0);
+    ck_assert_int_eq(worker_backend_device(&device, "3,0,2", 5, 4, &st), ST_OK);
+    ck_assert_uint_eq(device, 2);
+}
+END_TEST
+
+START_TEST(a_wrong_device_list_is_said_at_auto_too)
+{
+    const struct worker_backend_config cfg = {
+        .kind = WORKER_BACKEND_AUTO, .devices = "2", .plugin = TEST_FAKE_PLUGIN, .driver_library = SOME_LIBRARY};
+    struct worker_backend b;
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(worker_backend_open(&b, &cfg, &quiet, &st), ST_INVALID_ARGUMENT);
+    ck_assert_str_eq(st.message, "--devices: 2, but the driver finds 2 devices");
+}
+END_TEST
 
 START_TEST(cuda_plugin_keeps_its_contract)
 {
@@ -69,8 +110,14 @@ START_TEST(cuda_plugin_keeps_its_contract)
     }
     ck_assert_int_ne(api->describe(count, &d, &st), ST_OK);
     struct backend_session *session = NULL;
-    ck_assert_int_eq(api->open(&session, 0, &st), ST_UNIMPLEMENTED);
-    ck_assert_ptr_null(session);
+    if (rc == ST_OK && count) {
+        ck_assert_msg(api->open(&session, 0, &st) == ST_OK, "%s", st.message);
+        ck_assert_str_ne(api->parts(session)->text, "");
+        api->close(session);
+    } else {
+        ck_assert_int_ne(api->open(&session, 0, &st), ST_OK);
+        ck_assert_ptr_null(session);
+    }
     api->close(NULL);
     dlclose(library);
 #endif
@@ -113,6 +160,9 @@ int main(void)
     tcase_set_timeout(limits, 60); /* a driver may take long to open */
     tcase_add_test(core, host_looks_for_no_driver);
     tcase_add_test(core, devices_are_named_when_the_plugin_refuses);
+    tcase_add_test(core, a_back_end_that_serves_gives_its_parts);
+    tcase_add_test(limits, device_lists_are_numbers_of_devices);
+    tcase_add_test(limits, a_wrong_device_list_is_said_at_auto_too);
     tcase_add_test(limits, cuda_plugin_keeps_its_contract);
     tcase_add_loop_test(faults, what_keeps_cuda_away_leaves_the_host_or_is_said, 0, FAULT_CASES);
     suite_add_tcase(s, core);

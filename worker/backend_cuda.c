@@ -55,12 +55,19 @@ static void cuda_close(struct backend_session *session)
     (void)session; /* open never made one */
 }
 
+static const struct backend_parts *cuda_parts(struct backend_session *session)
+{
+    (void)session;
+    return NULL;
+}
+
 static const struct backend_api api = {
     .abi = BACKEND_ABI,
     .name = "cuda",
     .devices = cuda_devices,
     .describe = cuda_describe,
     .open = cuda_open,
+    .parts = cuda_parts,
     .close = cuda_close,
 };
 

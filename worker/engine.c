@@ -55,28 +55,58 @@ static enum status_code read_limits(struct engine *e, const struct engine_config
     return ST_OK;
 }
 
+#define DEFAULT_MEMORY_FRACTION 0.9
+/* For what a driver takes as kernels are loaded, and for its own granularity. */
+#define DEVICE_SPARE_BYTES (256ull << 20)
+
 /* A quarter of the machine, or of what is left of it: other programs, a container's limit. */
-static uint64_t memory_share(void)
+static uint64_t host_share(const struct engine_config *cfg)
 {
     char why[128];
     uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t available = kv_host_available(why, sizeof why);
-    return (available < machine ? available : machine) / 4;
+    return (available < machine ? available : machine) / 4 / comm_local_size(cfg->comm);
 }
 
-static enum status_code create_kv(struct engine *e, const struct engine_config *cfg, struct status *st)
+/* What weights and workspace leave for the KV cache. */
+static enum status_code device_share(uint64_t *out, const struct engine *e, const struct engine_config *cfg,
+                                     uint64_t weight_bytes, const struct forward_config *forward, struct status *st)
+{
+    struct backend_memory m;
+    enum status_code rc = e->parts->memory(e->parts->ctx, &m, st);
+    if (rc != ST_OK)
+        return rc;
+    double fraction = cfg->memory_fraction > 0 ? cfg->memory_fraction : DEFAULT_MEMORY_FRACTION;
+    uint64_t budget = (uint64_t)((double)m.total_bytes * fraction), used = m.total_bytes - m.free_bytes;
+    uint64_t workspace = e->ops->bytes(forward) + DEVICE_SPARE_BYTES;
+    uint64_t need = used + weight_bytes + workspace + cfg->kv_bytes;
+    if (need >= budget)
+        return status_set(
+            st, ST_RESOURCE_EXHAUSTED,
+            "%s: %.2f of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
+            "%u samples %llu, KV cache %llu: together %llu MiB",
+            e->parts->text, fraction, (unsigned long long)(m.total_bytes >> 20), (unsigned long long)(budget >> 20),
+            (unsigned long long)(used >> 20), (unsigned long long)(weight_bytes >> 20), forward->max_rows,
+            forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(cfg->kv_bytes >> 20),
+            (unsigned long long)(need >> 20));
+    *out = budget - need + cfg->kv_bytes;
+    return ST_OK;
+}
+
+static enum status_code create_kv(struct engine *e, const struct engine_config *cfg, uint64_t share, struct status *st)
 {
     const struct engine_info *info = &e->info;
+    uint32_t elem_bytes = e->parts ? e->parts->kv_elem_bytes : KV_ELEM_BYTES;
     struct kv_account a = {
         .page_bytes = cfg->page_bytes ? cfg->page_bytes : KV_PAGE_BYTES_DEFAULT,
-        .token_bytes = (uint64_t)e->model.layers * 2 * e->shard.kv_heads.count * e->model.head_dim * KV_ELEM_BYTES,
+        .token_bytes = (uint64_t)e->model.layers * 2 * e->shard.kv_heads.count * e->model.head_dim * elem_bytes,
     };
     uint64_t budget = cfg->kv_bytes;
     if (budget == 0) {
         uint64_t useful = kv_pages_for(&a, info->max_context) * info->max_slots;
-        if (useful > DEFAULT_KV_PAGES_MAX)
+        if (useful > DEFAULT_KV_PAGES_MAX && !e->parts)
             useful = DEFAULT_KV_PAGES_MAX;
-        budget = memory_share() / comm_local_size(cfg->comm);
+        budget = share;
         if (budget / a.page_bytes > useful)
             budget = useful * a.page_bytes;
     }
@@ -88,13 +118,13 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
                           "kv_bytes: %llu bytes of KV memory, less than one page of %llu bytes",
                           (unsigned long long)budget, (unsigned long long)a.page_bytes);
     const struct kv_pool_config kv = {
-        .ops = &kv_ops_host,
+        .ops = e->parts ? e->parts->kv : &kv_ops_host,
         .slots = info->max_slots,
         .max_tokens = info->max_context,
         .layers = e->model.layers,
         .kv_heads = e->shard.kv_heads.count,
         .head_dim = e->model.head_dim,
-        .elem_bytes = KV_ELEM_BYTES,
+        .elem_bytes = elem_bytes,
         .page_bytes = a.page_bytes,
         .total_pages = a.total_pages,
     };
@@ -123,7 +153,10 @@ static void fill_info(struct engine *e)
     info->kv = kv_pool_account(e->kv);
     info->weight_bytes = e->weights.bytes;
     uint32_t threads = threads_count(e->pool);
-    snprintf(info->device, sizeof info->device, "host, %u thread%s", threads, threads == 1 ? "" : "s");
+    if (e->parts)
+        snprintf(info->device, sizeof info->device, "%s", e->parts->text);
+    else
+        snprintf(info->device, sizeof info->device, "host, %u thread%s", threads, threads == 1 ? "" : "s");
     memcpy(info->architecture, m->architecture, sizeof info->architecture);
     info->layers = m->layers;
     info->hidden = m->hidden;
@@ -138,6 +171,28 @@ static void fill_info(struct engine *e)
     info->top_k = m->top_k;
 }
 
+static enum status_code load_weights(struct engine *e, const struct engine_config *cfg, struct forward_config *forward,
+                                     struct status *st)
+{
+    struct model_loader *loader;
+    enum status_code rc = model_loader_open(&loader, cfg->random_weights ? NULL : cfg->model_dir, &e->model, &e->shard,
+                                            e->parts ? &e->parts->weights : NULL, st);
+    if (rc != ST_OK)
+        return rc;
+    const struct model_progress progress = {cfg->progress, cfg->progress_ctx};
+    uint64_t share = 0;
+    if (!e->parts)
+        share = host_share(cfg);
+    else if ((rc = device_share(&share, e, cfg, model_loader_bytes(loader), forward, st)) != ST_OK)
+        goto done;
+    if ((rc = create_kv(e, cfg, share, st)) == ST_OK)
+        rc = model_weights_load(&e->weights, loader, progress, st);
+    forward->kv = e->kv;
+done:
+    model_loader_close(loader);
+    return rc;
+}
+
 /* Cheap things first: a wrong option is reported before gigabytes are read. */
 static enum status_code create_parts(struct engine *e, const struct engine_config *cfg, struct status *st)
 {
@@ -147,27 +202,26 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
     if ((rc = model_config_load(&e->model, cfg->model_dir, st)) != ST_OK || (rc = read_limits(e, cfg, st)) != ST_OK)
         return rc;
     e->comm = cfg->comm;
+    e->parts = cfg->parts;
+    e->ops = cfg->parts ? cfg->parts->forward : &forward_ops_host;
     shard_heads(&e->shard.heads, &e->shard.kv_heads, e->model.heads, e->model.kv_heads, rank, ranks);
     e->shard.inner = shard_even(e->model.inner, rank, ranks);
     e->shard.vocab = shard_even(e->model.vocab_size, rank, ranks);
-    if ((rc = threads_create(&e->pool, threads, st)) != ST_OK || (rc = create_buffers(e, st)) != ST_OK ||
-        (rc = create_kv(e, cfg, st)) != ST_OK)
+    if ((rc = threads_create(&e->pool, threads, st)) != ST_OK || (rc = create_buffers(e, st)) != ST_OK)
         return rc;
-    const struct model_progress progress = {cfg->progress, cfg->progress_ctx};
-    if ((rc = model_weights_load(&e->weights, cfg->model_dir, &e->model, &e->shard, progress, st)) != ST_OK)
-        return rc;
-    const struct forward_config forward = {
+    struct forward_config forward = {
         .model = &e->model,
         .weights = &e->weights,
         .shard = &e->shard,
         .comm = cfg->comm,
         .pool = e->pool,
-        .kv = e->kv,
         .max_rows = e->info.max_step_tokens,
         .max_samples = e->info.max_slots < e->info.max_step_tokens ? e->info.max_slots : e->info.max_step_tokens,
         .max_context = e->info.max_context,
     };
-    return forward_create(&e->forward, &forward, st);
+    if ((rc = load_weights(e, cfg, &forward, st)) != ST_OK)
+        return rc;
+    return e->ops->create(&e->forward, &forward, st);
 }
 
 enum status_code engine_create(struct engine **out, const struct engine_config *cfg, struct status *st)
@@ -189,7 +243,8 @@ void engine_destroy(struct engine *e)
 {
     if (!e)
         return;
-    forward_destroy(e->forward);
+    if (e->ops)
+        e->ops->destroy(e->forward);
     model_weights_unload(&e->weights);
     kv_pool_destroy(e->kv);
     free(e->slot);
@@ -280,7 +335,7 @@ enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan,
         return rc;
     release_and_admit(e, plan);
     struct forward_batch b = {.token = e->row_token, .seq = e->seq, .sample = e->sample};
-    if ((rc = add_all(e, &b, plan, st)) != ST_OK || (rc = forward_run(e->forward, &b, e->token, st)) != ST_OK) {
+    if ((rc = add_all(e, &b, plan, st)) != ST_OK || (rc = e->ops->run(e->forward, &b, e->token, st)) != ST_OK) {
         status_prefix(st, "step %llu", (unsigned long long)plan->step);
         return rc;
     }

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 
 #include "memory/memory.h"
+#include "worker/backend.h"
 #include "worker/engine.h"
 #include "worker/forward.h"
 #include "worker/model_config.h"
@@ -31,6 +32,8 @@ struct engine {
     struct thread_pool *pool;
     struct model_weights weights;
     struct kv_pool *kv;
+    const struct backend_parts *parts; /* NULL: the host */
+    const struct forward_ops *ops;
     struct forward *forward;
 
     uint64_t step; /* last done */

@@ -91,7 +91,20 @@ static enum status_code create_parts(struct forward *f, struct status *st)
     return attn_create(&f->attn, &attn, st);
 }
 
-enum status_code forward_create(struct forward **out, const struct forward_config *cfg, struct status *st)
+static void host_destroy(struct forward *f)
+{
+    if (!f)
+        return;
+    attn_destroy(f->attn);
+    if (f->arena)
+        for (uint32_t i = 0; i < threads_count(f->cfg.pool); i++)
+            sampler_destroy(f->sampler[i]);
+    gemm_destroy(f->gemm);
+    free(f->arena);
+    free(f);
+}
+
+static enum status_code host_create(struct forward **out, const struct forward_config *cfg, struct status *st)
 {
     struct forward *f = calloc(1, sizeof *f);
     if (!f)
@@ -121,21 +134,8 @@ enum status_code forward_create(struct forward **out, const struct forward_confi
     *out = f;
     return ST_OK;
 fail:
-    forward_destroy(f);
+    host_destroy(f);
     return rc;
-}
-
-void forward_destroy(struct forward *f)
-{
-    if (!f)
-        return;
-    attn_destroy(f->attn);
-    if (f->arena)
-        for (uint32_t i = 0; i < threads_count(f->cfg.pool); i++)
-            sampler_destroy(f->sampler[i]);
-    gemm_destroy(f->gemm);
-    free(f->arena);
-    free(f);
 }
 
 /* ---- run ---- */
@@ -314,7 +314,7 @@ static enum status_code mlp_block(struct forward *f, const struct forward_batch 
     return all_reduce(f, f->h, b->rows, st);
 }
 
-enum status_code forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
+static enum status_code host_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
 {
     if (b->rows == 0)
         return ST_OK;
@@ -345,3 +345,18 @@ enum status_code forward_run(struct forward *f, const struct forward_batch *b, u
     }
     return forward_head(f, b, tokens, st); /* adds the last h to the rows that it needs */
 }
+
+/* The head keeps the logits of its last block; with one sample that is the one. */
+static enum status_code host_logits(struct forward *f, float *out, struct status *st)
+{
+    (void)st;
+    memcpy(out, f->logits, f->cfg.shard->vocab.count * sizeof *out);
+    return ST_OK;
+}
+
+const struct forward_ops forward_ops_host = {
+    .create = host_create,
+    .destroy = host_destroy,
+    .run = host_run,
+    .logits = host_logits,
+};

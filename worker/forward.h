@@ -1,7 +1,8 @@
-/* forward.h - one pass of the model over the rows of a step, on the host. Prefix forward_.
+/* forward.h - one pass of the model over the rows of a step, on the host or a device. Prefix forward_.
  *
  * Rows of all sequences are packed: decodes first, then chunks. A forward owns the activations for its largest batch and
- * nothing else; weights, KV pool, threads and comm belong to the engine. All float32.
+ * nothing else; weights, KV pool, threads and comm belong to the engine. The host computes in float32; a device's part
+ * (backend.h) keeps x in float32 and the rest in bf16.
  *
  *   x  [T][hidden]   the residual stream, the same on all ranks
  *   per layer:  h = norm(x)   qkv = h Wqkv   q, k = rope   k, v -> slots   a = attention   h = a Wo   all-reduce   x += h
@@ -58,13 +59,20 @@ struct forward_batch {
     const struct forward_sample *sample;
 };
 
-/* Everything a step needs is allocated here. The config's pointers outlive the forward. */
-STATUS_MUST_CHECK enum status_code forward_create(struct forward **out, const struct forward_config *cfg,
-                                                  struct status *st);
-void forward_destroy(struct forward *f); /* NULL is fine */
+/* A back end. Each has a struct forward of its own. */
+struct forward_ops {
+    /* What create will take of the memory that holds the KV pool, at most; NULL: nothing that counts. */
+    uint64_t (*bytes)(const struct forward_config *cfg);
+    /* Everything a step needs is allocated here. The config's pointers outlive the forward. */
+    enum status_code (*create)(struct forward **out, const struct forward_config *cfg, struct status *st);
+    void (*destroy)(struct forward *f); /* NULL is fine */
+    /* Slots have grown to position + rows tokens. tokens: [samples]. INTERNAL when logits are no numbers; what comm
+     * says. */
+    enum status_code (*run)(struct forward *f, const struct forward_batch *batch, uint32_t *tokens, struct status *st);
+    /* For tests: this rank's share of the logits that the first sample of the last run was drawn from. */
+    enum status_code (*logits)(struct forward *f, float *out, struct status *st);
+};
 
-/* Slots have grown to position + rows tokens. tokens: [samples]. INTERNAL when logits are no numbers; what comm says. */
-STATUS_MUST_CHECK enum status_code forward_run(struct forward *f, const struct forward_batch *batch, uint32_t *tokens,
-                                               struct status *st);
+extern const struct forward_ops forward_ops_host;
 
 #endif

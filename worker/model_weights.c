@@ -1,6 +1,7 @@
 #include "worker/model_weights.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,27 +10,33 @@
 
 #include "memory/memory.h"
 #include "worker/mapped_read.h"
+#include "worker/model_convert.h"
 #include "worker/safetensors.h"
 
 #define ALIGN_BYTES 64
 #define CHUNK_BYTES (4u << 20) /* copied between two calls of progress */
 
+_Static_assert(CHUNK_BYTES <= WEIGHT_STAGE_BYTES, "a chunk is staged whole");
+
 /* A part of a tensor and where it goes. Addresses are offsets into the arena until it exists. */
 struct piece {
-    struct safetensor src;
+    struct safetensor src; /* random weights: without data */
+    uint64_t seed;         /* of random weights; 0: ones */
     struct shard_span rows, cols;
     uint64_t src_cols;
     uint64_t at;
     enum mat_dtype dtype; /* there */
 };
 
-struct loader {
-    const struct safetensors *files;
+struct model_loader {
+    struct safetensors *files; /* NULL: random weights */
     const struct model_config *m;
     const struct shard *shard;
+    const struct weight_store *store;
     struct piece *piece;
     size_t n_pieces, max_pieces;
     uint64_t bytes; /* of the arena, so far */
+    struct model_weights w;
 };
 
 /* A tensor of a stack: its name and the rows and columns that this rank takes. */
@@ -49,9 +56,13 @@ static struct shard_span times(struct shard_span s, uint32_t factor)
     return (struct shard_span){s.first * factor, s.count * factor};
 }
 
-static enum status_code get_checked(struct safetensor *t, const struct loader *l, const char *name, uint32_t full_rows,
-                                    uint32_t full_cols, struct status *st)
+static enum status_code get_checked(struct safetensor *t, const struct model_loader *l, const char *name,
+                                    uint32_t full_rows, uint32_t full_cols, struct status *st)
 {
+    if (!l->files) {
+        *t = (struct safetensor){.dtype = MAT_BF16};
+        return ST_OK;
+    }
     enum status_code rc = safetensors_get(t, l->files, name, st);
     if (rc != ST_OK)
         return rc;
@@ -71,7 +82,7 @@ static enum status_code get_checked(struct safetensor *t, const struct loader *l
 }
 
 /* Stacks the rows of n parts, columns cols of full_cols, into one matrix. */
-static enum status_code plan_stack(struct loader *l, struct mat *out, const struct part *part, uint32_t n,
+static enum status_code plan_stack(struct model_loader *l, struct mat *out, const struct part *part, uint32_t n,
                                    uint32_t full_cols, struct shard_span cols, struct status *st)
 {
     enum status_code rc;
@@ -81,12 +92,13 @@ static enum status_code plan_stack(struct loader *l, struct mat *out, const stru
         struct piece *p = &l->piece[l->n_pieces];
         if ((rc = get_checked(&p->src, l, part[i].name, part[i].full_rows, full_cols, st)) != ST_OK)
             return rc;
+        p->seed = part[i].full_rows ? model_random_seed(part[i].name) : 0;
         p->rows = part[i].rows;
         p->cols = cols;
         p->src_cols = full_cols;
         if (i == 0)
-            mat.dtype = p->src.dtype;
-        else if (mat.dtype != p->src.dtype)
+            mat.dtype = l->store ? MAT_BF16 : p->src.dtype;
+        else if (mat.dtype != p->src.dtype && !l->store)
             mat.dtype = MAT_F32;
         if (part[i].full_rows == 0)
             mat.dtype = MAT_F32;
@@ -106,7 +118,8 @@ static enum status_code plan_stack(struct loader *l, struct mat *out, const stru
     return ST_OK;
 }
 
-static enum status_code plan_norm(struct loader *l, const float **out, const char *name, uint32_t n, struct status *st)
+static enum status_code plan_norm(struct model_loader *l, const float **out, const char *name, uint32_t n,
+                                  struct status *st)
 {
     struct mat mat;
     enum status_code rc = plan_stack(l, &mat, &(struct part){name, 0, {0, 1}}, 1, n, whole(n), st);
@@ -116,7 +129,7 @@ static enum status_code plan_norm(struct loader *l, const float **out, const cha
 }
 
 /* Stacks spans of n vectors; full_rows is the length of each. Nothing of all of them: *out stays NULL. */
-static enum status_code plan_vector(struct loader *l, const float **out, const struct part *part, uint32_t n,
+static enum status_code plan_vector(struct model_loader *l, const float **out, const struct part *part, uint32_t n,
                                     struct status *st)
 {
     uint64_t at = l->bytes;
@@ -125,6 +138,7 @@ static enum status_code plan_vector(struct loader *l, const float **out, const s
         enum status_code rc = get_checked(&p->src, l, part[i].name, 0, part[i].full_rows, st);
         if (rc != ST_OK)
             return rc;
+        p->seed = model_random_seed(part[i].name);
         p->rows = whole(1);
         p->cols = part[i].rows;
         p->src_cols = part[i].full_rows;
@@ -140,7 +154,8 @@ static enum status_code plan_vector(struct loader *l, const float **out, const s
 }
 
 /* Biases, and norms of heads, of those that the model has. */
-static enum status_code plan_layer_vectors(struct loader *l, struct layer_weights *w, uint32_t layer, struct status *st)
+static enum status_code plan_layer_vectors(struct model_loader *l, struct layer_weights *w, uint32_t layer,
+                                           struct status *st)
 {
     const struct model_config *m = l->m;
     static const char *const suffix[] = {
@@ -175,7 +190,7 @@ static enum status_code plan_layer_vectors(struct loader *l, struct layer_weight
     return rc;
 }
 
-static enum status_code plan_layer(struct loader *l, struct layer_weights *w, uint32_t layer, struct status *st)
+static enum status_code plan_layer(struct model_loader *l, struct layer_weights *w, uint32_t layer, struct status *st)
 {
     const struct model_config *m = l->m;
     static const char *const suffix[] = {
@@ -205,7 +220,7 @@ static enum status_code plan_layer(struct loader *l, struct layer_weights *w, ui
     return plan_layer_vectors(l, w, layer, st);
 }
 
-static enum status_code plan_all(struct loader *l, struct model_weights *w, struct status *st)
+static enum status_code plan_all(struct model_loader *l, struct model_weights *w, struct status *st)
 {
     const struct model_config *m = l->m;
     const struct part embed = {"model.embed_tokens.weight", m->vocab_size, l->shard->vocab};
@@ -220,38 +235,10 @@ static enum status_code plan_all(struct loader *l, struct model_weights *w, stru
     return rc;
 }
 
-static float widen_half(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023, bits;
-    float x;
-    if (exponent == 0) {
-        x = (float)fraction * 0x1p-24f;
-        memcpy(&bits, &x, 4);
-    } else {
-        bits = (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
-    }
-    bits |= sign;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static void widen(float *out, const uint8_t *src, enum mat_dtype dtype, uint32_t n)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        uint16_t h;
-        memcpy(&h, src + 2ull * i, 2);
-        uint32_t bits = (uint32_t)h << 16;
-        if (dtype == MAT_F16)
-            out[i] = widen_half(h);
-        else
-            memcpy(&out[i], &bits, 4);
-    }
-}
-
 /* Rows first .. first + n - 1 of the piece's share. */
 struct rows_copy {
     const struct piece *piece;
-    uint8_t *arena;
+    uint8_t *to;
     uint32_t first, n;
 };
 
@@ -259,27 +246,79 @@ static void copy_rows(void *arg)
 {
     const struct rows_copy *c = arg;
     const struct piece *p = c->piece;
-    uint8_t *arena = c->arena;
-    uint32_t first = c->first, n = c->n;
-    uint64_t src_elem = mat_elem_bytes(p->src.dtype), dst_elem = mat_elem_bytes(p->dtype);
-    uint64_t src_stride = p->src_cols * src_elem, dst_stride = p->cols.count * dst_elem;
-    const uint8_t *src = p->src.data + (p->rows.first + (uint64_t)first) * src_stride + p->cols.first * src_elem;
-    uint8_t *dst = arena + p->at + first * dst_stride;
+    uint64_t src_elem = mat_elem_bytes(p->src.dtype), dst_stride = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
+    uint64_t src_stride = p->src_cols * src_elem, row = p->rows.first + (uint64_t)c->first;
+    const uint8_t *src = p->src.data + row * src_stride + p->cols.first * src_elem;
     if (p->src.dtype == p->dtype && src_stride == dst_stride) {
-        memcpy(dst, src, n * dst_stride);
+        memcpy(c->to, src, c->n * dst_stride);
         return;
     }
-    for (uint32_t i = 0; i < n; i++, src += src_stride, dst += dst_stride) {
-        if (p->src.dtype == p->dtype)
-            memcpy(dst, src, dst_stride);
+    for (uint32_t i = 0; i < c->n; i++)
+        model_convert(c->to + i * dst_stride, p->dtype, src + i * src_stride, p->src.dtype, p->cols.count);
+}
+
+/* The variance of an even spread over -s .. s is s^2 / 3. */
+static float random_scale(const struct piece *p)
+{
+    return (float)sqrt(3.0 / (double)p->src_cols);
+}
+
+static void random_rows(const struct rows_copy *c)
+{
+    const struct piece *p = c->piece;
+    uint64_t stride = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint64_t at = (p->rows.first + (uint64_t)c->first + i) * p->src_cols + p->cols.first;
+        uint8_t *to = c->to + i * stride;
+        if (p->seed)
+            model_random(to, p->dtype, p->seed, at, p->cols.count, random_scale(p));
         else
-            widen((float *)(void *)dst, src, p->src.dtype, p->cols.count);
+            for (uint32_t j = 0; j < p->cols.count; j++)
+                memcpy(to + j * sizeof(float), &(float){1.0f}, sizeof(float));
     }
 }
 
-static enum status_code copy_all(const struct loader *l, uint8_t *arena, struct model_progress progress,
+/* A matrix whose rows are whole is one run of its stream, a slice of columns one per row. */
+static enum status_code random_in_store(const struct model_loader *l, const struct piece *p, uint8_t *to,
+                                        struct status *st)
+{
+    bool whole_rows = p->cols.count == p->src_cols;
+    uint32_t runs = whole_rows ? 1 : p->rows.count;
+    uint64_t n = whole_rows ? p->src_cols * p->rows.count : p->cols.count;
+    for (uint32_t i = 0; i < runs; i++) {
+        uint64_t at = ((uint64_t)p->rows.first + i) * p->src_cols + p->cols.first;
+        enum status_code rc =
+            l->store->random(l->store->ctx, to + i * n * sizeof(uint16_t), p->seed, at, n, random_scale(p), st);
+        if (rc != ST_OK)
+            return rc;
+    }
+    return ST_OK;
+}
+
+/* n rows of the piece, from row first of its share on, to their place at `to`. */
+static enum status_code load_rows(const struct model_loader *l, const struct piece *p, uint8_t *to, uint32_t first,
+                                  uint32_t n, struct status *st)
+{
+    const struct weight_store *s = l->store;
+    uint64_t bytes = (uint64_t)n * p->cols.count * mat_elem_bytes(p->dtype);
+    void *host = to;
+    enum status_code rc;
+    if (s && (rc = s->stage(s->ctx, &host, bytes, st)) != ST_OK)
+        return rc;
+    struct rows_copy c = {p, host, first, n};
+    if (!l->files)
+        random_rows(&c);
+    else if (!mapped_read(copy_rows, &c))
+        return status_set(st, ST_DATA_LOSS,
+                          "%s: tensor %s cannot be read any more: another program cuts the file, or the disk fails",
+                          p->src.file, p->src.name);
+    return s ? s->store(s->ctx, to, host, bytes, st) : ST_OK;
+}
+
+static enum status_code copy_all(const struct model_loader *l, uint8_t *arena, struct model_progress progress,
                                  struct status *st)
 {
+    enum status_code rc;
     uint64_t done = 0;
     if (progress.fn)
         progress.fn(progress.ctx, 0, l->bytes);
@@ -288,23 +327,24 @@ static enum status_code copy_all(const struct loader *l, uint8_t *arena, struct 
         uint64_t row_bytes = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
         if (row_bytes == 0)
             continue;
-        uint32_t step = row_bytes < CHUNK_BYTES ? (uint32_t)(CHUNK_BYTES / row_bytes) : 1;
+        bool made_there = l->store && l->store->random && !l->files && p->seed && p->dtype == MAT_BF16;
+        if (made_there && (rc = random_in_store(l, p, arena + p->at, st)) != ST_OK)
+            return rc;
+        uint32_t step = made_there ? p->rows.count : row_bytes < CHUNK_BYTES ? (uint32_t)(CHUNK_BYTES / row_bytes) : 1;
         for (uint32_t r = 0; r < p->rows.count; r += step) {
             uint32_t n = p->rows.count - r < step ? p->rows.count - r : step;
-            struct rows_copy c = {p, arena, r, n};
-            if (!mapped_read(copy_rows, &c))
-                return status_set(st, ST_DATA_LOSS,
-                                  "%s: tensor %s cannot be read any more: another program cuts the file, or the disk "
-                                  "fails",
-                                  p->src.file, p->src.name);
+            if (!made_there && (rc = load_rows(l, p, arena + p->at + r * row_bytes, r, n, st)) != ST_OK)
+                return rc;
             done += n * row_bytes;
             if (progress.fn && n == step)
                 progress.fn(progress.ctx, done, l->bytes);
         }
     }
+    if (l->store && (rc = l->store->finish(l->store->ctx, st)) != ST_OK)
+        return rc;
     if (progress.fn)
         progress.fn(progress.ctx, l->bytes, l->bytes);
-    return safetensors_check_unchanged(l->files, st);
+    return l->files ? safetensors_check_unchanged(l->files, st) : ST_OK;
 }
 
 static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, struct status *st)
@@ -322,7 +362,6 @@ static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, 
                             (unsigned long long)bytes);
     madvise(map, bytes, MADV_HUGEPAGE); /* decode walks all of it every step: fewer TLB misses; only a hint */
     w->arena = map;
-    w->bytes = bytes;
     return ST_OK;
 }
 
@@ -357,38 +396,69 @@ static void place_all(struct model_weights *w, const struct model_config *m)
         w->head = w->embed;
 }
 
-enum status_code model_weights_load(struct model_weights *out, const char *dir, const struct model_config *m,
-                                    const struct shard *shard, struct model_progress progress, struct status *st)
+enum status_code model_loader_open(struct model_loader **out, const char *dir, const struct model_config *m,
+                                   const struct shard *shard, const struct weight_store *store, struct status *st)
 {
-    struct model_weights w = {0};
-    struct safetensors *files = NULL;
-    struct loader l = {.m = m, .shard = shard, .max_pieces = 3 + 18ull * m->layers};
-    enum status_code rc = safetensors_open(&files, dir, st);
+    struct model_loader *l = calloc(1, sizeof *l);
+    if (!l)
+        return status_nomem(st, "loader of weights", sizeof *l);
+    *l = (struct model_loader){.m = m, .shard = shard, .store = store, .max_pieces = 3 + 18ull * m->layers};
+    enum status_code rc;
+    if (dir && (rc = safetensors_open(&l->files, dir, st)) != ST_OK)
+        goto fail;
+    l->piece = calloc(l->max_pieces, sizeof *l->piece);
+    l->w.layer = calloc(m->layers, sizeof *l->w.layer);
+    if (!l->piece || !l->w.layer) {
+        rc = status_nomem(st, "list of weights", l->max_pieces * sizeof *l->piece);
+        goto fail;
+    }
+    if ((rc = plan_all(l, &l->w, st)) != ST_OK)
+        goto fail;
+    *out = l;
+    return ST_OK;
+fail:
+    model_loader_close(l);
+    return rc;
+}
+
+uint64_t model_loader_bytes(const struct model_loader *l)
+{
+    return l->bytes;
+}
+
+void model_loader_close(struct model_loader *l)
+{
+    if (!l)
+        return;
+    model_weights_unload(&l->w);
+    free(l->piece);
+    safetensors_close(l->files);
+    free(l);
+}
+
+enum status_code model_weights_load(struct model_weights *out, struct model_loader *l, struct model_progress progress,
+                                    struct status *st)
+{
+    struct model_weights *w = &l->w;
+    enum status_code rc =
+        l->store ? l->store->alloc(l->store->ctx, &w->arena, l->bytes, st) : allocate_arena(w, l->bytes, st);
     if (rc != ST_OK)
         return rc;
-    l.files = files;
-    l.piece = calloc(l.max_pieces, sizeof *l.piece);
-    w.layer = calloc(m->layers, sizeof *w.layer);
-    if (!l.piece || !w.layer) {
-        rc = status_nomem(st, "list of weights", l.max_pieces * sizeof *l.piece);
-        goto done;
-    }
-    if ((rc = plan_all(&l, &w, st)) != ST_OK || (rc = allocate_arena(&w, l.bytes, st)) != ST_OK ||
-        (rc = copy_all(&l, w.arena, progress, st)) != ST_OK)
-        goto done;
-    place_all(&w, m);
-    *out = w;
-    w = (struct model_weights){0}; /* given away */
-done:
-    model_weights_unload(&w);
-    free(l.piece);
-    safetensors_close(files);
-    return rc;
+    w->bytes = l->bytes;
+    w->store = l->store;
+    if ((rc = copy_all(l, w->arena, progress, st)) != ST_OK)
+        return rc;
+    place_all(w, l->m);
+    *out = *w;
+    *w = (struct model_weights){0}; /* given away */
+    return ST_OK;
 }
 
 void model_weights_unload(struct model_weights *w)
 {
-    if (w->arena)
+    if (w->arena && w->store)
+        w->store->release(w->store->ctx, w->arena);
+    else if (w->arena)
         munmap(w->arena, w->bytes);
     free(w->layer);
     *w = (struct model_weights){0};

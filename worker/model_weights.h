@@ -1,4 +1,9 @@
-/* model_weights.h - one rank's share of the weights, in memory in the dtype of the file. Prefix model_weights_.
+/* model_weights.h - one rank's share of the weights, in memory in the dtype of the file; or in the memory of a device.
+ * Prefix model_weights_.
+ *
+ *     model_loader_open(&l, dir, &model, &shard, NULL, st);     // looks at names, shapes and dtypes, copies nothing yet
+ *     model_weights_load(&weights, l, progress, st);            // model_loader_bytes(l) of memory
+ *     model_loader_close(l);
  *
  * Rows that are multiplied with the same input are stacked, so that a layer is four products:
  *
@@ -39,6 +44,27 @@ struct model_weights {
     struct layer_weights *layer;
     uint64_t bytes; /* in memory */
     void *arena;
+    const struct weight_store *store; /* NULL: arena is the host's */
+};
+
+#define WEIGHT_STAGE_BYTES (8u << 20)
+
+/* Memory that is not the host's. Addresses in it are only handed on. Every matrix is stored as BF16 there, whatever the
+ * file holds, and every vector as F32. */
+struct weight_store {
+    void *ctx;
+    /* RESOURCE_EXHAUSTED when there is not so much. */
+    enum status_code (*alloc)(void *ctx, void **arena, uint64_t bytes, struct status *st);
+    void (*release)(void *ctx, void *arena);
+    /* Memory of the host for the next `bytes`, at most WEIGHT_STAGE_BYTES ... */
+    enum status_code (*stage)(void *ctx, void **host, uint64_t bytes, struct status *st);
+    /* ... that go to `to`, in the arena. May return before they are there. */
+    enum status_code (*store)(void *ctx, void *to, const void *host, uint64_t bytes, struct status *st);
+    /* As model_random to BF16, made where they stay. Optional: they are made on the host then. */
+    enum status_code (*random)(void *ctx, void *to, uint64_t seed, uint64_t first, uint64_t n, float scale,
+                               struct status *st);
+    /* All that was stored is there. */
+    enum status_code (*finish)(void *ctx, struct status *st);
 };
 
 struct model_progress {
@@ -46,10 +72,19 @@ struct model_progress {
     void *ctx;
 };
 
-/* Reads this rank's share from the folder. NOT_FOUND, DATA_LOSS (names file, tensor, expected and found shape),
- * UNIMPLEMENTED (dtype), RESOURCE_EXHAUSTED. */
-STATUS_MUST_CHECK enum status_code model_weights_load(struct model_weights *out, const char *dir,
-                                                      const struct model_config *m, const struct shard *shard,
+struct model_loader;
+
+/* Finds this rank's share in the folder. dir NULL: no files, but random weights, the same for any number of ranks and
+ * in any memory: BF16, evenly spread with a variance of 1 / columns; norms are 1. The pointers outlive the loader.
+ * NOT_FOUND, DATA_LOSS (names file, tensor, expected and found shape), UNIMPLEMENTED (dtype). */
+STATUS_MUST_CHECK enum status_code model_loader_open(struct model_loader **out, const char *dir,
+                                                     const struct model_config *m, const struct shard *shard,
+                                                     const struct weight_store *store, struct status *st);
+uint64_t model_loader_bytes(const struct model_loader *l);
+void model_loader_close(struct model_loader *l); /* NULL is fine */
+
+/* Once per loader. DATA_LOSS (the file changes or cannot be read), RESOURCE_EXHAUSTED. */
+STATUS_MUST_CHECK enum status_code model_weights_load(struct model_weights *out, struct model_loader *l,
                                                       struct model_progress progress, struct status *st);
 void model_weights_unload(struct model_weights *w); /* fine on zeroed memory */
 

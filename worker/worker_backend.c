@@ -1,9 +1,12 @@
 #include "worker/backend.h"
 #include "worker/worker_internal.h"
 
+#include <ctype.h>
 #include <dlfcn.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -65,26 +68,46 @@ static enum status_code load_plugin(struct worker_backend *b, const char *path, 
     return ST_OK;
 }
 
-/* The devices, and whether the back end serves on ours. The error of a refusal names device 0, as all are alike. */
-static enum status_code try_serve(const struct backend_api *api, int rank, struct status *st)
+enum status_code worker_backend_device(uint32_t *device, const char *list, uint32_t rank, uint32_t count,
+                                       struct status *st)
 {
-    uint32_t count = 0;
-    enum status_code rc = api->devices(&count, st);
+    uint32_t number[64], n = 0;
+    for (const char *p = list;; p++) {
+        char *end;
+        unsigned long v = isdigit((unsigned char)*p) ? strtoul(p, &end, 10) : ULONG_MAX;
+        if (v == ULONG_MAX || (*end && *end != ',') || n == sizeof number / sizeof *number)
+            return status_set(st, ST_INVALID_ARGUMENT, "--devices: \"%s\" is no list; write numbers like 0,1", list);
+        if (v >= count)
+            return status_set(st, ST_INVALID_ARGUMENT, "--devices: %lu, but the driver finds %u device%s", v, count,
+                              count == 1 ? "" : "s");
+        number[n++] = (uint32_t)v;
+        p = end;
+        if (!*p)
+            break;
+    }
+    *device = number[rank % n];
+    return ST_OK;
+}
+
+/* The devices, and whether the back end serves on ours. The error of a refusal names ours only, as all are alike. */
+static enum status_code try_serve(struct worker_backend *b, const char *list, int rank, struct status *st)
+{
+    uint32_t count = 0, device;
+    enum status_code rc = b->api->devices(&count, st);
     if (rc != ST_OK)
         return rc;
     if (count == 0)
         return status_set(st, ST_FAILED_PRECONDITION, "the driver finds no device");
-    uint32_t device = rank > 0 ? (uint32_t)rank % count : 0;
-    struct backend_device d;
-    rc = api->describe(device, &d, st);
-    if (rc != ST_OK)
+    device = rank > 0 ? (uint32_t)rank % count : 0;
+    if (list && (rc = worker_backend_device(&device, list, rank > 0 ? (uint32_t)rank : 0, count, st)) != ST_OK)
         return rc;
-    struct backend_session *session;
-    rc = api->open(&session, device, st);
+    struct backend_device d;
+    if ((rc = b->api->describe(device, &d, st)) != ST_OK)
+        return rc;
+    rc = b->api->open(&b->session, device, st);
     if (rc == ST_OK) {
-        /* The worker of this build has no step loop for a session. */
-        api->close(session);
-        status_set(st, ST_UNIMPLEMENTED, "this worker cannot drive the %s back end", api->name);
+        b->parts = b->api->parts(b->session);
+        return ST_OK;
     }
     char memory[32];
     return status_prefix(st, "%u x %s, %s, compute capability %u.%u", count, d.name,
@@ -103,12 +126,12 @@ enum status_code worker_backend_open(struct worker_backend *b, const struct work
     if (rc == ST_OK)
         rc = load_plugin(b, cfg->plugin, &why);
     if (rc == ST_OK)
-        rc = try_serve(b->api, log->rank, &why);
+        rc = try_serve(b, cfg->devices, log->rank, &why);
     if (rc == ST_OK)
         return ST_OK;
     worker_backend_close(b);
-    if (cfg->kind == WORKER_BACKEND_CUDA)
-        return status_set(st, rc, "--backend cuda: %s", why.message);
+    if (cfg->kind == WORKER_BACKEND_CUDA || rc == ST_INVALID_ARGUMENT) /* a wrong --devices is wrong at auto, too */
+        return status_set(st, rc, "%s%s", rc == ST_INVALID_ARGUMENT ? "" : "--backend cuda: ", why.message);
     if (driver)
         worker_log(log, WORKER_LOG_WARNING, "host back end, not CUDA: %s", why.message);
     else
@@ -118,6 +141,8 @@ enum status_code worker_backend_open(struct worker_backend *b, const struct work
 
 void worker_backend_close(struct worker_backend *b)
 {
+    if (b->session)
+        b->api->close(b->session);
     if (b->library)
         dlclose(b->library);
     if (b->driver)

@@ -87,6 +87,9 @@ struct worker_options {
     uint32_t log_level; /* enum worker_log_level */
     uint64_t kv_bytes;
     uint64_t page_bytes;
+    const char *devices;     /* "0,2"; NULL: all */
+    uint32_t memory_percent; /* of a device; 0: default */
+    uint32_t random_weights; /* 0 or 1 */
 };
 
 enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION };
@@ -209,9 +212,12 @@ void worker_control_wake(void *control);
 /* ---- back end ---- */
 
 struct backend_api;
+struct backend_session;
+struct backend_parts;
 
 struct worker_backend_config {
     uint32_t kind;              /* enum worker_backend_kind */
+    const char *devices;        /* "0,2": rank r takes the r-th, counted round; NULL: all that the driver finds */
     const char *plugin;         /* path of backend_cuda.so; NULL: beside the executable */
     const char *driver_library; /* NULL: libcuda.so.1 */
 };
@@ -219,8 +225,13 @@ struct worker_backend_config {
 struct worker_backend {
     void *driver, *library; /* dlopen handles; NULL: host */
     const struct backend_api *api;
+    struct backend_session *session;
+    const struct backend_parts *parts; /* for the engine; NULL: host */
 };
 
+/* Numbers with commas between, each below count; *device is entry rank, counted round. INVALID_ARGUMENT. */
+STATUS_MUST_CHECK enum status_code worker_backend_device(uint32_t *device, const char *list, uint32_t rank,
+                                                         uint32_t count, struct status *st);
 /* Chooses; at AUTO whatever keeps CUDA from serving is one log line and the host back end (b->api NULL). */
 STATUS_MUST_CHECK enum status_code worker_backend_open(struct worker_backend *b,
                                                        const struct worker_backend_config *cfg,

@@ -55,7 +55,7 @@ static void on_progress(void *ctx, uint64_t done, uint64_t total)
 static enum status_code load(struct worker *w, struct status *st)
 {
     const struct worker_options *o = &w->options;
-    const struct worker_backend_config backend = {.kind = o->backend};
+    const struct worker_backend_config backend = {.kind = o->backend, .devices = o->devices};
     enum status_code rc = worker_backend_open(&w->backend, &backend, &w->log, st);
     if (rc != ST_OK)
         return rc;
@@ -63,12 +63,15 @@ static enum status_code load(struct worker *w, struct status *st)
     const struct engine_config cfg = {
         .model_dir = o->model_dir,
         .comm = w->comm,
+        .parts = w->backend.parts,
+        .random_weights = o->random_weights,
         .threads = o->threads,
         .max_slots = o->max_slots,
         .max_context = o->max_context,
         .max_step_tokens = o->max_step_tokens,
         .kv_bytes = o->kv_bytes,
         .page_bytes = o->page_bytes,
+        .memory_fraction = o->memory_percent / 100.0,
         .progress = on_progress,
         .progress_ctx = w,
     };

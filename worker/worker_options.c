@@ -36,6 +36,8 @@ static const struct option_spec specs[] = {
     {"token-file", "FILE", OPTION_TEXT, AT(security.token_file), 0, 0, NULL, "bearer token for the coordinator"},
     {"backend", "NAME", OPTION_CHOICE, AT(backend), 0, 0, backend_names,
      "auto (CUDA where it can serve, else host), cuda or host; default auto"},
+    {"devices", "LIST", OPTION_TEXT, AT(devices), 0, 0, NULL,
+     "devices of CUDA, as 0,2: the first is rank 0's; default: all that the driver finds"},
     {"threads", "N", OPTION_NUMBER, AT(threads), 1, 1024, NULL,
      "threads of this rank; default: its share of the machine's cores"},
     {"max-slots", "N", OPTION_NUMBER, AT(max_slots), 1, 65536, NULL, "sequences held at once; default 256"},
@@ -44,7 +46,12 @@ static const struct option_spec specs[] = {
     {"max-step-tokens", "N", OPTION_NUMBER, AT(max_step_tokens), 1, 1u << 20, NULL, "rows of one step; default 512"},
     {"kv-memory", "SIZE", OPTION_SIZE, AT(kv_bytes), 1, UINT64_MAX, NULL,
      "KV cache of this rank, as 512M or 2G; default: what the slots can use, at most\n"
-     "a quarter of the available memory divided by the ranks on it"},
+     "host: a quarter of the available memory divided by the ranks on it\n"
+     "CUDA: what --memory-percent leaves"},
+    {"memory-percent", "N", OPTION_NUMBER, AT(memory_percent), 1, 100, NULL,
+     "of a device's memory that may be in use, other programs included; default 90"},
+    {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
+     "1: the folder needs no weights, only config.json; for benchmarks of any shape"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
     {"comm-timeout-ms", "N", OPTION_NUMBER, AT(comm_timeout_ms), 1, 3600000, NULL,
      "bound of one exchange between ranks; default 60000"},
