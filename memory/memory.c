@@ -26,7 +26,6 @@ static enum status_code check_config(const struct kv_pool_config *cfg, struct st
 {
     if (!cfg->ops)
         return status_set(st, ST_INVALID_ARGUMENT, "ops: none, expected a back end such as kv_ops_host");
-    uint64_t grain = cfg->ops->granularity();
     enum status_code rc = check_field("slots", cfg->slots, 1, SLOTS_MAX, st);
     if (rc == ST_OK)
         rc = check_field("max_tokens", cfg->max_tokens, 1, UINT32_MAX, st);
@@ -35,17 +34,15 @@ static enum status_code check_config(const struct kv_pool_config *cfg, struct st
     if (rc == ST_OK)
         rc = check_field("head_dim", cfg->head_dim, 1, UINT32_MAX, st);
     if (rc == ST_OK)
-        rc = check_field("page_bytes", cfg->page_bytes, grain, PAGE_BYTES_MAX, st);
+        rc = check_field("page_bytes", cfg->page_bytes, 1, PAGE_BYTES_MAX, st);
     if (rc == ST_OK)
         rc = check_field("total_pages", cfg->total_pages, cfg->kv_heads ? 1 : 0, PAGES_MAX, st);
     if (rc != ST_OK)
         return rc;
     if (cfg->elem_bytes != 2 && cfg->elem_bytes != 4)
         return status_set(st, ST_INVALID_ARGUMENT, "elem_bytes: %u, expected 2 or 4", cfg->elem_bytes);
-    if ((cfg->page_bytes & (cfg->page_bytes - 1)) || cfg->page_bytes % grain)
-        return status_set(st, ST_INVALID_ARGUMENT,
-                          "page_bytes: %" PRIu64 ", expected a power of two and a multiple of %" PRIu64,
-                          cfg->page_bytes, grain);
+    if (cfg->page_bytes & (cfg->page_bytes - 1))
+        return status_set(st, ST_INVALID_ARGUMENT, "page_bytes: %" PRIu64 ", expected a power of two", cfg->page_bytes);
     return ST_OK;
 }
 
@@ -104,13 +101,17 @@ enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_confi
     p->cold = array(words + 1, sizeof *p->cold, "KV pages", &rc, st);
     if (rc != ST_OK)
         goto fail;
-    for (uint64_t page = 0; page < p->total_pages; page++)
+    for (uint64_t page = 0; page < p->total_pages; page++) {
+        p->dirty[page] = cfg->ops->new_pages_are_zero ? 0 : (uint32_t)cfg->page_bytes;
         kv_cold_put(p, (uint32_t)page);
+    }
     if (p->total_pages) {
         struct kv_geometry geo = {.slots = cfg->slots,
                                   .range_bytes = p->pages_per_slot * cfg->page_bytes,
                                   .page_bytes = cfg->page_bytes,
-                                  .total_pages = cfg->total_pages};
+                                  .total_pages = cfg->total_pages,
+                                  .device = cfg->device,
+                                  .driver = cfg->driver};
         rc = p->ops->open(&p->be, &geo, st);
         if (rc != ST_OK)
             goto fail;
@@ -126,6 +127,9 @@ void kv_pool_destroy(struct kv_pool *p)
 {
     if (!p)
         return;
+    for (uint32_t i = 0; i < p->n_ranges && p->be && !p->ops->close_unmaps; i++)
+        if (p->ranges[i]->mapped)
+            (void)p->ops->unmap(p->be, p->ranges[i]->base, p->ranges[i]->mapped, &p->map_calls, NULL);
     if (p->be)
         p->ops->close(p->be);
     for (uint32_t i = 0; i < p->n_ranges; i++)
@@ -167,11 +171,12 @@ enum status_code kv_slot_grow(struct kv_pool *p, uint32_t slot, uint32_t tokens,
         enum status_code rc = r ? ST_OK : kv_range_pick(p, &r, st);
         if (rc == ST_OK)
             rc = kv_range_fill(p, r, want, st);
+        if (rc == ST_OK)
+            rc = kv_range_adopt(p, r, want, st);
         if (rc != ST_OK) {
             status_prefix(st, "slot %u, %u tokens", slot, tokens);
             return rc;
         }
-        kv_range_adopt(p, r, want);
         p->used_pages += want - have;
         s->range = r;
     }

@@ -36,6 +36,7 @@ struct kv_pool;
 struct kv_ops; /* a back end; defined in memory_internal.h */
 
 extern const struct kv_ops kv_ops_host; /* memfd pages under mmap'd ranges */
+extern const struct kv_ops kv_ops_cuda; /* the driver's virtual memory calls; in the library tandem_memory_cuda */
 
 #define KV_PAGE_BYTES_DEFAULT (2u << 20)
 
@@ -49,6 +50,8 @@ struct kv_pool_config {
     uint32_t elem_bytes;  /* 2 or 4 */
     uint64_t page_bytes;  /* power of two, a multiple of the back end's granularity (host: the system's page size) */
     uint64_t total_pages; /* the physical budget */
+    int device;           /* CUDA: which one */
+    const char *driver;   /* CUDA: the driver's library, as dlopen takes it; NULL: libcuda.so.1 */
 };
 
 /* K and V of one layer of one slot. Element (token t, head h, d) of K stands at

@@ -38,12 +38,8 @@ struct kv_backend {
     uint8_t **extras; /* one reservation for each range past the first `slots` */
     uint32_t n_extras;
     uint32_t cap_extras;
+    uint64_t mappings; /* what vm.max_map_count leaves for pages */
 };
-
-static uint64_t host_granularity(void)
-{
-    return (uint64_t)sysconf(_SC_PAGESIZE);
-}
 
 static uint8_t *reserve(uint64_t bytes)
 {
@@ -73,12 +69,22 @@ static uint64_t read_number(const char *path, uint64_t otherwise)
     return end == text || errno ? otherwise : v;
 }
 
+static enum status_code check_grain(const struct kv_geometry *geo, struct status *st)
+{
+    uint64_t grain = (uint64_t)sysconf(_SC_PAGESIZE);
+    if (geo->page_bytes % grain == 0)
+        return ST_OK;
+    return status_set(st, ST_INVALID_ARGUMENT, "page_bytes: %" PRIu64 ", expected a multiple of %" PRIu64,
+                      geo->page_bytes, grain);
+}
+
 /* At worst every page is a mapping of its own, and so is the empty rest of every range. */
-static enum status_code check_mappings(const struct kv_geometry *geo, struct status *st)
+static enum status_code check_mappings(struct kv_backend *be, const struct kv_geometry *geo, struct status *st)
 {
     uint64_t limit = read_number("/proc/sys/vm/max_map_count", UINT64_MAX);
     uint64_t tails = geo->total_pages < geo->slots ? geo->total_pages : geo->slots;
     uint64_t need = geo->total_pages + tails + MAPPINGS_SPARE;
+    be->mappings = limit == UINT64_MAX ? limit : limit - MAPPINGS_SPARE - geo->slots;
     if (need <= limit)
         return ST_OK;
     return status_set(st, ST_RESOURCE_EXHAUSTED,
@@ -142,7 +148,9 @@ static enum status_code host_open(struct kv_backend **out, const struct kv_geome
         return status_nomem(st, "host KV pages", sizeof *be);
     be->geo = *geo;
     be->fd = -1;
-    enum status_code rc = check_mappings(geo, st);
+    enum status_code rc = check_grain(geo, st);
+    if (rc == ST_OK)
+        rc = check_mappings(be, geo, st);
     if (rc == ST_OK)
         rc = check_available(geo, st);
     if (rc != ST_OK)
@@ -196,42 +204,141 @@ static enum status_code host_range(struct kv_backend *be, uint32_t index, uint8_
     return ST_OK;
 }
 
-/* Both check the limit on mappings before they touch the old mapping, so a failure leaves the range as it was. */
-static enum status_code host_map(struct kv_backend *be, uint8_t *at, uint64_t first_page, uint64_t pages,
-                                 struct status *st)
+static uint64_t host_mappings(const struct kv_backend *be)
 {
-    void *p = mmap(at, pages * be->geo.page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE,
-                   be->fd, (off_t)(first_page * be->geo.page_bytes));
-    if (p == MAP_FAILED)
-        return status_errno(st, ST_RESOURCE_EXHAUSTED, errno,
-                            "mmap of %" PRIu64 " KV pages (vm.max_map_count too small?)", pages);
-    return ST_OK;
+    return be->mappings;
 }
 
-static enum status_code host_unmap(struct kv_backend *be, uint8_t *at, uint64_t pages, struct status *st)
+static enum status_code set_empty(uint8_t *at, uint64_t bytes, struct status *st)
 {
-    void *p =
-        mmap(at, pages * be->geo.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    if (p == MAP_FAILED)
-        return status_errno(st, ST_RESOURCE_EXHAUSTED, errno,
-                            "unmapping %" PRIu64 " KV pages (vm.max_map_count too small?)", pages);
+    void *p = mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (p != MAP_FAILED)
+        return ST_OK;
+    return status_errno(st, ST_RESOURCE_EXHAUSTED, errno,
+                        "unmapping %" PRIu64 " KiB of KV (vm.max_map_count too small?)", bytes >> 10);
+}
+
+static enum status_code host_unmap(struct kv_backend *be, uint8_t *at, uint32_t n, uint64_t *calls, struct status *st)
+{
+    ++*calls;
+    return set_empty(at, n * be->geo.page_bytes, st);
+}
+
+/* One call for each run of neighbouring pages. mmap checks the limit on mappings before it touches the old mapping, so
+ * a failure leaves the addresses as they were. */
+static enum status_code host_map(struct kv_backend *be, uint8_t *at, const uint32_t *pages, uint32_t n, uint64_t *calls,
+                                 struct status *st)
+{
+    const uint64_t size = be->geo.page_bytes;
+    for (uint32_t i = 0, run; i < n; i += run) {
+        for (run = 1; i + run < n && pages[i + run] == pages[i] + run;)
+            run++;
+        ++*calls;
+        void *p = mmap(at + i * size, run * size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, be->fd,
+                       (off_t)(pages[i] * size));
+        if (p == MAP_FAILED) {
+            enum status_code rc = status_errno(st, ST_RESOURCE_EXHAUSTED, errno,
+                                               "mmap of %u of %u KV pages (vm.max_map_count too small?)", run, n);
+            if (i && host_unmap(be, at, i, calls, NULL) != ST_OK)
+                abort(); /* merging mappings needs no more of them: not seen to fail; pages would be where none should be */
+            return rc;
+        }
+    }
     return ST_OK;
 }
 
 /* memset, not PUNCH_HOLE: 200 us against 940 us (106 and the faults after it) for 2 MiB, and the memory stays ours. */
-static void host_clear(struct kv_backend *be, uint8_t *at, uint64_t bytes)
+static enum status_code host_clear(struct kv_backend *be, uint8_t *at, uint64_t bytes, struct status *st)
+{
+    (void)be, (void)st;
+    memset(at, 0, bytes);
+    return ST_OK;
+}
+
+static enum status_code host_copy(struct kv_backend *be, uint8_t *to, const uint8_t *from, uint64_t bytes,
+                                  struct status *st)
+{
+    (void)be, (void)st;
+    memcpy(to, from, bytes);
+    return ST_OK;
+}
+
+static enum status_code host_save(struct kv_backend *be, void *host, const uint8_t *from, uint64_t bytes,
+                                  struct status *st)
+{
+    (void)be, (void)st;
+    memcpy(host, from, bytes);
+    return ST_OK;
+}
+
+static enum status_code host_load(struct kv_backend *be, uint8_t *to, const void *host, uint64_t bytes,
+                                  struct status *st)
+{
+    (void)be, (void)st;
+    memcpy(to, host, bytes);
+    return ST_OK;
+}
+
+static enum status_code host_sync(struct kv_backend *be, struct status *st)
+{
+    (void)be, (void)st;
+    return ST_OK;
+}
+
+static enum status_code host_alloc(struct kv_backend *be, void **out, uint64_t bytes, struct status *st)
 {
     (void)be;
-    memset(at, 0, bytes);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED)
+        return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "%" PRIu64 " MiB for suspended slots", bytes >> 20);
+    *out = p;
+    return ST_OK;
+}
+
+static void host_free(struct kv_backend *be, void *p, uint64_t bytes)
+{
+    (void)be;
+    munmap(p, bytes);
+}
+
+static enum status_code host_drop(struct kv_backend *be, uint32_t page, struct status *st)
+{
+    const uint64_t size = be->geo.page_bytes;
+    if (fallocate(be->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page * size), (off_t)size) == 0)
+        return ST_OK;
+    return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "giving KV page %u back", page);
+}
+
+static enum status_code host_restore(struct kv_backend *be, uint32_t page, struct status *st)
+{
+    const uint64_t size = be->geo.page_bytes;
+    int rc;
+    do
+        rc = fallocate(be->fd, 0, (off_t)(page * size), (off_t)size);
+    while (rc && errno == EINTR);
+    if (rc == 0)
+        return ST_OK;
+    return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "taking KV page %u of %" PRIu64 " KiB again", page,
+                        size >> 10);
 }
 
 const struct kv_ops kv_ops_host = {
     .name = "host",
-    .granularity = host_granularity,
+    .new_pages_are_zero = true,
+    .close_unmaps = true,
     .open = host_open,
     .close = host_close,
+    .mappings = host_mappings,
     .range = host_range,
     .map = host_map,
     .unmap = host_unmap,
     .clear = host_clear,
+    .copy = host_copy,
+    .save = host_save,
+    .load = host_load,
+    .sync = host_sync,
+    .host_alloc = host_alloc,
+    .host_free = host_free,
+    .drop = host_drop,
+    .restore = host_restore,
 };

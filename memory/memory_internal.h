@@ -21,31 +21,57 @@ struct kv_geometry {
     uint64_t range_bytes; /* a multiple of page_bytes */
     uint64_t page_bytes;
     uint64_t total_pages; /* at least 1 */
+    int device;           /* CUDA: ordinal */
+    const char *driver;   /* CUDA: the driver's library; NULL: libcuda.so.1 */
 };
 
+/* Two threads call these at the same time, the step loop and the mapper, never for the same addresses: open, close and
+ * range come from the step loop alone. `calls` is raised by the calls made into the kernel or driver. */
 struct kv_ops {
     const char *name;
+    bool new_pages_are_zero; /* else whatever the machine left in them */
+    bool close_unmaps;       /* else the pool unmaps everything before close */
 
-    /* page_bytes must be a multiple of this (a power of two). */
-    uint64_t (*granularity)(void);
-
-    /* Reserves the first `slots` ranges and creates all pages. Nothing is left behind on failure. */
+    /* Reserves the first `slots` ranges and creates all pages. Nothing is left behind on failure. INVALID_ARGUMENT when
+     * page_bytes is no multiple of what the machine can map; UNAVAILABLE when there is no such device. */
     enum status_code (*open)(struct kv_backend **out, const struct kv_geometry *geo, struct status *st);
     void (*close)(struct kv_backend *be); /* NULL is fine */
+
+    /* Called once by each thread but the one of open, before its other calls. Optional. */
+    enum status_code (*enter)(struct kv_backend *be, struct status *st);
+
+    /* How many pages can be mapped at the same time, those that are mapped twice counted twice. */
+    uint64_t (*mappings)(const struct kv_backend *be);
 
     /* The address of a range, a multiple of page_bytes. Reserves addresses when index is not one of the first `slots`;
      * called once per index, in ascending order. */
     enum status_code (*range)(struct kv_backend *be, uint32_t index, uint8_t **base, struct status *st);
 
-    /* Maps physical pages first_page .. + pages - 1 at `at` with one call into the kernel or driver. The address is
-     * reserved and holds no page. On failure none of them is mapped. Content of a page that was never mapped is zero. */
-    enum status_code (*map)(struct kv_backend *be, uint8_t *at, uint64_t first_page, uint64_t pages, struct status *st);
+    /* Maps n physical pages side by side from `at` on. The addresses are reserved and hold no page; a page may be mapped
+     * elsewhere too. On failure none of them is mapped here. */
+    enum status_code (*map)(struct kv_backend *be, uint8_t *at, const uint32_t *pages, uint32_t n, uint64_t *calls,
+                            struct status *st);
 
-    /* Takes the pages at `at` out again, with one call; the addresses stay reserved. On failure all stay mapped. */
-    enum status_code (*unmap)(struct kv_backend *be, uint8_t *at, uint64_t pages, struct status *st);
+    /* Takes the n pages at `at` out again; the addresses stay reserved. On failure all stay mapped. */
+    enum status_code (*unmap)(struct kv_backend *be, uint8_t *at, uint32_t n, uint64_t *calls, struct status *st);
 
-    /* Writes zeros over mapped memory. Ends before the next step can read it. */
-    void (*clear)(struct kv_backend *be, uint8_t *at, uint64_t bytes);
+    /* Write mapped memory; `host` is memory of host_alloc. They may return before it has happened: sync waits for all
+     * that this thread has started. */
+    enum status_code (*clear)(struct kv_backend *be, uint8_t *at, uint64_t bytes, struct status *st);
+    enum status_code (*copy)(struct kv_backend *be, uint8_t *to, const uint8_t *from, uint64_t bytes,
+                             struct status *st);
+    enum status_code (*save)(struct kv_backend *be, void *host, const uint8_t *from, uint64_t bytes, struct status *st);
+    enum status_code (*load)(struct kv_backend *be, uint8_t *to, const void *host, uint64_t bytes, struct status *st);
+    enum status_code (*sync)(struct kv_backend *be, struct status *st);
+
+    /* Host memory that save and load are fast with. */
+    enum status_code (*host_alloc)(struct kv_backend *be, void **out, uint64_t bytes, struct status *st);
+    void (*host_free)(struct kv_backend *be, void *p, uint64_t bytes);
+
+    /* Gives a page, mapped nowhere, back to the machine, and takes it again, as a new page. A failed drop
+     * has kept the page. */
+    enum status_code (*drop)(struct kv_backend *be, uint32_t page, struct status *st);
+    enum status_code (*restore)(struct kv_backend *be, uint32_t page, struct status *st);
 };
 
 /* --- the pool: memory.c, memory_range.c --- */
@@ -115,7 +141,7 @@ enum status_code kv_range_pick(struct kv_pool *p, struct kv_range **out, struct 
 enum status_code kv_range_fill(struct kv_pool *p, struct kv_range *r, uint32_t want, struct status *st);
 
 /* The slot takes pages used .. want - 1, which are mapped, with all content cleared. The range becomes ACTIVE. */
-void kv_range_adopt(struct kv_pool *p, struct kv_range *r, uint32_t want);
+enum status_code kv_range_adopt(struct kv_pool *p, struct kv_range *r, uint32_t want, struct status *st);
 
 void kv_range_idle(struct kv_pool *p, struct kv_range *r);                 /* ACTIVE -> IDLE: its pages are free */
 void kv_range_fence(struct kv_pool *p, struct kv_range *r, uint64_t step); /* ACTIVE -> FENCED */

@@ -109,8 +109,8 @@ static enum status_code reclaim(struct kv_pool *p, const struct kv_range *keep, 
         if (n > r->mapped - r->used)
             n = r->mapped - r->used;
         uint64_t t = now_ns();
-        enum status_code rc = p->ops->unmap(p->be, r->base + (r->mapped - n) * p->account.page_bytes, n, st);
-        p->map_calls++;
+        enum status_code rc =
+            p->ops->unmap(p->be, r->base + (r->mapped - n) * p->account.page_bytes, (uint32_t)n, &p->map_calls, st);
         p->map_ns += now_ns() - t;
         if (rc != ST_OK)
             return rc;
@@ -123,33 +123,20 @@ static enum status_code reclaim(struct kv_pool *p, const struct kv_range *keep, 
     return ST_OK;
 }
 
-/* Maps cold pages behind those of the range until it has `want`. What was mapped before a failure stays, as warm pages. */
+/* Maps cold pages behind those of the range until it has `want`. */
 static enum status_code map_up_to(struct kv_pool *p, struct kv_range *r, uint32_t want, struct status *st)
 {
-    while (r->mapped < want) {
-        uint32_t n = 0;
-        uint32_t *run = &r->pages[r->mapped];
-        do {
-            uint32_t page = cold_take(p);
-            if (n && page != run[n - 1] + 1) {
-                kv_cold_put(p, page);
-                break;
-            }
-            run[n++] = page;
-        } while (r->mapped + n < want);
-
-        uint64_t t = now_ns();
-        enum status_code rc = p->ops->map(p->be, r->base + r->mapped * p->account.page_bytes, run[0], n, st);
-        p->map_calls++;
-        p->map_ns += now_ns() - t;
-        if (rc != ST_OK) {
-            while (n > 0)
-                kv_cold_put(p, run[--n]);
-            return rc;
-        }
-        r->mapped += n;
-    }
-    return ST_OK;
+    uint32_t n = want - r->mapped, *pages = &r->pages[r->mapped];
+    for (uint32_t i = 0; i < n; i++)
+        pages[i] = cold_take(p);
+    uint64_t t = now_ns();
+    enum status_code rc = p->ops->map(p->be, r->base + r->mapped * p->account.page_bytes, pages, n, &p->map_calls, st);
+    p->map_ns += now_ns() - t;
+    if (rc == ST_OK)
+        r->mapped = want;
+    while (rc != ST_OK && n > 0)
+        kv_cold_put(p, pages[--n]);
+    return rc;
 }
 
 /* An idle range, the one used last (its pages are warm), or a new one: then as IDLE, in the list. */
@@ -194,21 +181,32 @@ enum status_code kv_range_fill(struct kv_pool *p, struct kv_range *r, uint32_t w
     return rc;
 }
 
-/* Clears what earlier owners left in pages used .. want - 1 and gives them to the slot. Cannot fail. */
-void kv_range_adopt(struct kv_pool *p, struct kv_range *r, uint32_t want)
+/* Clears what earlier owners left in pages used .. want - 1 and gives them to the slot. */
+enum status_code kv_range_adopt(struct kv_pool *p, struct kv_range *r, uint32_t want, struct status *st)
 {
-    for (uint32_t i = r->used; i < want; i++) {
-        uint32_t *dirty = &p->dirty[r->pages[i]];
-        if (*dirty)
-            p->ops->clear(p->be, r->base + i * p->account.page_bytes, *dirty);
-        *dirty = 0;
+    enum status_code rc = ST_OK;
+    bool any = false;
+    for (uint32_t i = r->used; i < want && rc == ST_OK; i++) {
+        uint32_t bytes = p->dirty[r->pages[i]];
+        if (bytes)
+            rc = p->ops->clear(p->be, r->base + i * p->account.page_bytes, bytes, st);
+        any = any || bytes;
     }
+    if (any && rc == ST_OK)
+        rc = p->ops->sync(p->be, st);
+    if (rc != ST_OK) {
+        warm_update(p, r);
+        return rc;
+    }
+    for (uint32_t i = r->used; i < want; i++)
+        p->dirty[r->pages[i]] = 0;
     if (r->state == RANGE_IDLE) {
         list_remove(&p->idle, r);
         r->state = RANGE_ACTIVE;
     }
     r->used = want;
     warm_update(p, r);
+    return ST_OK;
 }
 
 /* The range's pages become free where they are. */
