@@ -122,7 +122,16 @@ struct candidate {
     float logit;
     uint32_t id;
     double p;
+    float deviation;
 };
+
+static int typical_first(const void *a, const void *b)
+{
+    const struct candidate *x = a, *y = b;
+    if (x->deviation != y->deviation)
+        return x->deviation < y->deviation ? -1 : 1;
+    return x->id < y->id ? -1 : 1;
+}
 
 static int best_first(const void *a, const void *b)
 {
@@ -144,16 +153,39 @@ static uint32_t plain_draw(const float *logits, uint32_t vocab, const struct sam
 {
     struct candidate *c = calloc(vocab, sizeof *c);
     for (uint32_t i = 0; i < vocab; i++)
-        c[i] = (struct candidate){logits[i], i, 0};
+        c[i] = (struct candidate){.logit = logits[i], .id = i};
     qsort(c, vocab, sizeof *c, best_first);
     uint32_t n = p->top_k && p->top_k < vocab ? p->top_k : vocab;
     double total = 0;
     for (uint32_t i = 0; i < n; i++)
         total += c[i].p = exp(((double)c[i].logit - (double)c[0].logit) / (double)p->temperature);
+    if (p->min_p > 0) {
+        uint32_t i = 0;
+        for (total = 0; i < n && c[i].p >= (double)p->min_p; i++)
+            total += c[i].p;
+        n = i;
+    }
     if (p->top_p > 0 && p->top_p < 1) {
         double sum = 0;
         uint32_t i = 0;
         while (i < n && sum < (double)p->top_p * total)
+            sum += c[i++].p;
+        n = i;
+        total = sum;
+    }
+    if (p->typical_p > 0 && p->typical_p < 1) {
+        double mean = 0, best = c[0].logit, sum = 0;
+        qsort(c, n, sizeof *c, by_id);
+        total = 0;
+        for (uint32_t i = 0; i < n; i++) {
+            total += c[i].p;
+            mean += c[i].p > 0 ? c[i].p * (((double)c[i].logit - best) / (double)p->temperature) : 0;
+        }
+        for (uint32_t i = 0; i < n; i++)
+            c[i].deviation = (float)fabs(mean / total - ((double)c[i].logit - best) / (double)p->temperature);
+        qsort(c, n, sizeof *c, typical_first);
+        uint32_t i = 0;
+        while (i < n && sum < (double)p->typical_p * total)
             sum += c[i++].p;
         n = i;
         total = sum;
@@ -214,13 +246,17 @@ START_TEST(draw_equals_a_plain_sort)
                 .temperature = temperatures[next_random(&state) % 5],
                 .top_k = next_random(&state) % 2 ? (uint32_t)(next_random(&state) % (vocab + 2)) : 0,
                 .top_p = next_random(&state) % 2 ? uniform(&state, 0, 1) : 1.0f,
+                .min_p = next_random(&state) % 4 ? 0.0f : uniform(&state, 0, 0.5f),
+                .typical_p = next_random(&state) % 4 ? 0.0f : uniform(&state, 0, 1),
                 .seed = next_random(&state),
             };
             uint64_t position = next_random(&state) % 100000;
             uint32_t token, kept, expected = plain_draw(logits, vocab, &p, position, &kept);
             ck_assert_int_eq(sampler_draw(s, &token, logits, &p, position, 0, NULL), ST_OK);
-            ck_assert_msg(token == expected, "logits %d vocab %u round %d: %u, expected %u (t %g k %u p %g)", _i, vocab,
-                          round, token, expected, (double)p.temperature, p.top_k, (double)p.top_p);
+            ck_assert_msg(token == expected,
+                          "logits %d vocab %u round %d: %u, expected %u (t %g k %u p %g min %g typical %g)", _i, vocab,
+                          round, token, expected, (double)p.temperature, p.top_k, (double)p.top_p, (double)p.min_p,
+                          (double)p.typical_p);
             less += kept < vocab;
         }
         free(logits);
@@ -237,7 +273,12 @@ START_TEST(draw_equals_a_plain_sort_on_a_large_vocabulary)
     struct sampler *s = make(VOCAB);
     float *logits = calloc(VOCAB, sizeof *logits);
     static const struct sample_params params[] = {
-        {0.8f, 0, 0.95f, 1}, {1.0f, 50, 1.0f, 2}, {1.3f, 40, 0.9f, 3}, {1.0f, 0, 1.0f, 4}, {2.0f, 100000, 0.999f, 5},
+        {.temperature = 0.8f, .top_p = 0.95f, .seed = 1},
+        {.temperature = 1.0f, .top_k = 50, .seed = 2},
+        {.temperature = 1.3f, .top_k = 40, .top_p = 0.9f, .seed = 3},
+        {.temperature = 1.0f, .seed = 4},
+        {.temperature = 2.0f, .top_k = 100000, .top_p = 0.999f, .seed = 5},
+        {.temperature = 1.1f, .min_p = 0.02f, .typical_p = 0.7f, .seed = 6},
     };
     for (size_t i = 0; i < sizeof params / sizeof *params; i++) {
         fill(logits, VOCAB, 0, &state);
@@ -295,7 +336,11 @@ START_TEST(draw_depends_on_nothing_drawn_before)
     struct sampler *s = make(VOCAB);
     for (int i = 0; i < N; i++) {
         fill(logits[i], VOCAB, i % 5, &state);
-        p[i] = (struct sample_params){0.9f, (uint32_t)(i % 3) * 20, i % 2 ? 0.9f : 1.0f, (uint64_t)i};
+        p[i] = (struct sample_params){.temperature = 0.9f,
+                                      .top_k = (uint32_t)(i % 3) * 20,
+                                      .top_p = i % 2 ? 0.9f : 1.0f,
+                                      .typical_p = i % 5 ? 0.0f : 0.8f,
+                                      .seed = (uint64_t)i};
         ck_assert_int_eq(sampler_draw(s, &forward[i], logits[i], &p[i], 10, 0, NULL), ST_OK);
     }
     for (int i = N; i-- > 0;) {
@@ -352,16 +397,22 @@ START_TEST(parameters_are_checked)
         struct sample_params p;
         const char *field; /* NULL: fine */
     } cases[] = {
-        {{0, 0, 0, 0}, NULL},
-        {{1, 0, 0, 0}, NULL},
-        {{1, UINT32_MAX, 1, UINT64_MAX}, NULL},
-        {{0, 0, NAN, 0}, NULL}, /* greedy looks at nothing else */
-        {{-1, 0, 1, 0}, "temperature"},
-        {{NAN, 0, 1, 0}, "temperature"},
-        {{INFINITY, 0, 1, 0}, "temperature"},
-        {{1, 0, -0.1f, 0}, "top_p"},
-        {{1, 0, 1.1f, 0}, "top_p"},
-        {{1, 0, NAN, 0}, "top_p"},
+        {{.temperature = 0}, NULL},
+        {{.temperature = 1}, NULL},
+        {{.temperature = 1, .top_k = UINT32_MAX, .top_p = 1, .seed = UINT64_MAX, .min_p = 1, .typical_p = 1}, NULL},
+        {{.top_p = NAN, .min_p = NAN, .typical_p = 7}, NULL}, /* greedy looks at nothing else */
+        {{.temperature = -1}, "temperature"},
+        {{.temperature = NAN}, "temperature"},
+        {{.temperature = INFINITY}, "temperature"},
+        {{.temperature = 1, .top_p = -0.1f}, "top_p"},
+        {{.temperature = 1, .top_p = 1.1f}, "top_p"},
+        {{.temperature = 1, .top_p = NAN}, "top_p"},
+        {{.temperature = 1, .min_p = -0.1f}, "min_p"},
+        {{.temperature = 1, .min_p = 1.1f}, "min_p"},
+        {{.temperature = 1, .min_p = NAN}, "min_p"},
+        {{.temperature = 1, .typical_p = -0.1f}, "typical_p"},
+        {{.temperature = 1, .typical_p = 1.1f}, "typical_p"},
+        {{.temperature = 1, .typical_p = NAN}, "typical_p"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         enum status_code rc = sample_check(&cases[i].p, &st);

@@ -298,6 +298,7 @@ struct draft {
     Tandem__V1__PrefillChunk *chunk;
     struct group_request **sampled; /* in the order of the result's tokens */
     uint32_t n_sampled;
+    struct group_request **scored; /* of each chunk; NULL: it has no scored rows */
 };
 
 static void draft_init(struct draft *d, uint32_t n)
@@ -307,6 +308,7 @@ static void draft_init(struct draft *d, uint32_t n)
     d->params = calloc(n, sizeof *d->params);
     d->chunk = calloc(n, sizeof *d->chunk);
     d->sampled = calloc(n, sizeof *d->sampled);
+    d->scored = calloc(n, sizeof *d->scored);
     d->plan.release_slots = calloc(n, sizeof *d->plan.release_slots);
     d->plan.decode_slots = calloc(n, sizeof *d->plan.decode_slots);
     d->plan.admits = calloc(n, sizeof *d->plan.admits);
@@ -319,6 +321,7 @@ static void draft_fini(struct draft *d)
     free(d->params);
     free(d->chunk);
     free(d->sampled);
+    free(d->scored);
     free(d->plan.release_slots);
     free(d->plan.decode_slots);
     free(d->plan.admits);
@@ -333,6 +336,10 @@ static void draft_admit(struct draft *d, const struct group_request *r)
     d->params[i].top_p = r->top_p;
     d->params[i].top_k = r->top_k;
     d->params[i].seed = r->seed;
+    if (r->params)
+        d->params[i] = *r->params;
+    d->params[i].logprobs = r->scores != NULL;
+    d->params[i].top_logprobs = r->top;
     tandem__v1__admit_slot__init(&d->admit[i]);
     d->admit[i].slot = r->slot;
     d->admit[i].sample = &d->params[i];
@@ -349,6 +356,11 @@ static void draft_chunk(struct draft *d, struct group_request *r, uint32_t n)
     d->chunk[i].n_token_ids = n;
     r->fed += n;
     d->chunk[i].sample = r->fed == r->prompt_tokens;
+    d->scored[i] = r->prompt_scores ? r : NULL;
+    if (r->prompt_scores) {
+        d->chunk[i].score_rows = n - d->chunk[i].sample;
+        d->chunk[i].next_token = d->chunk[i].sample ? 0 : r->prompt[r->fed];
+    }
     if (d->chunk[i].sample)
         d->sampled[d->n_sampled++] = r;
     d->plan.prefills[i] = &d->chunk[i];
@@ -402,6 +414,28 @@ static void fill_draft(struct draft *d, struct group *g, struct group_request *r
     }
 }
 
+static enum status_code take_scores(const struct draft *d, const struct engine_result *result, struct status *st)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < d->n_sampled; i++) {
+        struct group_request *r = d->sampled[i];
+        if (!r->scores)
+            continue;
+        if (n >= result->n_sample_scores || result->sample_scores[n].index != i)
+            return status_set(st, ST_INTERNAL, "no score for sample %u", i);
+        r->scores[r->made] = result->sample_scores[n++].scores;
+    }
+    if (n != result->n_sample_scores)
+        return status_set(st, ST_INTERNAL, "%u scores for %u samples", result->n_sample_scores, n);
+    n = 0;
+    for (size_t i = 0; i < d->plan.n_prefills; i++)
+        for (uint32_t k = 0; d->scored[i] && k < d->chunk[i].score_rows && n < result->n_prompt_scores; k++)
+            d->scored[i]->prompt_scores[d->scored[i]->scored++] = result->prompt_scores[n++].scores;
+    if (n != result->n_prompt_scores)
+        return status_set(st, ST_INTERNAL, "%u scores of prompts", result->n_prompt_scores);
+    return ST_OK;
+}
+
 enum status_code group_run(struct group *g, struct group_request *req, uint32_t n, struct group_schedule *sched,
                            struct status *st)
 {
@@ -410,7 +444,7 @@ enum status_code group_run(struct group *g, struct group_request *req, uint32_t 
     enum status_code rc = ST_OK;
     uint64_t step = sched->first_step ? sched->first_step : 1, begin = step;
     for (uint32_t i = 0; i < n; i++) {
-        req[i].fed = req[i].made = 0;
+        req[i].fed = req[i].made = req[i].scored = 0;
         req[i].running = req[i].done = false;
     }
     for (bool busy = true; busy; step++) {
@@ -422,6 +456,8 @@ enum status_code group_run(struct group *g, struct group_request *req, uint32_t 
             rc = status_set(st, ST_INTERNAL, "%u tokens for %u samples", result.n_tokens, d.n_sampled);
             break;
         }
+        if ((rc = take_scores(&d, &result, st)) != ST_OK)
+            break;
         for (uint32_t i = 0; i < d.n_sampled; i++) {
             struct group_request *r = d.sampled[i];
             r->out[r->made++] = result.tokens[i];

@@ -32,11 +32,15 @@ struct group_request {
     float temperature, top_p;
     uint32_t top_k;
     uint64_t seed;
-    uint32_t *out;    /* [max_new] */
-    uint32_t arrival; /* step before which it is not admitted */
+    const Tandem__V1__SampleParams *params; /* instead of the four before; NULL: they count */
+    uint32_t *out;                          /* [max_new] */
+    uint32_t top;                           /* of scores: so many likeliest tokens */
+    struct sample_scores *scores;           /* [max_new]; NULL: none */
+    struct sample_scores *prompt_scores;    /* [prompt_tokens - 1]; NULL: none */
+    uint32_t arrival;                       /* step before which it is not admitted */
 
     /* the scheduler's own */
-    uint32_t slot, fed, made;
+    uint32_t slot, fed, made, scored;
     bool running, done;
 };
 

@@ -21,6 +21,7 @@ import numpy as np
 TOLERANCE = 2e-3  # logits here are of size 1 to 10; float32 arithmetic differs by 1e-5 or so
 LOGITS_TOLERANCE = 2e-4
 NEW_TOKENS = 24
+ADJUSTED_TOKENS = 12
 
 # hidden, inner, layers, heads, kv_heads, head_dim, vocab; dtype(s); files; options; config: fields as they stand in
 # config.json, from which the reference takes biases, norms, windows and scalings too
@@ -245,7 +246,7 @@ def linear(w, name, x):
     return y + w[name + ".bias"] if name + ".bias" in w else y
 
 
-def last_logits(m, w, ids):
+def all_logits(m, w, ids):
     t, d, group = len(ids), m["head_dim"], m["heads"] // m["kv_heads"]
     rope = frequencies(m, d)
     x = w["model.embed_tokens.weight"][ids]
@@ -271,7 +272,45 @@ def last_logits(m, w, ids):
         gate, up = linear(w, p + "mlp.gate_proj", h), linear(w, p + "mlp.up_proj", h)
         x = x + linear(w, p + "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
     head = w["model.embed_tokens.weight" if m["tied"] else "lm_head.weight"]
-    return rms_norm(x[-1], w["model.norm.weight"], m["eps"]) @ head.T
+    return rms_norm(x, w["model.norm.weight"], m["eps"]) @ head.T
+
+
+def last_logits(m, w, ids):
+    return all_logits(m, w, ids)[-1]
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+# Greedy with every option that changes logits, by the definitions of vLLM.
+OPTIONS = dict(repetition=1.25, frequency=0.3, presence=0.4)
+BIAS = [[3, 1.5], [7, -2.0], [11, 0.75]]
+
+
+def adjusted(x, prompt, out):
+    x = x.copy()
+    for i, bias in BIAS:
+        x[i] += bias
+    for i in set(prompt) | set(out):
+        x[i] = x[i] / OPTIONS["repetition"] if x[i] > 0 else x[i] * OPTIONS["repetition"]
+    for i in set(out):
+        x[i] -= OPTIONS["frequency"] * out.count(i) + OPTIONS["presence"]
+    return x
+
+
+def expect_adjusted(m, w, prompt):
+    """Greedy ids and margins with OPTIONS, and the log probabilities of all tokens but the first."""
+    ids, out, margins = list(prompt), [], []
+    for _ in range(ADJUSTED_TOKENS):
+        logits = adjusted(last_logits(m, w, ids), prompt, out)
+        top = np.sort(logits)[-2:]
+        margins.append(float(top[1] - top[0]))
+        out.append(int(logits.argmax()))
+        ids.append(out[-1])
+    return {"prompt_ids": list(prompt), "greedy_ids": out, "margins": margins,
+            "logprobs": log_softmax(all_logits(m, w, ids[:-1]))}
 
 
 def expect(m, w, prompt):
@@ -309,6 +348,55 @@ def compare(label, cases, got):
     return bad, compared
 
 
+def run_engine(run, folder, ranks, rows, concurrent, threads, tokens, prompts):
+    p = subprocess.run([run, "%s,threads=%d" % (folder, threads), str(ranks), str(rows), str(concurrent), str(tokens)],
+                       input=json.dumps(prompts), stdout=subprocess.PIPE, universal_newlines=True)
+    return json.loads(p.stdout) if p.returncode == 0 else None
+
+
+def score_error(got, logprobs, token):
+    """How far one [logprob, rank, top ids, top logprobs] is from a row of the reference."""
+    logprob, rank, top, values = got
+    order = np.sort(logprobs)[::-1]
+    errors = [abs(logprob - logprobs[token]), abs(order[rank - 1] - logprobs[token])]
+    errors += [abs(v - logprobs[i]) for i, v in zip(top, values)] + [abs(v - o) for v, o in zip(values, order)]
+    return max(errors) if len(top) == 3 == len(set(top)) else np.inf
+
+
+def compare_scores(label, case, ids, scores, prompt_scores):
+    tokens, bad = case["prompt_ids"] + ids, 0
+    if len(prompt_scores) != len(case["prompt_ids"]) - 1 or len(scores) != len(ids):
+        print("%s: %d and %d scores" % (label, len(prompt_scores), len(scores)))
+        return 1
+    for i, score in enumerate(prompt_scores + scores):
+        error = score_error(score, case["logprobs"][i], tokens[i + 1])
+        if not error < LOGITS_TOLERANCE:
+            print("%s: log probability of token %d is off by %g" % (label, i + 1, error))
+            bad += 1
+    return bad
+
+
+def check_options(run, folder, label, cases):
+    bad = 0
+    given = dict(OPTIONS, bias=BIAS, prompts=[c["prompt_ids"] for c in cases])
+    for ranks, rows, concurrent, threads in [(1, 64, 1, 2), (2, 5, 3, 1), (3, 64, 4, 1), (4, 7, 4, 1)]:
+        where = "%s with options, %d ranks, %d rows" % (label, ranks, rows)
+        got = run_engine(run, folder, ranks, rows, concurrent, threads, ADJUSTED_TOKENS, given)
+        if got is None:
+            print(where + ": engine_run failed")
+            bad += 1
+            continue
+        for i, case in enumerate(cases):
+            sure = next((k for k, m in enumerate(case["margins"]) if m < TOLERANCE), ADJUSTED_TOKENS)
+            if got["ids"][i][:sure] != case["greedy_ids"][:sure]:
+                print("%s, prompt %d: %s, expected %s" % (where, i, got["ids"][i][:sure], case["greedy_ids"][:sure]))
+                bad += 1
+            elif sure == ADJUSTED_TOKENS:
+                bad += compare_scores("%s, prompt %d" % (where, i), case, got["ids"][i], got["logprobs"][i],
+                                      got["prompt_logprobs"][i])
+    return bad
+
+
 def check_model(run, name, seed):
     rng = np.random.default_rng([seed, list(MODELS).index(name)])
     m = dict(MODELS[name])
@@ -316,17 +404,22 @@ def check_model(run, name, seed):
     with tempfile.TemporaryDirectory() as folder:
         weights = make_model(folder, m, rng)
         cases = make_cases(m, weights, rng)
-        prompts = json.dumps([c["prompt_ids"] for c in cases])
+        if not m["config"]:  # what follows the logits is the same for all families
+            adjusted_cases = [expect_adjusted(m, weights, c["prompt_ids"]) for c in cases]
+            bad += check_options(run, folder, name, adjusted_cases)
+            if all(min(c["margins"]) < TOLERANCE for c in adjusted_cases):
+                print("%s: no log probabilities were compared" % name)
+                bad += 1
+        prompts = [c["prompt_ids"] for c in cases]
         runs = FAMILY_RUNS if m["config"] else RUNS
         for ranks, rows, concurrent, threads in runs:
             label = "%s, %d ranks, %d rows, %d at a time, seed %d" % (name, ranks, rows, concurrent, seed)
-            p = subprocess.run([run, "%s,threads=%d" % (folder, threads), str(ranks), str(rows), str(concurrent),
-                                str(NEW_TOKENS)], input=prompts, stdout=subprocess.PIPE, universal_newlines=True)
-            if p.returncode != 0:
-                print("%s: exit status %d" % (label, p.returncode))
+            got = run_engine(run, folder, ranks, rows, concurrent, threads, NEW_TOKENS, prompts)
+            if got is None:
+                print("%s: engine_run failed" % label)
                 bad += 1
                 continue
-            b, c = compare(label, cases, json.loads(p.stdout))
+            b, c = compare(label, cases, got)
             bad += b
             compared += c
     print("%s: %d ids compared, %d differences" % (name, compared, bad))

@@ -14,6 +14,7 @@
 #define MAX_STEP_TOKENS     65536u
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
 #define DEFAULT_KV_PAGES_MAX 32768u
+#define NO_SLOT              UINT32_MAX
 #define KV_ELEM_BYTES        4 /* float32: greedy ids then equal those of a float32 reference */
 
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
@@ -137,11 +138,15 @@ static enum status_code create_buffers(struct engine *e, struct status *st)
     e->slot = calloc(slots, sizeof *e->slot);
     e->row_token = calloc(rows, sizeof *e->row_token);
     e->seq = calloc(rows, sizeof *e->seq);
-    e->sample = calloc(slots, sizeof *e->sample);
-    e->sampled_slot = calloc(slots, sizeof *e->sampled_slot);
-    e->token = calloc(slots, sizeof *e->token);
-    if (!e->slot || !e->row_token || !e->seq || !e->sample || !e->sampled_slot || !e->token)
-        return status_nomem(st, "slots of the engine", slots * sizeof *e->slot + rows * sizeof *e->seq);
+    e->sample = calloc(rows, sizeof *e->sample);
+    e->sampled_slot = calloc(rows, sizeof *e->sampled_slot);
+    e->token = calloc(rows, sizeof *e->token);
+    e->sample_score = calloc(rows, sizeof *e->sample_score);
+    e->prompt_score = calloc(rows, sizeof *e->prompt_score);
+    if (!e->slot || !e->row_token || !e->seq || !e->sample || !e->sampled_slot || !e->token || !e->sample_score ||
+        !e->prompt_score)
+        return status_nomem(st, "slots of the engine",
+                            slots * sizeof *e->slot + rows * (sizeof *e->seq + 2 * sizeof *e->sample_score));
     return ST_OK;
 }
 
@@ -150,6 +155,7 @@ static void fill_info(struct engine *e)
     struct engine_info *info = &e->info;
     const struct model_config *m = &e->model;
     info->vocab_size = m->vocab_size;
+    info->sample_options = e->ops->options;
     info->kv = kv_pool_account(e->kv);
     info->weight_bytes = e->weights.bytes;
     uint32_t threads = threads_count(e->pool);
@@ -239,6 +245,14 @@ enum status_code engine_create(struct engine **out, const struct engine_config *
     return ST_OK;
 }
 
+static void drop_options(struct engine *e)
+{
+    for (uint32_t i = 0; e->slot && i < e->info.max_slots; i++) {
+        engine_options_destroy(e->slot[i].options);
+        e->slot[i].options = NULL;
+    }
+}
+
 void engine_destroy(struct engine *e)
 {
     if (!e)
@@ -247,12 +261,15 @@ void engine_destroy(struct engine *e)
         e->ops->destroy(e->forward);
     model_weights_unload(&e->weights);
     kv_pool_destroy(e->kv);
+    drop_options(e);
     free(e->slot);
     free(e->row_token);
     free(e->seq);
     free(e->sample);
     free(e->sampled_slot);
     free(e->token);
+    free(e->sample_score);
+    free(e->prompt_score);
     threads_destroy(e->pool);
     free(e);
 }
@@ -265,6 +282,7 @@ struct engine_info engine_info(const struct engine *e)
 void engine_reset(struct engine *e)
 {
     kv_pool_reset(e->kv);
+    drop_options(e);
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
     e->step = 0;
     e->checks = 0;
@@ -272,20 +290,72 @@ void engine_reset(struct engine *e)
 
 /* ---- step ---- */
 
-static void release_and_admit(struct engine *e, const Tandem__V1__StepPlan *plan)
+static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *admit, struct status *st)
+{
+    struct engine_slot *s = &e->slot[admit->slot];
+    const Tandem__V1__SampleParams *p = admit->sample;
+    s->live = true;
+    s->has_token = false;
+    s->length = 0;
+    s->sample = engine_sample_params(p);
+    s->logprobs = p && p->logprobs;
+    s->top_logprobs = p ? p->top_logprobs : 0;
+    return engine_options_create(&s->options, p, e->info.vocab_size, st);
+}
+
+static enum status_code release_and_admit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
 {
     /* Steps run one after the other here: what the step before read is free at once. */
     for (size_t i = 0; i < plan->n_release_slots; i++) {
         kv_slot_release(e->kv, plan->release_slots[i], plan->step - 1);
-        e->slot[plan->release_slots[i]].live = false;
+        struct engine_slot *s = &e->slot[plan->release_slots[i]];
+        s->live = false;
+        engine_options_destroy(s->options);
+        s->options = NULL;
     }
     kv_pool_complete(e->kv, plan->step - 1);
     for (size_t i = 0; i < plan->n_admits; i++) {
-        struct engine_slot *s = &e->slot[plan->admits[i]->slot];
-        s->live = true;
-        s->has_token = false;
-        s->length = 0;
-        s->sample = engine_sample_params(plan->admits[i]->sample);
+        enum status_code rc = admit(e, plan->admits[i], st);
+        if (rc != ST_OK)
+            return rc;
+    }
+    return ST_OK;
+}
+
+static void add_sample(struct engine *e, struct forward_batch *b, uint32_t slot)
+{
+    struct engine_slot *s = &e->slot[slot];
+    struct engine_score *score = &e->sample_score[e->n_sample_scores];
+    e->sampled_slot[b->samples] = slot;
+    e->sample[b->samples++] = (struct forward_sample){
+        .row = b->rows - 1,
+        .position = s->length,
+        .params = s->sample,
+        .adjust = engine_options_at(s->options, s->length),
+        .scored = s->logprobs,
+        .top = s->top_logprobs,
+        .scores = &score->scores,
+    };
+    if (s->logprobs) {
+        score->index = e->n_tokens;
+        e->n_sample_scores++;
+    }
+    e->n_tokens++;
+}
+
+/* Rows first .. first + n - 1 of a chunk, whose following tokens are known. Before its own rows are added to the batch. */
+static void add_scores(struct engine *e, struct forward_batch *b, const Tandem__V1__PrefillChunk *chunk)
+{
+    for (uint32_t i = chunk->score_first; i < chunk->score_first + chunk->score_rows; i++) {
+        e->sampled_slot[b->samples] = NO_SLOT;
+        e->sample[b->samples++] = (struct forward_sample){
+            .row = b->rows + i,
+            .given = true,
+            .token = i + 1 < chunk->n_token_ids ? chunk->token_ids[i + 1] : chunk->next_token,
+            .scored = true,
+            .top = e->slot[chunk->slot].top_logprobs,
+            .scores = &e->prompt_score[e->n_prompt_scores++].scores,
+        };
     }
 }
 
@@ -295,17 +365,16 @@ static enum status_code add_seq(struct engine *e, struct forward_batch *b, uint3
 {
     struct engine_slot *s = &e->slot[slot];
     enum status_code rc = kv_slot_grow(e->kv, slot, s->length + n, st);
+    if (rc == ST_OK)
+        rc = engine_options_feed(s->options, e->row_token + b->rows, n, s->length, st);
     if (rc != ST_OK)
         return rc;
     e->seq[b->seqs++] = (struct forward_seq){.slot = slot, .first_row = b->rows, .rows = n, .position = s->length};
     b->rows += n;
     s->length += n;
     s->has_token = false;
-    if (sample) {
-        e->sampled_slot[b->samples] = slot;
-        e->sample[b->samples++] =
-            (struct forward_sample){.row = b->rows - 1, .position = s->length, .params = s->sample};
-    }
+    if (sample)
+        add_sample(e, b, slot);
     return ST_OK;
 }
 
@@ -321,6 +390,7 @@ static enum status_code add_all(struct engine *e, struct forward_batch *b, const
     for (size_t i = 0; i < plan->n_prefills; i++) {
         const Tandem__V1__PrefillChunk *chunk = plan->prefills[i];
         memcpy(e->row_token + b->rows, chunk->token_ids, chunk->n_token_ids * sizeof *chunk->token_ids);
+        add_scores(e, b, chunk);
         if ((rc = add_seq(e, b, chunk->slot, (uint32_t)chunk->n_token_ids, chunk->sample, st)) != ST_OK)
             return rc;
     }
@@ -333,18 +403,31 @@ enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan,
     enum status_code rc = engine_plan_check(e, plan, st);
     if (rc != ST_OK)
         return rc;
-    release_and_admit(e, plan);
     struct forward_batch b = {.token = e->row_token, .seq = e->seq, .sample = e->sample};
-    if ((rc = add_all(e, &b, plan, st)) != ST_OK || (rc = e->ops->run(e->forward, &b, e->token, st)) != ST_OK) {
+    e->n_tokens = e->n_sample_scores = e->n_prompt_scores = 0;
+    if ((rc = release_and_admit(e, plan, st)) != ST_OK || (rc = add_all(e, &b, plan, st)) != ST_OK ||
+        (rc = e->ops->run(e->forward, &b, e->token, st)) != ST_OK) {
         status_prefix(st, "step %llu", (unsigned long long)plan->step);
         return rc;
     }
+    uint32_t n = 0;
     for (uint32_t i = 0; i < b.samples; i++) {
+        if (e->sampled_slot[i] == NO_SLOT)
+            continue;
         struct engine_slot *s = &e->slot[e->sampled_slot[i]];
-        s->last_token = e->token[i];
+        s->last_token = e->token[n++] = e->token[i];
         s->has_token = true;
     }
+    bool reports = comm_rank(e->comm) == 0;
     e->step = plan->step;
-    *result = (struct engine_result){e->token, b.samples, kv_pool_stats(e->kv).mapped_pages};
+    *result = (struct engine_result){
+        .tokens = e->token,
+        .n_tokens = n,
+        .sample_scores = e->sample_score,
+        .prompt_scores = e->prompt_score,
+        .n_sample_scores = reports ? e->n_sample_scores : 0,
+        .n_prompt_scores = reports ? e->n_prompt_scores : 0,
+        .used_pages = kv_pool_stats(e->kv).mapped_pages,
+    };
     return ST_OK;
 }

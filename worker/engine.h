@@ -19,6 +19,7 @@
 #include "proto/kv_account.h"
 #include "proto/status.h"
 #include "tandem/v1/worker_control.pb-c.h"
+#include "worker/sample.h"
 
 struct engine;
 struct backend_parts; /* backend.h */
@@ -47,8 +48,9 @@ struct engine_config {
 struct engine_info {
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     struct kv_account kv;
-    uint64_t weight_bytes; /* of this rank, in memory */
-    char device[64];       /* "host, 2 threads" */
+    uint64_t weight_bytes;   /* of this rank, in memory */
+    uint32_t sample_options; /* enum sample_option that this back end has */
+    char device[64];         /* "host, 2 threads" */
     /* of the model, the same on all ranks */
     char architecture[64];
     uint32_t layers, hidden, heads, kv_heads, head_dim;
@@ -60,10 +62,18 @@ struct engine_info {
     uint32_t top_k;
 };
 
-/* tokens: of all samples of the plan in order (worker_control.proto); valid until the next step. */
+struct engine_score {
+    uint32_t index; /* of a sample: in tokens */
+    struct sample_scores scores;
+};
+
+/* tokens: of all samples of the plan in order; the scores as StepResult has them (worker_control.proto), on rank 0 only.
+ * Valid until the next step. */
 struct engine_result {
     const uint32_t *tokens;
     uint32_t n_tokens;
+    const struct engine_score *sample_scores, *prompt_scores;
+    uint32_t n_sample_scores, n_prompt_scores;
     uint64_t used_pages;
 };
 

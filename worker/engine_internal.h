@@ -14,12 +14,17 @@
 #include "worker/shard.h"
 #include "worker/threads.h"
 
+struct engine_options; /* engine_options.c */
+
 struct engine_slot {
     bool live;
     bool has_token;  /* last_token was sampled at position length and not fed yet */
     uint32_t length; /* tokens in the KV pool */
     uint32_t last_token;
     struct sample_params sample;
+    struct engine_options *options; /* NULL: none */
+    bool logprobs;
+    uint32_t top_logprobs;
     /* number of the check that saw the slot last in this role: finds what a plan names twice, and needs no clearing */
     uint64_t released_by, admitted_by, run_by;
 };
@@ -41,18 +46,36 @@ struct engine {
     struct engine_slot *slot; /* [max_slots] */
 
     /* of the step under way */
-    uint32_t *row_token;           /* [max_step_tokens] */
-    struct forward_seq *seq;       /* [max_step_tokens] */
-    struct forward_sample *sample; /* [max_slots] */
-    uint32_t *sampled_slot;        /* [max_slots] */
-    uint32_t *token;               /* [max_slots] */
+    uint32_t *row_token;                              /* [max_step_tokens] */
+    struct forward_seq *seq;                          /* [max_step_tokens] */
+    struct forward_sample *sample;                    /* [max_step_tokens] */
+    uint32_t *sampled_slot;                           /* [max_step_tokens] */
+    uint32_t *token;                                  /* [max_step_tokens] */
+    struct engine_score *sample_score, *prompt_score; /* [max_step_tokens] each */
+    uint32_t n_tokens, n_sample_scores, n_prompt_scores;
 };
 
 /* Whether the plan fits the state; changes nothing that counts. INVALID_ARGUMENT: a value that no state allows.
  * INTERNAL: it contradicts the state. RESOURCE_EXHAUSTED: more pages than there are. */
 STATUS_MUST_CHECK enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan,
                                                      struct status *st);
+
+/* ---- options of a slot (engine_options.c) ---- */
+
 /* Absent: greedy. */
 struct sample_params engine_sample_params(const Tandem__V1__SampleParams *p);
+/* supported: enum sample_option. INVALID_ARGUMENT and UNIMPLEMENTED name the field. */
+STATUS_MUST_CHECK enum status_code engine_options_check(const Tandem__V1__SampleParams *p, uint32_t vocab,
+                                                        uint32_t supported, struct status *st);
+/* *out is NULL when the parameters ask for nothing beside engine_sample_params. */
+STATUS_MUST_CHECK enum status_code engine_options_create(struct engine_options **out, const Tandem__V1__SampleParams *p,
+                                                         uint32_t vocab, struct status *st);
+void engine_options_destroy(struct engine_options *o); /* NULL is fine, here and below */
+/* These tokens are fed at positions position, position + 1, ... */
+STATUS_MUST_CHECK enum status_code engine_options_feed(struct engine_options *o, const uint32_t *tokens, uint32_t n,
+                                                       uint32_t position, struct status *st);
+/* What is done to the logits of the token at `position`, after all tokens before it were fed; NULL: nothing. Valid until
+ * the next call for the slot. */
+const struct sample_adjust *engine_options_at(struct engine_options *o, uint32_t position);
 
 #endif

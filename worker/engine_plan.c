@@ -10,18 +10,6 @@ struct check {
     uint64_t pages; /* in use after the plan */
 };
 
-struct sample_params engine_sample_params(const Tandem__V1__SampleParams *p)
-{
-    if (!p)
-        return (struct sample_params){0};
-    return (struct sample_params){
-        .temperature = p->temperature,
-        .top_k = p->top_k,
-        .top_p = p->top_p,
-        .seed = p->seed,
-    };
-}
-
 /* NULL and INVALID_ARGUMENT when there is no such slot. */
 static struct engine_slot *find_slot(const struct check *c, const char *what, uint32_t slot, struct status *st)
 {
@@ -72,8 +60,8 @@ static enum status_code check_admits(struct check *c, const Tandem__V1__StepPlan
         if (live_after_admits(c, s))
             return contradiction(c, "admission to", slot, "it is taken", st);
         s->admitted_by = c->number;
-        struct sample_params p = engine_sample_params(plan->admits[i]->sample);
-        enum status_code rc = sample_check(&p, st);
+        enum status_code rc =
+            engine_options_check(plan->admits[i]->sample, c->e->info.vocab_size, c->e->ops->options, st);
         if (rc != ST_OK) {
             status_prefix(st, "step %llu: admission to slot %u", (unsigned long long)c->step, slot);
             return rc;
@@ -122,6 +110,24 @@ static enum status_code check_decodes(struct check *c, const Tandem__V1__StepPla
     return ST_OK;
 }
 
+static enum status_code check_scores(const struct check *c, const Tandem__V1__PrefillChunk *chunk, struct status *st)
+{
+    uint64_t end = (uint64_t)chunk->score_first + chunk->score_rows,
+             most = chunk->n_token_ids - (chunk->sample ? 1 : 0);
+    if (chunk->score_rows == 0)
+        return ST_OK;
+    if (!(c->e->ops->options & SAMPLE_SCORE))
+        return status_set(st, ST_UNIMPLEMENTED, "score_rows: this back end has no log probabilities");
+    if (end > most)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "step %llu: prefill of slot %u: scored rows end at %llu, expected at most %llu",
+                          (unsigned long long)c->step, chunk->slot, (unsigned long long)end, (unsigned long long)most);
+    if (end == chunk->n_token_ids && chunk->next_token >= c->e->info.vocab_size)
+        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: next_token: %u, expected 0 to %u",
+                          (unsigned long long)c->step, chunk->slot, chunk->next_token, c->e->info.vocab_size - 1);
+    return ST_OK;
+}
+
 static enum status_code check_prefill(struct check *c, const Tandem__V1__PrefillChunk *chunk, struct status *st)
 {
     struct engine_slot *s = find_slot(c, "prefill of", chunk->slot, st);
@@ -145,7 +151,7 @@ static enum status_code check_prefill(struct check *c, const Tandem__V1__Prefill
             return status_set(
                 st, ST_INVALID_ARGUMENT, "step %llu: prefill of slot %u: token_ids[%zu]: %u, expected 0 to %u",
                 (unsigned long long)c->step, chunk->slot, i, chunk->token_ids[i], c->e->info.vocab_size - 1);
-    return ST_OK;
+    return check_scores(c, chunk, st);
 }
 
 enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)

@@ -30,7 +30,7 @@ static void lay_out(struct forward *f, struct arena *a)
     const struct forward_config *c = &f->cfg;
     const struct model_config *m = c->model;
     const struct shard *s = c->shard;
-    uint64_t rows = c->max_rows, d = m->head_dim, samples = c->max_samples;
+    uint64_t rows = c->max_rows, d = m->head_dim;
     uint64_t vocab_max = shard_even(m->vocab_size, 0, f->ranks).count; /* rank 0 has the most */
     f->x = take(a, rows * m->hidden, sizeof(float));
     f->h = take(a, rows * m->hidden, sizeof(float));
@@ -46,16 +46,15 @@ static void lay_out(struct forward *f, struct arena *a)
 
     f->picked = take(a, (uint64_t)f->head_rows * m->hidden, sizeof(float));
     f->logits = take(a, f->head_rows * vocab_max, sizeof(float));
-    f->order = take(a, samples, sizeof *f->order);
+    f->order = take(a, rows, sizeof *f->order);
     f->row_rc = take(a, f->head_rows, sizeof *f->row_rc);
-    f->best = take(a, samples, sizeof *f->best);
-    f->bests = take(a, samples * f->ranks, sizeof *f->bests);
+    f->best = take(a, rows, sizeof *f->best);
+    f->bests = take(a, rows * f->ranks, sizeof *f->bests);
     f->gather_bytes = take(a, f->ranks, sizeof *f->gather_bytes);
     f->sampler = take(a, threads_count(c->pool), sizeof *f->sampler);
-    if (f->ranks > 1) {
+    f->full_row = take(a, (uint64_t)threads_count(c->pool) * m->vocab_size, sizeof(float));
+    if (f->ranks > 1)
         f->gathered = take(a, (uint64_t)f->head_rows * m->vocab_size, sizeof(float));
-        f->full_row = take(a, (uint64_t)threads_count(c->pool) * m->vocab_size, sizeof(float));
-    }
 }
 
 static void run_threads(void *ctx, uint32_t n, void (*fn)(void *arg, uint32_t i, uint32_t worker), void *arg)
@@ -116,7 +115,7 @@ static enum status_code host_create(struct forward **out, const struct forward_c
     uint64_t head_rows = HEAD_LOGIT_BYTES / sizeof(float) / cfg->model->vocab_size;
     if (head_rows < HEAD_MIN_ROWS)
         head_rows = HEAD_MIN_ROWS;
-    f->head_rows = head_rows < cfg->max_samples ? (uint32_t)head_rows : cfg->max_samples;
+    f->head_rows = head_rows < cfg->max_rows ? (uint32_t)head_rows : cfg->max_rows;
 
     struct arena arena = {NULL, 0};
     lay_out(f, &arena);
@@ -355,6 +354,7 @@ static enum status_code host_logits(struct forward *f, float *out, struct status
 }
 
 const struct forward_ops forward_ops_host = {
+    .options = SAMPLE_ALL,
     .create = host_create,
     .destroy = host_destroy,
     .run = host_run,

@@ -31,7 +31,7 @@ struct forward_config {
     struct thread_pool *pool;
     struct kv_pool *kv;
     uint32_t max_rows;    /* T */
-    uint32_t max_samples; /* rows of one step that get a token */
+    uint32_t max_samples; /* rows of one step whose token is chosen; given ones, of which there may be T, come on top */
     uint32_t max_context; /* of a sequence */
 };
 
@@ -48,6 +48,12 @@ struct forward_sample {
     uint32_t row;
     uint32_t position;
     struct sample_params params;
+    const struct sample_adjust *adjust; /* NULL: none */
+    bool given;                         /* the token is known, nothing is chosen */
+    uint32_t token;                     /* when given */
+    bool scored;                        /* the same on all ranks; a given row is */
+    uint32_t top;                       /* of scores: so many likeliest ones */
+    struct sample_scores *scores;       /* when scored: filled on rank 0 */
 };
 
 struct forward_batch {
@@ -61,13 +67,15 @@ struct forward_batch {
 
 /* A back end. Each has a struct forward of its own. */
 struct forward_ops {
+    /* enum sample_option: what a batch may ask for beside temperature, top_k and top_p. The engine refuses the rest. */
+    uint32_t options;
     /* What create will take of the memory that holds the KV pool, at most; NULL: nothing that counts. */
     uint64_t (*bytes)(const struct forward_config *cfg);
     /* Everything a step needs is allocated here. The config's pointers outlive the forward. */
     enum status_code (*create)(struct forward **out, const struct forward_config *cfg, struct status *st);
     void (*destroy)(struct forward *f); /* NULL is fine */
-    /* Slots have grown to position + rows tokens. tokens: [samples]. INTERNAL when logits are no numbers; what comm
-     * says. */
+    /* Slots have grown to position + rows tokens. tokens: [samples], given ones too. INTERNAL when logits are no
+     * numbers; what comm says. */
     enum status_code (*run)(struct forward *f, const struct forward_batch *batch, uint32_t *tokens, struct status *st);
     /* For tests: this rank's share of the logits that the first sample of the last run was drawn from. */
     enum status_code (*logits)(struct forward *f, float *out, struct status *st);

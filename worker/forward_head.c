@@ -1,5 +1,5 @@
-/* forward_head.c - from the residual stream to tokens. Greedy rows exchange one pair per rank; the others gather their
- * logits, and every rank draws the same token from them. */
+/* forward_head.c - from the residual stream to tokens. Greedy rows exchange one pair per rank; the others, and rows that are
+ * scored, gather their logits, and every rank draws the same token from them. */
 #include <string.h>
 
 #include "worker/forward_internal.h"
@@ -32,11 +32,16 @@ static void best_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
     (void)worker;
     const struct head_job *j = arg;
     const struct shard_span vocab = j->f->cfg.shard->vocab;
-    for (uint32_t i = first; i < end; i++)
-        j->f->best[j->first + i] = sample_argmax(j->f->logits + (uint64_t)i * vocab.count, vocab.count, vocab.first);
+    for (uint32_t i = first; i < end; i++) {
+        float *logits = j->f->logits + (uint64_t)i * vocab.count;
+        const struct sample_adjust *adjust = j->b->sample[j->order[i]].adjust;
+        if (adjust)
+            sample_adjust(logits, vocab.count, vocab.first, adjust);
+        j->f->best[j->first + i] = sample_argmax(logits, vocab.count, vocab.first);
+    }
 }
 
-/* All logits of row i of the block's drawn rows, `drawn` in number. */
+/* All raw logits of row i of the block's drawn rows, `drawn` in number; perhaps put together in the worker's full_row. */
 static const float *whole_row(const struct head_job *j, uint32_t i, uint32_t drawn, uint32_t worker)
 {
     struct forward *f = j->f;
@@ -55,10 +60,31 @@ static const float *whole_row(const struct head_job *j, uint32_t i, uint32_t dra
 
 static enum status_code draw_row(const struct head_job *j, uint32_t i, uint32_t worker, struct status *st)
 {
-    uint32_t sample = j->order[j->greedy + i];
+    struct forward *f = j->f;
+    uint32_t sample = j->order[j->greedy + i], vocab = f->cfg.model->vocab_size, drawn = j->rows - j->greedy;
     const struct forward_sample *s = &j->b->sample[sample];
-    const float *logits = whole_row(j, i, j->rows - j->greedy, worker);
-    return sampler_draw(j->f->sampler[worker], &j->tokens[sample], logits, &s->params, s->position, s->row, st);
+    j->tokens[sample] = s->token;
+    if (s->given && f->rank != 0)
+        return ST_OK;
+    const float *raw = whole_row(j, i, drawn, worker), *logits = raw;
+    enum status_code rc;
+    if (!s->given) {
+        if (s->adjust) {
+            float *adjusted = f->full_row + (uint64_t)worker * vocab;
+            if (raw != adjusted)
+                memcpy(adjusted, raw, vocab * sizeof *raw);
+            sample_adjust(adjusted, vocab, 0, s->adjust);
+            logits = adjusted;
+        }
+        rc = sampler_draw(f->sampler[worker], &j->tokens[sample], logits, &s->params, s->position, s->row, st);
+        if (rc != ST_OK)
+            return rc;
+    }
+    if (!s->scored || f->rank != 0)
+        return ST_OK;
+    if (s->adjust)
+        raw = whole_row(j, i, drawn, worker); /* once more: what it returned before may have been adjusted */
+    return sample_score(s->scores, raw, vocab, j->tokens[sample], s->top < vocab ? s->top : vocab, s->row, st);
 }
 
 static void draw_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
@@ -112,9 +138,9 @@ static enum status_code exchange_best(struct forward *f, const struct forward_ba
     return ST_OK;
 }
 
-static int is_greedy(const struct sample_params *p)
+static bool is_greedy(const struct forward_sample *s)
 {
-    return p->temperature == 0.0f || p->top_k == 1;
+    return sample_is_greedy(&s->params) && !s->scored;
 }
 
 enum status_code forward_head(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
@@ -123,7 +149,7 @@ enum status_code forward_head(struct forward *f, const struct forward_batch *b, 
     uint32_t greedy = 0, n = 0;
     for (int pass = 0; pass < 2; pass++) {
         for (uint32_t i = 0; i < b->samples; i++)
-            if (is_greedy(&b->sample[i].params) == (pass == 0))
+            if (is_greedy(&b->sample[i]) == (pass == 0))
                 f->order[n++] = i;
         if (pass == 0)
             greedy = n;

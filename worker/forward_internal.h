@@ -29,11 +29,11 @@ struct forward {
     float *picked;             /* [head_rows][hidden] */
     float *logits;             /* [head_rows][vocab_loc] */
     float *gathered;           /* R > 1: the logits of all ranks, rank after rank */
-    float *full_row;           /* R > 1: [threads][vocab] */
-    uint32_t *order;           /* [max_samples] greedy rows first */
+    float *full_row;           /* [threads][vocab] */
+    uint32_t *order;           /* [max_rows] greedy rows first */
     enum status_code *row_rc;  /* [head_rows] */
-    struct sample_best *best;  /* [max_samples] */
-    struct sample_best *bests; /* [R][max_samples] */
+    struct sample_best *best;  /* [max_rows] */
+    struct sample_best *bests; /* [R][max_rows] */
     size_t *gather_bytes;      /* [R] */
     struct sampler **sampler;  /* [threads] */
 };

@@ -1,9 +1,10 @@
 #include "worker/sample.h"
 
 #include <math.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "worker/sample_internal.h"
 
 /* ---- random numbers ---- */
 
@@ -106,6 +107,10 @@ enum status_code sample_check(const struct sample_params *p, struct status *st)
                           (double)p->temperature);
     if (p->temperature > 0.0f && !(p->top_p >= 0.0f && p->top_p <= 1.0f))
         return status_set(st, ST_INVALID_ARGUMENT, "top_p: %g, expected 0 to 1", (double)p->top_p);
+    if (p->temperature > 0.0f && !(p->min_p >= 0.0f && p->min_p <= 1.0f))
+        return status_set(st, ST_INVALID_ARGUMENT, "min_p: %g, expected 0 to 1", (double)p->min_p);
+    if (p->temperature > 0.0f && !(p->typical_p >= 0.0f && p->typical_p <= 1.0f))
+        return status_set(st, ST_INVALID_ARGUMENT, "typical_p: %g, expected 0 to 1", (double)p->typical_p);
     return ST_OK;
 }
 
@@ -113,7 +118,7 @@ struct sampler {
     uint32_t vocab;
     uint32_t n;      /* candidates, by id */
     uint32_t *id;    /* [vocab] */
-    uint32_t *key;   /* [vocab] larger key: larger logit */
+    uint32_t *key;   /* [vocab] larger key: better */
     double *weight;  /* [vocab] unnormalised probability */
     double *measure; /* [1 << DIGIT_BITS] work of select */
 };
@@ -158,8 +163,7 @@ static uint32_t order_key(float x)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* e^x for x <= 0; below -700: 0. Not exp() of the C library: its last bit depends on the CPU. */
-static double exp_negative(double x)
+double sample_exp_negative(double x)
 {
     if (!(x >= -700.0))
         return 0.0;
@@ -254,6 +258,38 @@ static double total_weight(const struct sampler *s)
     return sum;
 }
 
+/* min_p: the best weighs 1 or is not far below it, so a weight is what min_p is compared with. */
+static void keep_heavy(struct sampler *s, double least)
+{
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < s->n; i++) {
+        if (s->weight[i] < least)
+            continue;
+        s->key[kept] = s->key[i];
+        s->id[kept] = s->id[i];
+        s->weight[kept] = s->weight[i];
+        kept++;
+    }
+    s->n = kept;
+}
+
+/* y of a candidate: see the header. */
+static double scaled(const float *logits, uint32_t id, float best, float temperature)
+{
+    return ((double)logits[id] - (double)best) / (double)temperature;
+}
+
+static void keep_typical(struct sampler *s, const float *logits, float best, const struct sample_params *p)
+{
+    double total = total_weight(s), sum = 0.0;
+    for (uint32_t i = 0; i < s->n; i++)
+        if (s->weight[i] > 0.0) /* y may be -infinity where it is not */
+            sum += s->weight[i] * scaled(logits, s->id[i], best, p->temperature);
+    for (uint32_t i = 0; i < s->n; i++)
+        s->key[i] = ~order_key((float)fabs(sum / total - scaled(logits, s->id[i], best, p->temperature)));
+    keep_best(s, s->weight, (double)p->typical_p * total);
+}
+
 enum status_code sampler_draw(struct sampler *s, uint32_t *token, const float *logits, const struct sample_params *p,
                               uint64_t position, uint32_t row, struct status *st)
 {
@@ -262,10 +298,9 @@ enum status_code sampler_draw(struct sampler *s, uint32_t *token, const float *l
     enum status_code rc = sample_best_token(&first, best, row, st);
     if (rc != ST_OK)
         return rc;
-    if (p->temperature == 0.0f || p->top_k == 1) {
-        *token = first;
+    *token = first;
+    if (sample_is_greedy(p))
         return ST_OK;
-    }
     s->n = s->vocab;
     for (uint32_t i = 0; i < s->n; i++) {
         s->id[i] = i;
@@ -274,12 +309,16 @@ enum status_code sampler_draw(struct sampler *s, uint32_t *token, const float *l
     if (p->top_k && p->top_k < s->n)
         keep_best(s, NULL, (double)p->top_k);
     for (uint32_t i = 0; i < s->n; i++)
-        s->weight[i] = exp_negative(((double)logits[s->id[i]] - (double)best.logit) / (double)p->temperature);
+        s->weight[i] = sample_exp_negative(scaled(logits, s->id[i], best.logit, p->temperature));
+    if (p->min_p > 0.0f)
+        keep_heavy(s, (double)p->min_p);
     if (p->top_p > 0.0f && p->top_p < 1.0f)
         keep_best(s, s->weight, (double)p->top_p * total_weight(s));
+    if (p->typical_p > 0.0f && p->typical_p < 1.0f)
+        keep_typical(s, logits, best.logit, p);
 
     double target = sample_uniform(p->seed, position) * total_weight(s), sum = 0.0;
-    *token = first;
+    *token = s->id[s->n - 1];
     for (uint32_t i = 0; i < s->n; i++) {
         sum += s->weight[i];
         if (sum > target) {

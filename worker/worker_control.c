@@ -33,8 +33,11 @@ enum status_code worker_control_init(struct worker_control *c, struct worker_gua
 
 void worker_control_fini(struct worker_control *c)
 {
-    for (uint32_t i = 0; i < WORKER_QUEUE_MAX; i++)
+    for (uint32_t i = 0; i < WORKER_QUEUE_MAX; i++) {
         free(c->results[i].tokens);
+        free(c->results[i].sample_scores);
+        free(c->results[i].prompt_scores);
+    }
     pthread_cond_destroy(&c->to_send);
     pthread_cond_destroy(&c->changed);
     pthread_mutex_destroy(&c->lock);

@@ -137,8 +137,10 @@ enum worker_link { WORKER_LINK_DOWN, WORKER_LINK_UP, WORKER_LINK_BROKEN };
 
 struct worker_result {
     uint64_t step, compute_us, used_pages;
-    uint32_t *tokens; /* kept and reused */
+    uint32_t *tokens; /* kept and reused, as scores are */
     uint32_t n_tokens, capacity;
+    struct engine_score *sample_scores, *prompt_scores;
+    uint32_t n_sample_scores, n_prompt_scores, sample_scores_capacity, prompt_scores_capacity;
 };
 
 struct worker_control {
@@ -194,7 +196,7 @@ enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__Coor
 void worker_control_step_end(struct worker_control *c, Tandem__V1__CoordinatorMessage *message, bool done);
 /* Sends a message of this epoch. A failure breaks the link (worker_control_next reports it) and is otherwise ignored. */
 void worker_control_send(struct worker_control *c, Tandem__V1__RankMessage *m);
-/* Sends a StepResult; copies the tokens when it leaves the sending to the sender thread. */
+/* Sends a StepResult; copies tokens and scores when it leaves the sending to the sender thread. */
 void worker_control_result(struct worker_control *c, uint64_t step, uint64_t compute_us,
                            const struct engine_result *result);
 /* Sends Fault and waits, with bounds, until the coordinator took it. */

@@ -121,6 +121,7 @@ static void send_ready(struct worker *w)
     r.total_pages = i.kv.total_pages;
     r.max_step_tokens = i.max_step_tokens;
     r.vocab_size = i.vocab_size;
+    r.sample_options = i.sample_options;
     r.model = &model;
     Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_READY;

@@ -25,18 +25,56 @@ static void send_heartbeat(struct worker_control *c, int64_t now_us)
     worker_control_send(c, &m);
 }
 
+/* Messages for n scores, pointers and structs in one allocation; NULL: out of memory. */
+static Tandem__V1__Scores **make_scores(const struct engine_score *score, uint32_t n)
+{
+    Tandem__V1__Scores **list = malloc(n * (sizeof(Tandem__V1__Scores *) + sizeof(Tandem__V1__Scores)));
+    if (!list)
+        return NULL;
+    Tandem__V1__Scores *m = (Tandem__V1__Scores *)(void *)(list + n);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct sample_scores *s = &score[i].scores;
+        tandem__v1__scores__init(&m[i]);
+        m[i].index = score[i].index;
+        m[i].token_id = s->token;
+        m[i].logprob = s->logprob;
+        m[i].rank = s->rank;
+        m[i].n_top_ids = m[i].n_top_logprobs = s->n;
+        m[i].top_ids = (uint32_t *)s->top; /* packing only reads */
+        m[i].top_logprobs = (float *)s->top_logprob;
+        list[i] = &m[i];
+    }
+    return list;
+}
+
 static void send_result(struct worker_control *c, const struct worker_result *result)
 {
+    Tandem__V1__Scores **sample = NULL, **prompt = NULL;
+    if ((result->n_sample_scores && !(sample = make_scores(result->sample_scores, result->n_sample_scores))) ||
+        (result->n_prompt_scores && !(prompt = make_scores(result->prompt_scores, result->n_prompt_scores)))) {
+        struct status st = STATUS_INIT;
+        status_nomem(&st, "scores of a result",
+                     (result->n_sample_scores + result->n_prompt_scores) * sizeof(Tandem__V1__Scores));
+        worker_control_break(c, &st);
+        free(sample);
+        return;
+    }
     Tandem__V1__StepResult r = TANDEM__V1__STEP_RESULT__INIT;
     r.step = result->step;
     r.compute_us = result->compute_us;
     r.used_pages = result->used_pages;
     r.n_token_ids = result->n_tokens;
     r.token_ids = result->tokens;
+    r.n_sample_scores = result->n_sample_scores;
+    r.sample_scores = sample;
+    r.n_prompt_scores = result->n_prompt_scores;
+    r.prompt_scores = prompt;
     Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_RESULT;
     m.result = &r;
     worker_control_send(c, &m);
+    free(sample);
+    free(prompt);
 }
 
 void *worker_control_sender(void *arg)
@@ -80,23 +118,38 @@ bool worker_control_await_sender(struct worker_control *c, uint32_t most)
     return c->link == WORKER_LINK_UP;
 }
 
-/* Puts the result into the queue for the sender; false without memory for its tokens. Called with the lock. */
+/* Copies n elements into an array that is kept and reused; false without memory for them. */
+static bool keep(void *array, uint32_t *capacity, const void *from, uint32_t n, size_t size)
+{
+    void **kept = array;
+    if (n > *capacity) {
+        void *grown = realloc(*kept, 2 * n * size);
+        if (!grown)
+            return false;
+        *kept = grown;
+        *capacity = 2 * n;
+    }
+    if (n)
+        memcpy(*kept, from, n * size);
+    return true;
+}
+
+/* Puts the result into the queue for the sender; false without memory for what it holds. Called with the lock. */
 static bool queue_result(struct worker_control *c, const struct worker_result *result)
 {
     struct worker_result *to = &c->results[(c->result_head + c->result_count) % WORKER_QUEUE_MAX];
-    if (result->n_tokens > to->capacity) {
-        uint32_t *tokens = realloc(to->tokens, 2 * result->n_tokens * sizeof *tokens);
-        if (!tokens)
-            return false;
-        to->tokens = tokens;
-        to->capacity = 2 * result->n_tokens;
-    }
-    uint32_t *tokens = to->tokens, capacity = to->capacity;
-    if (result->n_tokens)
-        memcpy(tokens, result->tokens, result->n_tokens * sizeof *tokens);
-    *to = *result;
-    to->tokens = tokens;
-    to->capacity = capacity;
+    if (!keep(&to->tokens, &to->capacity, result->tokens, result->n_tokens, sizeof *to->tokens) ||
+        !keep(&to->sample_scores, &to->sample_scores_capacity, result->sample_scores, result->n_sample_scores,
+              sizeof *to->sample_scores) ||
+        !keep(&to->prompt_scores, &to->prompt_scores_capacity, result->prompt_scores, result->n_prompt_scores,
+              sizeof *to->prompt_scores))
+        return false;
+    to->step = result->step;
+    to->compute_us = result->compute_us;
+    to->used_pages = result->used_pages;
+    to->n_tokens = result->n_tokens;
+    to->n_sample_scores = result->n_sample_scores;
+    to->n_prompt_scores = result->n_prompt_scores;
     c->result_count++;
     return true;
 }
@@ -112,6 +165,10 @@ void worker_control_result(struct worker_control *c, uint64_t step, uint64_t com
         .used_pages = result->used_pages,
         .tokens = (uint32_t *)result->tokens, /* packed or copied from where it lies, not written to */
         .n_tokens = c->hello.rank == 0 ? result->n_tokens : 0,
+        .sample_scores = (struct engine_score *)result->sample_scores,
+        .n_sample_scores = result->n_sample_scores,
+        .prompt_scores = (struct engine_score *)result->prompt_scores,
+        .n_prompt_scores = result->n_prompt_scores,
     };
     pthread_mutex_lock(&c->lock);
     if (c->link != WORKER_LINK_UP || !worker_control_await_sender(c, WORKER_QUEUE_MAX - 1)) {
