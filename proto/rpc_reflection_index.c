@@ -212,8 +212,13 @@ static bool add_file(struct walk *w, struct refl_bytes m)
     if (!name.p || (in.p && !join(package, "", in)))
         return false;
     file->bytes = m;
-    file->name = strndup((const char *)name.p, (size_t)(name.end - name.p));
+    size_t n = (size_t)(name.end - name.p);
+    file->name = malloc(n + 1);
     w->nomem = !file->name;
+    if (file->name) {
+        memcpy(file->name, name.p, n);
+        file->name[n] = '\0';
+    }
     while (file->name && (more = next_field(&m, &f)) != 0) {
         bool ok = more > 0;
         if (ok && f.content.p && f.number == 4)

@@ -39,12 +39,10 @@ void *__real_malloc(size_t n);
 void *__real_calloc(size_t n, size_t each);
 void *__real_realloc(void *p, size_t n);
 char *__real_strdup(const char *s);
-char *__real_strndup(const char *s, size_t n);
 void *__wrap_malloc(size_t n);
 void *__wrap_calloc(size_t n, size_t each);
 void *__wrap_realloc(void *p, size_t n);
 char *__wrap_strdup(const char *s);
-char *__wrap_strndup(const char *s, size_t n);
 
 void *__wrap_malloc(size_t n)
 {
@@ -64,11 +62,6 @@ void *__wrap_realloc(void *p, size_t n)
 char *__wrap_strdup(const char *s)
 {
     return fails() ? NULL : __real_strdup(s);
-}
-
-char *__wrap_strndup(const char *s, size_t n)
-{
-    return fails() ? NULL : __real_strndup(s, n);
 }
 
 /* ---- a server and a question ---- */
