@@ -12,17 +12,14 @@
 #include <unistd.h>
 
 #include "coordinator/cmd.h"
-#include "proto/rpc.h"
-#include "tandem/v1/inference.pb-c.h"
 
 #define MAX_PROMPT_BYTES (15u << 20) /* what fits a message of RPC_MAX_MESSAGE_BYTES */
 #define MAX_STOP_IDS     64
 
 static const char help[] =
     "usage: tandem generate [OPTIONS] [PROMPT]\n\n"
-    "Sends a prompt and prints the answer as it comes. Without PROMPT the prompt is read from standard input.\n\n"
-    "  --address ADDR        host:port or unix:/path (default " CMD_DEFAULT_ADDRESS ")\n"
-    "  --prompt-ids JSON     the prompt as token ids, [1, 2, 3]; they are used as they are\n"
+    "Sends a prompt and prints the answer as it comes. Without PROMPT the prompt is read from standard input.\n"
+    "\n" CMD_CONNECT_HELP "  --prompt-ids JSON     the prompt as token ids, [1, 2, 3]; they are used as they are\n"
     "  --max-tokens N        stop after N new tokens (default: the server's)\n"
     "  --greedy              always the likeliest token; the same as --temperature 0\n"
     "  --temperature T       0 to 100 (default: the model's own)\n"
@@ -43,7 +40,7 @@ static const char help[] =
     "  echo \"One day, Tom\" | tandem generate --temperature 0.8 --seed 7\n";
 
 struct generate_options {
-    const char *address;
+    struct tandem_client_options server;
     char *prompt; /* malloc'ed */
     size_t prompt_len;
     uint32_t *prompt_ids;
@@ -59,10 +56,10 @@ struct generate_options {
     Tandem__V1__TokenIds token_ids;
 };
 
-/* The thread that waits for SIGINT and the stream that it cancels. */
+/* The thread that waits for SIGINT and the generation that it cancels. */
 struct interrupt {
     pthread_mutex_t lock;
-    struct rpc_stream *stream;
+    struct tandem_generation *generation;
     atomic_bool hit;
 };
 
@@ -84,8 +81,8 @@ static void *interrupt_thread(void *arg)
     for (int sig; !sigwait(&set, &sig) && sig != SIGUSR1;) {
         atomic_store(&in->hit, true);
         pthread_mutex_lock(&in->lock);
-        if (in->stream)
-            rpc_stream_cancel(in->stream);
+        if (in->generation)
+            tandem_generation_cancel(in->generation);
         pthread_mutex_unlock(&in->lock);
     }
     return NULL;
@@ -163,7 +160,7 @@ enum {
 };
 
 static const struct option long_options[] = {
-    {"address", required_argument, 0, 'a'},
+    CMD_CONNECT_OPTIONS,
     {"prompt-ids", required_argument, 0, OPT_PROMPT_IDS},
     {"max-tokens", required_argument, 0, OPT_MAX},
     {"greedy", no_argument, 0, OPT_GREEDY},
@@ -242,9 +239,6 @@ static int stopping_option(struct generate_options *o, int opt)
 static int parse_option(struct generate_options *o, int opt, char **argv)
 {
     switch (opt) {
-    case 'a':
-        o->address = optarg;
-        return CMD_OK;
     case OPT_PROMPT_IDS:
         return parse_prompt_ids(o, optarg);
     case OPT_GREEDY:
@@ -298,6 +292,8 @@ static int parse(int argc, char **argv, struct generate_options *o)
             fputs(help, stdout);
             return -1;
         }
+        if (cmd_connect_option(&o->server, c))
+            continue;
         int rc = parse_option(o, c, argv);
         if (rc)
             return rc;
@@ -352,13 +348,9 @@ struct output {
     char last; /* last character printed */
 };
 
-static enum status_code print_message(const struct generate_options *o, struct output *out, const void *msg, size_t len,
-                                      struct status *st)
+static enum status_code print_message(const struct generate_options *o, struct output *out,
+                                      const Tandem__V1__GenerateResponse *m, struct status *st)
 {
-    Tandem__V1__GenerateResponse *m =
-        (Tandem__V1__GenerateResponse *)rpc_unpack(&tandem__v1__generate_response__descriptor, msg, len);
-    if (!m)
-        return status_set(st, ST_INTERNAL, "the server sent a message that is not a GenerateResponse");
     out->any = true;
     if (o->print_ids) {
         for (size_t i = 0; i < m->n_token_ids; i++)
@@ -375,45 +367,43 @@ static enum status_code print_message(const struct generate_options *o, struct o
         out->broken = true;
     if (m->finish && o->stats)
         print_stats(m->finish);
-    tandem__v1__generate_response__free_unpacked(m, NULL);
     return out->broken ? status_errno(st, ST_CANCELLED, errno, "standard output") : ST_OK;
 }
 
+static void watch(struct interrupt *in, struct tandem_generation *g)
+{
+    pthread_mutex_lock(&in->lock);
+    in->generation = g;
+    if (g && atomic_load(&in->hit))
+        tandem_generation_cancel(g);
+    pthread_mutex_unlock(&in->lock);
+}
+
 /* One try: to the end of the stream. */
-static enum status_code run_once(const struct generate_options *o, struct rpc_channel *channel, struct interrupt *in,
+static enum status_code run_once(const struct generate_options *o, struct tandem_client *client, struct interrupt *in,
                                  struct output *out, struct status *st)
 {
-    struct rpc_stream *stream = NULL;
-    enum status_code rc =
-        rpc_stream_open(&stream, channel, "/tandem.v1.Inference/Generate", (uint64_t)(o->timeout_s * 1000), st);
+    struct tandem_generation *g = NULL;
+    const Tandem__V1__GenerateResponse *m;
+    enum status_code rc = tandem_generation_open(&g, client, (uint64_t)(o->timeout_s * 1000), st);
     if (rc != ST_OK)
         return rc;
-    pthread_mutex_lock(&in->lock);
-    in->stream = stream;
-    if (atomic_load(&in->hit))
-        rpc_stream_cancel(stream);
-    pthread_mutex_unlock(&in->lock);
-    /* A server that refuses at once ends the call before all was sent: an error here is not the reason, recv tells it. */
-    if (rpc_stream_send(stream, &o->request.base, 30000, NULL) == ST_OK && rpc_stream_half_close(stream, NULL) != ST_OK)
-        rpc_stream_cancel(stream);
-    const void *msg;
-    size_t len;
+    watch(in, g);
+    tandem_generation_send(g, &o->request);
     do {
-        rc = rpc_stream_recv(stream, &msg, &len, 0, NULL, st);
-        if (rc == ST_OK && msg)
-            rc = print_message(o, out, msg, len, st);
-    } while (rc == ST_OK && msg);
-    pthread_mutex_lock(&in->lock);
-    in->stream = NULL;
-    pthread_mutex_unlock(&in->lock);
-    rpc_stream_close(stream);
+        rc = tandem_generation_next(g, &m, 0, NULL, st);
+        if (rc == ST_OK && m)
+            rc = print_message(o, out, m, st);
+    } while (rc == ST_OK && m);
+    watch(in, NULL);
+    tandem_generation_close(g);
     return rc;
 }
 
 static int run(const struct generate_options *o)
 {
     struct status st = STATUS_INIT;
-    struct rpc_channel *channel = NULL;
+    struct tandem_client *client = NULL;
     struct interrupt in = {.lock = PTHREAD_MUTEX_INITIALIZER};
     struct output out = {.last = '\n'};
     sigset_t set;
@@ -427,16 +417,16 @@ static int run(const struct generate_options *o)
     if (pthread_create(&thread, NULL, interrupt_thread, &in))
         return cmd_error(CMD_FAILED, "generate", "cannot start a thread");
 
-    enum status_code rc = rpc_channel_create(&channel, o->address, &st);
+    enum status_code rc = tandem_client_open(&client, &o->server, &st);
     int64_t end_ms = now_ms() + (int64_t)(o->wait_s * 1000);
     while (rc == ST_OK) {
-        rc = run_once(o, channel, &in, &out, &st);
+        rc = run_once(o, client, &in, &out, &st);
         if (rc != ST_UNAVAILABLE || out.any || atomic_load(&in.hit) || now_ms() >= end_ms)
             break;
         nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
         rc = ST_OK;
     }
-    rpc_channel_destroy(channel);
+    tandem_client_close(client);
     pthread_kill(thread, SIGUSR1);
     pthread_join(thread, NULL);
     if (o->print_ids && (out.n_ids || rc == ST_OK))
@@ -455,7 +445,7 @@ static int run(const struct generate_options *o)
 
 int cmd_generate(int argc, char **argv)
 {
-    struct generate_options o = {.address = CMD_DEFAULT_ADDRESS};
+    struct generate_options o = {.server = {.address = CMD_DEFAULT_ADDRESS}};
     int rc = parse(argc, argv, &o);
     if (rc == CMD_OK)
         rc = run(&o);

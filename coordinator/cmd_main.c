@@ -78,6 +78,35 @@ bool cmd_parse_double(const char *text, double lo, double hi, double *out)
     return true;
 }
 
+bool cmd_connect_option(struct tandem_client_options *o, int opt)
+{
+    switch (opt) {
+    case 'a':
+        o->address = optarg;
+        return true;
+    case CMD_OPT_TLS:
+        o->tls = true;
+        return true;
+    case CMD_OPT_TLS_CA:
+        o->tls_ca = optarg;
+        return true;
+    case CMD_OPT_TLS_CERT:
+        o->tls_cert = optarg;
+        return true;
+    case CMD_OPT_TLS_KEY:
+        o->tls_key = optarg;
+        return true;
+    case CMD_OPT_TLS_NAME:
+        o->tls_server_name = optarg;
+        return true;
+    case CMD_OPT_TOKEN:
+        o->token_file = optarg;
+        return true;
+    default:
+        return false;
+    }
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 2) {
