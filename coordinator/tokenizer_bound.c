@@ -17,18 +17,38 @@ static bool all_bytes_have_ids(const struct tok_bpe *bpe)
     return true;
 }
 
-/* Text before the words are formed: is it ever shorter behind a step than in front of it? */
-static bool steps_keep_length(const struct tokenizer *t)
+/* How many times shorter text may become before the words are formed; 0: without a bound. Composing takes up to 9 bytes
+ * to 2, compatibility and lower case 4 to 1. */
+static size_t shrink(const struct tokenizer *t)
 {
+    size_t factor = 1;
     for (size_t i = 0; i < t->n_norms; i++) {
         const struct tok_norm *norm = &t->norms[i];
-        if (norm->type == TOK_NORM_REPLACE && (norm->re || norm->pattern.len > norm->text.len))
-            return false;
+        switch (norm->type) {
+        case TOK_NORM_REPLACE:
+            if (norm->re || norm->pattern.len > norm->text.len)
+                return 0;
+            break;
+        case TOK_NORM_PREPEND:
+        case TOK_NORM_BYTE_LEVEL:
+            break;
+        case TOK_NORM_NFC:
+        case TOK_NORM_NFD:
+        case TOK_NORM_NFKC:
+        case TOK_NORM_NFKD:
+        case TOK_NORM_LOWERCASE:
+            if (factor > 64)
+                return 0;
+            factor *= 8;
+            break;
+        default: /* characters go */
+            return 0;
+        }
     }
     for (size_t i = 0; i < t->n_pres; i++)
         if (t->pres[i].type == TOK_PRE_SPLIT && t->pres[i].behavior == TOK_REMOVED)
-            return false;
-    return true;
+            return 0;
+    return factor;
 }
 
 /* The longest added token; false: one takes white space around it along, as much as there is. */
@@ -63,8 +83,8 @@ static size_t model_bound(const struct tokenizer *t)
 
 size_t tok_bound(const struct tokenizer *t)
 {
-    size_t added = 0;
-    if (!steps_keep_length(t) || !added_bound(&t->added_raw, &added) || !added_bound(&t->added_normalized, &added))
+    size_t added = 0, factor = shrink(t);
+    if (factor == 0 || !added_bound(&t->added_raw, &added) || !added_bound(&t->added_normalized, &added))
         return 0;
     size_t model = model_bound(t);
     if ((!t->byte_level && !t->bpe.byte_fallback) || !all_bytes_have_ids(&t->bpe)) {
@@ -74,5 +94,5 @@ size_t tok_bound(const struct tokenizer *t)
             return 0;
         model *= MAX_CHAR_BYTES;
     }
-    return model > added ? model : added;
+    return (model > added ? model : added) * factor;
 }

@@ -66,12 +66,23 @@ static inline unsigned tok_utf8_len(unsigned char lead)
     return lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
 }
 uint32_t tok_utf8_get(const char *s, unsigned len);
+unsigned tok_utf8_put(char *s, uint32_t c); /* returns the length, 1 to 4 */
 bool tok_is_space(uint32_t c); /* the White_Space property */
 
 uint64_t tok_hash(const char *s, size_t n);
 /* s fit for a message: escaped, cut after some 40 bytes. Returns buf. */
 #define TOK_QUOTE_MAX 64
 const char *tok_quote(char buf[TOK_QUOTE_MAX], const char *s, size_t n);
+
+/* --- characters (tokenizer_unicode.c) ---------------------------------------------------------------------------- */
+
+bool tok_nf_inert(uint32_t c);   /* no normal form of the library touches it */
+bool tok_joins_left(uint32_t c); /* class 0, but may be composed with the character before */
+bool tok_is_accent(uint32_t c);
+uint32_t tok_lower(uint32_t c); /* U+0130 alone has two characters: not here */
+/* *s with characters that PCRE2's Unicode may lack replaced by older ones of the same kind and length, in copy. *s stays
+ * as it is when there are none. false: out of memory. */
+STATUS_MUST_CHECK bool tok_stand_in(struct tok_buf *copy, const char **s, size_t n);
 
 /* --- JSON (tokenizer_json.c): fields with errors that name the place -------------------------------------------- */
 
@@ -127,7 +138,9 @@ struct tok_regex_iter {
     size_t len, pos, last_end; /* last_end: TOK_NO_MATCH before the first one */
 };
 #define TOK_NO_MATCH SIZE_MAX
-/* *found says whether there was one. RESOURCE_EXHAUSTED when the match limits stop a hostile text. */
+/* What the iterator has to search in place of s: s itself or a copy with the same offsets. false: out of memory. */
+STATUS_MUST_CHECK bool tok_regex_subject(const struct tok_regex *re, struct tok_buf *copy, const char **s, size_t n);
+/* *found says whether there was one. INVALID_ARGUMENT when a search takes more steps than any sensible text needs. */
 STATUS_MUST_CHECK enum status_code tok_regex_next(struct tok_regex_iter *it, struct tok_match *m, size_t *start,
                                                   size_t *end, bool *found, struct status *st);
 
@@ -221,9 +234,22 @@ STATUS_MUST_CHECK enum status_code tok_added_next(const struct tokenizer *t, con
 
 /* --- normalizer, pre_tokenizer, post_processor -------------------------------------------------------------------- */
 
-enum tok_norm_type { TOK_NORM_PREPEND, TOK_NORM_REPLACE };
+enum tok_norm_type {
+    TOK_NORM_NFC,
+    TOK_NORM_NFD,
+    TOK_NORM_NFKC,
+    TOK_NORM_NFKD,
+    TOK_NORM_LOWERCASE,
+    TOK_NORM_STRIP_ACCENTS,
+    TOK_NORM_NMT,
+    TOK_NORM_BYTE_LEVEL,
+    TOK_NORM_STRIP,
+    TOK_NORM_PREPEND,
+    TOK_NORM_REPLACE,
+};
 struct tok_norm {
     enum tok_norm_type type;
+    bool left, right;       /* STRIP */
     struct tok_regex *re;   /* REPLACE; NULL when pattern is used */
     struct tok_buf pattern; /* REPLACE: a string */
     struct tok_buf text;    /* what is put in */
@@ -233,6 +259,8 @@ STATUS_MUST_CHECK enum status_code tok_norm_load(struct tokenizer *t, const json
 STATUS_MUST_CHECK enum status_code tok_norm_run(const struct tokenizer *t, struct tok_buf pair[2], struct tok_match *m,
                                                 const char **s, size_t *n, struct status *st);
 void tok_norm_free(struct tok_norm *norm);
+/* tokenizer_nf.c: appends a normal form of s, form one of the first four types. false: out of memory. */
+STATUS_MUST_CHECK bool tok_nf_run(enum tok_norm_type form, const char *s, size_t n, struct tok_buf *out);
 
 enum tok_pre_type { TOK_PRE_SPLIT, TOK_PRE_PREFIX_SPACE, TOK_PRE_METASPACE };
 enum tok_behavior {

@@ -217,10 +217,13 @@ static enum status_code run_split(const struct tokenizer *t, struct tok_ctx *ctx
 {
     const struct tok_pre *pre = &t->pres[step];
     struct splitter sp = {.t = t, .ctx = ctx, .step = step, .s = s, .at_start = at_start};
-    struct tok_regex_iter it = {.re = pre->re, .s = s, .len = n, .last_end = TOK_NO_MATCH};
     size_t done = 0, start, end;
     bool found = true;
     enum status_code rc = ST_OK;
+    const char *subject = s;
+    if (!tok_regex_subject(pre->re, &ctx->step[step], &subject, n))
+        return status_nomem(st, "tokenizer scratch", n);
+    struct tok_regex_iter it = {.re = pre->re, .s = subject, .len = n, .last_end = TOK_NO_MATCH};
     while (rc == ST_OK) {
         rc = tok_regex_next(&it, ctx->match, &start, &end, &found, st);
         if (rc != ST_OK || !found)

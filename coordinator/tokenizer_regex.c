@@ -20,19 +20,22 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
-/* Backtracking steps before a match is given up. Patterns in use need a handful per character of a word. */
+/* Backtracking steps before a match is given up, and how many more for each byte of the text: a pattern like \s*\n
+ * takes a step for every blank of a stretch. A pattern that explodes needs more for any limit. */
 #define MATCH_LIMIT     10000000u
+#define STEPS_PER_BYTE  4u
 #define HEAP_LIMIT_KIB  65536u /* of the interpreter */
 #define MAX_PATTERN_LEN 65536u
 
 struct tok_regex {
     pcre2_code *code;
-    pcre2_match_context *limits;
     bool jit;
+    bool stand_ins; /* newer characters are searched as older ones of their kind */
 };
 
 struct tok_match {
     pcre2_match_data *data;
+    pcre2_match_context *limits;
 };
 
 #define SPACE_ITEM  "\\p{White_Space}"
@@ -286,14 +289,11 @@ static enum status_code compile(struct tok_regex *re, const char *pattern, size_
 {
     enum status_code rc = ST_OK;
     pcre2_compile_context *cc = pcre2_compile_context_create(NULL);
-    re->limits = pcre2_match_context_create(NULL);
-    if (!cc || !re->limits) {
+    if (!cc) {
         rc = status_nomem(st, "regex", 0);
         goto done;
     }
     pcre2_set_newline(cc, PCRE2_NEWLINE_LF); /* what '.' stops at */
-    pcre2_set_match_limit(re->limits, MATCH_LIMIT);
-    pcre2_set_heap_limit(re->limits, HEAP_LIMIT_KIB);
     int err;
     PCRE2_SIZE at;
     re->code = pcre2_compile((PCRE2_SPTR)pattern, len, options, &err, &at, cc);
@@ -328,10 +328,15 @@ enum status_code tok_regex_create(struct tok_regex **out, const char *pattern, s
         rc = compile(re, pattern, len, options | PCRE2_LITERAL, st);
     } else {
         options |= PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C;
-        if (syntax == TOK_REGEX_ONIG)
-            rc = translate(&tr, st);
-        else if (!tok_buf_add(&tr.out, pattern, len))
+        if (syntax == TOK_REGEX_ONIG) {
+            struct tok_buf copy = {0};
+            const char *same = pattern;
+            rc = tok_stand_in(&copy, &same, len) ? translate(&tr, st) : status_nomem(st, "regex", len);
+            re->stand_ins = same == pattern; /* a pattern that spells such a character means that one alone */
+            tok_buf_free(&copy);
+        } else if (!tok_buf_add(&tr.out, pattern, len)) {
             rc = status_nomem(st, "regex", len);
+        }
         if (rc == ST_OK)
             rc = compile(re, tr.out.data ? tr.out.data : "", tr.out.len, options, st);
     }
@@ -349,8 +354,12 @@ void tok_regex_free(struct tok_regex *re)
     if (!re)
         return;
     pcre2_code_free(re->code);
-    pcre2_match_context_free(re->limits);
     free(re);
+}
+
+bool tok_regex_subject(const struct tok_regex *re, struct tok_buf *copy, const char **s, size_t n)
+{
+    return !re->stand_ins || tok_stand_in(copy, s, n);
 }
 
 struct tok_match *tok_match_create(void)
@@ -359,10 +368,12 @@ struct tok_match *tok_match_create(void)
     if (!m)
         return NULL;
     m->data = pcre2_match_data_create(1, NULL);
-    if (!m->data) {
-        free(m);
+    m->limits = pcre2_match_context_create(NULL);
+    if (!m->data || !m->limits) {
+        tok_match_free(m);
         return NULL;
     }
+    pcre2_set_heap_limit(m->limits, HEAP_LIMIT_KIB);
     return m;
 }
 
@@ -371,18 +382,21 @@ void tok_match_free(struct tok_match *m)
     if (!m)
         return;
     pcre2_match_data_free(m->data);
+    pcre2_match_context_free(m->limits);
     free(m);
 }
 
 static int match_at(const struct tok_regex *re, const char *s, size_t len, size_t pos, struct tok_match *m)
 {
+    size_t most = (UINT32_MAX - MATCH_LIMIT) / STEPS_PER_BYTE;
+    pcre2_set_match_limit(m->limits, MATCH_LIMIT + STEPS_PER_BYTE * (uint32_t)(len < most ? len : most));
     if (re->jit) {
-        int rc = pcre2_jit_match(re->code, (PCRE2_SPTR)s, len, pos, 0, m->data, re->limits);
+        int rc = pcre2_jit_match(re->code, (PCRE2_SPTR)s, len, pos, 0, m->data, m->limits);
         if (rc != PCRE2_ERROR_JIT_STACKLIMIT)
             return rc;
     }
     /* The interpreter keeps its backtracking on the heap, within the limits. */
-    return pcre2_match(re->code, (PCRE2_SPTR)s, len, pos, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, m->data, re->limits);
+    return pcre2_match(re->code, (PCRE2_SPTR)s, len, pos, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, m->data, m->limits);
 }
 
 enum status_code tok_regex_next(struct tok_regex_iter *it, struct tok_match *m, size_t *start, size_t *end, bool *found,
@@ -395,7 +409,8 @@ enum status_code tok_regex_next(struct tok_regex_iter *it, struct tok_match *m, 
         if (rc == PCRE2_ERROR_NOMEMORY)
             return status_nomem(st, "regex match", 0);
         if (rc < 0)
-            return status_set(st, ST_RESOURCE_EXHAUSTED, "text: the regex of the pre-tokenizer gives up (PCRE2 %d)",
+            return status_set(st, ST_INVALID_ARGUMENT,
+                              "text: a regex of tokenizer.json gives up, as it would take too many steps (PCRE2 %d)",
                               rc);
         const PCRE2_SIZE *ov = pcre2_get_ovector_pointer(m->data);
         if (ov[0] == ov[1] && ov[1] == it->last_end) { /* an empty match right behind the last one does not count */

@@ -140,6 +140,19 @@ uint32_t tok_utf8_get(const char *s, unsigned len)
     }
 }
 
+unsigned tok_utf8_put(char *s, uint32_t c)
+{
+    if (c < 0x80) {
+        s[0] = (char)c;
+        return 1;
+    }
+    unsigned len = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    s[0] = (char)((0xF00u >> len & 0xF0) | c >> 6 * (len - 1));
+    for (unsigned k = 1; k < len; k++)
+        s[k] = (char)(0x80 | (c >> 6 * (len - 1 - k) & 0x3F));
+    return len;
+}
+
 bool tok_is_space(uint32_t c)
 {
     return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
