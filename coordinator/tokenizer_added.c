@@ -196,8 +196,12 @@ static size_t char_before(const char *s, size_t i)
 static enum status_code is_word_char(const struct tokenizer *t, struct tok_match *m, const char *s, size_t n, bool *yes,
                                      struct status *st)
 {
-    struct tok_regex_iter it = {.re = t->word_char, .s = s, .len = n, .last_end = TOK_NO_MATCH};
+    char same[4]; /* where a newer character's stand-in lies */
+    struct tok_buf copy = {.data = same, .cap = sizeof same};
     size_t start, end;
+    if (!tok_regex_subject(t->word_char, &copy, &s, n))
+        return status_nomem(st, "added_tokens", n);
+    struct tok_regex_iter it = {.re = t->word_char, .s = s, .len = n, .last_end = TOK_NO_MATCH};
     return tok_regex_next(&it, m, &start, &end, yes, st);
 }
 

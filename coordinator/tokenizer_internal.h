@@ -67,7 +67,7 @@ static inline unsigned tok_utf8_len(unsigned char lead)
 }
 uint32_t tok_utf8_get(const char *s, unsigned len);
 unsigned tok_utf8_put(char *s, uint32_t c); /* returns the length, 1 to 4 */
-bool tok_is_space(uint32_t c); /* the White_Space property */
+bool tok_is_space(uint32_t c);              /* the White_Space property */
 
 uint64_t tok_hash(const char *s, size_t n);
 /* s fit for a message: escaped, cut after some 40 bytes. Returns buf. */
@@ -123,6 +123,7 @@ enum tok_regex_syntax {
     TOK_REGEX_LITERAL, /* the text itself */
     TOK_REGEX_ONIG,    /* Oniguruma's (Ruby's) syntax, as tokenizer.json has it */
     TOK_REGEX_PCRE,    /* our own */
+    TOK_REGEX_EXACT,   /* our own, with the very characters of the text (no stand-ins) */
 };
 /* UNIMPLEMENTED for a construct that means something else in PCRE2, DATA_LOSS for a pattern that is none. */
 STATUS_MUST_CHECK enum status_code tok_regex_create(struct tok_regex **out, const char *pattern, size_t len,
@@ -262,7 +263,7 @@ void tok_norm_free(struct tok_norm *norm);
 /* tokenizer_nf.c: appends a normal form of s, form one of the first four types. false: out of memory. */
 STATUS_MUST_CHECK bool tok_nf_run(enum tok_norm_type form, const char *s, size_t n, struct tok_buf *out);
 
-enum tok_pre_type { TOK_PRE_SPLIT, TOK_PRE_PREFIX_SPACE, TOK_PRE_METASPACE };
+enum tok_pre_type { TOK_PRE_SPLIT, TOK_PRE_LENGTH, TOK_PRE_PREFIX_SPACE, TOK_PRE_METASPACE, TOK_PRE_BYTE_CHARS };
 enum tok_behavior {
     TOK_REMOVED,
     TOK_ISOLATED,
@@ -279,6 +280,7 @@ struct tok_pre {
     struct tok_regex *re;
     char mark[4]; /* METASPACE: stands for the space */
     unsigned mark_len;
+    uint32_t length; /* LENGTH: characters of a piece */
 };
 STATUS_MUST_CHECK enum status_code tok_pre_load(struct tokenizer *t, const json_t *obj, struct status *st);
 void tok_pre_free(struct tok_pre *pre);

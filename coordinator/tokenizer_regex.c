@@ -9,7 +9,7 @@
  *   \p{Han}      the script; PCRE2 means Script_Extensions, hence \p{sc:Han}
  *   \v           U+000B; any vertical space in PCRE2
  *   \h           a hex digit in Oniguruma: refused         ^ $ \b \G \R ...   refused
- *   x{2}+ x{2}?  not possessive, not lazy in Ruby: refused  (?i) &&, nested class, back-references: refused
+ *   x{2}+ x{2}?  not possessive, not lazy in Ruby: refused  (?i) &&, back-references, some nested classes: refused
  */
 #include "coordinator/tokenizer_internal.h"
 
@@ -176,9 +176,24 @@ static enum status_code translate_escape(struct translation *tr, struct status *
     return ST_OK;
 }
 
+/* A class in a class adds its members: its brackets go. tr->i is at either of them; a '-' beside it could become a range
+ * that is none. */
+static enum status_code translate_inner_bracket(struct translation *tr, struct status *st)
+{
+    bool open = tr->p[tr->i] == '[';
+    if (open && (peek(tr, 1) == '^' || peek(tr, 1) == ']' || peek(tr, 1) == ':'))
+        return refuse(tr, "a class in a class that is negated, empty or named", st);
+    if (tr->p[tr->i - 1] == '-' || peek(tr, 1) == '-')
+        return refuse(tr, "'-' beside a class in a class", st);
+    tr->i++;
+    return ST_OK;
+}
+
 /* tr->i is behind the opening bracket. */
 static enum status_code translate_class(struct translation *tr, struct status *st)
 {
+    enum status_code rc = ST_OK;
+    unsigned depth = 1;
     put(tr, "[", 1);
     tr->in_class = true;
     if (peek(tr, 0) == '^') {
@@ -187,24 +202,27 @@ static enum status_code translate_class(struct translation *tr, struct status *s
     }
     if (peek(tr, 0) == ']')
         return refuse(tr, "']' as first member of a class", st);
-    while (tr->i < tr->len && tr->p[tr->i] != ']') {
+    while (rc == ST_OK && tr->i < tr->len) {
         char c = tr->p[tr->i];
-        if (c == '[')
-            return refuse(tr, "a class in a class", st);
-        if (c == '&' && peek(tr, 1) == '&')
-            return refuse(tr, "'&&' in a class", st);
-        if (c == '\\') {
+        if (c == ']' && --depth == 0)
+            break;
+        if (c == '[' || c == ']') {
+            depth += c == '[';
+            rc = translate_inner_bracket(tr, st);
+        } else if (c == '&' && peek(tr, 1) == '&') {
+            rc = refuse(tr, "'&&' in a class", st);
+        } else if (c == '\\') {
             tr->i++;
-            enum status_code rc = translate_escape(tr, st);
-            if (rc != ST_OK)
-                return rc;
-            continue;
+            rc = translate_escape(tr, st);
+        } else {
+            put(tr, &c, 1);
+            tr->i++;
         }
-        put(tr, &c, 1);
-        tr->i++;
     }
-    if (tr->i == tr->len)
-        return status_set(st, ST_DATA_LOSS, "regex: a class is not closed");
+    if (rc == ST_OK && tr->i == tr->len)
+        rc = status_set(st, ST_DATA_LOSS, "regex: a class is not closed");
+    if (rc != ST_OK)
+        return rc;
     put(tr, "]", 1);
     tr->in_class = false;
     tr->i++;
@@ -334,8 +352,10 @@ enum status_code tok_regex_create(struct tok_regex **out, const char *pattern, s
             rc = tok_stand_in(&copy, &same, len) ? translate(&tr, st) : status_nomem(st, "regex", len);
             re->stand_ins = same == pattern; /* a pattern that spells such a character means that one alone */
             tok_buf_free(&copy);
-        } else if (!tok_buf_add(&tr.out, pattern, len)) {
-            rc = status_nomem(st, "regex", len);
+        } else {
+            re->stand_ins = syntax == TOK_REGEX_PCRE;
+            if (!tok_buf_add(&tr.out, pattern, len))
+                rc = status_nomem(st, "regex", len);
         }
         if (rc == ST_OK)
             rc = compile(re, tr.out.data ? tr.out.data : "", tr.out.len, options, st);
