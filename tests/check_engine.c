@@ -656,7 +656,7 @@ START_TEST(damaged_folder_is_described)
         const char *says;
     } edits[] = {
         {"config.json", "\"hidden_size\": 192", "\"hidden_size\": 200", ST_DATA_LOSS,
-         "tensor model.embed_tokens.weight: shape [2048, 192], expected [2048, 200] by config.json"},
+         "tensor model.embed_tokens.weight: shape [2048, 192], expected [2048, 200] by the model's configuration"},
         {"config.json", "\"intermediate_size\": 512", "\"intermediate_size\": 511", ST_DATA_LOSS,
          "tensor model.layers.0.mlp.gate_proj.weight: shape [512, 192], expected [511, 192]"},
         {"config.json", "\"num_hidden_layers\": 4", "\"num_hidden_layers\": 5", ST_DATA_LOSS,

@@ -26,6 +26,13 @@ if(TANDEM_TESTS)
     endif()
   endforeach()
 
+  tandem_check(gguf tandem_engine)
+  target_sources(check_gguf PRIVATE gguf_build.c temp_dir.c)
+  add_executable(fuzz_gguf fuzz/fuzz_gguf.c gguf_build.c)
+  target_link_libraries(fuzz_gguf PRIVATE tandem_engine)
+  add_test(NAME fuzz_gguf COMMAND fuzz_gguf)
+  set_tests_properties(fuzz_gguf PROPERTIES TIMEOUT 300 ENVIRONMENT "${SANITIZER_ENV}")
+
   add_executable(fuzz_safetensors fuzz/fuzz_safetensors.c)
   target_link_libraries(fuzz_safetensors PRIVATE tandem_engine)
   add_test(NAME fuzz_safetensors COMMAND fuzz_safetensors)
@@ -33,9 +40,12 @@ if(TANDEM_TESTS)
 
   add_executable(engine_run engine_run.c)
   target_link_libraries(engine_run PRIVATE tandem_engine_group PkgConfig::JANSSON)
+  add_executable(quant_run quant_run.c)
+  target_link_libraries(quant_run PRIVATE tandem_engine)
   # Debian's python3: one of another origin on PATH would not see python3-numpy
   add_test(NAME engine_reference
-           COMMAND /usr/bin/python3 ${CMAKE_CURRENT_SOURCE_DIR}/reference.py --run $<TARGET_FILE:engine_run>)
+           COMMAND /usr/bin/python3 ${CMAKE_CURRENT_SOURCE_DIR}/reference.py --run $<TARGET_FILE:engine_run>
+                   --quant-run $<TARGET_FILE:quant_run>)
   set_tests_properties(engine_reference PROPERTIES TIMEOUT 300 ENVIRONMENT
                        "${SANITIZER_ENV};OPENBLAS_NUM_THREADS=1")
 endif()

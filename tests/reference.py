@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Engine against an independent reference: random models of many shapes, computed here in float64 with NumPy.
 
-    reference.py --run PATH/engine_run [--seed N] [--only NAME]     compare (what ctest does)
+    reference.py --run PATH/engine_run [--quant-run PATH/quant_run] [--seed N] [--only NAME]     compare (what ctest does)
     reference.py --write DIR --only NAME [--seed N]                 leave one model folder, with expected.json, in DIR
 
 The forward below is written from the published descriptions of Llama, Mistral, Qwen 2 and Qwen 3 and of the rotary
@@ -17,6 +17,8 @@ import sys
 import tempfile
 
 import numpy as np
+
+import gguf_file
 
 TOLERANCE = 2e-3  # logits here are of size 1 to 10; float32 arithmetic differs by 1e-5 or so
 LOGITS_TOLERANCE = 2e-4
@@ -43,6 +45,10 @@ MODELS = {
     "qwen2": dict(hidden=48, inner=77, layers=3, heads=6, kv_heads=2, head_dim=None, vocab=211, dtype="F16", files=1,
                   tied=True, rope_theta=1000000.0, arch="Qwen2ForCausalLM",
                   config=dict(use_sliding_window=True, sliding_window=11, max_window_layers=2, use_mrope=False)),
+    "qwen2_yarn": dict(hidden=48, inner=64, layers=2, heads=6, kv_heads=3, head_dim=16, vocab=140, dtype="mixed", files=1,
+                       tied=True, rope_theta=1000000.0, arch="Qwen2ForCausalLM",
+                       config=dict(use_sliding_window=False,
+                                   rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=160))),
     "qwen3": dict(hidden=40, inner=66, layers=3, heads=4, kv_heads=2, head_dim=24, vocab=180, dtype="BF16", files=1,
                   tied=True, arch="Qwen3ForCausalLM",
                   config=dict(use_sliding_window=False, sliding_window=None, max_window_layers=3)),
@@ -69,6 +75,12 @@ MODELS = {
 RUNS = [(1, 64, 1, 2), (1, 3, 4, 1), (2, 16, 2, 1), (3, 64, 4, 1), (4, 5, 3, 2), (5, 64, 4, 1), (6, 16, 4, 1), (7, 64, 2, 1),
         (8, 64, 4, 1)]
 FAMILY_RUNS = [(1, 64, 1, 1), (2, 5, 3, 1), (3, 16, 4, 1)]
+
+# Written as GGUF files too: those that such a file can describe.
+GGUF_TOO = ("mixed_dtypes", "mistral", "qwen2_yarn", "qwen3", "llama3_biases", "yi_linear")
+# Only as a GGUF file: each matrix quantised in another way. Columns of ranks end within blocks.
+QUANTISED = dict(hidden=256, inner=256, layers=2, heads=8, kv_heads=4, head_dim=32, vocab=96, dtype="F32", files=1,
+                 tied=False, config=dict(max_position_embeddings=160))
 
 
 def to_bf16(x):
@@ -157,7 +169,7 @@ def make_model(folder, m, rng):
     """Writes the folder; returns the weights as float64."""
     complete(m)
     mixed = ["BF16", "F16", "F32"]
-    weights, parts = {}, [[] for _ in range(m["files"])]
+    weights, parts, all_tensors = {}, [[] for _ in range(m["files"])], {}
     for k, (name, shape) in enumerate(tensor_shapes(m)):
         if name.endswith(".bias"):
             x = 0.5 * rng.standard_normal(shape)
@@ -172,6 +184,7 @@ def make_model(folder, m, rng):
         dtype = mixed[k % 3] if m["dtype"] == "mixed" else m["dtype"]
         raw, weights[name] = stored(x, dtype)
         parts[k % m["files"]].append((name, dtype, shape, raw))
+        all_tensors[name] = (dtype, shape, raw)
     if m["files"] == 1:
         write_file(folder + "/model.safetensors", parts[0])
     else:
@@ -195,6 +208,68 @@ def make_model(folder, m, rng):
     config.update(m["config"])
     with open(folder + "/config.json", "w") as f:
         json.dump(config, f)
+    return weights, all_tensors
+
+
+def gguf_values(m):
+    arch = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+            "Qwen3ForCausalLM": "qwen3"}[m["arch"]]
+    own = {
+        "embedding_length": ("u32", m["hidden"]), "feed_forward_length": ("u32", m["inner"]),
+        "block_count": ("u32", m["layers"]), "attention.head_count": ("u32", m["heads"]),
+        "attention.head_count_kv": ("u32", m["kv_heads"]), "context_length": ("u32", 160),
+        "attention.layer_norm_rms_epsilon": ("f32", m["eps"]), "rope.freq_base": ("f32", m["rope_theta"]),
+    }
+    if m["explicit_head_dim"]:
+        own.update({"attention.key_length": ("u32", m["head_dim"]), "attention.value_length": ("u32", m["head_dim"])})
+    if m["windows"][0]:
+        own["attention.sliding_window"] = ("u32", m["windows"][0])
+    scaling = m["config"].get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("linear", "yarn"):
+        own.update({"rope.scaling.type": ("string", kind), "rope.scaling.factor": ("f32", scaling["factor"])})
+    if kind == "yarn":
+        own["rope.scaling.original_context_length"] = ("u32", scaling["original_max_position_embeddings"])
+    values = {"general.architecture": ("string", arch), "general.name": ("string", "a test"),
+              "tokenizer.ggml.bos_token_id": ("u32", 1), "tokenizer.ggml.eos_token_id": ("u32", 2)}
+    values.update({"%s.%s" % (arch, key): v for key, v in own.items()})
+    return values
+
+
+def write_gguf(path, m, tensors):
+    """tensors: name: (type, shape, bytes as a folder's file has them)"""
+    values, out = gguf_values(m), []
+    for name, (kind, shape, raw) in tensors.items():
+        if values["general.architecture"][1] == "llama" and ("q_proj" in name or "k_proj" in name):
+            raw = gguf_file.paired(raw, m["heads" if "q_proj" in name else "kv_heads"], m["head_dim"])
+        out.append((gguf_file.tensor_name(name), gguf_file.PLAIN[kind], shape, raw))
+    if (m["config"].get("rope_scaling") or {}).get("rope_type") == "llama3":
+        # a file of Llama 3 has the scaling as what each frequency is divided by
+        d = m["head_dim"]
+        divisor = m["rope_theta"] ** -(np.arange(0, d, 2) / d) / frequencies(m, d)[0]
+        out.append(("rope_freqs.weight", 0, (d // 2,), divisor.astype("<f4").tobytes()))
+    gguf_file.write(path, values, out)
+
+
+def make_quantised(path, m, rng):
+    complete(m)
+    weights, out = {}, []
+    kinds = list(gguf_file.QUANTS) * 2
+    for name, shape in tensor_shapes(m):
+        if len(shape) == 1:
+            raw, weights[name] = stored(1.0 + 0.2 * rng.standard_normal(shape), "F32")
+            out.append((gguf_file.tensor_name(name), 0, shape, raw))
+            continue
+        kind = kinds.pop(0)
+        number, block = gguf_file.QUANTS[kind][:2]
+        size = 1.0 if "embed" in name else 1.6 / np.sqrt(shape[1])
+        raw = gguf_file.random_blocks(kind, shape[0] * shape[1] // block, size, rng)
+        out.append((gguf_file.tensor_name(name), number, shape, raw))
+        x = gguf_file.expand(kind, raw).reshape(shape)
+        if "q_proj" in name or "k_proj" in name:
+            x = gguf_file.unpaired(x, m["heads" if "q_proj" in name else "kv_heads"], m["head_dim"])
+        weights[name] = x
+    gguf_file.write(path, gguf_values(m), out)
     return weights
 
 
@@ -398,11 +473,19 @@ def check_options(run, folder, label, cases):
 
 
 def check_model(run, name, seed):
-    rng = np.random.default_rng([seed, list(MODELS).index(name)])
-    m = dict(MODELS[name])
+    rng = np.random.default_rng([seed, list(MODELS).index(name) if name in MODELS else 1000])
+    m = dict(MODELS.get(name, QUANTISED))
     bad = compared = 0
     with tempfile.TemporaryDirectory() as folder:
-        weights = make_model(folder, m, rng)
+        path, twin = folder, None
+        if name == "quantised":
+            path = folder + "/model.gguf"
+            weights = make_quantised(path, m, rng)
+        else:
+            weights, tensors = make_model(folder, m, rng)
+        if name in GGUF_TOO:
+            twin = folder + "/twin.gguf"
+            write_gguf(twin, m, tensors)
         cases = make_cases(m, weights, rng)
         if not m["config"]:  # what follows the logits is the same for all families
             adjusted_cases = [expect_adjusted(m, weights, c["prompt_ids"]) for c in cases]
@@ -414,7 +497,7 @@ def check_model(run, name, seed):
         runs = FAMILY_RUNS if m["config"] else RUNS
         for ranks, rows, concurrent, threads in runs:
             label = "%s, %d ranks, %d rows, %d at a time, seed %d" % (name, ranks, rows, concurrent, seed)
-            got = run_engine(run, folder, ranks, rows, concurrent, threads, NEW_TOKENS, prompts)
+            got = run_engine(run, path, ranks, rows, concurrent, threads, NEW_TOKENS, prompts)
             if got is None:
                 print("%s: engine_run failed" % label)
                 bad += 1
@@ -422,6 +505,9 @@ def check_model(run, name, seed):
             b, c = compare(label, cases, got)
             bad += b
             compared += c
+            if twin and ranks <= 3:
+                bad += not same_as_twin(label, name, got, run_engine(run, twin, ranks, rows, concurrent, threads, NEW_TOKENS,
+                                                                     prompts))
     print("%s: %d ids compared, %d differences" % (name, compared, bad))
     if compared < len(runs) * NEW_TOKENS:
         print("%s: too few margins are over %g to tell anything" % (name, TOLERANCE))
@@ -429,22 +515,59 @@ def check_model(run, name, seed):
     return bad
 
 
+def same_as_twin(label, name, got, twin):
+    """The same weights from a GGUF file: bit for bit, but where it has rotary angles by another way (divisors in F32)."""
+    allowed = LOGITS_TOLERANCE if name == "llama3_biases" else 0.0
+    if twin is None:
+        print("%s: the GGUF file failed" % label)
+        return False
+    error = max(abs(a - b) for x, y in zip(got["logits"], twin["logits"]) for a, b in zip(x, y))
+    if twin["ids"] != got["ids"] or error > allowed:
+        print("%s: another result from the GGUF file: logits off by %g" % (label, error))
+        return False
+    return True
+
+
+def check_quants(run, seed):
+    """Blocks of random bits, value by value: the whole rows, and parts that begin and end within blocks."""
+    rng = np.random.default_rng([seed, 2000])
+    bad = 0
+    for kind, (number, block, _, _) in gguf_file.QUANTS.items():
+        cols, rows = 4 * block, 8
+        raw = gguf_file.random_blocks(kind, rows * cols // block, 1.0, rng)
+        want = gguf_file.expand(kind, raw).reshape(rows, cols)
+        for first, count in ((0, cols), (block // 2 + 1, 2 * block), (3, 5), (2 * block, block), (cols - 1, 1)):
+            p = subprocess.run([run, str(number), str(cols), str(first), str(count)], input=raw, stdout=subprocess.PIPE)
+            got = np.frombuffer(p.stdout, np.float32).astype(np.float64)
+            part = want[:, first:first + count].reshape(-1)
+            # products of scales are rounded to float32 before they meet: an ulp or two of the largest term
+            if p.returncode or got.shape != part.shape or not np.abs(got - part).max() <= 2.0 ** -22 * np.abs(want).max():
+                print("%s, %d values from %d: not as the format defines them" % (kind, count, first))
+                bad += 1
+    print("quantised blocks: %d differences" % bad)
+    return bad
+
+
 def main():
     args = argparse.ArgumentParser()
     args.add_argument("--run")
     args.add_argument("--write")
-    args.add_argument("--only", choices=sorted(MODELS))
+    args.add_argument("--quant-run")
+    args.add_argument("--only", choices=sorted(MODELS) + ["quantised"])
     args.add_argument("--seed", type=int, default=1)
     args = args.parse_args()
     if args.write:
         rng = np.random.default_rng([args.seed, list(MODELS).index(args.only)])
         m = dict(MODELS[args.only])
         os.makedirs(args.write, exist_ok=True)
-        weights = make_model(args.write, m, rng)
+        weights, _ = make_model(args.write, m, rng)
         with open(args.write + "/expected.json", "w") as f:
             json.dump({"cases": make_cases(m, weights, rng)}, f)
         return 0
-    return 1 if sum(check_model(args.run, n, args.seed) for n in ([args.only] if args.only else MODELS)) else 0
+    bad = sum(check_model(args.run, n, args.seed) for n in ([args.only] if args.only else list(MODELS) + ["quantised"]))
+    if args.quant_run:
+        bad += check_quants(args.quant_run, args.seed)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

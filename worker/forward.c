@@ -129,7 +129,7 @@ static enum status_code host_create(struct forward **out, const struct forward_c
     memset(f->sampler, 0, threads_count(cfg->pool) * sizeof *f->sampler);
     if ((rc = create_parts(f, st)) != ST_OK)
         goto fail;
-    rope_table(f->cosine, f->sine, &cfg->model->rope, NULL, cfg->model->head_dim, cfg->max_context);
+    rope_table(f->cosine, f->sine, &cfg->model->rope, cfg->model->head_dim, cfg->max_context);
     *out = f;
     return ST_OK;
 fail:

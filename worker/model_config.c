@@ -168,14 +168,27 @@ enum status_code model_config_parse(struct model_config *out, const char *config
     return rc;
 }
 
-enum status_code model_config_load(struct model_config *out, const char *dir, struct status *st)
+static enum status_code load_gguf(struct model_config *out, const char *path, struct status *st)
+{
+    struct gguf *g;
+    enum status_code rc = gguf_open(&g, path, st);
+    if (rc != ST_OK)
+        return rc;
+    rc = model_config_from_gguf(out, g, st);
+    gguf_close(g);
+    return rc;
+}
+
+enum status_code model_config_load(struct model_config *out, const char *path, struct status *st)
 {
     struct stat info;
-    if (stat(dir, &info) != 0 || !S_ISDIR(info.st_mode))
-        return status_set(st, ST_NOT_FOUND, "model folder %s: no such folder", dir);
+    if (gguf_is_file(path))
+        return load_gguf(out, path, st);
+    if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode))
+        return status_set(st, ST_NOT_FOUND, "model folder %s: no such folder", path);
     char config_path[4096], generation_path[4096];
-    if (snprintf(config_path, sizeof config_path, "%s/config.json", dir) >= (int)sizeof config_path ||
-        snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", dir) >=
+    if (snprintf(config_path, sizeof config_path, "%s/config.json", path) >= (int)sizeof config_path ||
+        snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", path) >=
             (int)sizeof generation_path)
         return status_set(st, ST_INVALID_ARGUMENT, "model folder: its path has more than 4000 characters");
 

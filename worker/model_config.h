@@ -1,4 +1,5 @@
-/* model_config.h - what config.json and generation_config.json of a Hugging Face folder say. Prefix model_config_.
+/* model_config.h - what config.json and generation_config.json of a Hugging Face folder, or a GGUF file, say. Prefix
+ * model_config_.
  *
  * LlamaForCausalLM (also Yi, SmolLM2), MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; every option that would change the arithmetic and is not computed here is refused by its name
  * (UNIMPLEMENTED), so that a model either runs right or not at all.
@@ -10,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "proto/gguf.h"
 #include "proto/status.h"
 #include "worker/rope.h"
 
@@ -47,13 +49,17 @@ struct model_config {
     float top_p;
 };
 
-/* NOT_FOUND: the folder or its config.json. generation_config.json may be absent. */
-STATUS_MUST_CHECK enum status_code model_config_load(struct model_config *out, const char *dir, struct status *st);
+/* path: a folder, or a GGUF file. NOT_FOUND: it, or config.json in it. generation_config.json may be absent. */
+STATUS_MUST_CHECK enum status_code model_config_load(struct model_config *out, const char *path, struct status *st);
 
 /* The same from memory. generation may be NULL. */
 STATUS_MUST_CHECK enum status_code model_config_parse(struct model_config *out, const char *config, size_t config_bytes,
                                                       const char *generation, size_t generation_bytes,
                                                       struct status *st);
+
+/* The same from the metadata of a GGUF file. */
+STATUS_MUST_CHECK enum status_code model_config_from_gguf(struct model_config *out, const struct gguf *g,
+                                                          struct status *st);
 
 /* Tokens that a row of this layer sees, itself included; 0: all. */
 uint32_t model_window(const struct model_config *m, uint32_t layer);

@@ -11,7 +11,7 @@
 #include "memory/memory.h"
 #include "worker/mapped_read.h"
 #include "worker/model_convert.h"
-#include "worker/safetensors.h"
+#include "worker/model_source.h"
 
 #define ALIGN_BYTES 64
 #define CHUNK_BYTES (4u << 20) /* copied between two calls of progress */
@@ -20,8 +20,8 @@ _Static_assert(CHUNK_BYTES <= WEIGHT_STAGE_BYTES, "a chunk is staged whole");
 
 /* A part of a tensor and where it goes. Addresses are offsets into the arena until it exists. */
 struct piece {
-    struct safetensor src; /* random weights: without data */
-    uint64_t seed;         /* of random weights; 0: ones */
+    struct model_tensor src; /* random weights: without data */
+    uint64_t seed;           /* of random weights; 0: ones */
     struct shard_span rows, cols;
     uint64_t src_cols;
     uint64_t at;
@@ -29,7 +29,7 @@ struct piece {
 };
 
 struct model_loader {
-    struct safetensors *files; /* NULL: random weights */
+    struct model_source *source; /* NULL: random weights */
     const struct model_config *m;
     const struct shard *shard;
     const struct weight_store *store;
@@ -56,14 +56,14 @@ static struct shard_span times(struct shard_span s, uint32_t factor)
     return (struct shard_span){s.first * factor, s.count * factor};
 }
 
-static enum status_code get_checked(struct safetensor *t, const struct model_loader *l, const char *name,
+static enum status_code get_checked(struct model_tensor *t, const struct model_loader *l, const char *name,
                                     uint32_t full_rows, uint32_t full_cols, struct status *st)
 {
-    if (!l->files) {
-        *t = (struct safetensor){.dtype = MAT_BF16};
+    if (!l->source) {
+        *t = (struct model_tensor){.dtype = MAT_BF16};
         return ST_OK;
     }
-    enum status_code rc = safetensors_get(t, l->files, name, st);
+    enum status_code rc = model_source_get(t, l->source, name, st);
     if (rc != ST_OK)
         return rc;
     char expected[32], found[SAFETENSORS_MAX_DIMS * 21 + 3] = "[";
@@ -77,8 +77,8 @@ static enum status_code get_checked(struct safetensor *t, const struct model_loa
         snprintf(expected, sizeof expected, "[%u, %u]", full_rows, full_cols);
     else
         snprintf(expected, sizeof expected, "[%u]", full_cols);
-    return status_set(st, ST_DATA_LOSS, "%s: tensor %s: shape %s], expected %s by config.json", t->file, name, found,
-                      expected);
+    return status_set(st, ST_DATA_LOSS, "%s: tensor %s: shape %s], expected %s by the model's configuration", t->file,
+                      t->name, found, expected);
 }
 
 /* Stacks the rows of n parts, columns cols of full_cols, into one matrix. */
@@ -142,6 +142,14 @@ static enum status_code plan_vector(struct model_loader *l, const float **out, c
         p->rows = whole(1);
         p->cols = part[i].rows;
         p->src_cols = part[i].full_rows;
+        if (p->src.quant)
+            return status_set(st, ST_UNIMPLEMENTED, "%s: tensor %s: quantised biases are not supported", p->src.file,
+                              p->src.name);
+        if (p->src.paired_rows) { /* a matrix of one column, whose rows stand in another order in the file */
+            p->rows = part[i].rows;
+            p->cols = whole(1);
+            p->src_cols = 1;
+        }
         p->at = at;
         p->dtype = MAT_F32;
         at += part[i].rows.count * sizeof(float);
@@ -242,19 +250,52 @@ struct rows_copy {
     uint32_t first, n;
 };
 
+/* The file's row for ours. */
+static uint64_t row_in_file(const struct model_tensor *t, uint64_t row)
+{
+    uint64_t d = t->paired_rows;
+    if (!d)
+        return row;
+    uint64_t in_head = row % d;
+    return row - in_head + (in_head < d / 2 ? 2 * in_head : 2 * in_head - d + 1);
+}
+
+#define QUANT_STEP 1024 /* values that are expanded at a time on their way to another dtype */
+
+static void copy_quantised(const struct piece *p, uint8_t *to, uint64_t row)
+{
+    const struct quant *q = p->src.quant;
+    const uint8_t *from = p->src.data + row * (p->src_cols / q->block_values * q->block_bytes);
+    if (p->dtype == MAT_F32) {
+        quant_row(q, (float *)(void *)to, from, p->cols.first, p->cols.count);
+        return;
+    }
+    float some[QUANT_STEP];
+    for (uint32_t at = 0, n; at < p->cols.count; at += n) {
+        n = p->cols.count - at < QUANT_STEP ? p->cols.count - at : QUANT_STEP;
+        quant_row(q, some, from, p->cols.first + at, n);
+        model_convert(to + (uint64_t)at * mat_elem_bytes(p->dtype), p->dtype, some, MAT_F32, n);
+    }
+}
+
 static void copy_rows(void *arg)
 {
     const struct rows_copy *c = arg;
     const struct piece *p = c->piece;
     uint64_t src_elem = mat_elem_bytes(p->src.dtype), dst_stride = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
-    uint64_t src_stride = p->src_cols * src_elem, row = p->rows.first + (uint64_t)c->first;
-    const uint8_t *src = p->src.data + row * src_stride + p->cols.first * src_elem;
-    if (p->src.dtype == p->dtype && src_stride == dst_stride) {
-        memcpy(c->to, src, c->n * dst_stride);
+    uint64_t src_stride = p->src_cols * src_elem, first = p->rows.first + (uint64_t)c->first;
+    const uint8_t *src = p->src.data + p->cols.first * src_elem;
+    if (p->src.dtype == p->dtype && src_stride == dst_stride && !p->src.paired_rows && !p->src.quant) {
+        memcpy(c->to, src + first * src_stride, c->n * dst_stride);
         return;
     }
-    for (uint32_t i = 0; i < c->n; i++)
-        model_convert(c->to + i * dst_stride, p->dtype, src + i * src_stride, p->src.dtype, p->cols.count);
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint64_t row = row_in_file(&p->src, first + i);
+        if (p->src.quant)
+            copy_quantised(p, c->to + i * dst_stride, row);
+        else
+            model_convert(c->to + i * dst_stride, p->dtype, src + row * src_stride, p->src.dtype, p->cols.count);
+    }
 }
 
 /* The variance of an even spread over -s .. s is s^2 / 3. */
@@ -306,7 +347,7 @@ static enum status_code load_rows(const struct model_loader *l, const struct pie
     if (s && (rc = s->stage(s->ctx, &host, bytes, st)) != ST_OK)
         return rc;
     struct rows_copy c = {p, host, first, n};
-    if (!l->files)
+    if (!l->source)
         random_rows(&c);
     else if (!mapped_read(copy_rows, &c))
         return status_set(st, ST_DATA_LOSS,
@@ -327,7 +368,7 @@ static enum status_code copy_all(const struct model_loader *l, uint8_t *arena, s
         uint64_t row_bytes = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
         if (row_bytes == 0)
             continue;
-        bool made_there = l->store && l->store->random && !l->files && p->seed && p->dtype == MAT_BF16;
+        bool made_there = l->store && l->store->random && !l->source && p->seed && p->dtype == MAT_BF16;
         if (made_there && (rc = random_in_store(l, p, arena + p->at, st)) != ST_OK)
             return rc;
         uint32_t step = made_there ? p->rows.count : row_bytes < CHUNK_BYTES ? (uint32_t)(CHUNK_BYTES / row_bytes) : 1;
@@ -344,7 +385,7 @@ static enum status_code copy_all(const struct model_loader *l, uint8_t *arena, s
         return rc;
     if (progress.fn)
         progress.fn(progress.ctx, l->bytes, l->bytes);
-    return l->files ? safetensors_check_unchanged(l->files, st) : ST_OK;
+    return l->source ? model_source_check_unchanged(l->source, st) : ST_OK;
 }
 
 static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, struct status *st)
@@ -396,7 +437,7 @@ static void place_all(struct model_weights *w, const struct model_config *m)
         w->head = w->embed;
 }
 
-enum status_code model_loader_open(struct model_loader **out, const char *dir, const struct model_config *m,
+enum status_code model_loader_open(struct model_loader **out, const char *path, const struct model_config *m,
                                    const struct shard *shard, const struct weight_store *store, struct status *st)
 {
     struct model_loader *l = calloc(1, sizeof *l);
@@ -404,7 +445,7 @@ enum status_code model_loader_open(struct model_loader **out, const char *dir, c
         return status_nomem(st, "loader of weights", sizeof *l);
     *l = (struct model_loader){.m = m, .shard = shard, .store = store, .max_pieces = 3 + 18ull * m->layers};
     enum status_code rc;
-    if (dir && (rc = safetensors_open(&l->files, dir, st)) != ST_OK)
+    if (path && (rc = model_source_open(&l->source, path, m, st)) != ST_OK)
         goto fail;
     l->piece = calloc(l->max_pieces, sizeof *l->piece);
     l->w.layer = calloc(m->layers, sizeof *l->w.layer);
@@ -432,7 +473,7 @@ void model_loader_close(struct model_loader *l)
         return;
     model_weights_unload(&l->w);
     free(l->piece);
-    safetensors_close(l->files);
+    model_source_close(l->source);
     free(l);
 }
 

@@ -55,20 +55,20 @@ void rope_frequencies(double *out, const struct rope *rope, uint32_t head_dim)
     }
     if (rope->scaling == ROPE_YARN)
         yarn_frequencies(out, rope, head_dim);
+    for (uint32_t i = 0; rope->divided && i < half; i++)
+        out[i] /= (double)rope->divisor[i];
 }
 
 /* Angles in double: position times frequency has no digits to lose at a long context. */
-void rope_table(float *cosine, float *sine, const struct rope *rope, const float *divisor, uint32_t head_dim,
-                uint32_t positions)
+void rope_table(float *cosine, float *sine, const struct rope *rope, uint32_t head_dim, uint32_t positions)
 {
     double f[ROPE_MAX_DIM / 2], factor = rope->attention_factor;
     uint32_t half = head_dim / 2;
     rope_frequencies(f, rope, head_dim);
     for (uint32_t i = 0; i < half; i++) {
-        double frequency = divisor ? f[i] / (double)divisor[i] : f[i];
         for (uint32_t p = 0; p < positions; p++) {
-            cosine[(uint64_t)p * half + i] = (float)(cos(p * frequency) * factor);
-            sine[(uint64_t)p * half + i] = (float)(sin(p * frequency) * factor);
+            cosine[(uint64_t)p * half + i] = (float)(cos(p * f[i]) * factor);
+            sine[(uint64_t)p * half + i] = (float)(sin(p * f[i]) * factor);
         }
     }
 }

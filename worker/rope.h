@@ -29,6 +29,8 @@ struct rope {
     double beta_fast, beta_slow;
     bool whole_pairs;        /* the ramp's ends are rounded outwards to whole pairs, as usual */
     double attention_factor; /* 1 for all but yarn */
+    bool divided; /* every frequency by a number of its own, on top of the scaling: so have GGUF files Llama 3's */
+    float divisor[ROPE_MAX_DIM / 2];
 };
 
 /* What yarn multiplies cosine and sine with where the model does not say: 0.1 * scale * ln(F) + 1. */
@@ -37,9 +39,7 @@ double rope_yarn_mscale(double factor, double scale);
 /* f_i of pairs 0 .. head_dim / 2 - 1. */
 void rope_frequencies(double *out, const struct rope *rope, uint32_t head_dim);
 
-/* Cosine and sine of positions 0 .. positions - 1, [positions][head_dim / 2] each, times the attention factor. divisor:
- * [head_dim / 2], what the model's file divides the frequencies by, or NULL. */
-void rope_table(float *cosine, float *sine, const struct rope *rope, const float *divisor, uint32_t head_dim,
-                uint32_t positions);
+/* Cosine and sine of positions 0 .. positions - 1, [positions][head_dim / 2] each, times the attention factor. */
+void rope_table(float *cosine, float *sine, const struct rope *rope, uint32_t head_dim, uint32_t positions);
 
 #endif

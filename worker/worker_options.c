@@ -24,7 +24,7 @@ static const char *const level_names[] = {"error", "warning", "info", "debug", N
 #define AT(field) offsetof(struct worker_options, field)
 
 static const struct option_spec specs[] = {
-    {"model", "DIR", OPTION_TEXT, AT(model_dir), 0, 0, NULL, "Hugging Face folder of a model (required)"},
+    {"model", "PATH", OPTION_TEXT, AT(model_dir), 0, 0, NULL, "Hugging Face folder or GGUF file of a model (required)"},
     {"coordinator", "ADDR", OPTION_ADDRESS, AT(coordinator), 0, 0, NULL,
      "control listener of tandem-coordinator: host:port or unix:/path (required)"},
     {"tls-ca", "FILE", OPTION_TEXT, AT(security.ca_file), 0, 0, NULL,
