@@ -13,9 +13,11 @@
 
 #include "attention/attention.h"
 #include "attention/attention_host_internal.h"
+#include "attention/attention_internal.h"
+#include "tests/attn_cases.h"
 #include "worker/threads.h"
 
-enum { MAX_SEQS = 80 };
+enum { MAX_SEQS = 260 };
 
 static const struct attn_ops *const back_ends[] = {&attn_ops_host, &attn_ops_host_nth[1], &attn_ops_host_nth[2]};
 enum { N_BACK_ENDS = sizeof back_ends / sizeof *back_ends };
@@ -349,6 +351,29 @@ START_TEST(hybrid_batch_matches_the_reference)
 }
 END_TEST
 
+/* The table that every back end is held to, a dtype each. */
+START_TEST(table_of_shapes_matches_the_reference)
+{
+    for (uint32_t i = (uint32_t)_i; i < ATTN_CASES; i += 4) {
+        const struct attn_case *c = &attn_cases[i];
+        if (c->large || c->soft_cap > 0)
+            continue;
+#ifdef TANDEM_SANITIZED
+        if (attn_case_rows(c->span) > 200 && i % 5)
+            continue; /* slow */
+#endif
+        struct span spans[MAX_SEQS];
+        uint32_t n = 0;
+        for (const struct attn_span *s = c->span; s->times; s++) {
+            for (uint32_t k = 0; k < s->times; k++)
+                spans[n++] = (struct span){s->rows, s->kv_len};
+        }
+        struct layout l = {c->H, c->HK, c->D, dtypes[i % 3], 0, 2, c->window};
+        check_all(&l, spans, n, c->name);
+    }
+}
+END_TEST
+
 START_TEST(every_group_size_matches_the_reference)
 {
     for (uint32_t G = 1; G <= 16; G++) {
@@ -404,11 +429,12 @@ END_TEST
 /* More items and more partial results than a wave holds. */
 START_TEST(large_batches_run_in_waves)
 {
-    struct span spans[MAX_SEQS];
-    for (uint32_t i = 0; i < MAX_SEQS; i++)
+    enum { N = 80 };
+    struct span spans[N];
+    for (uint32_t i = 0; i < N; i++)
         spans[i] = (struct span){1 + (i % 16 == 3), 20 + i + (i % 10 == 0 ? 1500 : 0)};
     struct layout l = {64, 64, 8, ATTN_BF16, 0, 1, 0};
-    check_all(&l, spans, MAX_SEQS, "waves");
+    check_all(&l, spans, N, "waves");
 }
 END_TEST
 
@@ -704,6 +730,198 @@ START_TEST(wrong_configs_are_refused)
 }
 END_TEST
 
+/* ---- the frame of back ends on a GPU, with one that only counts ---- */
+
+struct counted {
+    uint32_t creates, plans, runs;
+    struct attn_gpu_config cfg;
+};
+static struct counted counted;
+
+static enum status_code count_query(const struct attn_gpu_config *cfg, struct status *st)
+{
+    return cfg->device == 7 ? status_set(st, ST_UNIMPLEMENTED, "device 7") : ST_OK;
+}
+
+static enum status_code count_create(void **state, const struct attn_gpu_config *cfg, struct status *st)
+{
+    if (cfg->device == 8)
+        return status_set(st, ST_RESOURCE_EXHAUSTED, "device 8");
+    counted.creates++;
+    counted.cfg = *cfg;
+    *state = &counted;
+    return ST_OK;
+}
+
+static void count_destroy(void *state)
+{
+    if (state)
+        ((struct counted *)state)->creates--;
+}
+
+static uint64_t count_bytes(const void *state)
+{
+    return state == &counted ? 12345 : 0;
+}
+
+static const uint32_t *count_fault(const void *state)
+{
+    return &((const struct counted *)state)->plans;
+}
+
+static enum status_code count_plan(void *state, const struct attn_gpu_step *step, struct status *st)
+{
+    (void)step;
+    (void)st;
+    ((struct counted *)state)->plans++;
+    return ST_OK;
+}
+
+static enum status_code count_run(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io,
+                                  struct status *st)
+{
+    (void)step;
+    (void)io;
+    (void)st;
+    ((struct counted *)state)->runs++;
+    return ST_OK;
+}
+
+static const struct attn_gpu_ops count_ops = {.name = "count",
+                                              .query = count_query,
+                                              .create = count_create,
+                                              .destroy = count_destroy,
+                                              .workspace_bytes = count_bytes,
+                                              .fault = count_fault,
+                                              .plan = count_plan,
+                                              .run = count_run};
+
+static const struct attn_gpu_config gpu_good = {.ops = &count_ops,
+                                                .dtype = ATTN_BF16,
+                                                .heads = 8,
+                                                .kv_heads = 2,
+                                                .head_dim = 64,
+                                                .scale = 0.125f,
+                                                .token_stride = 4096,
+                                                .head_stride = 128,
+                                                .max_seqs = 4,
+                                                .max_rows = 100,
+                                                .max_kv_len = 1000};
+
+START_TEST(steps_on_a_gpu_reach_the_back_end)
+{
+    static const struct attn_seq seq[4];
+    static const uint32_t counts;
+    static uint64_t memory[2 * 8] __attribute__((aligned(16)));
+    struct attn_gpu *a = NULL;
+    counted = (struct counted){0};
+    ck_assert_int_eq(attn_gpu_create(&a, &gpu_good, NULL), ST_OK);
+    ck_assert_str_eq(attn_gpu_name(a), "count");
+    ck_assert_uint_eq(attn_gpu_workspace_bytes(a), 12345);
+    ck_assert_uint_eq(counted.cfg.max_kv_tokens, 4 * 1000);
+    struct attn_gpu_step step = {.seq = seq, .counts = &counts, .max_seqs = 4, .max_rows = 100, .max_seq_rows = 100};
+    struct attn_gpu_io io = {.q = memory, .out = memory, .q_row_stride = 2048, .out_row_stride = 1024};
+    ck_assert_int_eq(attn_gpu_plan(a, &step, NULL), ST_OK);
+    ck_assert_int_eq(attn_gpu_run(a, &step, &io, NULL), ST_OK);
+    io.kv_offset = 256;
+    ck_assert_int_eq(attn_gpu_run(a, &step, &io, NULL), ST_OK);
+    step.max_seqs = step.max_rows = step.max_seq_rows = 0; /* nobody */
+    ck_assert_int_eq(attn_gpu_plan(a, &step, NULL), ST_OK);
+    ck_assert_int_eq(attn_gpu_run(a, &step, &io, NULL), ST_OK);
+    ck_assert_uint_eq(counted.plans, 1);
+    ck_assert_uint_eq(counted.runs, 2);
+    ck_assert_ptr_eq(attn_gpu_fault(a), &counted.plans);
+    attn_gpu_destroy(a);
+    attn_gpu_destroy(NULL);
+    ck_assert_uint_eq(counted.creates, 0);
+}
+END_TEST
+
+static void refuse_gpu_config(struct attn_gpu_config cfg, enum status_code code, const char *text)
+{
+    struct attn_gpu *a = NULL;
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(attn_gpu_create(&a, &cfg, &st), code);
+    ck_assert_msg(!strncmp(st.message, text, strlen(text)), "'%s' does not begin with '%s'", st.message, text);
+    ck_assert_ptr_null(a);
+    ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), code);
+}
+
+#define REFUSE_GPU_CONFIG(field, value, text)                                                                          \
+    do {                                                                                                               \
+        struct attn_gpu_config bad = gpu_good;                                                                         \
+        bad.field = value;                                                                                             \
+        refuse_gpu_config(bad, ST_INVALID_ARGUMENT, text);                                                             \
+    } while (0)
+
+START_TEST(wrong_gpu_configs_are_refused)
+{
+    REFUSE_GPU_CONFIG(ops, NULL, "ops");
+    REFUSE_GPU_CONFIG(dtype, ATTN_F32, "dtype: 0");
+    REFUSE_GPU_CONFIG(kv_heads, 0, "kv_heads: 0");
+    REFUSE_GPU_CONFIG(kv_heads, 3, "heads: 8");
+    REFUSE_GPU_CONFIG(heads, 0, "heads: 0");
+    REFUSE_GPU_CONFIG(head_dim, 36, "head_dim: 36");
+    REFUSE_GPU_CONFIG(head_dim, 264, "head_dim: 264");
+    REFUSE_GPU_CONFIG(scale, NAN, "scale");
+    REFUSE_GPU_CONFIG(soft_cap, -1, "soft_cap: -1");
+    REFUSE_GPU_CONFIG(token_stride, 4104, "token_stride: 4104");
+    REFUSE_GPU_CONFIG(token_stride, 112, "token_stride: 112");
+    REFUSE_GPU_CONFIG(head_stride, 0, "head_stride: 0");
+    REFUSE_GPU_CONFIG(head_stride, 136, "head_stride: 136");
+    REFUSE_GPU_CONFIG(max_seqs, 0, "max_seqs: 0");
+    REFUSE_GPU_CONFIG(max_seqs, 101, "max_rows: 100");
+    REFUSE_GPU_CONFIG(max_rows, UINT32_MAX, "max_rows: 4294967295");
+    REFUSE_GPU_CONFIG(max_kv_len, 0, "max_kv_len: 0");
+    REFUSE_GPU_CONFIG(max_kv_len, UINT32_MAX, "max_kv_len: 4294967295");
+    REFUSE_GPU_CONFIG(fixed_split_keys, 100, "fixed_split_keys: 100");
+    REFUSE_GPU_CONFIG(policy, (enum attn_gpu_policy)9, "policy: 9");
+    struct attn_gpu_config cfg = gpu_good;
+    cfg.device = 7;
+    refuse_gpu_config(cfg, ST_UNIMPLEMENTED, "device 7");
+    cfg.device = 8;
+    refuse_gpu_config(cfg, ST_RESOURCE_EXHAUSTED, "device 8");
+}
+END_TEST
+
+#define REFUSE_GPU_RUN(place, value, text)                                                                             \
+    do {                                                                                                               \
+        struct attn_gpu_step step = good_step;                                                                         \
+        struct attn_gpu_io io = good_io;                                                                               \
+        struct status st = STATUS_INIT;                                                                                \
+        place = value;                                                                                                 \
+        ck_assert_int_eq(attn_gpu_run(a, &step, &io, &st), ST_INVALID_ARGUMENT);                                       \
+        ck_assert_msg(!strncmp(st.message, text, strlen(text)), "'%s'", st.message);                                   \
+    } while (0)
+
+START_TEST(wrong_gpu_steps_are_refused)
+{
+    static const struct attn_seq seq[4];
+    static const uint32_t counts;
+    static uint64_t memory[2 * 8] __attribute__((aligned(16)));
+    struct attn_gpu *a = NULL;
+    counted = (struct counted){0};
+    ck_assert_int_eq(attn_gpu_create(&a, &gpu_good, NULL), ST_OK);
+    const struct attn_gpu_step good_step = {
+        .seq = seq, .counts = &counts, .max_seqs = 4, .max_rows = 100, .max_seq_rows = 100};
+    const struct attn_gpu_io good_io = {.q = memory, .out = memory, .q_row_stride = 2048, .out_row_stride = 1024};
+    REFUSE_GPU_RUN(step.seq, NULL, "seq");
+    REFUSE_GPU_RUN(step.counts, NULL, "counts");
+    REFUSE_GPU_RUN(step.max_seqs, 5, "max_seqs: 5");
+    REFUSE_GPU_RUN(step.max_rows, 101, "max_rows: 101");
+    REFUSE_GPU_RUN(step.max_rows, 3, "max_rows: 3");
+    REFUSE_GPU_RUN(step.max_seq_rows, 0, "max_seq_rows: 0");
+    REFUSE_GPU_RUN(step.max_seq_rows, 101, "max_seq_rows: 101");
+    REFUSE_GPU_RUN(io.q, NULL, "q:");
+    REFUSE_GPU_RUN(io.out, (char *)memory + 8, "out:");
+    REFUSE_GPU_RUN(io.q_row_stride, 1008, "q_row_stride: 1008");
+    REFUSE_GPU_RUN(io.out_row_stride, 1032, "out_row_stride: 1032");
+    REFUSE_GPU_RUN(io.kv_offset, 8, "kv_offset: 8");
+    ck_assert_uint_eq(counted.runs, 0);
+    attn_gpu_destroy(a);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("attention");
@@ -711,6 +929,7 @@ int main(void)
     tcase_add_loop_test(core, prefill_matches_the_reference, 0, 3);
     tcase_add_loop_test(core, decode_matches_the_reference, 0, 3);
     tcase_add_loop_test(core, hybrid_batch_matches_the_reference, 0, 3);
+    tcase_add_loop_test(core, table_of_shapes_matches_the_reference, 0, 4);
     tcase_add_test(core, every_group_size_matches_the_reference);
     tcase_add_loop_test(core, wide_token_strides_and_head_major_layouts_work, 0, 3);
     tcase_add_loop_test(core, sequences_may_stand_in_any_order, 0, N_BACK_ENDS);
@@ -724,6 +943,7 @@ int main(void)
     tcase_add_test(limits, scores_far_apart_do_not_overflow);
     tcase_add_loop_test(limits, nothing_to_do_is_fine, 0, N_BACK_ENDS);
     tcase_add_test(limits, exp2_is_accurate);
+    tcase_add_test(core, steps_on_a_gpu_reach_the_back_end);
     suite_add_tcase(s, limits);
     TCase *faults = tcase_create("faults");
     tcase_add_checked_fixture(faults, setup_refuser, teardown_refuser);
@@ -733,6 +953,8 @@ int main(void)
     tcase_add_test(faults, wrong_sequences_are_refused);
     tcase_add_test(faults, rows_without_or_with_two_owners_are_refused);
     tcase_add_test(faults, wrong_configs_are_refused);
+    tcase_add_test(faults, wrong_gpu_configs_are_refused);
+    tcase_add_test(faults, wrong_gpu_steps_are_refused);
     suite_add_tcase(s, faults);
     tcase_set_timeout(core, 120);
     tcase_set_timeout(limits, 120);

@@ -1,0 +1,104 @@
+/* attn_cases.h - the table of shapes that every back end of attention/ is held to: lengths of 1, around tiles and page
+ * edges, either side of the batch empty, many decodes, many chunks, long contexts, all group sizes, head slices of
+ * tensor-parallel ranks. C and CUDA C++.
+ */
+#ifndef TANDEM_ATTN_CASES_H
+#define TANDEM_ATTN_CASES_H
+
+#include <stdint.h>
+
+/* `times` sequences alike. */
+struct attn_span {
+    uint32_t times, rows, kv_len;
+};
+
+struct attn_case {
+    const char *name;
+    uint32_t H, HK, D;
+    uint32_t window;
+    float soft_cap;               /* GPU only: where it is not 0, the host skips the case */
+    int large;                    /* GPU only: a host takes seconds */
+    const struct attn_span *span; /* ends with times 0 */
+};
+
+/* 64 keys are a tile, 16, 64 and 128 packed rows a block; 1024 tokens of 2 KiB fill a page of 2 MiB. */
+static const struct attn_span attn_edges[] = {
+    {1, 1, 1},   {1, 1, 15},  {1, 1, 16},  {1, 1, 17},   {1, 1, 63},   {1, 1, 64},   {1, 1, 65},   {1, 1, 127},
+    {1, 1, 128}, {1, 1, 129}, {1, 1, 511}, {1, 1, 1023}, {1, 1, 1024}, {1, 1, 1025}, {1, 1, 4097}, {0, 0, 0}};
+static const struct attn_span attn_chunk_edges[] = {
+    {1, 2, 2},     {1, 16, 16},  {1, 17, 40}, {1, 63, 63},   {1, 64, 128}, {1, 65, 200}, {1, 127, 127}, {1, 128, 300},
+    {1, 129, 129}, {1, 3, 1025}, {1, 5, 64},  {1, 33, 1000}, {1, 31, 31},  {1, 4, 700},  {0, 0, 0}};
+static const struct attn_span attn_mixed[] = {{1, 1, 40}, {1, 100, 300}, {1, 1, 700},   {1, 9, 9},    {2, 3, 130},
+                                              {1, 1, 1},  {3, 1, 513},   {1, 150, 400}, {2, 1, 2047}, {0, 0, 0}};
+static const struct attn_span attn_one_chunk[] = {{1, 128, 128}, {0, 0, 0}};
+static const struct attn_span attn_one_decode[] = {{1, 1, 3000}, {0, 0, 0}};
+static const struct attn_span attn_one_row[] = {{1, 1, 1}, {0, 0, 0}};
+static const struct attn_span attn_short_decodes[] = {{8, 1, 1024}, {0, 0, 0}};
+static const struct attn_span attn_many_decodes[] = {{100, 1, 70}, {56, 1, 129}, {90, 1, 16}, {10, 1, 640}, {0, 0, 0}};
+static const struct attn_span attn_many_chunks[] = {{4, 40, 100}, {2, 64, 64}, {1, 100, 228}, {1, 17, 500}, {0, 0, 0}};
+static const struct attn_span attn_full_decodes[] = {{256, 1, 2048}, {1, 512, 4096}, {0, 0, 0}};
+static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000}, {0, 0, 0}};
+static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
+static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
+static const struct attn_span attn_speculation[] = {{30, 5, 4000}, {10, 2, 3000}, {10, 1, 1000}, {0, 0, 0}};
+
+static const struct attn_case attn_cases[] = {
+    {"decodes 32/8", 32, 8, 128, 0, 0, 0, attn_edges},
+    {"decodes MHA", 4, 4, 64, 0, 0, 0, attn_edges},
+    {"decodes D 256", 4, 2, 256, 0, 0, 0, attn_edges},
+    {"chunks 8/2", 8, 2, 128, 0, 0, 0, attn_chunk_edges},
+    {"chunks MHA", 3, 3, 64, 0, 0, 0, attn_chunk_edges},
+    {"chunks D 256", 4, 1, 256, 0, 0, 0, attn_chunk_edges},
+    {"mixed 32/8", 32, 8, 128, 0, 0, 1, attn_mixed},
+    {"mixed 16/4", 16, 4, 128, 0, 0, 1, attn_mixed},
+    {"mixed 8/2", 8, 2, 128, 0, 0, 0, attn_mixed},
+    {"mixed 4/1", 4, 1, 128, 0, 0, 0, attn_mixed},
+    {"mixed MHA", 4, 4, 128, 0, 0, 0, attn_mixed},
+    {"mixed D 64", 8, 4, 64, 0, 0, 0, attn_mixed},
+    {"mixed D 8", 4, 2, 8, 0, 0, 0, attn_mixed},
+    {"mixed D 40", 2, 2, 40, 0, 0, 0, attn_mixed},
+    {"mixed D 80", 4, 2, 80, 0, 0, 0, attn_mixed},
+    {"mixed D 96", 6, 2, 96, 0, 0, 0, attn_mixed},
+    {"mixed D 192", 4, 2, 192, 0, 0, 0, attn_mixed},
+    {"window 1", 4, 2, 64, 1, 0, 0, attn_mixed},
+    {"window 64", 8, 2, 128, 64, 0, 0, attn_mixed},
+    {"window 500", 4, 2, 64, 500, 0, 0, attn_mixed},
+    {"soft cap", 8, 2, 128, 0, 3, 0, attn_mixed},
+    {"soft cap, window", 4, 2, 256, 300, 20, 0, attn_mixed},
+    {"one chunk", 8, 2, 128, 0, 0, 0, attn_one_chunk},
+    {"one decode", 32, 8, 128, 0, 0, 0, attn_one_decode},
+    {"one row", 4, 1, 64, 0, 0, 0, attn_one_row},
+    {"short decodes", 8, 2, 128, 0, 0, 0, attn_short_decodes},
+    {"256 decodes", 8, 2, 64, 0, 0, 0, attn_many_decodes},
+    {"8 chunks", 4, 2, 64, 0, 0, 0, attn_many_chunks},
+    {"256 decodes of 2K, a chunk", 32, 8, 128, 0, 0, 1, attn_full_decodes},
+    {"8 chunks of 512, 64 decodes", 32, 8, 128, 0, 0, 1, attn_full_chunks},
+    {"chunk at 32K, decodes", 8, 2, 128, 0, 0, 1, attn_at_32k},
+    {"context of 128K", 4, 1, 128, 0, 0, 1, attn_at_128k},
+    {"speculation", 32, 4, 128, 0, 0, 1, attn_speculation},
+};
+
+enum { ATTN_CASES = sizeof attn_cases / sizeof *attn_cases };
+
+/* Every group size takes this batch, with HK 2 and D 64. */
+enum { ATTN_MAX_GROUP = 17 };
+static const struct attn_span attn_group_spans[] = {{2, 1, 77},  {1, 2, 20},  {1, 7, 30}, {1, 1, 3},
+                                                    {1, 40, 90}, {1, 1, 600}, {0, 0, 0}};
+
+static inline uint32_t attn_case_rows(const struct attn_span *s)
+{
+    uint32_t rows = 0;
+    for (; s->times; s++)
+        rows += s->times * s->rows;
+    return rows;
+}
+
+static inline uint32_t attn_case_seqs(const struct attn_span *s)
+{
+    uint32_t n = 0;
+    for (; s->times; s++)
+        n += s->times;
+    return n;
+}
+
+#endif
