@@ -129,7 +129,7 @@ static void refresh(struct rpc_channel *ch)
     ch->next_look = gpr_time_add(now, gpr_time_from_millis(LOOK_MS, GPR_TIMESPAN));
     struct client_files files = look_at_files(ch);
     char header[sizeof ch->header];
-    struct rpc_link *link;
+    struct rpc_link *link = NULL;
     if (!rpc_file_same(&files.token, &ch->seen.token) && rpc_token_header(ch->token, header, NULL) == ST_OK)
         memcpy(ch->header, header, sizeof header);
     if (!rpc_tls_same(&files.tls, &ch->seen.tls) && link_new(&link, ch, NULL) == ST_OK) {

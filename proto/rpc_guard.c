@@ -205,7 +205,7 @@ enum status_code rpc_guard_credentials(grpc_server_credentials **out, const stru
         return rc;
     rpc_tls_unload(&texts);
     rc = guard_create(&g, sec, report, st);
-    if (rc != ST_OK)
+    if (rc != ST_OK || !g)
         return rc;
     grpc_server_credentials *creds = g->cert ? tls_credentials(g) : grpc_insecure_server_credentials_create();
     grpc_auth_metadata_processor processor = {

@@ -178,13 +178,16 @@ enum status_code rpc_reflection_create(struct rpc_reflection **out, const void *
     if (!r)
         return status_nomem(st, "reflection", sizeof *r);
     enum status_code rc = refl_index_create(&r->index, set, len, st);
-    size_t n = rc == ST_OK ? r->index->n_symbols : 0;
-    if (rc == ST_OK) {
-        r->services = calloc(n + 1, sizeof *r->services);
-        r->list = calloc(n + 1, sizeof(void *));
-        rc = r->services && r->list ? ST_OK : status_nomem(st, "reflection", n * sizeof *r->services);
+    if (rc != ST_OK)
+        goto fail;
+    size_t n = r->index->n_symbols;
+    r->services = calloc(n + 1, sizeof *r->services);
+    r->list = calloc(n + 1, sizeof(void *));
+    if (!r->services || !r->list) {
+        rc = status_nomem(st, "reflection", n * sizeof *r->services);
+        goto fail;
     }
-    for (size_t i = 0; rc == ST_OK && i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         const struct refl_symbol *s = &r->index->symbols[i];
         if (!s->is_service)
             continue;
@@ -193,12 +196,11 @@ enum status_code rpc_reflection_create(struct rpc_reflection **out, const void *
         one->name = s->name;
         r->list[r->n_services++] = one;
     }
-    if (rc != ST_OK) {
-        rpc_reflection_destroy(r);
-        return rc;
-    }
     *out = r;
     return ST_OK;
+fail:
+    rpc_reflection_destroy(r);
+    return rc;
 }
 
 void rpc_reflection_destroy(struct rpc_reflection *r)

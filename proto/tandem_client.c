@@ -123,7 +123,7 @@ enum status_code tandem_client_generate(struct tandem_client *c, const Tandem__V
     struct tandem_generation *g = NULL;
     const Tandem__V1__GenerateResponse *m = NULL;
     enum status_code rc = tandem_generation_open(&g, c, deadline_ms, st);
-    if (rc != ST_OK)
+    if (rc != ST_OK || !g)
         return rc;
     tandem_generation_send(g, request);
     do {
