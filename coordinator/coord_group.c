@@ -6,6 +6,7 @@
  * A group ends as a whole: the survivors get Shutdown{relaunch} and their streams are closed; those who do not go in
  * COORD_CLOSE_MS are cut off. The next group may attach at once: an ending stream belongs to no group. */
 #include <inttypes.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -214,6 +215,32 @@ static bool take_ready(struct engine *e, struct rank_conn *conn, Tandem__V1__Ran
     return kept;
 }
 
+static enum status_code check_score(const struct group *g, const Tandem__V1__Scores *s, struct status *st)
+{
+    bool ok = s->token_id < g->vocab_size && s->rank >= 1 && s->rank <= g->vocab_size &&
+              s->n_top_ids == s->n_top_logprobs && !isnan(s->logprob);
+    for (size_t i = 0; ok && i < s->n_top_ids; i++)
+        ok = s->top_ids[i] < g->vocab_size && !isnan(s->top_logprobs[i]);
+    return ok ? ST_OK : status_set(st, ST_INTERNAL, "a log probability of token %u that cannot be", s->token_id);
+}
+
+/* Whether each is sound, and those of samples are in order. */
+static enum status_code check_scores(const struct group *g, const Tandem__V1__StepResult *r, struct status *st)
+{
+    for (size_t i = 0; i < r->n_sample_scores; i++) {
+        const Tandem__V1__Scores *s = r->sample_scores[i];
+        if (s->index >= r->n_token_ids || s->token_id != r->token_ids[s->index] ||
+            (i && s->index <= r->sample_scores[i - 1]->index))
+            return status_set(st, ST_INTERNAL, "log probability %zu is that of no sample", i);
+        if (check_score(g, s, st) != ST_OK)
+            return st->code;
+    }
+    for (size_t i = 0; i < r->n_prompt_scores; i++)
+        if (check_score(g, r->prompt_scores[i], st) != ST_OK)
+            return st->code;
+    return ST_OK;
+}
+
 static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__V1__StepResult *r, int64_t now_us)
 {
     struct group *g = &e->group;
@@ -233,12 +260,16 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
                        r->step, r->token_ids[i], g->vocab_size);
             return;
         }
-    g->last_step_us = r->compute_us;
-    if (sched_result(e->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, &st) != ST_OK) {
+    if (check_scores(g, r, &st) != ST_OK ||
+        sched_result(e->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, (uint32_t)r->n_prompt_scores,
+                     &st) != ST_OK) {
         group_lost(e, now_us, false, "rank 0 was lost: step %" PRIu64 ": %s", r->step, st.message);
         return;
     }
+    g->last_step_us = r->compute_us;
+    e->result = r; /* the events of its tokens are taken before pump returns */
     engine_pump(e, now_us);
+    e->result = NULL;
 }
 
 static void take_fault(struct engine *e, struct rank_conn *conn, const Tandem__V1__Fault *f, int64_t now_us)

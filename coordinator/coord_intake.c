@@ -1,9 +1,7 @@
 /* Intake: the threads between a client's bytes and the engine. Unpack, validate, tokenize, then REQUEST_SUBMIT. */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 
 #include "coordinator/coord_internal.h"
 
@@ -50,64 +48,6 @@ static enum status_code check_model(const struct coord *c, const ProtobufCBinary
     char got[65];
     text_sanitize(got, sizeof got, model->data, model->len);
     return status_set(st, ST_NOT_FOUND, "model: \"%s\" is not served here, expected \"%s\" or nothing", got, name);
-}
-
-static enum status_code draw_seed(uint64_t *seed, struct status *st)
-{
-    ssize_t n;
-    do
-        n = getrandom(seed, sizeof *seed, 0);
-    while (n < 0 && errno == EINTR);
-    return n == (ssize_t)sizeof *seed ? ST_OK : status_errno(st, ST_INTERNAL, errno, "getrandom");
-}
-
-static enum status_code take_sampling(struct request *r, const Tandem__V1__Sampling *s, const struct model_facts *m,
-                                      struct status *st)
-{
-    r->sample = (struct sched_sample){.temperature = m->temperature, .top_k = m->top_k, .top_p = m->top_p};
-    if (s && s->temperature_is_case) {
-        if (!(s->temperature >= 0.0f && s->temperature <= 100.0f)) /* so written, NaN fails too */
-            return status_set(st, ST_INVALID_ARGUMENT, "sampling.temperature: %g, expected 0 to 100",
-                              (double)s->temperature);
-        r->sample.temperature = s->temperature;
-    }
-    if (s && s->top_k_is_case)
-        r->sample.top_k = s->top_k;
-    if (s && s->top_p_is_case) {
-        if (!(s->top_p > 0.0f && s->top_p <= 1.0f))
-            return status_set(st, ST_INVALID_ARGUMENT, "sampling.top_p: %g, expected over 0, at most 1",
-                              (double)s->top_p);
-        r->sample.top_p = s->top_p;
-    }
-    if (s && s->seed_is_case) {
-        r->sample.seed = s->seed;
-        return ST_OK;
-    }
-    return draw_seed(&r->sample.seed, st);
-}
-
-static enum status_code take_stop_ids(struct request *r, const Tandem__V1__Stopping *s, const struct model_facts *m,
-                                      struct status *st)
-{
-    size_t n_own = s ? s->n_stop_token_ids : 0;
-    uint32_t n_eos = s && s->ignore_eos ? 0 : m->n_eos;
-    if (n_own > COORD_MAX_STOP_IDS)
-        return status_set(st, ST_INVALID_ARGUMENT, "stopping.stop_token_ids: %zu ids, expected at most %d", n_own,
-                          COORD_MAX_STOP_IDS);
-    for (size_t i = 0; i < n_own; i++)
-        if (s->stop_token_ids[i] >= m->vocab_size)
-            return status_set(st, ST_INVALID_ARGUMENT, "stopping.stop_token_ids[%zu]: %u, expected below %u", i,
-                              s->stop_token_ids[i], m->vocab_size);
-    if (n_own + n_eos == 0)
-        return ST_OK;
-    r->stop = malloc((n_own + n_eos) * sizeof *r->stop);
-    if (!r->stop)
-        return status_nomem(st, "stop ids", (n_own + n_eos) * sizeof *r->stop);
-    memcpy(r->stop, m->eos, n_eos * sizeof *r->stop);
-    if (n_own)
-        memcpy(r->stop + n_eos, s->stop_token_ids, n_own * sizeof *r->stop);
-    r->n_stop = n_eos + (uint32_t)n_own;
-    return ST_OK;
 }
 
 /* r->prompt from the text; *n may be more than the context holds. */
@@ -178,6 +118,7 @@ static enum status_code take_max_tokens(struct coord *c, struct request *r, cons
                                         const struct model_facts *facts, struct status *st)
 {
     uint32_t left = facts->max_context - r->n_prompt; /* at least 1 */
+    r->params.output_at = r->n_prompt;
     if (!s || !s->max_tokens_is_case) {
         r->max_new = min_u32(c->opt.default_max_tokens, left);
         return ST_OK;
@@ -187,8 +128,39 @@ static enum status_code take_max_tokens(struct coord *c, struct request *r, cons
             st, ST_INVALID_ARGUMENT,
             "stopping.max_tokens: %u, expected at most %u: the prompt takes %u of the context's %u tokens",
             s->max_tokens, left, r->n_prompt, facts->max_context);
-    r->max_new = s->max_tokens;
+    r->nothing_new = s->max_tokens == 0;
+    r->max_new = r->nothing_new ? 1 : s->max_tokens;
     return ST_OK;
+}
+
+static enum status_code check_min_tokens(const struct request *r, const Tandem__V1__Stopping *s, struct status *st)
+{
+    uint32_t most = r->nothing_new ? 0 : r->max_new;
+    if (s && s->min_tokens_is_case && s->min_tokens > most)
+        return status_set(st, ST_INVALID_ARGUMENT, "stopping.min_tokens: %u, expected at most %u, %s", s->min_tokens,
+                          most, s->max_tokens_is_case ? "as stopping.max_tokens" : "the max_tokens of this server");
+    return ST_OK;
+}
+
+/* What the answers begin with: the prompt as it was given, or the text of its ids. */
+static enum status_code take_echo(struct coord *c, struct request *r, const Tandem__V1__GenerateRequest *m,
+                                  struct status *st)
+{
+    char *decoded = NULL;
+    const void *text = m->text.data;
+    size_t len = m->text.len;
+    enum status_code rc = ST_OK;
+    if (!r->echo)
+        return ST_OK;
+    if (m->prompt_case != TANDEM__V1__GENERATE_REQUEST__PROMPT_TEXT) {
+        if ((rc = tok_decode(c->tok, r->prompt, r->n_prompt, TOK_SKIP_SPECIAL, &decoded, &len, st)) != ST_OK)
+            return status_prefix(st, "output.echo");
+        text = decoded;
+    }
+    for (uint32_t i = 0; i < r->n_choices && rc == ST_OK; i++)
+        rc = choice_append(&r->choice[i], text, len, st);
+    free(decoded);
+    return rc;
 }
 
 static enum status_code validate(struct coord *c, struct request *r, Tandem__V1__GenerateRequest *m, struct status *st)
@@ -197,19 +169,14 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     copy_facts(c, &facts);
     enum status_code rc;
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
-        (rc = take_sampling(r, m->sampling, &facts, st)) != ST_OK ||
-        (rc = take_stop_ids(r, m->stopping, &facts, st)) != ST_OK)
+        (rc = take_options(r, m, &facts, st)) != ST_OK)
         return rc;
-    if (m->stopping && m->stopping->max_tokens_is_case && m->stopping->max_tokens == 0)
-        return status_set(st, ST_INVALID_ARGUMENT, "stopping.max_tokens: 0, expected at least 1");
     /* last, because it can take long */
     if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||
-        (rc = take_max_tokens(c, r, m->stopping, &facts, st)) != ST_OK)
+        (rc = take_max_tokens(c, r, m->stopping, &facts, st)) != ST_OK ||
+        (rc = check_min_tokens(r, m->stopping, st)) != ST_OK || (rc = choices_create(r, c->tok, st)) != ST_OK)
         return rc;
-    if ((rc = tok_stream_create(&r->decoder, c->tok, TOK_SKIP_SPECIAL, st)) != ST_OK)
-        return rc;
-    tok_stream_prime(r->decoder, r->prompt, r->n_prompt);
-    return ST_OK;
+    return take_echo(c, r, m, st);
 }
 
 static void work(struct coord *c, struct request *r)

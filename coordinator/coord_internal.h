@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "coordinator/coord_stop.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/tokenizer.h"
 #include "proto/rpc.h"
@@ -48,6 +49,7 @@
 #define COORD_BIG_MESSAGE    (64u << 10)
 #define COORD_CHUNK_BYTES    (256u << 10) /* text of one message to a client at most; clients take 4 MiB by default */
 #define COORD_CHUNK_IDS      (64u << 10)
+#define COORD_CHUNK_SCORES   1024
 
 static inline int64_t min_i64(int64_t a, int64_t b)
 {
@@ -196,12 +198,42 @@ enum request_mail { REQUEST_SUBMIT = 1, REQUEST_WRITABLE = 2, REQUEST_CLOSED = 4
 enum request_state {
     REQUEST_NEW,      /* not in the scheduler yet */
     REQUEST_LIVE,     /* in the scheduler */
-    REQUEST_FINISHED, /* out of it; text is left that the client did not take yet */
+    REQUEST_FINISHED, /* all its answers are out of it; text is left that the client did not take yet */
     REQUEST_CLOSING,  /* all was handed to rpc; on_close is to come */
     REQUEST_GONE,
 };
 
 struct coord;
+struct request;
+
+/* Log probabilities that wait for the client, packed: token, rank, log probability, then `top` ids and as many of theirs. */
+struct score_list {
+    uint32_t top;
+    uint32_t *word;
+    uint32_t n, cap; /* entries */
+};
+
+/* One of the answers to a request: in the scheduler a request of its own. */
+struct choice {
+    struct request *request;
+    uint32_t index;
+    bool live;         /* in the scheduler */
+    bool matched;      /* a stop string came: what follows it is dropped */
+    bool finish_ready; /* `end` is filled */
+    bool done;         /* its last message was handed over */
+    uint32_t table_index;
+    uint64_t id; /* of the scheduler */
+    struct tok_stream *decoder;
+    struct stop_match match;
+    uint32_t n_new;
+    uint32_t n_echoed; /* of the prompt's ids */
+    char *text;        /* unsent; bounded by max_new tokens and the echoed prompt */
+    size_t text_len, text_cap;
+    uint32_t *ids;
+    uint32_t n_ids, ids_cap;
+    struct score_list scores, prompt_scores;
+    struct sched_event end;
+};
 
 struct request {
     struct mail mail;
@@ -220,27 +252,26 @@ struct request {
     uint32_t *prompt;
     uint32_t n_prompt;
     uint32_t max_new;
-    uint32_t *stop; /* the model's own included */
+    bool nothing_new; /* max_tokens was 0: the one new token is dropped */
+    uint32_t *stop;   /* the model's own included */
     uint32_t n_stop;
-    struct sched_sample sample;
-    struct tok_stream *decoder;
+    Tandem__V1__SampleParams params; /* of all answers; but output_at, scores and the seed, which each has of its own */
+    struct stop_set *stop_strings;   /* NULL: none */
+    bool include_stop, echo;
+    int top, prompt_top; /* likeliest tokens beside the log probability; -1: no log probabilities */
+    struct choice *choice;
+    uint32_t n_choices;
     /* engine */
     enum request_state state;
-    bool closed;       /* on_close has run: the call takes nothing more */
-    bool first_sent;   /* the message with request_id */
-    bool finish_ready; /* `end` is filled */
+    bool closed;     /* on_close has run: the call takes nothing more */
+    bool first_sent; /* the message with request_id */
     bool dirty;
-    uint32_t table_index;
-    uint64_t id;                /* of the scheduler */
+    uint32_t n_live, n_done;    /* choices */
+    uint32_t turn;              /* the choice that sends next */
     struct request *hash_next;  /* by name */
     struct request *dirty_next; /* has new output in this round */
     struct link stalled_link;   /* oldest first */
     int64_t stalled_us;         /* since then the client took nothing of what waits */
-    char *text;                 /* unsent; bounded by max_new tokens */
-    size_t text_len, text_cap;
-    uint32_t *ids;
-    uint32_t n_ids, ids_cap;
-    struct sched_event end;
 };
 
 void request_ref(struct request *r);
@@ -253,6 +284,7 @@ struct model_facts {
     uint32_t max_context;
     float temperature, top_p;
     uint32_t top_k;
+    uint32_t sample_options; /* SampleOption bits that all ranks have */
     uint32_t n_eos;
     uint32_t eos[COORD_MAX_EOS_IDS];
 };
@@ -273,6 +305,13 @@ struct intake {
     atomic_uint_least64_t counter; /* of names that we make */
     uint64_t name_seed;
 };
+
+/* coord_sampling.c. INVALID_ARGUMENT and UNIMPLEMENTED name the field. Takes the allowed ids out of the message. */
+STATUS_MUST_CHECK enum status_code take_options(struct request *r, Tandem__V1__GenerateRequest *m,
+                                                const struct model_facts *facts, struct status *st);
+void options_fini(struct request *r);
+STATUS_MUST_CHECK enum status_code draw_seed(uint64_t *seed, struct status *st);
+uint64_t choice_seed(uint64_t seed, uint32_t index);
 
 STATUS_MUST_CHECK enum status_code intake_start(struct coord *c, struct status *st);
 void intake_stop(struct coord *c); /* requests still queued get UNAVAILABLE */
@@ -339,7 +378,7 @@ struct group {
     uint64_t last_step_us; /* computing time of rank 0 */
     /* what Ready said, worst of all ranks */
     struct kv_account kv;
-    uint32_t slots, context, step_tokens, vocab_size;
+    uint32_t slots, context, step_tokens, vocab_size, sample_options;
     Tandem__V1__RankMessage *ready; /* of rank 0; kept after the group is gone, for GetModelInfo */
 };
 
@@ -384,8 +423,9 @@ struct engine {
     struct link stalled; /* requests whose client does not read, oldest first */
     struct link drains;  /* control calls */
     struct request *dirty;
-    /* live requests by table index (the scheduler's id is index and generation) and by name */
-    struct request **table;
+    const Tandem__V1__StepResult *result; /* that the events under way came from */
+    /* answers by table index (the scheduler's id is index and generation); requests by name */
+    struct choice **table;
     uint32_t *generation, *free_index;
     uint32_t table_cap, n_free;
     struct request **by_name;
@@ -445,6 +485,17 @@ void requests_end_live(struct engine *e, const struct status *st, int64_t now_us
 uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us);
 /* Drops clients that took nothing for too long. */
 void requests_check_slow(struct engine *e, int64_t now_us);
+
+/* coord_output.c: the text, ids and scores of an answer on their way to the client */
+STATUS_MUST_CHECK enum status_code choices_create(struct request *r, const struct tokenizer *tok, struct status *st);
+void choices_destroy(struct request *r);
+/* The text of a token, or with id NULL what the decoder held back. True in *ended when a stop string came. */
+STATUS_MUST_CHECK enum status_code choice_add(struct choice *c, const uint32_t *id, bool *ended, struct status *st);
+STATUS_MUST_CHECK enum status_code choice_append(struct choice *c, const void *text, size_t len, struct status *st);
+STATUS_MUST_CHECK enum status_code scores_add(struct score_list *l, const Tandem__V1__Scores *s, struct status *st);
+bool choice_has_output(const struct choice *c);
+/* One message with as much as fits; sets c->done with the last. */
+STATUS_MUST_CHECK enum status_code choice_send(struct choice *c, struct status *st);
 
 /* coord_service.c: rpc callbacks of Inference and Control */
 #define COORD_PUBLIC_METHODS 6

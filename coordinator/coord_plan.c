@@ -65,10 +65,7 @@ static void fill(struct plan_scratch *p, const struct sched_plan *plan, Tandem__
     m->decode_slots = (uint32_t *)plan->decode;
     for (uint32_t i = 0; i < plan->n_admit; i++) {
         const struct sched_admit *a = &plan->admit[i];
-        tandem__v1__sample_params__init(&p->sample[i]);
-        p->sample[i].temperature = a->sample.temperature;
-        p->sample[i].top_k = a->sample.top_k;
-        p->sample[i].top_p = a->sample.top_p;
+        p->sample[i] = *(const Tandem__V1__SampleParams *)a->sample.options; /* of the request, which lives */
         p->sample[i].seed = a->sample.seed;
         tandem__v1__admit_slot__init(&p->admit[i]);
         p->admit[i].slot = a->slot;
@@ -85,6 +82,9 @@ static void fill(struct plan_scratch *p, const struct sched_plan *plan, Tandem__
         p->chunk[i].token_ids = (uint32_t *)c->tokens;
         p->chunk[i].n_token_ids = c->n_tokens;
         p->chunk[i].sample = c->sample;
+        p->chunk[i].score_first = c->score_first;
+        p->chunk[i].score_rows = c->score_rows;
+        p->chunk[i].next_token = c->next_token;
         p->chunk_ptr[i] = &p->chunk[i];
     }
     m->n_prefills = plan->n_chunk;

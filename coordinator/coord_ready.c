@@ -41,6 +41,7 @@ enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, cons
         g->context = r->max_context_tokens;
         g->step_tokens = r->max_step_tokens;
         g->vocab_size = r->vocab_size;
+        g->sample_options = r->sample_options;
     } else {
         if (kv.page_bytes != g->kv.page_bytes)
             return status_set(st, ST_FAILED_PRECONDITION, "page_bytes: %llu here, %llu on another rank",
@@ -51,6 +52,7 @@ enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, cons
         g->kv = kv_account_worst(g->kv, kv);
         g->slots = min_u32(g->slots, r->max_slots);
         g->context = min_u32(g->context, r->max_context_tokens);
+        g->sample_options &= r->sample_options;
         g->step_tokens = min_u32(g->step_tokens, r->max_step_tokens);
     }
     conn->ready = true;
@@ -71,6 +73,7 @@ static void set_facts(struct engine *e)
         if (!(f.temperature >= 0.0f && f.temperature <= 100.0f))
             f.temperature = 1.0f;
     }
+    f.sample_options = g->sample_options;
     f.n_eos = (uint32_t)m->n_eos_token_ids;
     if (f.n_eos)
         memcpy(f.eos, m->eos_token_ids, f.n_eos * sizeof *f.eos);

@@ -1,9 +1,10 @@
-/* The request table and the way of tokens to clients. Engine thread.
+/* The request table and the life of requests. Engine thread.
  *
  *     NEW --submit--> LIVE --last event--> FINISHED --all text handed over--> CLOSING --on_close--> GONE
  *      '--refused--> GONE      '--failed----------------------------------------^
  *
- * What a client has not taken waits in the request (text, ids), not in rpc: at most one message is there at a time, so
+ * A request has n answers (struct choice), each a request of its own to the scheduler; it fails as a whole.
+ * What a client has not taken waits in the choices (text, ids), not in rpc: at most one message is there at a time, so
  * a slow client gets fewer and larger messages, and what is held for it is bounded by its max_tokens. */
 #include <stdlib.h>
 #include <string.h>
@@ -39,7 +40,7 @@ void requests_fini(struct engine *e)
 static enum status_code table_grow(struct engine *e, struct status *st)
 {
     uint32_t cap = e->table_cap ? 2 * e->table_cap : 256;
-    struct request **table = realloc(e->table, cap * sizeof(struct request *));
+    struct choice **table = realloc(e->table, cap * sizeof(struct choice *));
     if (table)
         e->table = table;
     uint32_t *generation = realloc(e->generation, cap * sizeof *generation);
@@ -49,7 +50,7 @@ static enum status_code table_grow(struct engine *e, struct status *st)
     if (free_index)
         e->free_index = free_index;
     if (!table || !generation || !free_index)
-        return status_nomem(st, "request table", cap * sizeof(struct request *));
+        return status_nomem(st, "request table", cap * sizeof(struct choice *));
     for (uint32_t i = cap; i-- > e->table_cap;) {
         table[i] = NULL;
         generation[i] = 0;
@@ -59,30 +60,41 @@ static enum status_code table_grow(struct engine *e, struct status *st)
     return ST_OK;
 }
 
-static enum status_code table_add(struct engine *e, struct request *r, struct status *st)
+static enum status_code table_add(struct engine *e, struct choice *c, struct status *st)
 {
     if (e->n_free == 0) {
         enum status_code rc = table_grow(e, st);
         if (rc != ST_OK)
             return rc;
     }
-    r->table_index = e->free_index[--e->n_free];
-    e->table[r->table_index] = r;
-    r->id = (uint64_t)++e->generation[r->table_index] << 32 | r->table_index;
-    struct request **bucket = &e->by_name[name_hash(r->name) & e->name_mask];
-    r->hash_next = *bucket;
-    *bucket = r;
+    c->table_index = e->free_index[--e->n_free];
+    e->table[c->table_index] = c;
+    c->id = (uint64_t)++e->generation[c->table_index] << 32 | c->table_index;
     return ST_OK;
 }
 
-static void table_remove(struct engine *e, struct request *r)
+static void table_remove(struct engine *e, struct choice *c)
+{
+    if (!c->id)
+        return;
+    e->table[c->table_index] = NULL;
+    e->free_index[e->n_free++] = c->table_index;
+    c->id = 0;
+}
+
+static void name_add(struct engine *e, struct request *r)
+{
+    struct request **bucket = &e->by_name[name_hash(r->name) & e->name_mask];
+    r->hash_next = *bucket;
+    *bucket = r;
+}
+
+static void name_remove(struct engine *e, struct request *r)
 {
     struct request **p = &e->by_name[name_hash(r->name) & e->name_mask];
     while (*p != r)
         p = &(*p)->hash_next;
     *p = r->hash_next;
-    e->table[r->table_index] = NULL;
-    e->free_index[e->n_free++] = r->table_index;
 }
 
 struct request *request_by_name(struct engine *e, const char *name)
@@ -93,11 +105,11 @@ struct request *request_by_name(struct engine *e, const char *name)
     return r;
 }
 
-static struct request *request_by_id(struct engine *e, uint64_t id)
+static struct choice *choice_by_id(struct engine *e, uint64_t id)
 {
     uint32_t i = (uint32_t)id;
-    struct request *r = i < e->table_cap ? e->table[i] : NULL;
-    return r && r->id == id ? r : NULL;
+    struct choice *c = i < e->table_cap ? e->table[i] : NULL;
+    return c && c->id == id ? c : NULL;
 }
 
 /* ---- ends ---- */
@@ -108,11 +120,26 @@ static uint32_t retry_after_ms(const struct engine *e)
     return e->draining ? 0 : COORD_RETRY_AFTER_MS;
 }
 
-/* The call was finished or cancelled; what is left is its on_close. */
-static void to_closing(struct engine *e, struct request *r, int64_t now_us)
+/* The scheduler forgets what it still has of the request; the events of that find no choice any more. */
+static void leave_scheduler(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
 {
-    if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED)
-        table_remove(e, r);
+    for (uint32_t i = 0; i < r->n_choices; i++) {
+        struct choice *c = &r->choice[i];
+        if (c->live)
+            (void)!sched_cancel(e->sched, now_us, c->id, code, NULL);
+        c->live = false;
+        table_remove(e, c);
+    }
+    r->n_live = 0;
+}
+
+/* The call was finished or cancelled; what is left is its on_close. */
+static void to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
+{
+    if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
+        leave_scheduler(e, r, code, now_us);
+        name_remove(e, r);
+    }
     list_remove(&r->stalled_link);
     if (r->closed) {
         r->state = REQUEST_GONE;
@@ -129,70 +156,10 @@ static void fail(struct engine *e, struct request *r, const struct status *st, u
     if (!r->closed)
         rpc_call_finish(r->call, st, retry_after_ms);
     log_line(&e->coord->log, LOG_DEBUG, "%s: %s: %s", r->name, status_name(st->code), st->message);
-    to_closing(e, r, now_us);
+    to_closing(e, r, st->code, now_us);
 }
 
 /* ---- to the client ---- */
-
-static size_t text_chunk(const struct request *r)
-{
-    size_t n = r->text_len;
-    if (n <= COORD_CHUNK_BYTES)
-        return n;
-    n = COORD_CHUNK_BYTES;
-    while (((unsigned char)r->text[n] & 0xC0) == 0x80) /* whole characters only; the text is valid UTF-8 */
-        n--;
-    return n;
-}
-
-static uint64_t span_us(int64_t from, int64_t to)
-{
-    return from > 0 && to > from ? (uint64_t)(to - from) : 0;
-}
-
-/* One message with as much as fits. True when it was the last of the request. */
-static bool send_some(struct request *r, struct status *st)
-{
-    Tandem__V1__GenerateResponse m = TANDEM__V1__GENERATE_RESPONSE__INIT;
-    Tandem__V1__Finish finish = TANDEM__V1__FINISH__INIT;
-    Tandem__V1__Usage usage = TANDEM__V1__USAGE__INIT;
-    Tandem__V1__Timing timing = TANDEM__V1__TIMING__INIT;
-    size_t n_text = text_chunk(r);
-    uint32_t n_ids = min_u32(r->n_ids, COORD_CHUNK_IDS);
-    bool last = r->finish_ready && n_text == r->text_len && n_ids == r->n_ids;
-    m.text = (ProtobufCBinaryData){.len = n_text, .data = (uint8_t *)r->text};
-    m.n_token_ids = n_ids;
-    m.token_ids = r->ids;
-    if (!r->first_sent)
-        m.request_id = (ProtobufCBinaryData){.len = strlen(r->name), .data = (uint8_t *)r->name};
-    if (last) {
-        const struct sched_event *end = &r->end;
-        finish.reason = end->stopped ? TANDEM__V1__FINISH__REASON__STOP : TANDEM__V1__FINISH__REASON__LENGTH;
-        if (end->stopped) {
-            finish.stop_token_id_is_case = TANDEM__V1__FINISH__STOP_TOKEN_ID_IS_STOP_TOKEN_ID;
-            finish.stop_token_id = end->token;
-        }
-        usage.prompt_tokens = end->n_prompt;
-        usage.completion_tokens = end->n_new;
-        timing.queue_us = span_us(r->arrived_us, end->started_us);
-        timing.prefill_us = span_us(end->started_us, end->first_token_us);
-        timing.decode_us = span_us(end->first_token_us, end->last_token_us);
-        timing.preemptions = end->preemptions;
-        finish.usage = &usage;
-        finish.timing = &timing;
-        m.finish = &finish;
-    }
-    if (rpc_call_send(r->call, &m.base, st) != ST_OK)
-        return false;
-    r->first_sent = true;
-    r->text_len -= n_text;
-    r->n_ids -= n_ids;
-    if (r->text_len)
-        memmove(r->text, r->text + n_text, r->text_len);
-    if (r->n_ids)
-        memmove(r->ids, r->ids + n_ids, r->n_ids * sizeof *r->ids);
-    return last;
-}
 
 /* True when a message sent now goes out at once. Otherwise on_writable will post mail: set the wish, then look again,
  * because the queue may have run empty in between. */
@@ -207,10 +174,30 @@ static bool writable(struct request *r)
     return true;
 }
 
+/* The next choice that has something to say, in turns; NULL: none has. */
+static struct choice *next_choice(struct request *r)
+{
+    for (uint32_t i = 0; i < r->n_choices; i++) {
+        struct choice *c = &r->choice[(r->turn + i) % r->n_choices];
+        if (choice_has_output(c)) {
+            r->turn = (c->index + 1) % r->n_choices;
+            return c;
+        }
+    }
+    return NULL;
+}
+
+static bool has_output(const struct request *r)
+{
+    for (uint32_t i = 0; i < r->n_choices; i++)
+        if (choice_has_output(&r->choice[i]))
+            return true;
+    return false;
+}
+
 static void flush(struct engine *e, struct request *r, int64_t now_us)
 {
-    while ((r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) && !r->closed &&
-           (r->text_len || r->n_ids || r->finish_ready)) {
+    while ((r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) && !r->closed && has_output(r)) {
         if (!writable(r)) {
             if (!link_listed(&r->stalled_link)) {
                 r->stalled_us = now_us;
@@ -220,14 +207,18 @@ static void flush(struct engine *e, struct request *r, int64_t now_us)
         }
         list_remove(&r->stalled_link);
         struct status st = STATUS_INIT;
-        bool last = send_some(r, &st);
-        if (last) {
-            rpc_call_finish(r->call, NULL, 0);
-            to_closing(e, r, now_us);
-        } else if (st.code == ST_CANCELLED) {
+        struct choice *c = next_choice(r);
+        enum status_code rc = choice_send(c, &st);
+        if (rc == ST_CANCELLED)
             return; /* on_close is on its way */
-        } else if (st.code != ST_OK) {
+        if (rc != ST_OK) {
             request_end(e, r, &st, now_us);
+            return;
+        }
+        r->n_done += c->done;
+        if (r->n_done == r->n_choices) {
+            rpc_call_finish(r->call, NULL, 0);
+            to_closing(e, r, ST_OK, now_us);
         }
     }
 }
@@ -255,92 +246,91 @@ void requests_flush_dirty(struct engine *e, int64_t now_us)
 
 /* ---- tokens ---- */
 
-static bool append_text(struct request *r, const char *text, size_t len)
+/* The log probability that came with a sample of the result under way; NULL: none did. */
+static const Tandem__V1__Scores *sample_score(const struct engine *e, uint32_t index)
 {
-    if (len == 0)
-        return true;
-    if (r->text_len + len > r->text_cap) {
-        size_t cap = 2 * (r->text_len + len) + 64;
-        char *p = realloc(r->text, cap);
-        if (!p)
-            return false;
-        r->text = p;
-        r->text_cap = cap;
+    const Tandem__V1__StepResult *r = e->result;
+    size_t low = 0, high = r ? r->n_sample_scores : 0;
+    while (low < high) {
+        size_t mid = (low + high) / 2;
+        if (r->sample_scores[mid]->index == index)
+            return r->sample_scores[mid];
+        if (r->sample_scores[mid]->index < index)
+            low = mid + 1;
+        else
+            high = mid;
     }
-    memcpy(r->text + r->text_len, text, len);
-    r->text_len += len;
-    return true;
+    return NULL;
 }
 
-static bool append_id(struct request *r, uint32_t id)
+static enum status_code take_logprob(struct engine *e, struct choice *c, const struct sched_event *ev,
+                                     struct status *st)
 {
-    if (r->n_ids == r->ids_cap) {
-        uint32_t cap = r->ids_cap ? 2 * r->ids_cap : 8;
-        uint32_t *p = realloc(r->ids, cap * sizeof *p);
-        if (!p)
-            return false;
-        r->ids = p;
-        r->ids_cap = cap;
-    }
-    r->ids[r->n_ids++] = id;
-    return true;
+    if (c->request->top < 0)
+        return ST_OK;
+    const Tandem__V1__Scores *s = sample_score(e, ev->index);
+    if (!s)
+        return status_set(st, ST_INTERNAL, "the rank sent no log probability of token %u", c->n_new);
+    return scores_add(&c->scores, s, st);
 }
 
-static bool is_stop(const struct request *r, uint32_t id)
+static void take_token(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
 {
-    for (uint32_t i = 0; i < r->n_stop; i++)
-        if (r->stop[i] == id)
-            return true;
-    return false;
-}
-
-static void take_token(struct engine *e, struct request *r, uint32_t id, int64_t now_us)
-{
+    struct request *r = c->request;
     struct status st = STATUS_INIT;
-    const char *text = NULL;
-    size_t len = 0;
-    bool ok = append_id(r, id);
-    if (ok && !is_stop(r, id)) {
-        if (tok_stream_push(r->decoder, id, &text, &len, &st) != ST_OK) {
-            request_end(e, r, &st, now_us);
-            return;
-        }
-        ok = append_text(r, text, len);
-    }
-    if (!ok) {
-        status_nomem(&st, "output of a request", r->text_cap);
+    bool ended = false;
+    if (c->matched || r->nothing_new)
+        return;
+    if (take_logprob(e, c, ev, &st) != ST_OK || choice_add(c, &ev->token, &ended, &st) != ST_OK) {
         request_end(e, r, &st, now_us);
         return;
     }
+    if (ended) { /* NOT_FOUND: it has ended by length as well, the event comes next */
+        c->matched = true;
+        (void)!sched_finish(e->sched, now_us, c->id, NULL);
+    }
     mark_dirty(e, r);
 }
 
-static void take_finished(struct engine *e, struct request *r, const struct sched_event *ev, int64_t now_us)
+static void take_scores(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
 {
     struct status st = STATUS_INIT;
-    const char *text = NULL;
-    size_t len = 0;
-    if (tok_stream_flush(r->decoder, &text, &len, &st) != ST_OK) {
-        fail(e, r, &st, 0, now_us);
-        return;
-    }
-    if (!append_text(r, text, len)) {
-        status_nomem(&st, "output of a request", len);
-        fail(e, r, &st, 0, now_us);
-        return;
-    }
-    r->end = *ev;
-    r->finish_ready = true;
-    r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
-    mark_dirty(e, r);
-    log_line(&e->coord->log, LOG_DEBUG, "%s: %u prompt tokens, %u new, %s", r->name, ev->n_prompt, ev->n_new,
-             ev->stopped ? "stop" : "length");
+    for (uint32_t i = 0; i < ev->count; i++)
+        if (scores_add(&c->prompt_scores, e->result->prompt_scores[ev->index + i], &st) != ST_OK) {
+            request_end(e, c->request, &st, now_us);
+            return;
+        }
+    mark_dirty(e, c->request);
 }
 
-static void take_failed(struct engine *e, struct request *r, const struct sched_event *ev, int64_t now_us)
+static void take_finished(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
 {
+    struct request *r = c->request;
+    struct status st = STATUS_INIT;
+    bool ended = false;
+    c->live = false;
+    r->n_live--;
+    if (!c->matched && !r->nothing_new && choice_add(c, NULL, &ended, &st) != ST_OK) {
+        fail(e, r, &st, 0, now_us);
+        return;
+    }
+    c->matched = c->matched || ended;
+    c->end = *ev;
+    c->finish_ready = true;
+    if (r->n_live == 0)
+        r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
+    mark_dirty(e, r);
+    log_line(&e->coord->log, LOG_DEBUG, "%s: %u prompt tokens, %u new, %s", r->name, ev->n_prompt, c->n_new,
+             ev->stopped || c->matched ? "stop" : "length");
+}
+
+static void take_failed(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
+{
+    struct request *r = c->request;
     struct status st = STATUS_INIT;
     uint32_t retry = 0;
+    c->live = false; /* the others are ended with it */
+    r->n_live--;
     switch (ev->code) {
     case ST_UNAVAILABLE:
         status_set(&st, ST_UNAVAILABLE, "%s", e->lost_reason[0] ? e->lost_reason : "the worker group is gone");
@@ -362,31 +352,29 @@ static void take_failed(struct engine *e, struct request *r, const struct sched_
 
 void request_event(struct engine *e, const struct sched_event *ev, int64_t now_us)
 {
-    struct request *r = request_by_id(e, ev->id);
-    if (!r || r->state != REQUEST_LIVE)
+    struct choice *c = choice_by_id(e, ev->id);
+    if (!c || !c->live)
         return; /* ended by us: request_end took it out of the table at once */
     if (ev->kind == SCHED_TOKEN)
-        take_token(e, r, ev->token, now_us);
+        take_token(e, c, ev, now_us);
+    else if (ev->kind == SCHED_SCORES)
+        take_scores(e, c, ev, now_us);
     else if (ev->kind == SCHED_FINISHED)
-        take_finished(e, r, ev, now_us);
+        take_finished(e, c, ev, now_us);
     else
-        take_failed(e, r, ev, now_us);
+        take_failed(e, c, ev, now_us);
 }
 
 void request_end(struct engine *e, struct request *r, const struct status *st, int64_t now_us)
 {
-    bool live = r->state == REQUEST_LIVE;
-    uint64_t id = r->id;
     fail(e, r, st, st->code == ST_UNAVAILABLE ? retry_after_ms(e) : 0, now_us);
-    if (live) /* its FAILED event finds no request any more */
-        (void)!sched_cancel(e->sched, now_us, id, st->code, NULL);
 }
 
 void requests_end_live(struct engine *e, const struct status *st, int64_t now_us)
 {
     for (uint32_t i = 0; i < e->table_cap; i++)
-        if (e->table[i] && e->table[i]->state == REQUEST_LIVE)
-            request_end(e, e->table[i], st, now_us);
+        if (e->table[i] && e->table[i]->request->state == REQUEST_LIVE)
+            request_end(e, e->table[i]->request, st, now_us);
 }
 
 uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us)
@@ -395,13 +383,37 @@ uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now
     for (uint32_t i = 0; i < e->table_cap; i++) {
         if (!e->table[i])
             continue;
-        request_end(e, e->table[i], st, now_us);
+        request_end(e, e->table[i]->request, st, now_us);
         n++;
     }
     return n;
 }
 
 /* ---- mail ---- */
+
+static enum status_code submit_choice(struct engine *e, struct choice *c, int64_t now_us, struct status *st)
+{
+    const struct request *r = c->request;
+    enum status_code rc = table_add(e, c, st);
+    if (rc != ST_OK)
+        return rc;
+    const struct sched_request req = {.id = c->id,
+                                      .prompt = r->prompt,
+                                      .n_prompt = r->n_prompt,
+                                      .max_new = r->max_new,
+                                      .stop_ids = r->stop,
+                                      .n_stop = r->n_stop,
+                                      .deadline_us = r->deadline_us,
+                                      .sample = {.temperature = r->params.temperature,
+                                                 .top_k = r->params.top_k,
+                                                 .top_p = r->params.top_p,
+                                                 .seed = choice_seed(r->params.seed, c->index),
+                                                 .options = &r->params},
+                                      .scores = c->index == 0 && r->prompt_top >= 0};
+    rc = sched_submit(e->sched, now_us, &req, st);
+    c->live = rc == ST_OK;
+    return rc;
+}
 
 static void submit(struct engine *e, struct request *r, int64_t now_us)
 {
@@ -423,24 +435,19 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
         status_set(&st, ST_ALREADY_EXISTS, "request_id: \"%s\" is live already, expected a new one", r->name);
         goto refuse;
     }
-    if (table_add(e, r, &st) != ST_OK)
-        goto refuse;
-    struct sched_request req = {.id = r->id,
-                                .prompt = r->prompt,
-                                .n_prompt = r->n_prompt,
-                                .max_new = r->max_new,
-                                .stop_ids = r->stop,
-                                .n_stop = r->n_stop,
-                                .deadline_us = r->deadline_us,
-                                .sample = r->sample};
-    if (sched_submit(e->sched, now_us, &req, &st) != ST_OK) {
-        table_remove(e, r);
-        goto refuse;
-    }
+    for (uint32_t i = 0; i < r->n_choices; i++)
+        if (submit_choice(e, &r->choice[i], now_us, &st) != ST_OK) {
+            leave_scheduler(e, r, ST_CANCELLED, now_us);
+            goto refuse;
+        }
+    name_add(e, r);
+    r->n_live = r->n_choices;
     r->state = REQUEST_LIVE;
     request_ref(r); /* the engine's */
-    free(r->prompt);
-    r->prompt = NULL;
+    if (!r->echo) {
+        free(r->prompt);
+        r->prompt = NULL;
+    }
     return;
 refuse:
     rpc_call_finish(r->call, &st, st.code == ST_UNAVAILABLE || st.code == ST_RESOURCE_EXHAUSTED ? retry : 0);
@@ -456,7 +463,7 @@ void request_handle_mail(struct engine *e, struct request *r, uint32_t flags, in
         if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
             request_end(e, r, &st, now_us);
         } else if (r->state == REQUEST_CLOSING) {
-            to_closing(e, r, now_us);
+            to_closing(e, r, ST_CANCELLED, now_us);
         }
     }
     if ((flags & REQUEST_SUBMIT) && !r->closed)

@@ -15,12 +15,11 @@ void request_unref(struct request *r)
         return;
     atomic_fetch_sub(&r->coord->live_requests, 1);
     rpc_call_unref(r->call);
-    tok_stream_free(r->decoder);
+    choices_destroy(r);
+    options_fini(r);
     free(r->raw);
     free(r->prompt);
     free(r->stop);
-    free(r->text);
-    free(r->ids);
     free(r);
 }
 

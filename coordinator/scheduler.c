@@ -86,7 +86,9 @@ static void free_slot_arrays(struct sched *s)
     s->plan_chunk = NULL;
     for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
         free(s->flight[i].sample);
+        free(s->flight[i].score);
         s->flight[i].sample = NULL;
+        s->flight[i].score = NULL;
     }
 }
 
@@ -106,7 +108,8 @@ static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct 
               s->plan_chunk && s->decodable && s->prefilling;
     for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
         s->flight[i].sample = malloc(slots * sizeof *s->flight[i].sample);
-        ok = ok && s->flight[i].sample;
+        s->flight[i].score = malloc(slots * sizeof *s->flight[i].score);
+        ok = ok && s->flight[i].sample && s->flight[i].score;
     }
     if (!ok) {
         free_slot_arrays(s);
@@ -301,6 +304,7 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     r->deadline_us = req->deadline_us;
     r->arrived_us = now_us;
     r->sample = req->sample;
+    r->scores = req->scores;
     req_list_append(&s->age, r);
     if (!s->waiting)
         s->waiting = r;
@@ -324,6 +328,16 @@ enum status_code sched_cancel(struct sched *s, int64_t now_us, uint64_t id, enum
     return ST_OK;
 }
 
+enum status_code sched_finish(struct sched *s, int64_t now_us, uint64_t id, struct status *st)
+{
+    (void)now_us;
+    struct req *r = req_map_find(&s->map, id);
+    if (!r)
+        return status_set(st, ST_NOT_FOUND, "request_id: no such request, or it has ended");
+    end_request(s, r, SCHED_FINISHED, false, ST_OK);
+    return ST_OK;
+}
+
 static bool is_stop(const struct req *r, uint32_t token)
 {
     const uint32_t *stop = r->tokens + r->n_total;
@@ -334,7 +348,7 @@ static bool is_stop(const struct req *r, uint32_t token)
     return false;
 }
 
-static void take_token(struct sched *s, struct req *r, uint32_t token, int64_t now_us)
+static void take_token(struct sched *s, struct req *r, uint32_t token, uint32_t index, int64_t now_us)
 {
     r->n_unknown--;
     r->tokens[r->n_known++] = token;
@@ -346,13 +360,29 @@ static void take_token(struct sched *s, struct req *r, uint32_t token, int64_t n
     ev->id = r->id;
     ev->kind = SCHED_TOKEN;
     ev->token = token;
+    ev->index = index;
     bool stopped = is_stop(r, token);
     if (stopped || r->n_known == r->n_total)
         end_request(s, r, SCHED_FINISHED, stopped, ST_OK);
 }
 
+/* Scores come before the tokens of the same result: a request's last event stays its last. */
+static void take_scores(struct sched *s, const struct flight *f)
+{
+    uint32_t first = 0;
+    for (uint32_t i = 0; i < f->n_scores; first += f->score[i++].rows) {
+        if (f->score[i].req->seq != f->score[i].seq)
+            continue;
+        struct sched_event *ev = event_ring_push(&s->events);
+        ev->id = f->score[i].req->id;
+        ev->kind = SCHED_SCORES;
+        ev->index = first;
+        ev->count = f->score[i].rows;
+    }
+}
+
 enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, const uint32_t *tokens, uint32_t n_tokens,
-                              struct status *st)
+                              uint32_t n_scores, struct status *st)
 {
     uint64_t expected = s->next_step - s->in_flight;
     if (!s->attached || s->in_flight == 0)
@@ -364,16 +394,20 @@ enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, co
     if (n_tokens != f->n_samples)
         return status_set(st, ST_INTERNAL, "result of step %llu: %u tokens, %u were planned", (unsigned long long)step,
                           n_tokens, f->n_samples);
-    if (!event_ring_reserve(&s->events, (uint64_t)n_tokens + s->n_live))
+    if (n_scores != f->score_rows)
+        return status_set(st, ST_INTERNAL, "result of step %llu: %u scores of prompts, %u were planned",
+                          (unsigned long long)step, n_scores, f->score_rows);
+    if (!event_ring_reserve(&s->events, (uint64_t)n_tokens + f->n_scores + s->n_live))
         return status_nomem(st, "events", n_tokens * sizeof(struct sched_event));
     s->in_flight--;
     s->free_pages += s->fenced_pages; /* of the plan after this one: see scheduler.h, pipeline */
     s->fenced_pages = 0;
     s->total.steps++;
+    take_scores(s, f);
     for (uint32_t i = 0; i < n_tokens; i++) {
         struct req *r = f->sample[i].req;
         if (r->seq == f->sample[i].seq)
-            take_token(s, r, tokens[i], now_us);
+            take_token(s, r, tokens[i], i, now_us);
         else
             s->total.wasted_rows++;
     }

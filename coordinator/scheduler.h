@@ -50,6 +50,7 @@ struct sched_sample {
     uint32_t top_k;    /* 0: all */
     float top_p;
     uint64_t seed;
+    const void *options; /* the caller's, handed on in sched_admit; not looked at */
 };
 
 struct sched_request {
@@ -61,10 +62,12 @@ struct sched_request {
     uint32_t n_stop;
     int64_t deadline_us; /* INT64_MAX: none */
     struct sched_sample sample;
+    bool scores; /* of the prompt's tokens are wanted: rows are marked for it, each once whatever is computed again */
 };
 
 enum sched_event_kind {
     SCHED_TOKEN,    /* a new token */
+    SCHED_SCORES,   /* scores of the prompt's next tokens */
     SCHED_FINISHED, /* by length or stop; the last event of the request */
     SCHED_FAILED,   /* code says why: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE; the last event of the request */
 };
@@ -72,6 +75,8 @@ enum sched_event_kind {
 struct sched_event {
     uint64_t id;
     enum sched_event_kind kind;
+    uint32_t index;        /* TOKEN: in the result's tokens; SCORES: of the first, in the result's scores */
+    uint32_t count;        /* SCORES: how many */
     uint32_t token;        /* TOKEN; FINISHED by stop: the stop token (which came as TOKEN before) */
     bool stopped;          /* FINISHED: by a stop id, else by length */
     enum status_code code; /* FAILED */
@@ -89,6 +94,8 @@ struct sched_chunk {
     const uint32_t *tokens; /* valid like the arrays */
     uint32_t n_tokens;
     bool sample; /* reaches the last known token: the rank samples the next */
+    /* rows [score_first, score_first + score_rows) of the chunk are scored; next_token follows the chunk when it is known */
+    uint32_t score_first, score_rows, next_token;
 };
 struct sched_admit {
     uint64_t id;
@@ -107,6 +114,7 @@ struct sched_plan {
     uint32_t n_chunk;
     uint32_t rows;    /* decodes and chunk tokens */
     uint32_t samples; /* tokens that the result will hold: decodes first, then chunks with sample, in order */
+    uint32_t scores;  /* rows that are scored, in the order of chunks */
 };
 
 struct sched_load {
@@ -139,9 +147,12 @@ STATUS_MUST_CHECK enum status_code sched_submit(struct sched *s, int64_t now_us,
 /* Ends a request with a FAILED event of this code; the slot is released in the next plan. NOT_FOUND. */
 STATUS_MUST_CHECK enum status_code sched_cancel(struct sched *s, int64_t now_us, uint64_t id, enum status_code code,
                                                 struct status *st);
-/* The tokens of plan `step`; steps come in order. INTERNAL when step or count is not what was planned. */
+/* Ends a request with a FINISHED event, as a length reached; the slot is released in the next plan. NOT_FOUND. */
+STATUS_MUST_CHECK enum status_code sched_finish(struct sched *s, int64_t now_us, uint64_t id, struct status *st);
+/* The tokens of plan `step`, and how many scores came with them; steps come in order. INTERNAL when step or a count is not
+ * what was planned. */
 STATUS_MUST_CHECK enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, const uint32_t *tokens,
-                                                uint32_t n_tokens, struct status *st);
+                                                uint32_t n_tokens, uint32_t n_scores, struct status *st);
 /* Fails what is past its deadline. sched_plan does this too. */
 void sched_expire(struct sched *s, int64_t now_us);
 

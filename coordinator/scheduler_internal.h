@@ -44,6 +44,9 @@ struct req {
     uint32_t *tokens;    /* n_total, then the stop ids: one allocation */
     uint32_t n_prompt;
     uint32_t n_stop;
+    bool scores;
+    uint32_t
+        n_scored; /* prompt rows that are scored in plans made so far; their results come, whatever becomes of the slot */
     uint32_t n_fed_max; /* the furthest n_fed of all its slots: what is below is computed again */
     uint32_t preemptions;
     uint32_t heap_index; /* in the deadline heap; UINT32_MAX: not there */
@@ -89,9 +92,18 @@ struct sample_ref {
     uint64_t seq;
 };
 
+/* The same of a chunk's scored rows. */
+struct score_ref {
+    struct req *req;
+    uint64_t seq;
+    uint32_t rows;
+};
+
 struct flight {
     struct sample_ref *sample; /* one for each slot at most */
     uint32_t n_samples;
+    struct score_ref *score; /* the same */
+    uint32_t n_scores, score_rows;
 };
 
 struct sched {

@@ -175,6 +175,22 @@ static void plan_decodes(struct sched *s, struct build *b)
     }
 }
 
+/* A row is scored for the token behind it: the prompt's last row is not, its token is sampled. */
+static void score_chunk(struct build *b, struct req *r, struct sched_chunk *chunk)
+{
+    uint32_t first = r->n_scored > r->n_fed ? r->n_scored : r->n_fed, end = r->n_fed + chunk->n_tokens;
+    if (end > r->n_prompt - 1)
+        end = r->n_prompt - 1;
+    if (first >= end)
+        return;
+    chunk->score_first = first - r->n_fed;
+    chunk->score_rows = end - first;
+    chunk->next_token = chunk->sample ? 0 : r->tokens[r->n_fed + chunk->n_tokens];
+    r->n_scored = end;
+    b->flight->score[b->flight->n_scores++] = (struct score_ref){r, r->seq, end - first};
+    b->flight->score_rows += end - first;
+}
+
 static void plan_chunk(struct sched *s, struct build *b, struct req *r)
 {
     uint32_t n = r->n_known - r->n_fed < b->left ? r->n_known - r->n_fed : b->left;
@@ -182,8 +198,11 @@ static void plan_chunk(struct sched *s, struct build *b, struct req *r)
     memcpy(tokens, r->tokens + r->n_fed, n * sizeof *tokens);
     b->n_tokens += n;
     bool sample = r->n_fed + n == r->n_known;
-    s->plan_chunk[b->n_chunk++] = (struct sched_chunk){
+    struct sched_chunk *chunk = &s->plan_chunk[b->n_chunk++];
+    *chunk = (struct sched_chunk){
         .id = r->id, .slot = r->slot, .position = r->n_fed, .tokens = tokens, .n_tokens = n, .sample = sample};
+    if (r->scores)
+        score_chunk(b, r, chunk);
     r->decoding = sample;
     feed(s, b, r, n, sample);
 }
@@ -240,7 +259,7 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
     if (!s->attached || s->in_flight == s->cfg.depth)
         return false;
     struct build b = {.flight = &s->flight[s->next_step % SCHED_MAX_DEPTH], .left = s->step_budget, .now_us = now_us};
-    b.flight->n_samples = 0;
+    b.flight->n_samples = b.flight->n_scores = b.flight->score_rows = 0;
     collect(s, &b);
     plan_decodes(s, &b);
     for (uint32_t i = 0; i < b.n_prefilling && b.left > 0; i++) {
@@ -268,7 +287,8 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
                                 .chunk = s->plan_chunk,
                                 .n_chunk = b.n_chunk,
                                 .rows = rows,
-                                .samples = b.flight->n_samples};
+                                .samples = b.flight->n_samples,
+                                .scores = b.flight->score_rows};
     s->in_flight++;
     return true;
 }

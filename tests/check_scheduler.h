@@ -86,7 +86,7 @@ static inline void no_plan(struct sched *s)
 static inline void result(struct sched *s, uint64_t step, uint32_t n, const uint32_t *tokens)
 {
     struct status st = STATUS_INIT;
-    ck_assert_msg(sched_result(s, 3000, step, tokens, n, &st) == ST_OK, "%s", st.message);
+    ck_assert_msg(sched_result(s, 3000, step, tokens, n, 0, &st) == ST_OK, "%s", st.message);
     sched_check(s);
 }
 #define RESULT(s, step, ...)                                                                                           \

@@ -187,24 +187,24 @@ START_TEST(result_that_was_not_planned_is_refused_and_changes_nothing)
     struct sched *s = create_attached(config(4, 16, 2));
     uint32_t tokens[3] = {50, 51, 52};
     struct status st = STATUS_INIT;
-    ck_assert_int_eq(sched_result(s, 0, 0, tokens, 0, &st), ST_INTERNAL);
-    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 0, &st), ST_INTERNAL);
+    ck_assert_int_eq(sched_result(s, 0, 0, tokens, 0, 0, &st), ST_INTERNAL);
+    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 0, 0, &st), ST_INTERNAL);
     submit(s, 1, 3, 5);
     plan(s);
     plan(s);
-    ck_assert_int_eq(sched_result(s, 0, 2, tokens, 1, &st), ST_INTERNAL);
+    ck_assert_int_eq(sched_result(s, 0, 2, tokens, 1, 0, &st), ST_INTERNAL);
     ck_assert_str_eq(st.message, "result of step 2: expected step 1");
-    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 2, &st), ST_INTERNAL);
+    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 2, 0, &st), ST_INTERNAL);
     ck_assert_str_eq(st.message, "result of step 1: 2 tokens, 1 were planned");
-    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 0, &st), ST_INTERNAL);
+    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 0, 0, &st), ST_INTERNAL);
     sched_check(s);
     no_event(s);
     RESULT(s, 1, 50);
     expect_token(s, 1, 50);
-    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 1, &st), ST_INTERNAL);
+    ck_assert_int_eq(sched_result(s, 0, 1, tokens, 1, 0, &st), ST_INTERNAL);
     sched_detach(s, 0);
     expect_failed(s, 1, ST_UNAVAILABLE);
-    ck_assert_int_eq(sched_result(s, 0, 2, tokens, 1, &st), ST_INTERNAL); /* of the group that is gone */
+    ck_assert_int_eq(sched_result(s, 0, 2, tokens, 1, 0, &st), ST_INTERNAL); /* of the group that is gone */
     sched_destroy(s);
 }
 END_TEST
@@ -308,7 +308,7 @@ static uint32_t run_with_failures(void)
         if (!busy)
             break;
         enum status_code rc;
-        while ((rc = COUNTED(sched_result(s, 0, step, tokens[step % 2], samples[step % 2], NULL))) != ST_OK) {
+        while ((rc = COUNTED(sched_result(s, 0, step, tokens[step % 2], samples[step % 2], 0, NULL))) != ST_OK) {
             ck_assert_int_eq(rc, ST_RESOURCE_EXHAUSTED);
             failures++;
             sched_check(s);
@@ -352,7 +352,7 @@ START_TEST(steps_allocate_nothing)
     for (struct sched_plan p; sched_load(s).queued + sched_load(s).running > 0; step++) {
         while (sched_plan(s, 0, &p))
             samples[p.step % 2] = p.samples;
-        if (sched_result(s, 0, step, tokens, samples[step % 2], NULL) != ST_OK)
+        if (sched_result(s, 0, step, tokens, samples[step % 2], 0, NULL) != ST_OK)
             break;
         struct sched_event ev;
         while (sched_next_event(s, &ev))

@@ -521,13 +521,13 @@ static void result(struct sim *m)
 {
     uint64_t step = m->next_step - m->in_flight;
     struct sim_flight *f = &m->flight[step % 2];
-    if (chance(m, 8) && (sched_result(m->sched, m->now_us, step + 1, f->tokens, f->n, NULL) != ST_INTERNAL ||
-                         sched_result(m->sched, m->now_us, step, f->tokens, f->n + 1, NULL) != ST_INTERNAL))
+    if (chance(m, 8) && (sched_result(m->sched, m->now_us, step + 1, f->tokens, f->n, 0, NULL) != ST_INTERNAL ||
+                         sched_result(m->sched, m->now_us, step, f->tokens, f->n + 1, 0, NULL) != ST_INTERNAL))
         sim_fail("a wrong result was taken");
     for (uint32_t i = 0; i < f->n; i++)
         m->wasted += find(m, f->id[i]) == NULL;
     struct status st = STATUS_INIT;
-    if (sched_result(m->sched, m->now_us, step, f->tokens, f->n, &st) != ST_OK)
+    if (sched_result(m->sched, m->now_us, step, f->tokens, f->n, 0, &st) != ST_OK)
         sim_fail("result: %s", st.message);
     m->in_flight--;
     m->steps++;

@@ -90,6 +90,12 @@ static enum status_code load(struct worker *w, struct status *st)
     return ST_OK;
 }
 
+_Static_assert((int)SAMPLE_ALL == (int)TANDEM__V1__SAMPLE_OPTION__ALL &&
+                   (int)SAMPLE_SCORE == (int)TANDEM__V1__SAMPLE_OPTION__SCORE &&
+                   (int)SAMPLE_ADJUST == (int)TANDEM__V1__SAMPLE_OPTION__ADJUST &&
+                   (int)SAMPLE_MIN_P == (int)TANDEM__V1__SAMPLE_OPTION__MIN_P,
+               "sample_options travels as it is");
+
 static void send_ready(struct worker *w)
 {
     struct engine_info i = engine_info(w->engine);

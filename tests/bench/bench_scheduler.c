@@ -83,7 +83,7 @@ static uint64_t step(struct run *r)
     struct sched_event ev;
     uint64_t start = now_ns();
     r->step++;
-    if (sched_result(r->s, (int64_t)r->step, r->step, r->tokens, r->n_samples[r->step % 2], &st) != ST_OK)
+    if (sched_result(r->s, (int64_t)r->step, r->step, r->tokens, r->n_samples[r->step % 2], 0, &st) != ST_OK)
         die(&st);
     while (sched_next_event(r->s, &ev)) {
         if (ev.kind != SCHED_TOKEN && r->refill)

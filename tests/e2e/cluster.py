@@ -76,12 +76,19 @@ def request(prompt, **options):
     else:
         r.token_ids.ids.extend(prompt)
     for name, value in options.items():
-        if name in ("temperature", "top_k", "top_p", "seed"):
+        if name in ("stop_token_ids", "stop"):
+            getattr(r.stopping, name).extend(value)
+        elif name == "allowed_token_ids":
+            r.sampling.allowed_token_ids.extend(value)
+        elif name == "logit_bias":
+            for token_id, bias in value.items():
+                r.sampling.logit_bias.add(token_id=token_id, bias=bias)
+        elif name in ("logprobs", "prompt_logprobs", "echo"):
+            setattr(r.output, name, value)
+        elif name in r.sampling.DESCRIPTOR.fields_by_name:
             setattr(r.sampling, name, value)
-        elif name in ("max_tokens", "ignore_eos"):
+        elif name in r.stopping.DESCRIPTOR.fields_by_name:
             setattr(r.stopping, name, value)
-        elif name == "stop_token_ids":
-            r.stopping.stop_token_ids.extend(value)
         else:
             setattr(r, name, value)
     return r
