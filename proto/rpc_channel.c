@@ -132,7 +132,7 @@ static void refresh(struct rpc_channel *ch)
     struct rpc_link *link = NULL;
     if (!rpc_file_same(&files.token, &ch->seen.token) && rpc_token_header(ch->token, header, NULL) == ST_OK)
         memcpy(ch->header, header, sizeof header);
-    if (!rpc_tls_same(&files.tls, &ch->seen.tls) && link_new(&link, ch, NULL) == ST_OK) {
+    if (!rpc_tls_same(&files.tls, &ch->seen.tls) && link_new(&link, ch, NULL) == ST_OK && link) {
         link_put(ch->link);
         ch->link = link;
     }

@@ -19,10 +19,10 @@
 struct rpc_guard {
     struct rpc_report report;
     bool health_only;
-    struct rpc_tokens *tokens; /* NULL: none needed */
-    char *cert, *key, *ca;     /* paths; NULL: plaintext; ca NULL: client certificates are not asked for */
-    pthread_mutex_t lock;      /* a leaf but for `report` */
-    bool fetched;              /* the core has the first set */
+    struct rpc_tokens *tokens;  /* NULL: none needed */
+    char *cert, *key, *ca;      /* paths; NULL: plaintext; ca NULL: client certificates are not asked for */
+    pthread_mutex_t lock;       /* a leaf but for `report` */
+    struct rpc_tls_texts first; /* read when the guard was made, for the first fetch */
     struct rpc_tls_stamps stamps;
     int64_t not_after_s;
     bool expiry_told;
@@ -44,6 +44,7 @@ static void guard_destroy(void *state)
 {
     struct rpc_guard *g = state;
     rpc_tokens_destroy(g->tokens);
+    rpc_tls_unload(&g->first);
     pthread_mutex_destroy(&g->lock);
     free(g->cert);
     free(g->key);
@@ -75,6 +76,16 @@ static void tell_expiry(struct rpc_guard *g)
     rpc_report(&g->report, true, "tls-cert %s: the certificate in use has expired; clients refuse it", g->cert);
 }
 
+/* With the lock held. */
+static void use(struct rpc_guard *g, const struct rpc_tls_texts *t, const char *how,
+                grpc_ssl_server_certificate_config **config)
+{
+    *config = core_config(t);
+    g->not_after_s = t->not_after_s;
+    g->expiry_told = false;
+    rpc_report(&g->report, false, "tls-cert %s: %s, good until %s%s", g->cert, t->subject, t->until, how);
+}
+
 static grpc_ssl_certificate_config_reload_status fetch_certificates(void *ctx,
                                                                     grpc_ssl_server_certificate_config **config)
 {
@@ -85,22 +96,18 @@ static grpc_ssl_certificate_config_reload_status fetch_certificates(void *ctx,
     grpc_ssl_certificate_config_reload_status result = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
     pthread_mutex_lock(&g->lock);
     struct rpc_tls_stamps stamps = rpc_tls_stamps(&files); /* before reading: a change meanwhile is seen next time */
-    if (!g->fetched || !rpc_tls_same(&stamps, &g->stamps)) {
+    if (g->first.cert) {
+        use(g, &g->first, "", config);
+        rpc_tls_unload(&g->first);
+        result = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
+    } else if (!rpc_tls_same(&stamps, &g->stamps)) {
         g->stamps = stamps;
         if (rpc_tls_load(&texts, &files, "tls-client-ca", &st) == ST_OK) {
-            *config = core_config(&texts);
-            g->not_after_s = texts.not_after_s;
-            g->expiry_told = false;
-            rpc_report(&g->report, false, "tls-cert %s: %s, good until %s%s", g->cert, texts.subject, texts.until,
-                       g->fetched ? "; read again" : "");
-            g->fetched = true;
-            result = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
+            use(g, &texts, "; read again", config);
             rpc_tls_unload(&texts);
+            result = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
         } else {
-            rpc_report(&g->report, true, "%s%s", st.message,
-                       g->fetched ? "; the certificates read before stay in use" : "");
-            if (!g->fetched)
-                result = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_FAIL;
+            rpc_report(&g->report, true, "%s; the certificates read before stay in use", st.message);
         }
     }
     tell_expiry(g);
@@ -171,6 +178,10 @@ static enum status_code guard_create(struct rpc_guard **out, const struct rpc_li
     g->key = copy(sec->key_file, &ok);
     g->ca = copy(sec->client_ca_file, &ok);
     enum status_code rc = ok ? ST_OK : status_nomem(st, "listener", 0);
+    struct rpc_tls_files files = files_of(g);
+    g->stamps = rpc_tls_stamps(&files);
+    if (rc == ST_OK)
+        rc = rpc_tls_load(&g->first, &files, "tls-client-ca", st);
     if (rc == ST_OK && sec->token_file)
         rc = rpc_tokens_create(&g->tokens, sec->token_file, report, st);
     if (rc != ST_OK) {
@@ -194,17 +205,10 @@ enum status_code rpc_guard_credentials(grpc_server_credentials **out, const stru
                                        struct rpc_report report, struct status *st)
 {
     struct rpc_guard *g = NULL;
-    struct rpc_tls_texts texts;
-    struct rpc_tls_files files = {.cert = sec->cert_file, .key = sec->key_file, .ca = sec->client_ca_file};
     if (sec->client_ca_file && !sec->cert_file)
         return status_set(st, ST_INVALID_ARGUMENT, "tls-client-ca %.300s: needs tls-cert and tls-key beside it",
                           sec->client_ca_file);
-    /* Once for the message: the core would say nothing of what is wrong. */
-    enum status_code rc = rpc_tls_load(&texts, &files, "tls-client-ca", st);
-    if (rc != ST_OK)
-        return rc;
-    rpc_tls_unload(&texts);
-    rc = guard_create(&g, sec, report, st);
+    enum status_code rc = guard_create(&g, sec, report, st);
     if (rc != ST_OK || !g)
         return rc;
     grpc_server_credentials *creds = g->cert ? tls_credentials(g) : grpc_insecure_server_credentials_create();

@@ -320,6 +320,7 @@ static Suite *rpc_suite(void)
     rpc_unpack_tests(limits);
     rpc_faults_tests(add_case(s, "faults"));
     rpc_security_tests(add_case(s, "security"));
+    rpc_connections_tests(add_case(s, "connections"));
     return s;
 }
 

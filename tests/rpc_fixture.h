@@ -88,5 +88,6 @@ void rpc_limits_tests(TCase *c);
 void rpc_unpack_tests(TCase *c);
 void rpc_faults_tests(TCase *c);
 void rpc_security_tests(TCase *c);
+void rpc_connections_tests(TCase *c);
 
 #endif
