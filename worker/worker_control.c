@@ -277,7 +277,7 @@ fail:
 static bool refused_for_good(enum status_code rc)
 {
     return rc == ST_INVALID_ARGUMENT || rc == ST_UNIMPLEMENTED || rc == ST_PERMISSION_DENIED ||
-           rc == ST_UNAUTHENTICATED;
+           rc == ST_UNAUTHENTICATED || rc == ST_NOT_FOUND; /* of a certificate's or token's file */
 }
 
 enum status_code worker_control_attach(struct worker_control *c, uint32_t timeout_ms, struct status *st)

@@ -61,13 +61,13 @@ class SecureCluster(Cluster):
             put("live-" + name, read(name))
         super().__init__(tp=2, args=args)
         self.command[self.command.index(self.address)] += ",plain,open"
-        self.at = {}
+        self.at, self.control_address = {}, f"127.0.0.1:{free_port()}"
         for kind, words in KINDS.items():
             self.at[kind] = f"localhost:{free_port()}" if kind != "health" else f"127.0.0.1:{free_port()}"
             self.command += ["--listen", self.at[kind] + ("," + words if words else "")]
         self.command += ["--tls-cert", path("live-server.pem"), "--tls-key", path("live-server.key"),
                          "--tls-client-ca", path("live-ca.pem"), "--token-file", path("token"),
-                         "--control-listen", f"127.0.0.1:{free_port()}", "--control-tls-ca", path("ca.pem"),
+                         "--control-listen", self.control_address, "--control-tls-ca", path("ca.pem"),
                          "--control-tls-cert", path("renewed.pem"), "--control-tls-key", path("renewed.key"),
                          "--control-token-file", path("token"),
                          "--coordinator-arg", "--max-message-bytes", "--coordinator-arg", "65536"]
@@ -157,6 +157,24 @@ class Security(unittest.TestCase):
         channel = self.c.secure("health")
         self.assertEqual(self.health(channel), health_pb2.HealthCheckResponse.SERVING)
         self.refused(grpc.StatusCode.PERMISSION_DENIED, "grpc.health.v1 only", self.c.ask, channel)
+
+    # -- ranks --
+
+    def test_rank_that_is_not_one_of_ours(self):
+        """The group that serves has attached over mutual TLS and with a token; nobody else gets that far."""
+        put("wrong-token", "not-the-token-0123456789")
+        certificate = ["--tls-ca", path("ca.pem"), "--tls-cert", path("client.pem"), "--tls-key", path("client.key")]
+        for args, part in ((["--attach-timeout-ms", "300"], "does the server expect TLS"),
+                           (["--attach-timeout-ms", "300", *certificate[:2]], "demand a client certificate"),
+                           (certificate, "authorization: no such header"),
+                           ([*certificate, "--token-file", path("wrong-token")], "authorization: not a token"),
+                           (["--tls-ca", path("none.pem")], "tls-ca")):
+            p = subprocess.run([os.path.join(os.path.dirname(TANDEM), "tandem-worker"), "--model", DEMO, "--coordinator",
+                                self.c.control_address, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               timeout=60 * SLOW)
+            self.assertNotEqual(p.returncode, 0)
+            self.assertIn(part, p.stdout.decode())
+        self.assertEqual(len(self.c.info().ranks), 2)
 
     # -- what a call may not be, over TLS as without --
 
