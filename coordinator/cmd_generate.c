@@ -1,7 +1,6 @@
 /* cmd_generate.c - `tandem generate`: one prompt over tandem.v1.Inference/Generate, printed as it streams. */
 #include <errno.h>
 #include <getopt.h>
-#include <jansson.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -11,25 +10,18 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "coordinator/cmd.h"
+#include "coordinator/cmd_sampling.h"
 
 #define MAX_PROMPT_BYTES (15u << 20) /* what fits a message of RPC_MAX_MESSAGE_BYTES */
-#define MAX_STOP_IDS     64
 
 static const char help[] =
     "usage: tandem generate [OPTIONS] [PROMPT]\n\n"
     "Sends a prompt and prints the answer as it comes. Without PROMPT the prompt is read from standard input.\n"
-    "\n" CMD_CONNECT_HELP "  --prompt-ids JSON     the prompt as token ids, [1, 2, 3]; they are used as they are\n"
-    "  --max-tokens N        stop after N new tokens (default: the server's)\n"
-    "  --greedy              always the likeliest token; the same as --temperature 0\n"
-    "  --temperature T       0 to 100 (default: the model's own)\n"
-    "  --top-k K             sample among the K likeliest tokens; 0 is all\n"
-    "  --top-p P             sample among the likeliest tokens that reach probability P\n"
-    "  --seed S              the same seed gives the same answer\n"
-    "  --stop-token-id ID    stop at this token as well; may be given 64 times\n"
-    "  --ignore-eos          go on after the model's end-of-sequence token\n"
+    "\n" CMD_CONNECT_HELP
+    "  --prompt-ids JSON     the prompt as token ids, [1, 2, 3]; they are used as they are\n" CMD_SAMPLING_HELP
     "  --no-special          do not put the tokenizer's BOS in front of the prompt\n"
     "  --print-ids           print nothing but the new token ids, as one JSON array\n"
+    "  --json                print each message of the server as one JSON object on a line\n"
     "  --stats               print token counts and times on standard error at the end\n"
     "  --timeout SECONDS     deadline of the whole request (default: none)\n"
     "  --wait SECONDS        while the server is not ready, try again this long (default 0)\n"
@@ -47,12 +39,10 @@ struct generate_options {
     size_t n_prompt_ids;
     bool has_ids;
     double timeout_s, wait_s;
-    bool print_ids, stats;
-    uint32_t stop_ids[MAX_STOP_IDS];
+    bool print_ids, json, stats;
     /* built in place; the pointers lead into this struct */
     Tandem__V1__GenerateRequest request;
-    Tandem__V1__Sampling sampling;
-    Tandem__V1__Stopping stopping;
+    struct cmd_sampling how;
     Tandem__V1__TokenIds token_ids;
 };
 
@@ -113,46 +103,11 @@ static int read_stdin(struct generate_options *o)
     return CMD_OK;
 }
 
-static int parse_prompt_ids(struct generate_options *o, const char *text)
-{
-    json_error_t err;
-    json_t *array = json_loads(text, 0, &err);
-    size_t n = json_array_size(array);
-    if (!json_is_array(array) || !n) {
-        json_decref(array);
-        return cmd_error(CMD_USAGE, "generate", "--prompt-ids: expected a JSON array of token ids, such as [1, 2, 3]");
-    }
-    free(o->prompt_ids);
-    o->prompt_ids = malloc(n * sizeof *o->prompt_ids);
-    for (size_t i = 0; o->prompt_ids && i < n; i++) {
-        json_t *id = json_array_get(array, i);
-        json_int_t v = json_is_integer(id) ? json_integer_value(id) : -1;
-        if (v < 0 || v > UINT32_MAX) {
-            json_decref(array);
-            return cmd_error(CMD_USAGE, "generate", "--prompt-ids: element %zu is not a token id", i);
-        }
-        o->prompt_ids[i] = (uint32_t)v;
-    }
-    json_decref(array);
-    if (!o->prompt_ids)
-        return cmd_error(CMD_FAILED, "generate", "out of memory for %zu prompt ids", n);
-    o->n_prompt_ids = n;
-    o->has_ids = true;
-    return CMD_OK;
-}
-
 enum {
     OPT_PROMPT_IDS = 256,
-    OPT_MAX,
-    OPT_GREEDY,
-    OPT_TEMP,
-    OPT_TOP_K,
-    OPT_TOP_P,
-    OPT_SEED,
-    OPT_STOP,
-    OPT_IGNORE_EOS,
     OPT_NO_SPECIAL,
     OPT_PRINT_IDS,
+    OPT_JSON,
     OPT_STATS,
     OPT_TIMEOUT,
     OPT_WAIT,
@@ -162,16 +117,10 @@ enum {
 static const struct option long_options[] = {
     CMD_CONNECT_OPTIONS,
     {"prompt-ids", required_argument, 0, OPT_PROMPT_IDS},
-    {"max-tokens", required_argument, 0, OPT_MAX},
-    {"greedy", no_argument, 0, OPT_GREEDY},
-    {"temperature", required_argument, 0, OPT_TEMP},
-    {"top-k", required_argument, 0, OPT_TOP_K},
-    {"top-p", required_argument, 0, OPT_TOP_P},
-    {"seed", required_argument, 0, OPT_SEED},
-    {"stop-token-id", required_argument, 0, OPT_STOP},
-    {"ignore-eos", no_argument, 0, OPT_IGNORE_EOS},
+    CMD_SAMPLING_OPTIONS,
     {"no-special", no_argument, 0, OPT_NO_SPECIAL},
     {"print-ids", no_argument, 0, OPT_PRINT_IDS},
+    {"json", no_argument, 0, OPT_JSON},
     {"stats", no_argument, 0, OPT_STATS},
     {"timeout", required_argument, 0, OPT_TIMEOUT},
     {"wait", required_argument, 0, OPT_WAIT},
@@ -180,83 +129,21 @@ static const struct option long_options[] = {
     {0},
 };
 
-static int sampling_option(struct generate_options *o, int opt)
-{
-    double d = 0;
-    uint64_t u;
-    switch (opt) {
-    case OPT_TEMP:
-        if (!cmd_parse_double(optarg, 0, 100, &d))
-            return cmd_error(CMD_USAGE, "generate", "--temperature %s: expected 0 to 100", optarg);
-        __attribute__((fallthrough)); /* greedy is temperature 0 */
-    case OPT_GREEDY:
-        o->sampling.temperature_is_case = TANDEM__V1__SAMPLING__TEMPERATURE_IS_TEMPERATURE;
-        o->sampling.temperature = (float)d;
-        return CMD_OK;
-    case OPT_TOP_K:
-        if (!cmd_parse_u64(optarg, 0, UINT32_MAX, &u))
-            return cmd_error(CMD_USAGE, "generate", "--top-k %s: expected a whole number, 0 for all", optarg);
-        o->sampling.top_k_is_case = TANDEM__V1__SAMPLING__TOP_K_IS_TOP_K;
-        o->sampling.top_k = (uint32_t)u;
-        return CMD_OK;
-    case OPT_TOP_P:
-        if (!cmd_parse_double(optarg, 0, 1, &d) || d <= 0)
-            return cmd_error(CMD_USAGE, "generate", "--top-p %s: expected more than 0 and at most 1", optarg);
-        o->sampling.top_p_is_case = TANDEM__V1__SAMPLING__TOP_P_IS_TOP_P;
-        o->sampling.top_p = (float)d;
-        return CMD_OK;
-    default:
-        if (!cmd_parse_u64(optarg, 0, UINT64_MAX, &u))
-            return cmd_error(CMD_USAGE, "generate", "--seed %s: expected a whole number", optarg);
-        o->sampling.seed_is_case = TANDEM__V1__SAMPLING__SEED_IS_SEED;
-        o->sampling.seed = u;
-        return CMD_OK;
-    }
-}
-
-static int stopping_option(struct generate_options *o, int opt)
-{
-    uint64_t u;
-    switch (opt) {
-    case OPT_MAX:
-        if (!cmd_parse_u64(optarg, 1, UINT32_MAX, &u))
-            return cmd_error(CMD_USAGE, "generate", "--max-tokens %s: expected a whole number, at least 1", optarg);
-        o->stopping.max_tokens_is_case = TANDEM__V1__STOPPING__MAX_TOKENS_IS_MAX_TOKENS;
-        o->stopping.max_tokens = (uint32_t)u;
-        return CMD_OK;
-    case OPT_STOP:
-        if (!cmd_parse_u64(optarg, 0, UINT32_MAX, &u) || o->stopping.n_stop_token_ids == MAX_STOP_IDS)
-            return cmd_error(CMD_USAGE, "generate", "--stop-token-id %s: expected a token id, %d of them at most",
-                             optarg, MAX_STOP_IDS);
-        o->stop_ids[o->stopping.n_stop_token_ids++] = (uint32_t)u;
-        return CMD_OK;
-    default:
-        o->stopping.ignore_eos = true;
-        return CMD_OK;
-    }
-}
-
 static int parse_option(struct generate_options *o, int opt, char **argv)
 {
     switch (opt) {
     case OPT_PROMPT_IDS:
-        return parse_prompt_ids(o, optarg);
-    case OPT_GREEDY:
-    case OPT_TEMP:
-    case OPT_TOP_K:
-    case OPT_TOP_P:
-    case OPT_SEED:
-        return sampling_option(o, opt);
-    case OPT_MAX:
-    case OPT_STOP:
-    case OPT_IGNORE_EOS:
-        return stopping_option(o, opt);
+        o->has_ids = true;
+        return cmd_parse_ids("generate", "--prompt-ids", optarg, &o->prompt_ids, &o->n_prompt_ids);
     case OPT_NO_SPECIAL:
         o->request.add_special_tokens_is_case = TANDEM__V1__GENERATE_REQUEST__ADD_SPECIAL_TOKENS_IS_ADD_SPECIAL_TOKENS;
         o->request.add_special_tokens = false;
         return CMD_OK;
     case OPT_PRINT_IDS:
         o->print_ids = true;
+        return CMD_OK;
+    case OPT_JSON:
+        o->json = true;
         return CMD_OK;
     case OPT_STATS:
         o->stats = true;
@@ -277,16 +164,32 @@ static int parse_option(struct generate_options *o, int opt, char **argv)
     }
 }
 
+/* Options that need others; several answers and log probabilities have a place in JSON only. */
+static int check_output(const struct generate_options *o)
+{
+    const Tandem__V1__Output *output = &o->how.output;
+    if (o->how.stopping.max_tokens_is_case && o->how.stopping.max_tokens == 0 && !output->echo &&
+        !output->prompt_logprobs_is_case)
+        return cmd_error(CMD_USAGE, "generate",
+                         "--max-tokens 0: expected at least 1 without --echo or --prompt-logprobs");
+    if (o->json && o->print_ids)
+        return cmd_error(CMD_USAGE, "generate", "give --json or --print-ids, not both");
+    if (o->json)
+        return CMD_OK;
+    if (o->how.sampling.n > 1)
+        return cmd_error(CMD_USAGE, "generate", "--n %u: several answers need --json", o->how.sampling.n);
+    if (output->logprobs_is_case || output->prompt_logprobs_is_case)
+        return cmd_error(CMD_USAGE, "generate", "log probabilities need --json");
+    return CMD_OK;
+}
+
 /* -1: help was printed. */
 static int parse(int argc, char **argv, struct generate_options *o)
 {
     tandem__v1__generate_request__init(&o->request);
-    tandem__v1__sampling__init(&o->sampling);
-    tandem__v1__stopping__init(&o->stopping);
+    cmd_sampling_init(&o->how);
     tandem__v1__token_ids__init(&o->token_ids);
-    o->request.sampling = &o->sampling;
-    o->request.stopping = &o->stopping;
-    o->stopping.stop_token_ids = o->stop_ids;
+    cmd_sampling_apply(&o->how, &o->request);
     for (int c; (c = getopt_long(argc, argv, ":a:h", long_options, NULL)) != -1;) {
         if (c == 'h') {
             fputs(help, stdout);
@@ -294,10 +197,15 @@ static int parse(int argc, char **argv, struct generate_options *o)
         }
         if (cmd_connect_option(&o->server, c))
             continue;
-        int rc = parse_option(o, c, argv);
+        int rc;
+        if (!cmd_sampling_option(&o->how, "generate", c, &rc))
+            rc = parse_option(o, c, argv);
         if (rc)
             return rc;
     }
+    int rc = check_output(o);
+    if (rc)
+        return rc;
     if (argc - optind > 1)
         return cmd_error(CMD_USAGE, "generate", "more than one prompt: put quotes around it");
     if (o->has_ids) {
@@ -317,7 +225,7 @@ static int parse(int argc, char **argv, struct generate_options *o)
     } else {
         if (isatty(STDIN_FILENO))
             fputs("tandem generate: reading the prompt from the terminal, end it with Ctrl-D\n", stderr);
-        int rc = read_stdin(o);
+        rc = read_stdin(o);
         if (rc)
             return rc;
     }
@@ -338,7 +246,9 @@ static void print_stats(const Tandem__V1__Finish *f)
             u->prompt_tokens, u->completion_tokens, (double)t->queue_us / 1e3, (double)t->prefill_us / 1e3,
             (double)t->decode_us / 1e3,
             decode_s > 0 && u->completion_tokens > 1 ? (u->completion_tokens - 1) / decode_s : 0.0,
-            f->reason == TANDEM__V1__FINISH__REASON__STOP ? "stop token" : "length limit");
+            f->stop_index_is_case                           ? "stop text"
+            : f->reason == TANDEM__V1__FINISH__REASON__STOP ? "stop token"
+                                                            : "length limit");
 }
 
 struct output {
@@ -352,14 +262,16 @@ static enum status_code print_message(const struct generate_options *o, struct o
                                       const Tandem__V1__GenerateResponse *m, struct status *st)
 {
     out->any = true;
-    if (o->print_ids) {
+    if (o->json) {
+        cmd_print_json(m);
+    } else if (o->print_ids) {
         for (size_t i = 0; i < m->n_token_ids; i++)
             printf("%s%u", out->n_ids++ ? ", " : "[", m->token_ids[i]);
     } else if (m->text.len) {
         fwrite(m->text.data, 1, m->text.len, stdout);
         out->last = (char)m->text.data[m->text.len - 1];
     }
-    if (m->finish && !o->print_ids && out->last != '\n') {
+    if (m->finish && !o->print_ids && !o->json && out->last != '\n') {
         putchar('\n');
         out->last = '\n';
     }
@@ -451,5 +363,6 @@ int cmd_generate(int argc, char **argv)
         rc = run(&o);
     free(o.prompt);
     free(o.prompt_ids);
+    cmd_sampling_fini(&o.how);
     return rc < 0 ? CMD_OK : rc;
 }

@@ -98,8 +98,10 @@ enum status_code scores_add(struct score_list *l, const Tandem__V1__Scores *s, s
     w[0] = s->token_id;
     w[1] = s->rank;
     memcpy(w + 2, &s->logprob, sizeof s->logprob);
-    memcpy(w + 3, s->top_ids, l->top * sizeof *w);
-    memcpy(w + 3 + l->top, s->top_logprobs, l->top * sizeof *w);
+    if (l->top) {
+        memcpy(w + 3, s->top_ids, l->top * sizeof *w);
+        memcpy(w + 3 + l->top, s->top_logprobs, l->top * sizeof *w);
+    }
     return ST_OK;
 }
 

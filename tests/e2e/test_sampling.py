@@ -1,5 +1,6 @@
 """Every option of Sampling, Stopping and Output through a whole cluster: the same answer whatever the ranks, chunks and
 batch, stop strings, log probabilities, several answers, and a refusal that names the field."""
+import json
 import math
 import os
 import shutil
@@ -8,7 +9,7 @@ import unittest
 
 import grpc
 
-from cluster import DEMO, SOURCE, Cluster, Result, expected, request
+from cluster import DEMO, SOURCE, Cluster, Result, expected, request, tandem
 from tandem.v1 import inference_pb2 as pb
 
 PROMPT = "Once upon a time"
@@ -225,6 +226,31 @@ class Options(unittest.TestCase):
         self.assertEqual((a.text[0], a.ids[0], a.finish[0].reason), (PROMPT, [], pb.Finish.LENGTH))
         self.assertEqual(a.finish[0].usage.completion_tokens, 0)
         self.assertEqual([s.token_id for s in a.prompt_logprobs], a.prompt_ids[0][1:])
+
+    # -- the command --
+
+    def test_command_has_all_options(self):
+        options = dict(temperature=0.9, top_k=80, top_p=0.97, min_p=0.01, typical_p=0.98, repetition_penalty=1.1,
+                       presence_penalty=0.2, frequency_penalty=0.1, logit_bias={20: 2.0, 30: -1.5}, seed=6, min_tokens=3,
+                       max_tokens=20, ignore_eos=True, stop=["zzz", "qqq"],
+                       allowed_token_ids=list(range(2, 1500)))
+        r = self.answers(**options)
+        args = ["generate", "--address", self.c.address, "--temperature", 0.9, "--top-k", 80, "--top-p", 0.97, "--min-p",
+                0.01, "--typical-p", 0.98, "--repetition-penalty", 1.1, "--presence-penalty", 0.2, "--frequency-penalty",
+                0.1, "--logit-bias", "20:2", "--logit-bias", "30:-1.5", "--seed", 6, "--min-tokens", 3, "--max-tokens", 20,
+                "--ignore-eos", "--stop", "zzz", "--stop", "qqq", "--allowed-ids", json.dumps(list(range(2, 1500)))]
+        rc, out, err = tandem(*args, "--print-ids", PROMPT)
+        self.assertEqual((rc, err), (0, ""))
+        self.assertEqual(json.loads(out), r.ids[0])
+        rc, out, err = tandem(*args, "--n", 2, "--logprobs", 2, "--prompt-logprobs", 1, "--echo", "--json", PROMPT)
+        self.assertEqual((rc, err), (0, ""))
+        lines = [json.loads(line) for line in out.splitlines()]
+        text = "".join(m.get("text", "") for m in lines if m["index"] == 0)
+        self.assertEqual(text, PROMPT + r.text[0])
+        scores = [s for m in lines if m["index"] == 1 for s in m.get("logprobs", [])]
+        self.assertEqual(len(scores), 20)
+        self.assertEqual(len(scores[0]["top"]), 2)
+        self.assertEqual(sum("finish" in m for m in lines), 2)
 
     # -- bad input --
 
