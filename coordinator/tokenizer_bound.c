@@ -84,7 +84,8 @@ static size_t model_bound(const struct tokenizer *t)
 size_t tok_bound(const struct tokenizer *t)
 {
     size_t added = 0, factor = shrink(t);
-    if (factor == 0 || !added_bound(&t->added_raw, &added) || !added_bound(&t->added_normalized, &added))
+    if (factor == 0 || t->bpe.spelled || !added_bound(&t->added_raw, &added) ||
+        !added_bound(&t->added_normalized, &added))
         return 0;
     size_t model = model_bound(t);
     if ((!t->byte_level && !t->bpe.byte_fallback) || !all_bytes_have_ids(&t->bpe)) {

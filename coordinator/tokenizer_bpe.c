@@ -34,7 +34,7 @@ static bool add_sym(struct tok_ctx *ctx, size_t *n, uint32_t id)
 static enum status_code unknown_char(const struct tok_bpe *bpe, struct tok_ctx *ctx, size_t *n, const char *s,
                                      unsigned len, bool *pending, struct status *st)
 {
-    if (bpe->byte_fallback && !bpe->byte_level) {
+    if (bpe->byte_fallback && (!bpe->byte_level || bpe->spelled)) {
         bool all = true;
         for (unsigned k = 0; k < len; k++)
             all = all && bpe->byte_id[(unsigned char)s[k]] != TOK_NONE;
@@ -56,20 +56,51 @@ static enum status_code unknown_char(const struct tok_bpe *bpe, struct tok_ctx *
     return ST_OK;
 }
 
+/* A character of a word as the vocabulary spells it: s[0..c_len) with the affixes that its place asks for. */
+static unsigned spell(const struct tok_bpe *bpe, char *out, const char *s, unsigned c_len, bool first, bool last)
+{
+    unsigned n = 0;
+    if (!first && bpe->prefix.len) {
+        memcpy(out, bpe->prefix.data, bpe->prefix.len);
+        n += (unsigned)bpe->prefix.len;
+    }
+    if (bpe->byte_level) {
+        n += tok_utf8_put(out + n, tok_char_of_byte((unsigned char)*s));
+    } else {
+        memcpy(out + n, s, c_len);
+        n += c_len;
+    }
+    if (last && bpe->suffix.len) {
+        memcpy(out + n, bpe->suffix.data, bpe->suffix.len);
+        n += (unsigned)bpe->suffix.len;
+    }
+    return n;
+}
+
 static enum status_code split_chars(const struct tokenizer *t, struct tok_ctx *ctx, const char *s, size_t len,
                                     size_t *n_out, struct status *st)
 {
     const struct tok_bpe *bpe = &t->bpe;
+    char spelled[2 * TOK_MAX_AFFIX + 4];
     size_t n = 0;
     bool pending = false;
     for (size_t i = 0; i < len;) {
         unsigned char lead = (unsigned char)s[i];
         unsigned c_len = bpe->byte_level ? 1 : tok_utf8_len(lead);
-        uint32_t id = bpe->byte_level ? bpe->byte_id[lead]
-                      : c_len == 1    ? bpe->ascii_id[lead]
-                                      : tok_vocab_find_model(&t->vocab, s + i, c_len);
+        const char *c = s + i;
+        unsigned len_c = c_len;
+        uint32_t id;
+        if (bpe->spelled) {
+            len_c = spell(bpe, spelled, c, c_len, i == 0, i + c_len == len);
+            c = spelled;
+            id = tok_vocab_find_model(&t->vocab, c, len_c);
+        } else {
+            id = bpe->byte_level ? bpe->byte_id[lead]
+                 : c_len == 1    ? bpe->ascii_id[lead]
+                                 : tok_vocab_find_model(&t->vocab, c, c_len);
+        }
         if (id == TOK_NONE) {
-            enum status_code rc = unknown_char(bpe, ctx, &n, s + i, c_len, &pending, st);
+            enum status_code rc = unknown_char(bpe, ctx, &n, c, len_c, &pending, st);
             if (rc != ST_OK)
                 return rc;
         } else {

@@ -23,6 +23,7 @@
 #define TOK_MAX_TEXT_BYTES ((size_t)256 << 20) /* symbol positions are 31 bits; scratch is 20-40 times a lone word */
 #define TOK_MAX_VOCAB      (1u << 22)          /* highest id + 1: tables are indexed by id */
 #define TOK_MAX_STEPS      16                  /* normalizers, pre-tokenizers, decoders after flattening */
+#define TOK_MAX_AFFIX      64                  /* bytes of a subword prefix or suffix */
 #define TOK_MAX_NEST       8                   /* Sequence in Sequence */
 #define TOK_NONE           UINT32_MAX
 
@@ -189,7 +190,11 @@ struct tok_bpe {
     bool byte_fallback, fuse_unk, ignore_merges;
     bool has_unk, cut_spaces; /* cut_spaces: no merge joins x with U+2581 behind it, so words end there */
     uint32_t unk_id;          /* TOK_NONE with has_unk: named, but not in the vocabulary */
-    uint32_t byte_id[256];    /* byte_level: of a byte's character; byte_fallback: of <0xNN>; else TOK_NONE */
+    struct tok_buf prefix;    /* continuing_subword_prefix: in front of all characters of a word but the first */
+    struct tok_buf suffix;    /* end_of_word_suffix: behind the last one */
+    bool spelled;             /* the first symbols are looked up by their spelling, the slow way: affixes need it */
+    uint32_t byte_id[256];    /* byte_level: of a byte's character; byte_fallback: of <0xNN>; else TOK_NONE. spelled: of
+                                 <0xNN> always */
     uint32_t ascii_id[128];
     struct tok_merge *merges;
     size_t n_slots;      /* power of 2 */

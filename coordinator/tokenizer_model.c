@@ -24,6 +24,7 @@ static enum status_code load_options(struct tok_bpe *bpe, const json_t *model, c
                                      struct status *st)
 {
     static const char *const affixes[] = {"continuing_subword_prefix", "end_of_word_suffix"};
+    struct tok_buf *const affix[] = {&bpe->prefix, &bpe->suffix};
     const json_t *type = json_object_get(model, "type");
     if (!json_is_object(model))
         return status_set(st, ST_DATA_LOSS, "model: expected an object, got %s", tok_json_kind(model));
@@ -38,8 +39,19 @@ static enum status_code load_options(struct tok_bpe *bpe, const json_t *model, c
         return status_set(st, ST_UNIMPLEMENTED, "model.dropout: not supported");
     for (size_t i = 0; i < 2; i++) {
         const json_t *v = json_object_get(model, affixes[i]);
-        if (v && !json_is_null(v) && !(json_is_string(v) && json_string_length(v) == 0))
-            return status_set(st, ST_UNIMPLEMENTED, "model.%s: not supported", affixes[i]);
+        const char *s;
+        size_t n;
+        if (!v || json_is_null(v))
+            continue;
+        enum status_code rc = tok_json_string(model, "model", affixes[i], &s, &n, st);
+        if (rc != ST_OK)
+            return rc;
+        if (n > TOK_MAX_AFFIX)
+            return status_set(st, ST_UNIMPLEMENTED, "model.%s: %zu bytes, expected at most %d", affixes[i], n,
+                              TOK_MAX_AFFIX);
+        if (!tok_buf_add(affix[i], s, n))
+            return status_nomem(st, "model", n);
+        bpe->spelled = bpe->spelled || n > 0;
     }
     const json_t *u = json_object_get(model, "unk_token");
     if (u && !json_is_null(u)) {
@@ -124,13 +136,22 @@ static bool ends_with_mark(const char *s, size_t n)
     return n >= 3 && memcmp(s + n - 3, "\xE2\x96\x81", 3) == 0;
 }
 
+/* Of the right part of a merge the result lacks the prefix. The library takes its length in characters for bytes. */
+static size_t prefix_cut(const struct tok_bpe *bpe)
+{
+    size_t chars = 0;
+    for (size_t i = 0; i < bpe->prefix.len; i++)
+        chars += ((unsigned char)bpe->prefix.data[i] & 0xC0) != 0x80;
+    return chars;
+}
+
 static enum status_code load_merges(struct tok_bpe *bpe, const struct tok_vocab *vocab, const json_t *list,
                                     struct status *st)
 {
     enum status_code rc = ST_OK;
     struct tok_buf joined = {0};
     char quoted[TOK_QUOTE_MAX];
-    size_t rank = 0;
+    size_t rank = 0, cut = prefix_cut(bpe);
     for (size_t i = 0; i < json_array_size(list); i++) {
         const char *s[2] = {NULL, NULL};
         size_t n[2] = {0, 0};
@@ -149,8 +170,13 @@ static enum status_code load_merges(struct tok_bpe *bpe, const struct tok_vocab 
                 goto done;
             }
         }
+        if (n[1] < cut) {
+            rc = status_set(st, ST_DATA_LOSS, "model.merges[%zu]: %s lacks continuing_subword_prefix", i,
+                            tok_quote(quoted, s[1], n[1]));
+            goto done;
+        }
         joined.len = 0;
-        if (!tok_buf_add(&joined, s[0], n[0]) || !tok_buf_add(&joined, s[1], n[1])) {
+        if (!tok_buf_add(&joined, s[0], n[0]) || !tok_buf_add(&joined, s[1] + cut, n[1] - cut)) {
             rc = status_nomem(st, "merge", n[0] + n[1]);
             goto done;
         }
@@ -193,33 +219,42 @@ enum status_code tok_bpe_load(struct tok_bpe *bpe, struct tok_vocab *vocab, cons
         return status_nomem(st, "merges", bpe->n_slots * sizeof *bpe->merges);
     for (size_t i = 0; i < bpe->n_slots; i++)
         bpe->merges[i] = (struct tok_merge){TOK_NO_PAIR, TOK_NO_GOAL};
-    bpe->cut_spaces = !bpe->ignore_merges && tok_vocab_find_model(vocab, "\xE2\x96\x81", 3) != TOK_NONE &&
+    bpe->cut_spaces = !bpe->ignore_merges && !bpe->spelled &&
+                      tok_vocab_find_model(vocab, "\xE2\x96\x81", 3) != TOK_NONE &&
                       !(bpe->has_unk && ends_with_mark(unk, unk_len));
     return load_merges(bpe, vocab, list, st);
 }
 
+static uint32_t find_byte_token(const struct tok_vocab *vocab, unsigned byte)
+{
+    char s[8];
+    int n = snprintf(s, sizeof s, "<0x%02X>", byte);
+    return tok_vocab_find_model(vocab, s, (size_t)n);
+}
+
 static void fill_byte_ids(struct tok_bpe *bpe, const struct tok_vocab *vocab)
 {
+    bool all = true;
     for (unsigned b = 0; b < 256; b++) {
-        char s[8];
-        size_t n;
+        char s[4];
+        unsigned n = tok_utf8_put(s, tok_char_of_byte((unsigned char)b));
         bpe->byte_id[b] = TOK_NONE;
-        if (bpe->byte_level) {
-            uint32_t c = tok_char_of_byte((unsigned char)b);
-            n = c < 0x80 ? 1 : 2;
-            s[0] = (char)(n == 1 ? c : 0xC0 | c >> 6);
-            s[1] = (char)(0x80 | (c & 0x3F));
-        } else if (bpe->byte_fallback) {
-            n = (size_t)snprintf(s, sizeof s, "<0x%02X>", b);
-        } else {
-            continue;
-        }
-        bpe->byte_id[b] = tok_vocab_find_model(vocab, s, n);
+        if (bpe->byte_level && !bpe->spelled)
+            bpe->byte_id[b] = tok_vocab_find_model(vocab, s, n);
+        else if (bpe->byte_fallback)
+            bpe->byte_id[b] = find_byte_token(vocab, b);
+        all = all && bpe->byte_id[b] != TOK_NONE;
     }
     for (unsigned c = 0; c < 128; c++) {
         char s = (char)c;
         bpe->ascii_id[c] = tok_vocab_find_model(vocab, &s, 1);
     }
+    if (!bpe->byte_level || !bpe->byte_fallback || bpe->spelled || all)
+        return;
+    /* A byte's character that has no token becomes the tokens of that character's bytes. */
+    bpe->spelled = true;
+    for (unsigned b = 0; b < 256; b++)
+        bpe->byte_id[b] = find_byte_token(vocab, b);
 }
 
 /* The bytes that ByteLevel's characters in s stand for; false when s has another character. */
@@ -273,10 +308,6 @@ enum status_code tok_bpe_finish(struct tok_bpe *bpe, const struct tok_vocab *voc
     if (byte_level)
         bpe->cut_spaces = false;
     fill_byte_ids(bpe, vocab);
-    for (unsigned b = 0; byte_level && bpe->byte_fallback && b < 256; b++)
-        if (bpe->byte_id[b] == TOK_NONE)
-            return status_set(st, ST_UNIMPLEMENTED,
-                              "model.byte_fallback: with ByteLevel and a vocabulary that lacks byte 0x%02X", b);
     if (!byte_level || !bpe->ignore_merges)
         return ST_OK;
     bpe->n_raw_slots = 16;
@@ -302,6 +333,8 @@ enum status_code tok_bpe_finish(struct tok_bpe *bpe, const struct tok_vocab *voc
 
 void tok_bpe_free(struct tok_bpe *bpe)
 {
+    tok_buf_free(&bpe->prefix);
+    tok_buf_free(&bpe->suffix);
     free(bpe->merges);
     free(bpe->raw_slots);
     *bpe = (struct tok_bpe){0};
