@@ -166,12 +166,22 @@ static uint32_t nmt_char(uint32_t c)
     return space ? ' ' : c;
 }
 
-/* The normalizers that look at each character alone. */
+/* ByteLevel: a character for each byte. */
+static bool map_bytes(struct tok_buf *out, const char *s, size_t n)
+{
+    if (!tok_buf_reserve(out, n * 2))
+        return false;
+    for (size_t i = 0; i < n; i++)
+        out->len += tok_utf8_put(out->data + out->len, tok_char_of_byte((unsigned char)s[i]));
+    return true;
+}
+
+/* Lowercase, StripAccents, Nmt: each character by itself. */
 static bool map_chars(enum tok_norm_type type, struct tok_buf *out, const char *s, size_t n)
 {
     for (size_t i = 0; i < n;) {
         unsigned len = tok_utf8_len((unsigned char)s[i]);
-        uint32_t c = tok_utf8_get(s + i, len), to = c;
+        uint32_t c = tok_utf8_get(s + i, len), to;
         if (!tok_buf_reserve(out, 8))
             return false;
         switch (type) {
@@ -181,12 +191,8 @@ static bool map_chars(enum tok_norm_type type, struct tok_buf *out, const char *
         case TOK_NORM_STRIP_ACCENTS:
             to = tok_is_accent(c) ? TOK_NONE : c;
             break;
-        case TOK_NORM_NMT:
+        default:
             to = nmt_char(c);
-            break;
-        default: /* ByteLevel: a character for each byte */
-            len = 1;
-            to = tok_char_of_byte((unsigned char)s[i]);
         }
         if (to != TOK_NONE)
             out->len += tok_utf8_put(out->data + out->len, to);
@@ -208,6 +214,9 @@ static enum status_code run_one(const struct tok_norm *norm, struct tok_buf *out
     case TOK_NORM_NFKC:
     case TOK_NORM_NFKD:
         ok = tok_nf_run(norm->type, s, n, out);
+        break;
+    case TOK_NORM_BYTE_LEVEL:
+        ok = map_bytes(out, s, n);
         break;
     case TOK_NORM_PREPEND:
         ok = tok_buf_add(out, norm->text.data, norm->text.len) && tok_buf_add(out, s, n);

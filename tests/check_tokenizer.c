@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <utf8proc.h>
 
 #include "coordinator/tokenizer_internal.h"
 #include "tests/temp_dir.h"
@@ -211,7 +212,7 @@ static json_t *merge_arrays(const json_t *list)
 
 START_TEST(combinations_of_components_give_the_library_s_ids_and_texts)
 {
-    json_t *root = read_json(TEST_DATA "/tokenizers/components.json");
+    json_t *root = read_json(_i ? TEST_DATA "/tokenizers/normalizers.json" : TEST_DATA "/tokenizers/components.json");
     json_t *vocabs = json_object_get(root, "vocabularies"), *list = json_object_get(root, "combinations");
     size_t n_cases = 0;
     ck_assert_uint_ge(json_array_size(list), 50);
@@ -237,6 +238,69 @@ START_TEST(combinations_of_components_give_the_library_s_ids_and_texts)
     }
     ck_assert_uint_ge(n_cases, 300);
     json_decref(root);
+}
+END_TEST
+
+/* Letters, marks of all classes, Hangul and what composes oddly. */
+static size_t random_marks(uint64_t *seed, char *s, size_t max_chars)
+{
+    static const uint32_t chars[] = {'a',    'e',    0xE9,   0xC5,   0x212B, 0x1E69, 0x3B9,  0x1FBE,  0xFB01, 0x1100,
+                                     0x1161, 0x11A8, 0xAC00, 0xAC01, 0x4E2D, 0x304B, 0x3099, 0x915,   0x93C,  0x958,
+                                     0x9C7,  0x9BE,  0xB47,  0xB56,  0x1025, 0x102E, 0xFB1D, 0x1D15E, 0xF73,  0x2460};
+    size_t n = 0;
+    for (size_t i = rng_next(seed) % (max_chars + 1); i; i--) {
+        uint64_t kind = rng_next(seed) % 3;
+        uint32_t c =
+            kind ? chars[rng_next(seed) % (sizeof chars / sizeof *chars)] : 0x300 + (uint32_t)(rng_next(seed) % 0x4F);
+        n += tok_utf8_put(s + n, c);
+    }
+    return n;
+}
+
+/* Text is rewritten in stretches; utf8proc takes it as a whole. */
+START_TEST(normal_forms_equal_those_of_the_whole_text)
+{
+    static const int options[] = {[TOK_NORM_NFC] = UTF8PROC_COMPOSE,
+                                  [TOK_NORM_NFD] = UTF8PROC_DECOMPOSE,
+                                  [TOK_NORM_NFKC] = UTF8PROC_COMPOSE | UTF8PROC_COMPAT,
+                                  [TOK_NORM_NFKD] = UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT};
+    uint64_t seed = 9;
+    struct tok_buf out = {0};
+    for (int round = 0; round < 20000; round++) {
+        char text[256];
+        size_t n = random_marks(&seed, text, 24);
+        utf8proc_uint8_t *want = NULL;
+        utf8proc_ssize_t len = utf8proc_map((const utf8proc_uint8_t *)text, (utf8proc_ssize_t)n, &want,
+                                            (utf8proc_option_t)(options[_i] | UTF8PROC_STABLE));
+        out.len = 0;
+        ck_assert(tok_nf_run((enum tok_norm_type)_i, text, n, &out));
+        ck_assert_msg((utf8proc_ssize_t)out.len == len && (len == 0 || memcmp(out.data, want, out.len) == 0),
+                      "round %d: '%.*s' became '%.*s', expected '%s'", round, (int)n, text, (int)out.len, out.data,
+                      (const char *)want);
+        free(want);
+    }
+    tok_buf_free(&out);
+}
+END_TEST
+
+START_TEST(a_megabyte_of_marks_in_the_worst_order)
+{
+    const size_t size = 1 << 20;
+    char *text = malloc(size + 4);
+    struct tok_buf out = {0};
+    size_t n = 0;
+    double start = now_s();
+    while (n < size) /* classes 230 and 202: every pair is out of order */
+        n += tok_utf8_put(text + n, n % 4 ? 0x327 : 0x301);
+    for (int form = 0; form < 4; form++) {
+        out.len = 0;
+        ck_assert(tok_nf_run((enum tok_norm_type)form, text, n, &out));
+        ck_assert_uint_eq(out.len, n);
+        ck_assert(tok_utf8_get(out.data, 2) == 0x327 && tok_utf8_get(out.data + n - 2, 2) == 0x301);
+    }
+    ck_assert_msg(now_s() - start < 15, "%.1f s", now_s() - start);
+    tok_buf_free(&out);
+    free(text);
 }
 END_TEST
 
@@ -1119,7 +1183,8 @@ int main(void)
     tcase_set_timeout(limits, 240);
     tcase_set_timeout(faults, 120);
     tcase_add_loop_test(core, models_give_the_library_s_ids_and_texts, 0, N_MODELS);
-    tcase_add_test(core, combinations_of_components_give_the_library_s_ids_and_texts);
+    tcase_add_loop_test(core, combinations_of_components_give_the_library_s_ids_and_texts, 0, 2);
+    tcase_add_loop_test(core, normal_forms_equal_those_of_the_whole_text, 0, 4);
     tcase_add_test(core, tokens_are_found_by_content);
     tcase_add_test(core, words_of_any_length_merge_like_the_plain_model);
     tcase_add_loop_test(core, stream_pieces_add_up_to_the_decoded_text, 0, N_MODELS);
@@ -1130,6 +1195,7 @@ int main(void)
     tcase_add_test(core, spaces_of_the_prompt_do_not_come_again);
     tcase_add_test(core, ids_outside_of_the_vocabulary);
     tcase_add_loop_test(limits, a_lone_word_of_a_megabyte_and_other_monsters, 0, N_MODELS);
+    tcase_add_test(limits, a_megabyte_of_marks_in_the_worst_order);
     tcase_add_test(limits, texts_that_are_not_utf8_or_too_long);
     tcase_add_loop_test(limits, bytes_of_a_token_are_bounded_or_said_not_to_be, 0, sizeof BOUNDS / sizeof *BOUNDS);
     tcase_add_loop_test(limits, bounds_of_the_models, 0, N_MODELS);

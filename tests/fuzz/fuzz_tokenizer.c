@@ -153,6 +153,18 @@ static const char *const SEEDS[] = {
     "\"split\":true},"
     "\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"_\",\"prepend_scheme\":\"first\"},"
     "\"model\":{\"type\":\"BPE\",\"vocab\":{\"_\":0,\"a\":1,\"b\":2,\"_a\":3},\"merges\":[\"_ a\"]}}",
+    "{\"version\":\"1.0\",\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFKC\"},{\"type\":\"NFD\"}"
+    ","
+    "{\"type\":\"StripAccents\"},{\"type\":\"Strip\",\"strip_left\":true,\"strip_right\":true},{\"type\":\"Lowercase\"}"
+    ","
+    "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"[b[\\\\s,]]+\"},\"content\":\" \"}]},\"pre_tokenizer\":{\"type\":"
+    "\"Sequence\",\"pretokenizers\":[{\"type\":\"Punctuation\",\"behavior\":\"Contiguous\"},{\"type\":\"ByteLevel\","
+    "\"add_prefix_space\":false,\"use_regex\":false},{\"type\":\"FixedLength\",\"length\":3}]},"
+    "\"decoder\":{\"type\":\"Fuse\"},\"model\":{\"type\":\"BPE\",\"unk_token\":\"?\",\"continuing_subword_prefix\":\"#"
+    "\","
+    "\"end_of_word_suffix\":\"$\",\"byte_fallback\":true,\"vocab\":{\"?\":0,\"a\":1,\"#b\":2,\"#b$\":3,\"a$\":4,\"ab$"
+    "\":5,"
+    "\"ab\":6,\"<0x23>\":7,\"<0xC3>\":8},\"merges\":[\"a #b$\",\"a #b\"]}}",
 };
 
 static const char *const WORDS[] = {
@@ -175,6 +187,16 @@ static const char *const WORDS[] = {
     "\"ByteFallback\"",
     "\"Metaspace\"",
     "\"Replace\"",
+    "\"NFC\"",
+    "\"NFKD\"",
+    "\"Lowercase\"",
+    "\"StripAccents\"",
+    "\"Nmt\"",
+    "\"Whitespace\"",
+    "\"Punctuation\"",
+    "\"BertPreTokenizer\"",
+    "\"FixedLength\"",
+    "\"CharDelimiterSplit\"",
     "\"Regex\"",
     "\\\\s",
     "\\\\w+",
@@ -191,8 +213,28 @@ static const char *const WORDS[] = {
 };
 
 static const char *const TEXTS[] = {
-    "ab ab", "a",  " ", "<s>",   "[X]", "\xC3\xA9", "\xF0\x9F\x91\x8D", "'s",
-    "1",     "\n", "b", "<unk>", "_",   "\xC3",     "abababab",         "\t",
+    "ab ab",
+    "a",
+    " ",
+    "<s>",
+    "[X]",
+    "\xC3\xA9",
+    "\xF0\x9F\x91\x8D",
+    "'s",
+    "e\xCC\x81\xCC\xA7",
+    "\xEA\xB0\x80\xE1\x86\xA8",
+    "\xF0\xB1\x8D\x90",
+    "\xC4\xB0",
+    ",",
+    "\xF0\x90\xB5\x90",
+    "1",
+    "\n",
+    "b",
+    "<unk>",
+    "_",
+    "\xC3",
+    "abababab",
+    "\t",
 };
 
 static uint64_t rng_next(uint64_t *s)
