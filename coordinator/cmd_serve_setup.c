@@ -24,6 +24,7 @@ static const char help[] =
     "  --listen ADDR          where clients connect, host:port or unix:/path; may be given several times\n"
     "                         (default " CMD_DEFAULT_ADDRESS ")\n"
     "  --served-name NAME     name of the model in the API (default: the folder's name)\n"
+    "  --chat-template T      chatml, llama2, llama3, mistral or a file (default: the model's own)\n"
     "  --backend NAME         auto, cuda or host (default auto)\n"
     "  --devices LIST         CUDA devices, such as 0,2: the first is rank 0's (default: all)\n"
     "  --memory-percent N     of a device's memory that may be in use, other programs included (default 90)\n"
@@ -87,6 +88,7 @@ static const struct forward {
     const char *name, *to_coordinator, *to_worker;
 } forwards[] = {
     {"served-name", "--served-name", NULL},
+    {"chat-template", "--chat-template", NULL},
     {"max-queued", "--max-queued", NULL},
     {"default-max-tokens", "--default-max-tokens", NULL},
     {"log-level", "--log-level", "--log-level"},

@@ -97,8 +97,12 @@ static enum status_code take_prompt(struct coord *c, struct request *r, Tandem__
         rc = take_ids(r, m->token_ids, &n, st);
         field = "token_ids";
         break;
+    case TANDEM__V1__GENERATE_REQUEST__PROMPT_CHAT:
+        rc = chat_take(c, r, m->chat, facts->max_context, &n, st);
+        field = "chat";
+        break;
     default:
-        return status_set(st, ST_INVALID_ARGUMENT, "prompt: not given, expected text or token_ids");
+        return status_set(st, ST_INVALID_ARGUMENT, "prompt: not given, expected text, token_ids or chat");
     }
     if (rc != ST_OK)
         return rc;

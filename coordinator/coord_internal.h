@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "coordinator/chat.h"
 #include "coordinator/coord_stop.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/tokenizer.h"
@@ -87,6 +88,7 @@ struct coord_listener {
 
 struct coord_options {
     const char *model_dir;
+    const char *chat_template; /* NULL: the model's own */
     char served_name[COORD_MAX_NAME + 1];
     const char *listen[COORD_MAX_LISTEN]; /* as given; from listeners_resolve on the addresses */
     struct coord_listener listeners[COORD_MAX_LISTEN];
@@ -313,6 +315,9 @@ void options_fini(struct request *r);
 STATUS_MUST_CHECK enum status_code draw_seed(uint64_t *seed, struct status *st);
 uint64_t choice_seed(uint64_t seed, uint32_t index);
 
+/* coord_chat.c: r->prompt from the messages; *n may be more than the context holds. */
+STATUS_MUST_CHECK enum status_code chat_take(const struct coord *c, struct request *r, const Tandem__V1__Chat *m,
+                                             uint32_t max_context, size_t *n, struct status *st);
 STATUS_MUST_CHECK enum status_code intake_start(struct coord *c, struct status *st);
 void intake_stop(struct coord *c); /* requests still queued get UNAVAILABLE */
 /* Takes a reference. RESOURCE_EXHAUSTED when the queue is full (then nothing was taken). */
@@ -443,6 +448,7 @@ struct coord {
     struct coord_options opt;
     struct coord_log log;
     struct tokenizer *tok;
+    struct chat *chat;
     struct rpc_health *health;
     struct rpc_reflection *reflection; /* NULL: switched off */
     struct rpc_server *public_server, *control_server;

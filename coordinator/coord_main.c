@@ -159,6 +159,10 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     enum status_code rc = tok_load(&c->tok, c->opt.model_dir, st);
     if (rc != ST_OK)
         return status_prefix(st, "--model");
+    if ((rc = chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st)) != ST_OK)
+        return status_prefix(st, c->opt.chat_template ? "--chat-template" : "--model");
+    if (chat_status(c->chat)->code != ST_OK)
+        log_line(&c->log, LOG_INFO, "no chats are served: %s", chat_status(c->chat)->message);
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
         return rc;
@@ -213,6 +217,7 @@ static void stop(struct coord *c, bool served)
     rpc_server_destroy(c->control_server);
     rpc_health_destroy(c->health);
     rpc_reflection_destroy(c->reflection);
+    chat_free(c->chat);
     tok_free(c->tok);
     if (c->engine.coord)
         mailbox_fini(&c->box);

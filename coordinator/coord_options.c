@@ -25,6 +25,8 @@ static const struct option options[] = {
     {"", TEXT, 0, 0, 0, NULL, "What to serve, and where"},
     {"--model", TEXT, AT(model_dir), 0, 0, "DIR", "folder with tokenizer.json (the ranks read the weights)"},
     {"--served-name", NAME, 0, 0, 0, "NAME", "name that clients may ask for; default: the folder's name"},
+    {"--chat-template", TEXT, AT(chat_template), 0, 0, "T",
+     "chatml, llama2, llama3, mistral or a file; default: what the model's folder has"},
     {"--listen", LISTEN, 0, 0, 0, "ADDR",
      "public address, may be given again: 127.0.0.1:50051 (the default), [::]:50051, unix:/path; port 0: any free"},
     {"--control-listen", CONTROL_LISTEN, 0, 0, 0, "ADDR",

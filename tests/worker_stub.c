@@ -340,7 +340,8 @@ void job_start(struct job *j, unsigned np, const char *model, const char *coordi
     /* Open MPI is built without frame pointers: only the slow unwinder finds whose its leaks are, and so what to
      * suppress. */
     if (np)
-        setenv("ASAN_OPTIONS", "detect_leaks=1:strict_string_checks=1:fast_unwind_on_malloc=0", 1);
+        setenv("ASAN_OPTIONS",
+               "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=0:fast_unwind_on_malloc=0", 1);
 #endif
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
