@@ -19,7 +19,7 @@ static const char help[] =
     "Serves a model: starts the coordinator, launches the tensor-parallel ranks with mpirun, and starts again what "
     "dies.\n"
     "DIR is a Hugging Face model folder: config.json, *.safetensors, tokenizer.json.\n\n"
-    "  --model DIR            the model folder (required)\n"
+    "  --model DIR            the model: a Hugging Face folder or a GGUF file (required)\n"
     "  --tp R                 tensor-parallel ranks (default 1)\n"
     "  --listen ADDR          where clients connect, host:port or unix:/path; may be given several times\n"
     "                         (default " CMD_DEFAULT_ADDRESS ")\n"
@@ -213,8 +213,9 @@ int serve_parse(int argc, char **argv, struct serve_setup *s)
     struct stat sb;
     if (stat(s->model, &sb))
         return cmd_error(CMD_FAILED, "serve", "--model %s: %s", s->model, strerror(errno));
-    if (!S_ISDIR(sb.st_mode))
-        return cmd_error(CMD_FAILED, "serve", "--model %s: not a folder; expected a Hugging Face model folder",
+    if (!S_ISDIR(sb.st_mode) && !S_ISREG(sb.st_mode))
+        return cmd_error(CMD_FAILED, "serve",
+                         "--model %s: neither folder nor file; expected a Hugging Face model folder or a GGUF file",
                          s->model);
     return CMD_OK;
 }

@@ -16,7 +16,7 @@ static const char help[] =
     "Turns text into token ids, and back. Reads lines of JSON from stdin, writes one line of JSON for each: a string\n"
     "in, an array of ids out; with --decode an array of ids in, a string out. Special tokens that are written out in\n"
     "the text, like <s>, are recognised.\n\n"
-    "  --model DIR      folder with tokenizer.json (and tokenizer_config.json); no weights needed\n"
+    "  --model DIR      folder with tokenizer.json (and tokenizer_config.json), or a GGUF file; no weights\n                   needed\n"
     "  --add-special    put the model's own special tokens around the text, such as <s> in front\n"
     "  --decode         ids to text\n"
     "  --skip-special   with --decode: leave special tokens out\n\n"

@@ -23,7 +23,7 @@ struct option {
 /* The one table: parsing, bounds and --help. An empty name starts a paragraph of the help. */
 static const struct option options[] = {
     {"", TEXT, 0, 0, 0, NULL, "What to serve, and where"},
-    {"--model", TEXT, AT(model_dir), 0, 0, "DIR", "folder with tokenizer.json (the ranks read the weights)"},
+    {"--model", TEXT, AT(model_dir), 0, 0, "DIR", "folder with tokenizer.json, or a GGUF file (the ranks read the weights)"},
     {"--served-name", NAME, 0, 0, 0, "NAME", "name that clients may ask for; default: the folder's name"},
     {"--chat-template", TEXT, AT(chat_template), 0, 0, "T",
      "chatml, llama2, llama3, mistral or a file; default: what the model's folder has"},
@@ -196,8 +196,11 @@ static enum status_code name_from_folder(struct coord_options *o, struct status 
         return status_errno(st, ST_NOT_FOUND, errno, "--model: %.300s", o->model_dir);
     const char *slash = strrchr(path, '/');
     const char *base = slash && slash[1] ? slash + 1 : "model";
+    size_t n = strlen(base), suffix = strlen(".gguf");
+    if (n > suffix && strcmp(base + n - suffix, ".gguf") == 0)
+        n -= suffix;
     if (!o->served_name[0])
-        snprintf(o->served_name, sizeof o->served_name, "%.*s", COORD_MAX_NAME, base);
+        snprintf(o->served_name, sizeof o->served_name, "%.*s", n < COORD_MAX_NAME ? (int)n : COORD_MAX_NAME, base);
     free(path);
     return ST_OK;
 }

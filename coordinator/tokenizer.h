@@ -22,7 +22,7 @@
 
 struct tokenizer;
 
-/* Reads DIR/tokenizer.json and, where it exists, DIR/tokenizer_config.json. NOT_FOUND, DATA_LOSS (broken JSON or
+/* dir may be a GGUF file: its metadata then. Else reads DIR/tokenizer.json and, where it exists, DIR/tokenizer_config.json. NOT_FOUND, DATA_LOSS (broken JSON or
  * inconsistent: names file and place), UNIMPLEMENTED (names the type). */
 STATUS_MUST_CHECK enum status_code tok_load(struct tokenizer **out, const char *dir, struct status *st);
 void tok_free(struct tokenizer *t); /* NULL is fine */

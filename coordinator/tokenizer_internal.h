@@ -406,4 +406,9 @@ size_t tok_bound(const struct tokenizer *t);
 /* From what tokenizer.json holds; root may go afterwards. */
 STATUS_MUST_CHECK enum status_code tok_create(struct tokenizer **out, const json_t *root, struct status *st);
 
+/* tokenizer_gguf.c: the same from the metadata of a GGUF file. */
+struct gguf;
+STATUS_MUST_CHECK enum status_code tok_gguf_create(struct tokenizer **out, const struct gguf *g, struct status *st);
+STATUS_MUST_CHECK enum status_code tok_gguf_load(struct tokenizer **out, const char *path, struct status *st);
+
 #endif

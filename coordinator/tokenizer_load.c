@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "proto/gguf.h"
+
 static enum status_code load_parts(struct tokenizer *t, const json_t *root, struct status *st)
 {
     static const char *const refused[] = {"truncation", "padding"};
@@ -95,6 +97,8 @@ enum status_code tok_load(struct tokenizer **out, const char *dir, struct status
     json_t *root = NULL, *config = NULL;
     struct tokenizer *t = NULL;
     struct status local = STATUS_INIT;
+    if (gguf_is_file(dir))
+        return tok_gguf_load(out, dir, st);
     enum status_code rc = join_path(&path, dir, "tokenizer.json", st);
     if (rc == ST_OK)
         rc = join_path(&config_path, dir, "tokenizer_config.json", st);

@@ -1,9 +1,14 @@
+#!/usr/bin/python3
 """GGUF files for tests: a writer, and the definition of each quantised type in NumPy.
+
+    gguf_file.py FOLDER FILE     a Llama folder with a byte-level tokenizer as one file, as converters write it
 
 The definitions are written from the format's description (struct by struct: where each bit of value i of a block stands) and
 share nothing with worker/quant.c: here every field of a block is unpacked whole, and indices pick from it.
 """
+import json
 import struct
+import sys
 
 import numpy as np
 
@@ -194,3 +199,44 @@ def paired(raw, heads, head_dim):
 def unpaired(x, heads, head_dim):
     """The way back, of values [rows][cols]."""
     return x.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
+
+
+def from_folder(folder, path):
+    with open(folder + "/config.json") as f:
+        c = json.load(f)
+    with open(folder + "/tokenizer.json") as f:
+        tokenizer = json.load(f)
+    with open(folder + "/model.safetensors", "rb") as f:
+        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        data = f.read()
+    tensors = []
+    for name, t in header.items():
+        if name == "__metadata__":
+            continue
+        raw = data[slice(*t["data_offsets"])]
+        if "q_proj" in name or "k_proj" in name:
+            raw = paired(raw, c["num_attention_heads" if "q_proj" in name else "num_key_value_heads"], c["head_dim"])
+        tensors.append((tensor_name(name), PLAIN[t["dtype"]], t["shape"], raw))
+    tokens, kinds = [""] * c["vocab_size"], [1] * c["vocab_size"]
+    for token, i in tokenizer["model"]["vocab"].items():
+        tokens[i] = token
+    for t in tokenizer["added_tokens"]:
+        tokens[t["id"]], kinds[t["id"]] = t["content"], 3
+    numbers = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+               "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
+               "attention.head_count_kv": "num_key_value_heads", "context_length": "max_position_embeddings",
+               "rope.dimension_count": "head_dim", "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
+    values = {"general.architecture": ("string", "llama")}
+    values.update({"llama." + key: ("u32", c[field]) for key, field in numbers.items()})
+    values.update({
+        "llama.attention.layer_norm_rms_epsilon": ("f32", c["rms_norm_eps"]), "llama.rope.freq_base": ("f32", c["rope_theta"]),
+        "tokenizer.ggml.model": ("string", "gpt2"), "tokenizer.ggml.pre": ("string", "llama-bpe"),
+        "tokenizer.ggml.tokens": ("array", "string", tokens), "tokenizer.ggml.token_type": ("array", "i32", kinds),
+        "tokenizer.ggml.merges": ("array", "string", tokenizer["model"]["merges"]),
+        "tokenizer.ggml.bos_token_id": ("u32", c["bos_token_id"]), "tokenizer.ggml.eos_token_id": ("u32", c["eos_token_id"]),
+    })
+    write(path, values, tensors)
+
+
+if __name__ == "__main__":
+    from_folder(*sys.argv[1:])

@@ -103,6 +103,22 @@ class RandomModel(unittest.TestCase):
                 self.assertEqual(ids[:sure], case["greedy_ids"][:sure], f"{model}, tp {tp}")
 
 
+class GgufFile(unittest.TestCase):
+    """Weights, configuration and tokenizer from one file."""
+
+    def test_demo_model_in_one_file_gives_the_same_tokens_and_text(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "demo.gguf")
+            subprocess.run(["/usr/bin/python3", os.path.join(SOURCE, "tests/gguf_file.py"), DEMO, path], check=True)
+            with Cluster(model=path, tp=2) as c:
+                for case in expected():
+                    r = c.run(case["prompt"], temperature=0, max_tokens=len(case["greedy_ids"]))
+                    self.assertEqual(r.finish.usage.prompt_tokens, len(case["prompt_ids"]))
+                    self.assertEqual(r.ids, case["greedy_ids"])
+                    self.assertEqual(case["prompt"] + r.text, case["text"])
+                c.wait_idle()
+
+
 class Stopping(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
