@@ -26,6 +26,9 @@ struct sim_req {
     uint32_t preemptions;
     uint64_t pages; /* that the scheduler counts for it */
     bool started;
+    bool scores;
+    uint32_t n_scored;       /* prompt rows whose scores came */
+    uint32_t n_scored_plans; /* in plans */
     uint64_t submit_step, max_steps;
 };
 
@@ -34,6 +37,12 @@ struct sim_flight {
     uint32_t n;
     uint32_t tokens[MAX_SLOTS];
     uint64_t id[MAX_SLOTS];
+    /* of each chunk with scored rows */
+    struct {
+        uint64_t id;
+        uint32_t position, rows, index;
+    } score[MAX_SLOTS];
+    uint32_t n_scores, score_rows;
 };
 
 struct sim {
@@ -55,6 +64,7 @@ struct sim {
     bool release_due[MAX_SLOTS]; /* its request has ended or needs it no more */
     struct sim_flight flight[2]; /* step % 2 */
     uint32_t in_flight;
+    uint64_t result_step; /* whose result was taken last */
     uint64_t next_step, steps, wasted, generated, preemptions;
     struct sim_report *report;
 };
@@ -132,6 +142,8 @@ static void check_terminal(struct sim *m, const struct sim_req *r, const struct 
         (ev->first_token_us != 0) != (r->n_out > 0) || ev->last_token_us < ev->first_token_us)
         sim_fail("request %llu: wrong times", id);
     if (ev->kind == SCHED_FINISHED) {
+        if (r->n_scored != (r->scores ? r->n_prompt - 1 : 0))
+            sim_fail("request %llu: %u of %u prompt tokens have scores", id, r->n_scored, r->n_prompt);
         if (r->n_out != r->n_expected || ev->stopped != r->expect_stop)
             sim_fail("request %llu: finished after %u tokens%s, expected %u%s", id, r->n_out,
                      ev->stopped ? " by stop" : "", r->n_expected, r->expect_stop ? " by stop" : "");
@@ -174,6 +186,20 @@ static void end(struct sim *m, struct sim_req *r)
     free(r);
 }
 
+/* Of the step whose result came last. */
+static void take_scores(struct sim *m, struct sim_req *r, const struct sched_event *ev)
+{
+    const struct sim_flight *f = &m->flight[m->result_step % 2];
+    for (uint32_t i = 0; i < f->n_scores; i++)
+        if (f->score[i].id == r->id && f->score[i].index == ev->index && f->score[i].rows == ev->count &&
+            f->score[i].position == r->n_scored) {
+            r->n_scored += ev->count;
+            return;
+        }
+    sim_fail("request %llu: %u scores from the %u-th on of step %llu, %u are known", (unsigned long long)r->id,
+             ev->count, ev->index, (unsigned long long)f->step, r->n_scored);
+}
+
 static void take_events(struct sim *m)
 {
     struct sched_event ev;
@@ -181,6 +207,10 @@ static void take_events(struct sim *m)
         struct sim_req *r = find(m, ev.id);
         if (!r)
             sim_fail("event of kind %d for request %llu, which has ended", ev.kind, (unsigned long long)ev.id);
+        if (ev.kind == SCHED_SCORES) {
+            take_scores(m, r, &ev);
+            continue;
+        }
         if (ev.kind != SCHED_TOKEN) {
             check_terminal(m, r, &ev);
             end(m, r);
@@ -283,6 +313,7 @@ static void submit(struct sim *m)
     r->n_stop = chance(m, 600) ? 0 : between(m, 0, MAX_STOPS);
     for (uint32_t i = 0; i < r->n_stop; i++)
         r->stop[i] = between(m, 0, SIM_VOCAB - 1);
+    r->scores = r->seed >> 9 & 1;
     r->deadline_us = chance(m, m->o->deadline) ? m->now_us + between(m, 0, 60000) : INT64_MAX;
     r->arrived_us = m->now_us;
     if (chance(m, m->o->bad_request)) {
@@ -301,7 +332,8 @@ static void submit(struct sim *m)
                                 .stop_ids = r->stop,
                                 .n_stop = r->n_stop,
                                 .deadline_us = r->deadline_us,
-                                .sample = {.seed = r->seed}};
+                                .sample = {.seed = r->seed},
+                                .scores = r->scores};
     enum status_code expected = expected_refusal(m, r);
     struct status st = STATUS_INIT;
     enum status_code rc = sched_submit(m->sched, m->now_us, &req, &st);
@@ -485,6 +517,31 @@ static void book_sample(struct sim *m, struct sim_flight *f, uint32_t slot)
     }
 }
 
+/* Each row of a prompt but the last is scored once, in order, whatever is computed again. */
+static void book_scores(struct sim *m, struct sim_flight *f, const struct sched_chunk *c)
+{
+    struct sim_req *r = find(m, c->id);
+    uint32_t end = c->score_first + c->score_rows, due = 0;
+    if (r->scores && c->position + c->n_tokens > r->n_scored_plans && r->n_scored_plans + 1 < r->n_prompt) {
+        due = c->position + c->n_tokens - r->n_scored_plans;
+        if (r->n_scored_plans + due > r->n_prompt - 1)
+            due = r->n_prompt - 1 - r->n_scored_plans;
+    }
+    if (c->score_rows != due || (due && c->position + c->score_first != r->n_scored_plans) || end > c->n_tokens)
+        sim_fail("request %llu: %u rows from %u on of a chunk at %u are scored, expected %u from %u on",
+                 (unsigned long long)r->id, c->score_rows, c->score_first, c->position, due, r->n_scored_plans);
+    if (due == 0)
+        return;
+    if (end == c->n_tokens && c->next_token != sim_token(r->seed, c->position + end))
+        sim_fail("request %llu: the token behind a chunk is %u", (unsigned long long)r->id, c->next_token);
+    f->score[f->n_scores].id = r->id;
+    f->score[f->n_scores].position = r->n_scored_plans;
+    f->score[f->n_scores].rows = due;
+    f->score[f->n_scores++].index = f->score_rows;
+    f->score_rows += due;
+    r->n_scored_plans += due;
+}
+
 static bool plan(struct sim *m)
 {
     struct sched_plan p;
@@ -505,10 +562,11 @@ static bool plan(struct sim *m)
     struct sim_flight *f = &m->flight[p.step % 2];
     sim_ranks_step(&m->ranks, &p, p.step - 1 - in_flight, f->tokens);
     f->step = p.step;
-    f->n = 0;
+    f->n = f->n_scores = f->score_rows = 0;
     for (uint32_t i = 0; i < p.n_decode; i++)
         book_sample(m, f, p.decode[i]);
     for (uint32_t i = 0; i < p.n_chunk; i++) {
+        book_scores(m, f, &p.chunk[i]);
         if (p.chunk[i].sample)
             book_sample(m, f, p.chunk[i].slot);
     }
@@ -521,13 +579,16 @@ static void result(struct sim *m)
 {
     uint64_t step = m->next_step - m->in_flight;
     struct sim_flight *f = &m->flight[step % 2];
-    if (chance(m, 8) && (sched_result(m->sched, m->now_us, step + 1, f->tokens, f->n, 0, NULL) != ST_INTERNAL ||
-                         sched_result(m->sched, m->now_us, step, f->tokens, f->n + 1, 0, NULL) != ST_INTERNAL))
+    if (chance(m, 8) &&
+        (sched_result(m->sched, m->now_us, step + 1, f->tokens, f->n, f->score_rows, NULL) != ST_INTERNAL ||
+         sched_result(m->sched, m->now_us, step, f->tokens, f->n, f->score_rows + 1, NULL) != ST_INTERNAL ||
+         sched_result(m->sched, m->now_us, step, f->tokens, f->n + 1, f->score_rows, NULL) != ST_INTERNAL))
         sim_fail("a wrong result was taken");
     for (uint32_t i = 0; i < f->n; i++)
         m->wasted += find(m, f->id[i]) == NULL;
     struct status st = STATUS_INIT;
-    if (sched_result(m->sched, m->now_us, step, f->tokens, f->n, 0, &st) != ST_OK)
+    m->result_step = step;
+    if (sched_result(m->sched, m->now_us, step, f->tokens, f->n, f->score_rows, &st) != ST_OK)
         sim_fail("result: %s", st.message);
     m->in_flight--;
     m->steps++;
