@@ -209,6 +209,31 @@ START_TEST(result_that_was_not_planned_is_refused_and_changes_nothing)
 }
 END_TEST
 
+START_TEST(request_that_its_owner_finishes_gives_its_slot_back)
+{
+    struct sched *s = create_attached(config(4, 16, 2));
+    struct status st = STATUS_INIT;
+    submit(s, 1, 3, 9);
+    plan(s);
+    plan(s);
+    RESULT(s, 1, 50);
+    expect_token(s, 1, 50);
+    ck_assert_int_eq(sched_finish(s, 0, 1, &st), ST_OK);
+    struct sched_event ev = expect_finished(s, 1);
+    ck_assert_uint_eq(ev.n_new, 1);
+    ck_assert(!ev.stopped);
+    ck_assert_int_eq(sched_finish(s, 0, 1, &st), ST_NOT_FOUND);
+    RESULT(s, 2, 51); /* was in flight: dropped */
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_release, 1);
+    ck_assert_uint_eq(p.rows, 0);
+    result(s, 3, 0, NULL);
+    ck_assert_uint_eq(sched_load(s).finished, 1);
+    ck_assert_uint_eq(sched_load(s).wasted_rows, 1);
+    finish(s);
+}
+END_TEST
+
 START_TEST(attach_is_refused_when_attached_or_out_of_range)
 {
     struct sched_config cfg = config(4, 16, 2);
@@ -431,6 +456,7 @@ TCase *scheduler_faults(void)
     TCase *faults = tcase_create("faults");
     tcase_set_timeout(faults, 60);
     tcase_add_test(faults, result_that_was_not_planned_is_refused_and_changes_nothing);
+    tcase_add_test(faults, request_that_its_owner_finishes_gives_its_slot_back);
     tcase_add_test(faults, attach_is_refused_when_attached_or_out_of_range);
     tcase_add_test(faults, nothing_is_lost_when_an_allocation_fails);
     tcase_add_test_raise_signal(faults, check_aborts_when_a_slot_is_lost, SIGABRT);
