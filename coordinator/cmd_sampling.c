@@ -59,13 +59,12 @@ int cmd_parse_ids(const char *command, const char *option, const char *text, uin
 
 /* The `optional` fields of a message: where they are, and which value of NAME_is_case says that they are set. */
 struct real_option {
-    int opt;
+    int opt, set;
     const char *name, *expected;
     double low, high;
-    bool over_low;
     float *value;
     int *is_case;
-    int set;
+    bool over_low;
 };
 
 #define REAL(OPT, NAME, FIELD, CASE, LOW, HIGH, OVER, EXPECTED)                                                        \
