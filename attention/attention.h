@@ -129,6 +129,7 @@ enum attn_gpu_policy {
 
 struct attn_gpu_ops;
 extern const struct attn_gpu_ops attn_gpu_ops_cuda; /* portable: mma.sync, sm_80 and newer */
+extern const struct attn_gpu_ops attn_gpu_ops_sm90; /* wgmma and the copy engine, compute capability 9.0 alone */
 
 struct attn_gpu_config {
     const struct attn_gpu_ops *ops;

@@ -2,6 +2,9 @@
 #include "attention/attention_internal.h"
 
 const struct attn_gpu_ops *const attn_gpu_back_ends[] = {
+#ifdef TANDEM_ATTENTION_SM90
+    &attn_gpu_ops_sm90,
+#endif
     &attn_gpu_ops_cuda,
     NULL,
 };

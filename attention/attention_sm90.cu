@@ -1,0 +1,315 @@
+/* attention_sm90.cu - the Hopper back end: wgmma and the copy engine. Host side: memory and launches. */
+#include <cmath>
+#include <cstdlib>
+
+#include "attention/attention_sm90.cuh"
+
+namespace
+{
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr uint32_t MAX_HEAD_DIM = 128;
+constexpr uint32_t PLAN_MAX_SEQS = 8192; /* one block plans */
+
+struct sm90_state {
+    attn_gpu_config cfg;
+    const sm90_kernels *kernels;
+    uint32_t sms;
+    sm90_workspace ws;
+    sm90_map map; /* without base and length */
+    char *memory;
+    uint64_t bytes;
+    cudaStream_t side; /* ATTN_GPU_STREAMS: decode's */
+    cudaEvent_t fork, join;
+};
+
+enum status_code failed(struct status *st, enum status_code code, cudaError_t err, const char *what)
+{
+    return status_set(st, code, "%s: %s (%s)", what, cudaGetErrorString(err), cudaGetErrorName(err));
+}
+
+enum status_code query(const struct attn_gpu_config *cfg, struct status *st)
+{
+    int major = 0, minor = 0;
+    cudaError_t err = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, cfg->device);
+    if (err == cudaSuccess)
+        err = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, cfg->device);
+    if (err != cudaSuccess)
+        return failed(st, ST_UNIMPLEMENTED, err, "cudaDeviceGetAttribute");
+    if (major != 9 || minor != 0)
+        return status_set(st, ST_UNIMPLEMENTED, "CUDA device %d: compute capability %d.%d, expected 9.0", cfg->device,
+                          major, minor);
+    if (cfg->head_dim > MAX_HEAD_DIM)
+        return status_set(st, ST_UNIMPLEMENTED, "head_dim: %u, this back end takes at most %u", cfg->head_dim,
+                          MAX_HEAD_DIM);
+    if (cfg->max_seqs > PLAN_MAX_SEQS)
+        return status_set(st, ST_UNIMPLEMENTED, "max_seqs: %u, this back end takes at most %u", cfg->max_seqs,
+                          PLAN_MAX_SEQS);
+    if (cfg->token_stride >> 40)
+        return status_set(st, ST_UNIMPLEMENTED, "token_stride: %llu, this back end takes less than 2^40",
+                          (unsigned long long)cfg->token_stride);
+    return ST_OK;
+}
+
+/* Pieces of one allocation; with base NULL they only add up. */
+struct arena {
+    char *base;
+    uint64_t used;
+};
+
+template <typename T> void take(arena *a, T **out, uint64_t n)
+{
+    if (a->base)
+        *out = (T *)(a->base + a->used);
+    a->used += (n * sizeof(T) + 255) / 256 * 256;
+}
+
+/* See rule_of in the planner. Prefill: at most 2 * sms units are cut, into at most 4 * sms parts plus one each. */
+void size_lists(sm90_state *s)
+{
+    const attn_gpu_config *c = &s->cfg;
+    const uint64_t group = c->heads / c->kv_heads, fixed = c->fixed_split_keys,
+                   seqs = (uint64_t)c->kv_heads * c->max_seqs;
+    uint64_t slots[ROLES] = {6 * s->sms, 4 * seqs + DECODE_BLOCKS_PER_SM * s->sms};
+    if (fixed) {
+        uint64_t by_tokens = c->kv_heads * (c->max_kv_tokens / fixed + c->max_seqs), by_parts = seqs * MAX_DECODE_PARTS;
+        slots[ROLE_PREFILL] = 0;
+        slots[ROLE_DECODE] = by_tokens < by_parts ? by_tokens : by_parts;
+    }
+    const uint64_t units[ROLES] = {c->kv_heads * ((uint64_t)c->max_rows * group / UNIT_ROWS + c->max_seqs), seqs};
+    for (uint32_t r = 0; r < ROLES; r++) {
+        s->ws.max_slots[r] = (uint32_t)slots[r];
+        s->ws.max_items[r] = (uint32_t)(units[r] + slots[r]);
+    }
+}
+
+void lay_out(sm90_state *s, arena *a)
+{
+    const uint32_t rows[ROLES] = {UNIT_ROWS, DECODE_ROWS};
+    take(a, &s->ws.lists, 1);
+    take(a, &s->ws.counters, 2);
+    for (uint32_t r = 0; r < ROLES; r++)
+        take(a, &s->ws.arrived[r], s->ws.max_slots[r]);
+    take(a, &s->ws.k_maps, s->cfg.max_seqs);
+    take(a, &s->ws.v_maps, s->cfg.max_seqs);
+    for (uint32_t i = 0; i < 2 * ROLES; i++)
+        take(a, &s->ws.offsets[i], s->cfg.max_seqs);
+    for (uint32_t r = 0; r < ROLES; r++) {
+        uint64_t n = (uint64_t)s->ws.max_slots[r] * rows[r];
+        take(a, &s->ws.items[r], s->ws.max_items[r]);
+        take(a, &s->ws.weights[r], n);
+        take(a, &s->ws.sums[r], n * s->kernels->padded_dim);
+    }
+}
+
+void destroy(void *state)
+{
+    sm90_state *s = (sm90_state *)state;
+    if (!s)
+        return;
+    if (s->join)
+        cudaEventDestroy(s->join);
+    if (s->fork)
+        cudaEventDestroy(s->fork);
+    if (s->side)
+        cudaStreamDestroy(s->side);
+    cudaFree(s->memory);
+    free(s);
+}
+
+cudaError_t prepare_kernels(const sm90_kernels *k)
+{
+    const sm90_kernel *const all[] = {&k->prefill, &k->decode, &k->fused, &k->prefill_beside, &k->decode_beside};
+    cudaError_t err = cudaSuccess;
+    for (const sm90_kernel *one : all)
+        if (err == cudaSuccess)
+            err = cudaFuncSetAttribute((const void *)one->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       (int)one->shared_bytes);
+    return err;
+}
+
+enum status_code allocate(sm90_state *s, struct status *st)
+{
+    arena a = {};
+    lay_out(s, &a);
+    s->bytes = a.used;
+    cudaError_t err = cudaMalloc((void **)&s->memory, s->bytes);
+    if (err != cudaSuccess) {
+        cudaGetLastError(); /* not the next call's */
+        return status_set(st, ST_RESOURCE_EXHAUSTED, "attention workspace: %llu bytes of device memory: %s",
+                          (unsigned long long)s->bytes, cudaGetErrorString(err));
+    }
+    a.base = s->memory;
+    a.used = 0;
+    lay_out(s, &a);
+    /* Counters and numbers of arrived parts, which stand in front of everything else. */
+    err = cudaMemset(s->memory, 0, (uint64_t)((char *)s->ws.k_maps - s->memory));
+    if (err == cudaSuccess)
+        err = cudaDeviceSynchronize();
+    if (err == cudaSuccess)
+        err = sm90_map_template(&s->map, s->cfg.head_dim, s->cfg.token_stride, s->cfg.dtype == ATTN_BF16, s->memory);
+    return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention workspace");
+}
+
+enum status_code prepare_streams(sm90_state *s, struct status *st)
+{
+    cudaError_t err = cudaStreamCreateWithFlags(&s->side, cudaStreamNonBlocking);
+    if (err == cudaSuccess)
+        err = cudaEventCreateWithFlags(&s->fork, cudaEventDisableTiming);
+    if (err == cudaSuccess)
+        err = cudaEventCreateWithFlags(&s->join, cudaEventDisableTiming);
+    return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "a second stream for attention");
+}
+
+enum status_code create(void **state, const struct attn_gpu_config *cfg, struct status *st)
+{
+    sm90_state *s = (sm90_state *)calloc(1, sizeof *s);
+    if (!s)
+        return status_nomem(st, "attention", sizeof *s);
+    s->cfg = *cfg;
+    s->kernels = &(cfg->head_dim <= 64 ? sm90_kernels_64 : sm90_kernels_128)[cfg->dtype == ATTN_F16];
+    int sms = 0;
+    enum status_code rc = ST_OK;
+    cudaError_t err = cudaSetDevice(cfg->device);
+    if (err == cudaSuccess)
+        err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, cfg->device);
+    if (err == cudaSuccess)
+        err = prepare_kernels(s->kernels);
+    if (err != cudaSuccess) {
+        rc = failed(st, ST_INTERNAL, err, "attention kernels");
+        goto fail;
+    }
+    s->sms = (uint32_t)sms;
+    size_lists(s);
+    rc = allocate(s, st);
+    if (rc == ST_OK && cfg->policy == ATTN_GPU_STREAMS)
+        rc = prepare_streams(s, st);
+    if (rc != ST_OK)
+        goto fail;
+    *state = s;
+    return ST_OK;
+fail:
+    destroy(s);
+    return rc;
+}
+
+uint64_t workspace_bytes(const void *state)
+{
+    return ((const sm90_state *)state)->bytes;
+}
+
+const uint32_t *fault(const void *state)
+{
+    return &((const sm90_state *)state)->ws.lists->fault;
+}
+
+enum status_code plan(void *state, const struct attn_gpu_step *step, struct status *st)
+{
+    const sm90_state *s = (const sm90_state *)state;
+    sm90_plan_args a = {};
+    a.seq = step->seq;
+    a.counts = step->counts;
+    a.max_seqs = step->max_seqs;
+    a.max_rows = step->max_rows;
+    a.max_seq_rows = step->max_seq_rows;
+    a.max_kv_len = s->cfg.max_kv_len;
+    a.group = s->cfg.heads / s->cfg.kv_heads;
+    a.kv_heads = s->cfg.kv_heads;
+    a.window = s->cfg.window;
+    a.sms = s->sms;
+    a.fixed_tiles = s->cfg.fixed_split_keys / TILE_KEYS;
+    a.ws = s->ws;
+    cudaError_t err = sm90_launch_maps(step->seq, step->counts, step->max_seqs, s->map, s->ws.k_maps, s->ws.v_maps,
+                                       (cudaStream_t)step->stream);
+    if (err == cudaSuccess)
+        err = sm90_launch_plan(a, (cudaStream_t)step->stream);
+    return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention plan");
+}
+
+cudaError_t launch(const sm90_state *s, const sm90_kernel &k, sm90_args a, uint32_t set, void *stream)
+{
+    a.run.counters = s->ws.counters + set;
+    k.run<<<s->sms * k.blocks_per_sm, k.threads, k.shared_bytes, (cudaStream_t)stream>>>(a);
+    return cudaGetLastError();
+}
+
+/* Decode's kernel on the side stream, beside prefill's: one block of each fits on an SM. */
+cudaError_t launch_on_two(const sm90_state *s, const sm90_args &a, void *stream)
+{
+    cudaError_t err = cudaEventRecord(s->fork, (cudaStream_t)stream);
+    if (err == cudaSuccess)
+        err = cudaStreamWaitEvent(s->side, s->fork, 0);
+    if (err == cudaSuccess)
+        err = launch(s, s->kernels->decode_beside, a, 1, s->side);
+    if (err == cudaSuccess)
+        err = launch(s, s->kernels->prefill_beside, a, 0, stream);
+    if (err == cudaSuccess)
+        err = cudaEventRecord(s->join, s->side);
+    if (err == cudaSuccess)
+        err = cudaStreamWaitEvent((cudaStream_t)stream, s->join, 0);
+    return err;
+}
+
+sm90_args run_args(const sm90_state *s, const struct attn_gpu_step *step, const struct attn_gpu_io *io)
+{
+    const attn_gpu_config *c = &s->cfg;
+    sm90_args a = {};
+    sm90_run_args *r = &a.run;
+    r->seq = step->seq;
+    r->q = (const char *)io->q;
+    r->out = (char *)io->out;
+    r->q_row_stride = io->q_row_stride;
+    r->out_row_stride = io->out_row_stride;
+    r->kv_offset = io->kv_offset;
+    r->head_stride = c->head_stride;
+    r->group = c->heads / c->kv_heads;
+    r->head_dim = c->head_dim;
+    r->window = c->window;
+    r->ws = s->ws;
+    r->bent = c->soft_cap > 0 || !(c->scale > 0);
+    r->score_scale = r->bent ? 1 : c->scale * LOG2_E;
+    r->bend_in = c->soft_cap > 0 ? c->scale / c->soft_cap : 0;
+    r->bend_out = (c->soft_cap > 0 ? c->soft_cap : c->scale) * LOG2_E;
+    return a;
+}
+
+/* AUTO: both roles on every SM until prefill's list is empty, then the decode kernel, whose two blocks per SM read faster
+ * than one beside an idle prefill, takes the rest. */
+cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, bool decodes_only, void *stream)
+{
+    const sm90_kernels *k = s->kernels;
+    sm90_args both = a;
+    cudaError_t err = cudaSuccess;
+    if (decodes_only)
+        return launch(s, k->decode, a, 0, stream);
+    switch (s->cfg.policy) {
+    case ATTN_GPU_AUTO:
+        both.run.decode_follows = 1;
+        err = launch(s, k->fused, both, 0, stream);
+        return err == cudaSuccess ? launch(s, k->decode, both, 0, stream) : err;
+    case ATTN_GPU_FUSED:
+        return launch(s, k->fused, a, 0, stream);
+    case ATTN_GPU_SERIAL:
+        err = launch(s, k->prefill, a, 0, stream);
+        return err == cudaSuccess ? launch(s, k->decode, a, 0, stream) : err;
+    case ATTN_GPU_STREAMS:
+        return launch_on_two(s, a, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+enum status_code run(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io, struct status *st)
+{
+    const sm90_state *s = (const sm90_state *)state;
+    const attn_gpu_config *c = &s->cfg;
+    if ((io->kv_offset + (c->kv_heads - 1) * c->head_stride) / 16 > INT32_MAX)
+        return status_set(st, ST_INVALID_ARGUMENT, "kv_offset: %llu, this back end takes less than 2^35",
+                          (unsigned long long)io->kv_offset);
+    const bool decodes_only = step->max_seq_rows * (c->heads / c->kv_heads) <= DECODE_ROWS;
+    cudaError_t err = launch_roles(s, run_args(s, step, io), decodes_only, step->stream);
+    return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention kernel");
+}
+} // namespace
+
+extern const struct attn_gpu_ops attn_gpu_ops_sm90 = {
+    "sm90", query, create, destroy, workspace_bytes, fault, plan, run,
+};

@@ -1,0 +1,195 @@
+/* attention_sm90.cuh - what the Hopper kernels share: shapes, arguments, what a block keeps in shared memory.
+ *
+ * A packed row is one query head of one query row: packed row p of a sequence and KV head is query row p / G, head
+ * kv_head * G + p % G. A unit is a block of packed rows of one sequence and KV head with all keys they see; an item is a
+ * unit, or a part of its keys. Units of at most DECODE_ROWS packed rows (decodes, tiny chunks) are "decode", whose cost is
+ * reading K and V; others are "prefill". The plan writes two lists of items once per step; the kernels take items from
+ * them until they are empty, and who finishes the last part of a unit adds the parts up, in order of keys.
+ *
+ * K and V come in by the copy engine, through two tensor maps per sequence that the plan writes:
+ *
+ *   dimension 0: elements of a head   1: tokens, kv_len of them   2: 16-byte steps of kv_offset + kv_head * head_stride
+ *
+ * Dimension 2 overlaps the others on purpose: any layer and head of any layout is a coordinate. What lies behind kv_len is
+ * out of bounds: never read, and zero in shared memory. Boxes are BOX_KEYS tokens of 64 elements (128 swizzled bytes).
+ */
+#ifndef TANDEM_ATTENTION_SM90_CUH
+#define TANDEM_ATTENTION_SM90_CUH
+
+#include <cuda_runtime.h>
+
+#include "attention/attention_internal.h"
+#include "attention/ptx_sm90.cuh"
+
+constexpr uint32_t BOX_KEYS = 32;
+constexpr uint32_t BOX_BYTES = BOX_KEYS * 128;
+constexpr uint32_t DECODE_BLOCKS_PER_SM = 2;
+constexpr uint32_t MAX_DECODE_PARTS = 64;
+constexpr uint32_t UNIT_ROWS = 128; /* of prefill: 64 per consumer warpgroup */
+constexpr uint32_t GROUP_THREADS = 128;
+constexpr uint32_t NO_ITEM = UINT32_MAX;
+
+/* Named barriers. */
+enum { BAR_TURN = 2 /* and 3 */, BAR_ROWS = 4 /* and 5 */, BAR_DECODE = 6 };
+
+struct alignas(128) sm90_map { /* a CUtensorMap */
+    unsigned char opaque[128];
+};
+
+/* Fills *out for any sequence of this layout; any_memory: a device address, aligned to 16. */
+cudaError_t sm90_map_template(sm90_map *out, uint32_t head_dim, uint64_t token_stride, bool bf16, void *any_memory);
+cudaError_t sm90_launch_maps(const attn_seq *seq, const uint32_t *counts, uint32_t max_seqs, const sm90_map &from,
+                             sm90_map *k_maps, sm90_map *v_maps, cudaStream_t stream);
+
+enum sm90_role { ROLE_PREFILL = 0, ROLE_DECODE = 1, ROLES = 2 };
+
+constexpr uint32_t DECODE_ROWS = 16; /* two columns of mma.sync */
+constexpr uint32_t WARPS = 4;
+constexpr uint32_t TILE_KEYS = 64; /* the plan counts in tiles of so many keys */
+
+struct sm90_item {
+    uint32_t seq;
+    uint32_t kv_head;
+    uint32_t first;     /* packed row */
+    uint32_t key_begin; /* of this part */
+    uint32_t key_end;
+    uint32_t part;  /* index */
+    uint32_t parts; /* of the unit */
+    uint32_t slot;  /* of the unit's part 0; its number of arrived parts stands at the same index */
+};
+
+/* Counters that the blocks of one launch share; zero between runs. */
+struct sm90_counters {
+    uint32_t next[ROLES];
+    uint32_t left; /* blocks */
+};
+
+struct sm90_lists {
+    uint32_t count[ROLES]; /* items */
+    uint32_t fault;
+};
+
+/* Device memory of the back end; slots hold the parts of units that are cut. */
+struct sm90_workspace {
+    sm90_lists *lists;
+    sm90_counters *counters;      /* [2]: of two launches at the same time */
+    uint32_t *arrived[ROLES];     /* [max_slots], zero between launches */
+    sm90_map *k_maps, *v_maps;    /* [max_seqs] */
+    uint32_t *offsets[2 * ROLES]; /* [max_seqs], of the plan: first item of a sequence by role, first slot by role */
+    sm90_item *items[ROLES];      /* [max_items] */
+    float2 *weights[ROLES];       /* [max_slots][rows of a unit] maximum (of scores times log2 e), sum of powers */
+    float *sums[ROLES];           /* [max_slots][rows of a unit][padded D], not yet divided by the weight */
+    uint32_t max_items[ROLES];
+    uint32_t max_slots[ROLES];
+};
+
+struct sm90_plan_args {
+    const attn_seq *seq;
+    const uint32_t *counts;
+    uint32_t max_seqs, max_rows, max_seq_rows, max_kv_len;
+    uint32_t group, kv_heads, window;
+    uint32_t sms;
+    uint32_t fixed_tiles; /* 0: parts by the batch */
+    sm90_workspace ws;
+};
+
+struct sm90_run_args {
+    const attn_seq *seq;
+    const char *q;
+    char *out;
+    uint64_t q_row_stride, out_row_stride, kv_offset, head_stride;
+    uint32_t group, head_dim, window;
+    uint32_t decode_follows; /* 1: a fused launch leaves the rest of decode to a launch of the decode kernel */
+    float score_scale;       /* scores times this are powers of 2; 1 where they are bent first; positive */
+    uint32_t bent;           /* scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
+    float bend_in, bend_out;
+    sm90_counters *counters;
+    sm90_workspace ws;
+};
+
+struct sm90_args {
+    sm90_run_args run;
+};
+
+struct sm90_kernel {
+    void (*run)(const sm90_args); /* a __global__ function */
+    uint32_t threads, shared_bytes, blocks_per_sm;
+};
+
+struct sm90_kernels {
+    sm90_kernel prefill, decode, fused;
+    sm90_kernel prefill_beside, decode_beside; /* fit on an SM together */
+    uint32_t padded_dim;
+};
+
+extern const sm90_kernels sm90_kernels_64[2], sm90_kernels_128[2]; /* bf16, f16 */
+
+cudaError_t sm90_launch_plan(const sm90_plan_args &args, cudaStream_t stream);
+
+/* The rows and keys of an item, as every thread needs them. */
+struct sm90_unit {
+    const sm90_map *k_map, *v_map;
+    int32_t k_step; /* coordinate 2 */
+    uint32_t first_row, rows, kv_len, packed;
+};
+
+__device__ __forceinline__ sm90_unit sm90_unit_of(const sm90_args &a, const sm90_item &it)
+{
+    const attn_seq s = a.run.seq[it.seq];
+    sm90_unit u;
+    u.k_map = a.run.ws.k_maps + it.seq;
+    u.v_map = a.run.ws.v_maps + it.seq;
+    u.k_step = (int32_t)((a.run.kv_offset + it.kv_head * a.run.head_stride) / 16);
+    u.first_row = s.first_row;
+    u.rows = s.rows;
+    u.kv_len = s.kv_len;
+    u.packed = s.rows * a.run.group;
+    return u;
+}
+
+/* Packed row p sees keys sm90_first(limit) .. limit - 1. Rows behind the last see what it sees. */
+__device__ __forceinline__ uint32_t sm90_limit(const sm90_args &a, const sm90_unit &u, uint32_t p)
+{
+    return u.kv_len - u.rows + (p < u.packed ? p : u.packed - 1) / a.run.group + 1;
+}
+
+__device__ __forceinline__ uint32_t sm90_first(const sm90_args &a, uint32_t limit)
+{
+    return a.run.window && limit > a.run.window ? limit - a.run.window : 0;
+}
+
+__device__ __forceinline__ uint64_t sm90_row_at(const sm90_args &a, const sm90_unit &u, uint32_t kv_head, uint32_t p,
+                                                uint64_t stride)
+{
+    return (uint64_t)(u.first_row + p / a.run.group) * stride +
+           (uint64_t)(kv_head * a.run.group + p % a.run.group) * a.run.head_dim * 2;
+}
+
+/* Byte of 16-byte chunk c of row r in blocks of 64 columns (128 swizzled bytes per row), `rows` rows each. */
+__device__ __forceinline__ uint32_t sm90_swizzled(uint32_t r, uint32_t c, uint32_t rows)
+{
+    return (c / 8) * rows * 128 + r * 128 + ((c % 8 ^ (r & 7)) << 4);
+}
+
+__device__ __forceinline__ float sm90_bend(const sm90_args &a, float s)
+{
+    if (a.run.bend_in == 0)
+        return a.run.bend_out * s;
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(a.run.bend_in * s));
+    return a.run.bend_out * t;
+}
+
+/* Where a loop over a ring of slots stands. */
+template <uint32_t SLOTS> struct sm90_ring_at {
+    uint32_t slot = 0, parity = 0;
+    __device__ __forceinline__ void next()
+    {
+        if (++slot == SLOTS) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+#endif

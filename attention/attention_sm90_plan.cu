@@ -1,0 +1,283 @@
+/* attention_sm90_plan.cu - cuts a batch into items, on the device, once per step. One block.
+ *
+ *   1  every sequence is looked at: faults, totals by role
+ *   2  the size of a part follows from the totals (rule_of)
+ *   3  items and slots of every sequence are counted; a scan gives each its place in the lists
+ *   4  items are written: a warp per sequence, a lane per block of packed rows
+ *
+ * Within a sequence items lie by KV head, then last rows first: blocks that run at the same time read the same keys, which
+ * come from L2 then, and the longest items of a head begin first.
+ */
+#include "attention/attention_sm90.cuh"
+
+namespace
+{
+constexpr uint32_t PLAN_THREADS = 1024;
+constexpr uint32_t PLAN_WARPS = PLAN_THREADS / 32;
+constexpr uint32_t MAX_PREFILL_PARTS = 16;
+constexpr uint32_t MIN_PREFILL_TILES = 8; /* 512 keys */
+constexpr uint32_t MIN_DECODE_TILES = 2;  /* a tile of 32 keys for each warp */
+constexpr uint32_t UNIT_COST_TILES = 6;   /* start and end of a prefill item, in tiles of 64 keys */
+
+struct rule {
+    uint32_t tiles[ROLES]; /* most of a part; 0: not cut */
+};
+
+struct totals {
+    unsigned long long tiles[ROLES];
+    uint32_t units[ROLES]; /* of one KV head */
+    uint32_t longest[ROLES];
+    uint32_t fault;
+};
+
+__device__ bool breaks_rule(const sm90_plan_args &a, const attn_seq &s)
+{
+    return s.rows == 0 || s.rows > a.max_seq_rows || s.kv_len < s.rows || s.kv_len > a.max_kv_len ||
+           s.first_row >= a.max_rows || s.rows > a.max_rows - s.first_row;
+}
+
+__device__ uint32_t role_of(const sm90_plan_args &a, const attn_seq &s)
+{
+    return s.rows * a.group <= DECODE_ROWS ? ROLE_DECODE : ROLE_PREFILL;
+}
+
+__device__ uint32_t units_of(const sm90_plan_args &a, const attn_seq &s)
+{
+    return (s.rows * a.group + UNIT_ROWS - 1) / UNIT_ROWS;
+}
+
+/* Keys lo .. hi - 1 that the packed rows from `first` on see. */
+__device__ void keys_of(const sm90_plan_args &a, const attn_seq &s, uint32_t first, uint32_t &lo, uint32_t &hi)
+{
+    uint32_t rows = s.rows * a.group, context = s.kv_len - s.rows;
+    uint32_t last = (rows < first + UNIT_ROWS ? rows : first + UNIT_ROWS) - 1;
+    uint32_t seen = context + first / a.group + 1;
+    lo = a.window && seen > a.window ? seen - a.window : 0;
+    hi = context + last / a.group + 1;
+}
+
+__device__ uint32_t tiles_of(uint32_t lo, uint32_t hi)
+{
+    return (hi - lo + TILE_KEYS - 1) / TILE_KEYS;
+}
+
+/* Parts of a unit are equal but for the last, and no more than `most`. */
+__device__ uint32_t part_tiles(uint32_t tiles, uint32_t of_rule, uint32_t most)
+{
+    if (of_rule == 0 || tiles <= of_rule)
+        return tiles;
+    uint32_t parts = (tiles + of_rule - 1) / of_rule;
+    parts = parts < most ? parts : most;
+    return (tiles + parts - 1) / parts;
+}
+
+/* Prefill: as many parts per unit as make the waves of blocks cheapest. Decode: about a wave of parts, more where there is
+ * more to balance. Slots are enough by construction (size_lists in attention_sm90.cu): units are cut into few parts where
+ * there are many, and a sum of quotients rounded up is less than the quotient of the sum and their number. */
+__device__ rule rule_of(const sm90_plan_args &a, const totals &t)
+{
+    rule r = {};
+    r.tiles[ROLE_DECODE] = a.fixed_tiles;
+    if (a.fixed_tiles)
+        return r;
+    const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
+    if (units > 0) {
+        uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1, best = 1;
+        uint64_t least = UINT64_MAX;
+        for (uint32_t s = 1;
+             s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * a.sms)); s++) {
+            uint64_t waves = ((uint64_t)units * s + a.sms - 1) / a.sms;
+            uint64_t cost = waves * ((mean + s - 1) / s + UNIT_COST_TILES + (s > 1 ? UNIT_COST_TILES : 0));
+            if (cost < least) {
+                least = cost;
+                best = s;
+            }
+        }
+        uint64_t share = t.tiles[ROLE_PREFILL] * a.kv_heads / a.sms;
+        uint32_t whole = mean + mean / 2 > share ? mean + mean / 2 : (uint32_t)share;
+        r.tiles[ROLE_PREFILL] = best > 1 ? (mean + best - 1) / best : whole;
+        if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
+            r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
+    }
+    const uint64_t decodes = (uint64_t)t.units[ROLE_DECODE] * a.kv_heads, wave = DECODE_BLOCKS_PER_SM * a.sms;
+    if (decodes > 0) {
+        uint64_t waves = (4 * decodes + wave - 1) / wave;
+        uint64_t part = t.tiles[ROLE_DECODE] * a.kv_heads / (waves * wave - decodes * (waves * wave > decodes)) + 1;
+        uint64_t least = waves > 4 ? 8 * MIN_DECODE_TILES : MIN_DECODE_TILES;
+        r.tiles[ROLE_DECODE] = (uint32_t)(part > least ? part : least);
+    }
+    return r;
+}
+
+/* The sum of x over all threads before this one; *total over all. Two barriers. */
+__device__ uint32_t block_scan(uint32_t x, uint32_t *total)
+{
+    __shared__ uint32_t sums[PLAN_WARPS];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, inclusive = x;
+    for (uint32_t d = 1; d < 32; d *= 2) {
+        uint32_t y = __shfl_up_sync(0xffffffff, inclusive, d);
+        if (lane >= d)
+            inclusive += y;
+    }
+    if (lane == 31)
+        sums[warp] = inclusive;
+    __syncthreads();
+    uint32_t before = 0, all = 0;
+    for (uint32_t w = 0; w < PLAN_WARPS; w++) {
+        before += w < warp ? sums[w] : 0;
+        all += sums[w];
+    }
+    *total = all;
+    __syncthreads();
+    return before + inclusive - x;
+}
+
+__device__ void look(const sm90_plan_args &a, uint32_t seqs, totals *t)
+{
+    for (uint32_t i = threadIdx.x; i < seqs; i += PLAN_THREADS) {
+        const attn_seq s = a.seq[i];
+        if (breaks_rule(a, s)) {
+            atomicMin(&t->fault, i + 1);
+            continue;
+        }
+        uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s), lo, hi;
+        unsigned long long tiles = 0;
+        for (uint32_t u = 0; u < n; u++) {
+            keys_of(a, s, u * UNIT_ROWS, lo, hi);
+            tiles += tiles_of(lo, hi);
+        }
+        atomicAdd(&t->tiles[role], tiles);
+        atomicAdd(&t->units[role], n);
+    }
+}
+
+/* Items and slots of one KV head of a sequence, by a warp; each lane has every 32nd unit. */
+__device__ void count(const sm90_plan_args &a, const rule &r, const attn_seq &s, uint32_t lane, uint32_t &items,
+                      uint32_t &slots)
+{
+    const uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s);
+    const uint32_t most = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
+    items = slots = 0;
+    for (uint32_t u = lane; u < n; u += 32) {
+        uint32_t lo, hi;
+        keys_of(a, s, u * UNIT_ROWS, lo, hi);
+        uint32_t tiles = tiles_of(lo, hi), each = part_tiles(tiles, r.tiles[role], most);
+        uint32_t parts = (tiles + each - 1) / each;
+        items += parts;
+        slots += parts > 1 ? parts : 0;
+    }
+}
+
+__device__ uint32_t warp_sum(uint32_t x)
+{
+    return __reduce_add_sync(0xffffffff, x);
+}
+
+__device__ uint32_t warp_before(uint32_t x)
+{
+    uint32_t lane = threadIdx.x % 32, inclusive = x;
+    for (uint32_t d = 1; d < 32; d *= 2) {
+        uint32_t y = __shfl_up_sync(0xffffffff, inclusive, d);
+        inclusive += lane >= d ? y : 0;
+    }
+    return inclusive - x;
+}
+
+/* Writes the items of sequence i: KV head h from item + h * (items of a head) on. */
+__device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const attn_seq &s, uint32_t lane,
+                      uint32_t items, uint32_t slots, uint32_t item, uint32_t slot)
+{
+    const uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s);
+    const uint32_t most = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
+    for (uint32_t from = 0; from < n; from += 32) {
+        uint32_t u = from + lane, lo = 0, hi = 0, each = 0, parts = 0;
+        if (u < n) { /* the last rows, which see most, first */
+            keys_of(a, s, (n - 1 - u) * UNIT_ROWS, lo, hi);
+            each = part_tiles(tiles_of(lo, hi), r.tiles[role], most);
+            parts = (tiles_of(lo, hi) + each - 1) / each;
+        }
+        uint32_t cut = parts > 1 ? parts : 0, my_item = item + warp_before(parts), my_slot = slot + warp_before(cut);
+        for (uint32_t h = 0; h < a.kv_heads; h++)
+            for (uint32_t p = 0; p < parts; p++) {
+                uint32_t at = my_item + h * items + p;
+                if (at >= a.ws.max_items[role])
+                    break;
+                sm90_item it;
+                it.seq = i;
+                it.kv_head = h;
+                it.first = (n - 1 - u) * UNIT_ROWS;
+                it.key_begin = lo + p * each * TILE_KEYS;
+                it.key_end = p + 1 < parts ? it.key_begin + each * TILE_KEYS : hi;
+                it.part = p;
+                it.parts = my_slot + h * slots + parts <= a.ws.max_slots[role] || cut == 0 ? parts : 0;
+                it.slot = my_slot + h * slots;
+                a.ws.items[role][at] = it;
+            }
+        item += warp_sum(parts);
+        slot += warp_sum(cut);
+    }
+}
+
+__global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constant__ sm90_plan_args a)
+{
+    __shared__ totals t;
+    const uint32_t given = *a.counts, seqs = given < a.max_seqs ? given : a.max_seqs;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        t = {};
+        t.fault = given > a.max_seqs ? a.max_seqs + 1 : UINT32_MAX;
+    }
+    __syncthreads();
+    look(a, seqs, &t);
+    __syncthreads();
+    const rule r = rule_of(a, t);
+    for (uint32_t i = warp; i < seqs; i += PLAN_WARPS) {
+        const attn_seq s = a.seq[i];
+        uint32_t items = 0, slots = 0;
+        bool bad = breaks_rule(a, s);
+        if (!bad)
+            count(a, r, s, lane, items, slots);
+        items = warp_sum(items);
+        slots = warp_sum(slots);
+        if (lane < ROLES) {
+            bool mine = !bad && role_of(a, s) == lane;
+            a.ws.offsets[lane][i] = mine ? items * a.kv_heads : 0;
+            a.ws.offsets[ROLES + lane][i] = mine ? slots * a.kv_heads : 0;
+        }
+    }
+    __syncthreads();
+    uint32_t all[2 * ROLES] = {};
+    for (uint32_t v = 0; v < 2 * ROLES; v++)
+        for (uint32_t from = 0; from < seqs; from += PLAN_THREADS) {
+            uint32_t i = from + threadIdx.x, total;
+            uint32_t before = block_scan(i < seqs ? a.ws.offsets[v][i] : 0, &total);
+            if (i < seqs)
+                a.ws.offsets[v][i] = all[v] + before;
+            all[v] += total;
+        }
+    __syncthreads();
+    for (uint32_t i = warp; i < seqs; i += PLAN_WARPS) {
+        const attn_seq s = a.seq[i];
+        if (breaks_rule(a, s))
+            continue;
+        uint32_t role = role_of(a, s), items, slots;
+        count(a, r, s, lane, items, slots);
+        write(a, r, i, s, lane, warp_sum(items), warp_sum(slots), a.ws.offsets[role][i], a.ws.offsets[ROLES + role][i]);
+    }
+    if (threadIdx.x < ROLES) {
+        uint32_t n = all[threadIdx.x], most = a.ws.max_items[threadIdx.x];
+        a.ws.lists->count[threadIdx.x] = n < most ? n : most;
+        if (n > most || all[ROLES + threadIdx.x] > a.ws.max_slots[threadIdx.x]) /* more keys than max_kv_tokens */
+            atomicMin(&t.fault, a.max_seqs);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+        a.ws.lists->fault = t.fault == UINT32_MAX ? 0 : t.fault;
+}
+} // namespace
+
+cudaError_t sm90_launch_plan(const sm90_plan_args &args, cudaStream_t stream)
+{
+    plan_kernel<<<1, PLAN_THREADS, 0, stream>>>(args);
+    return cudaGetLastError();
+}

@@ -1,0 +1,423 @@
+/* attention_sm90_prefill.cuh - the compute-bound role: one producer warp, two consumer warpgroups of 64 packed rows each.
+ *
+ *   producer   takes items, copies K and V tiles of KEYS keys, last keys first, into two slots each
+ *   consumer   S' = Q K' of the next tile is issued before O += P V of this one, so that softmax of S' runs under PV; the
+ *              two warpgroups take turns at issuing (named barriers), so that one's softmax runs under the other's products
+ *
+ *   shared, 1024-byte aligned:  Q [128][D] | K [STAGES][KEYS][D] | V [STAGES][KEYS][D]      blocks of 64 columns each
+ *
+ * Q is loaded by the warpgroup that needs it, packed rows being rows of several heads; its place takes the output before
+ * that goes to memory in full lines.
+ */
+#ifndef TANDEM_ATTENTION_SM90_PREFILL_CUH
+#define TANDEM_ATTENTION_SM90_PREFILL_CUH
+
+#include "attention/attention_sm90.cuh"
+
+template <uint32_t D_, uint32_t KEYS_, uint32_t STAGES_, bool BF16_, uint64_t POLICY_ = SM90_L2_NORMAL>
+struct prefill_shape {
+    static constexpr uint64_t POLICY = POLICY_;
+    static constexpr bool BF16 = BF16_;
+    static constexpr uint32_t D = D_, KEYS = KEYS_, STAGES = STAGES_;
+    static constexpr uint32_t Q_BYTES = UNIT_ROWS * D * 2;
+    static constexpr uint32_t TILE_BYTES = KEYS * D * 2;
+    static constexpr uint32_t K_AT = Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES;
+    static constexpr uint32_t BYTES = V_AT + STAGES * TILE_BYTES;
+    static constexpr uint32_t BLOCK = KEYS * 128; /* bytes of 64 columns of a tile */
+    static_assert(KEYS % BOX_KEYS == 0 && D % 64 == 0, "whole boxes");
+};
+
+constexpr uint32_t PREFILL_ITEMS = 2; /* taken ahead */
+
+struct prefill_bars {
+    uint64_t k_full[4], k_empty[4], v_full[4], v_empty[4], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS];
+    uint32_t item[PREFILL_ITEMS]; /* index in the list, or NO_ITEM */
+    uint32_t last[2];
+};
+
+template <typename C> __device__ void prefill_init(prefill_bars *b)
+{
+    for (uint32_t i = 0; i < C::STAGES; i++) {
+        sm90_mbar_init(sm90_shared(&b->k_full[i]), 1);
+        sm90_mbar_init(sm90_shared(&b->v_full[i]), 1);
+        sm90_mbar_init(sm90_shared(&b->k_empty[i]), 2);
+        sm90_mbar_init(sm90_shared(&b->v_empty[i]), 2);
+    }
+    for (uint32_t i = 0; i < PREFILL_ITEMS; i++) {
+        sm90_mbar_init(sm90_shared(&b->item_full[i]), 1);
+        sm90_mbar_init(sm90_shared(&b->item_empty[i]), 2);
+    }
+}
+
+template <typename C>
+__device__ __forceinline__ void prefill_copy(const sm90_unit &u, const sm90_map *map, uint32_t key, uint32_t dst,
+                                             uint32_t bar)
+{
+    sm90_mbar_expect(bar, C::TILE_BYTES);
+#pragma unroll
+    for (uint32_t block = 0; block < C::D / 64; block++)
+#pragma unroll
+        for (uint32_t k = 0; k < C::KEYS; k += BOX_KEYS)
+            sm90_copy_box(dst + block * C::BLOCK + k * 128, map, bar, block * 64, key + k, u.k_step, C::POLICY);
+}
+
+/* One thread. */
+template <typename C> __device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared)
+{
+    const uint32_t items = a.run.ws.lists->count[ROLE_PREFILL];
+    sm90_ring_at<C::STAGES> k_at, v_at;
+    sm90_ring_at<PREFILL_ITEMS> at;
+    for (;;) {
+        uint32_t index = atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1);
+        if (index < items && a.run.ws.items[ROLE_PREFILL][index].parts == 0)
+            continue;
+        sm90_mbar_wait(sm90_shared(&b->item_empty[at.slot]), at.parity ^ 1);
+        b->item[at.slot] = index < items ? index : NO_ITEM;
+        sm90_mbar_arrive(sm90_shared(&b->item_full[at.slot]));
+        at.next();
+        if (index >= items)
+            break;
+        const sm90_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const sm90_unit u = sm90_unit_of(a, it);
+        sm90_map_acquire(u.k_map);
+        sm90_map_acquire(u.v_map);
+        uint32_t tiles = (it.key_end - it.key_begin + C::KEYS - 1) / C::KEYS;
+        for (uint32_t i = 0; i <= tiles; i++) { /* K runs one tile ahead of V, as the consumers need them */
+            if (i < tiles) {
+                sm90_mbar_wait(sm90_shared(&b->k_empty[k_at.slot]), k_at.parity ^ 1);
+                prefill_copy<C>(u, u.k_map, it.key_begin + (tiles - 1 - i) * C::KEYS,
+                                shared + C::K_AT + k_at.slot * C::TILE_BYTES, sm90_shared(&b->k_full[k_at.slot]));
+                k_at.next();
+            }
+            if (i > 0) {
+                sm90_mbar_wait(sm90_shared(&b->v_empty[v_at.slot]), v_at.parity ^ 1);
+                prefill_copy<C>(u, u.v_map, it.key_begin + (tiles - i) * C::KEYS,
+                                shared + C::V_AT + v_at.slot * C::TILE_BYTES, sm90_shared(&b->v_full[v_at.slot]));
+                v_at.next();
+            }
+        }
+    }
+}
+
+/* 64 packed rows of Q into shared memory by a warpgroup; zeros behind the sequence and behind the head. */
+template <typename C>
+__device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+                                               uint32_t group, uint32_t tid, uint32_t shared)
+{
+    constexpr uint32_t CHUNKS = C::D / 8;
+#pragma unroll
+    for (uint32_t i = tid; i < 64 * CHUNKS; i += GROUP_THREADS) {
+        uint32_t r = i / CHUNKS, c = i % CHUNKS, p = it.first + group * 64 + r;
+        uint4 x = {0, 0, 0, 0};
+        if (p < u.packed && c * 8 < a.run.head_dim)
+            x = *(const uint4 *)(a.run.q + sm90_row_at(a, u, it.kv_head, p, a.run.q_row_stride) + c * 16);
+        asm volatile(
+            "st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared + sm90_swizzled(group * 64 + r, c, UNIT_ROWS)),
+            "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+            : "memory");
+    }
+}
+
+template <typename C>
+__device__ __forceinline__ void prefill_qk(float (&s)[C::KEYS / 2], uint32_t q_shared, uint32_t k_shared)
+{
+#pragma unroll
+    for (uint32_t k = 0; k < C::D / 16; k++) {
+        uint32_t in_block = (k % 4) * 32, block = k / 4;
+        sm90_wgmma_ss<C::BF16>(s, sm90_desc(q_shared + block * UNIT_ROWS * 128 + in_block, 16),
+                               sm90_desc(k_shared + block * C::BLOCK + in_block, 16), k > 0);
+    }
+}
+
+template <typename C>
+__device__ __forceinline__ void prefill_pv(float (&o)[C::D / 2], const uint32_t (&p)[C::KEYS / 4], uint32_t v_shared)
+{
+#pragma unroll
+    for (uint32_t k = 0; k < C::KEYS / 16; k++)
+        sm90_wgmma_rs<C::BF16>(o, p + k * 4, sm90_desc(v_shared + k * 16 * 128, C::BLOCK), 1);
+}
+
+/* What a thread knows of its two rows. */
+struct prefill_rows {
+    uint32_t limit[2], first[2];
+    float max[2], sum[2];
+};
+
+template <typename C>
+__device__ __forceinline__ void prefill_mask(float (&s)[C::KEYS / 2], const prefill_rows &r, uint32_t key)
+{
+    const uint32_t col = key + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (uint32_t i = 0; i < C::KEYS / 2; i++) {
+        uint32_t k = col + i / 4 * 8 + i % 2, row = i / 2 % 2;
+        if (k >= r.limit[row] || k < r.first[row])
+            s[i] = -INFINITY;
+    }
+}
+
+/* s becomes powers of 2 below the new maximum; by[] is what sums so far are to be multiplied with. */
+template <typename C>
+__device__ __forceinline__ void prefill_softmax(float (&s)[C::KEYS / 2], prefill_rows &r, float scale, float (&by)[2])
+{
+#pragma unroll
+    for (uint32_t row = 0; row < 2; row++) {
+        float m = r.max[row];
+#pragma unroll
+        for (uint32_t i = 0; i < C::KEYS / 8; i++)
+            m = fmaxf(m, fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
+        m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
+        float base = m == -INFINITY ? 0 : m * scale; /* a row that has seen nothing yet */
+        by[row] = sm90_exp2(r.max[row] * scale - base);
+        r.max[row] = m;
+        float sum = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < C::KEYS / 8; i++) {
+#pragma unroll
+            for (uint32_t j = 0; j < 2; j++) {
+                float e = sm90_exp2(s[i * 4 + row * 2 + j] * scale - base);
+                s[i * 4 + row * 2 + j] = e;
+                sum += e;
+            }
+        }
+        r.sum[row] = r.sum[row] * by[row] + sum;
+    }
+}
+
+template <typename C>
+__device__ __forceinline__ void prefill_pack(uint32_t (&p)[C::KEYS / 4], const float (&s)[C::KEYS / 2])
+{
+#pragma unroll
+    for (uint32_t i = 0; i < C::KEYS / 4; i++)
+        p[i] = sm90_pack<C::BF16>(s[i * 2], s[i * 2 + 1]);
+}
+
+template <typename C> __device__ __forceinline__ void prefill_scale(float (&o)[C::D / 2], const float (&by)[2])
+{
+#pragma unroll
+    for (uint32_t i = 0; i < C::D / 2; i++)
+        o[i] *= by[i / 2 % 2];
+}
+
+/* Divides and writes 64 rows, through this warpgroup's part of Q. */
+template <typename C>
+__device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+                                              uint32_t group, uint32_t tid, uint32_t shared, const float (&o)[C::D / 2],
+                                              const prefill_rows &r)
+{
+    const uint32_t row = group * 64 + tid / 32 * 16 + tid % 32 / 4;
+    float inv[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++)
+        inv[i] = r.sum[i] > 0 ? 1 / r.sum[i] : 0;
+#pragma unroll
+    for (uint32_t i = 0; i < C::D / 4; i++) {
+        uint32_t at = sm90_swizzled(row + i % 2 * 8, i / 2, UNIT_ROWS) + tid % 4 * 4;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + at),
+                     "r"(sm90_pack<C::BF16>(o[i * 2] * inv[i % 2], o[i * 2 + 1] * inv[i % 2]))
+                     : "memory");
+    }
+    sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
+    constexpr uint32_t CHUNKS = C::D / 8;
+#pragma unroll
+    for (uint32_t i = tid; i < 64 * CHUNKS; i += GROUP_THREADS) {
+        uint32_t q = i / CHUNKS, c = i % CHUNKS, p = it.first + group * 64 + q;
+        uint4 x;
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(shared + sm90_swizzled(group * 64 + q, c, UNIT_ROWS))
+                     : "memory");
+        if (p < u.packed && c * 8 < a.run.head_dim)
+            *(uint4 *)(a.run.out + sm90_row_at(a, u, it.kv_head, p, a.run.out_row_stride) + c * 16) = x;
+    }
+}
+
+/* Adds up the parts of 64 rows, in order of keys. */
+template <typename C>
+__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const sm90_item &it, uint32_t group, uint32_t tid)
+{
+    const sm90_workspace &ws = a.run.ws;
+    const uint32_t lane = tid % 32;
+    const bool on = lane * 4 < C::D;
+    for (uint32_t r = tid / 32; r < 64; r += 4) {
+        uint32_t row = group * 64 + r, p = it.first + row;
+        if (p >= u.packed)
+            break;
+        float most = -INFINITY, sum = 0;
+        for (uint32_t i = 0; i < it.parts; i++)
+            most = fmaxf(most, __ldcg(&ws.weights[ROLE_PREFILL][(uint64_t)(it.slot + i) * UNIT_ROWS + row]).x);
+        float4 o = {0, 0, 0, 0};
+        for (uint32_t i = 0; i < it.parts; i++) {
+            uint64_t at = (uint64_t)(it.slot + i) * UNIT_ROWS + row;
+            float2 w = __ldcg(&ws.weights[ROLE_PREFILL][at]);
+            if (w.y == 0)
+                continue;
+            float by = sm90_exp2(w.x - most);
+            sum += w.y * by;
+            if (on) {
+                float4 x = __ldcg((const float4 *)(ws.sums[ROLE_PREFILL] + at * C::D) + lane);
+                o = {o.x + x.x * by, o.y + x.y * by, o.z + x.z * by, o.w + x.w * by};
+            }
+        }
+        float inv = sum > 0 ? 1 / sum : 0;
+        uint2 x = {sm90_pack<C::BF16>(o.x * inv, o.y * inv), sm90_pack<C::BF16>(o.z * inv, o.w * inv)};
+        if (on && lane * 4 < a.run.head_dim)
+            *((uint2 *)(a.run.out + sm90_row_at(a, u, it.kv_head, p, a.run.out_row_stride)) + lane) = x;
+    }
+}
+
+/* Leaves a part in the workspace; who brings the last one of these 64 rows adds all up. */
+template <typename C>
+__device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+                                              prefill_bars *b, uint32_t group, uint32_t tid, const float (&o)[C::D / 2],
+                                              const prefill_rows &r, float scale)
+{
+    const sm90_workspace &ws = a.run.ws;
+    const uint32_t row = group * 64 + tid / 32 * 16 + tid % 32 / 4;
+    const uint64_t at = (uint64_t)(it.slot + it.part) * UNIT_ROWS + row;
+    float *sums = ws.sums[ROLE_PREFILL] + at * C::D + tid % 4 * 2;
+#pragma unroll
+    for (uint32_t i = 0; i < C::D / 4; i++)
+        *(float2 *)(sums + i % 2 * 8 * C::D + i / 2 * 8) = {o[i * 2], o[i * 2 + 1]};
+    if (tid % 4 == 0)
+        for (uint32_t i = 0; i < 2; i++)
+            ws.weights[ROLE_PREFILL][at + i * 8] = {r.max[i] * scale, r.sum[i]};
+    __threadfence();
+    sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
+    if (tid == 0) {
+        uint32_t *arrived = &ws.arrived[ROLE_PREFILL][it.slot + group]; /* a cut unit has two slots at least */
+        bool last = atomicAdd(arrived, 1) == it.parts - 1;
+        if (last)
+            *arrived = 0;
+        __threadfence();
+        b->last[group] = last;
+    }
+    sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
+    if (b->last[group])
+        prefill_merge<C>(a, u, it, group, tid);
+}
+
+/* A consumer warpgroup, group 0 or 1. */
+template <typename C>
+__device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t group)
+{
+    const uint32_t tid = threadIdx.x % GROUP_THREADS;
+    const float scale = a.run.score_scale;
+    const uint32_t q_shared = shared + group * 64 * 128;
+    sm90_ring_at<C::STAGES> k_at, v_at;
+    sm90_ring_at<PREFILL_ITEMS> at;
+    if (group == 1)
+        sm90_bar_arrive(BAR_TURN, 2 * GROUP_THREADS); /* group 0 begins */
+    for (;; at.next()) {
+        sm90_mbar_wait(sm90_shared(&b->item_full[at.slot]), at.parity);
+        const uint32_t index = b->item[at.slot];
+        if (index == NO_ITEM)
+            break;
+        const sm90_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const sm90_unit u = sm90_unit_of(a, it);
+        sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the item, and the last output from Q's place */
+        if (tid == 0)
+            sm90_mbar_arrive(sm90_shared(&b->item_empty[at.slot]));
+        prefill_load_q<C>(a, u, it, group, tid, shared);
+        sm90_async_fence();
+        sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
+
+        prefill_rows rows;
+        const uint32_t row = it.first + group * 64 + tid / 32 * 16 + tid % 32 / 4;
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            rows.limit[i] = sm90_limit(a, u, row + i * 8);
+            rows.first[i] = sm90_first(a, rows.limit[i]);
+            rows.limit[i] = rows.limit[i] < it.key_end ? rows.limit[i] : it.key_end;
+            rows.max[i] = -INFINITY;
+            rows.sum[i] = 0;
+        }
+        uint32_t all_see_to = sm90_limit(a, u, it.first + group * 64), all_see_from;
+        all_see_to = all_see_to < it.key_end ? all_see_to : it.key_end;
+        all_see_from = sm90_first(a, sm90_limit(a, u, it.first + group * 64 + 63));
+
+        const uint32_t tiles = (it.key_end - it.key_begin + C::KEYS - 1) / C::KEYS;
+        uint32_t key = it.key_begin + (tiles - 1) * C::KEYS;
+        float o[C::D / 2], s[C::KEYS / 2], by[2];
+        uint32_t p[C::KEYS / 4];
+#pragma unroll
+        for (uint32_t i = 0; i < C::D / 2; i++)
+            o[i] = 0;
+
+        auto weigh = [&]() {
+            if (a.run.bent) {
+#pragma unroll
+                for (uint32_t i = 0; i < C::KEYS / 2; i++)
+                    s[i] = sm90_bend(a, s[i]);
+            }
+            if (key + C::KEYS > all_see_to || key < all_see_from)
+                prefill_mask<C>(s, rows, key);
+            prefill_softmax<C>(s, rows, scale, by);
+        };
+
+        sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
+        sm90_wgmma_fence();
+        prefill_qk<C>(s, q_shared, shared + C::K_AT + k_at.slot * C::TILE_BYTES);
+        sm90_wgmma_commit();
+        sm90_wgmma_wait<0>();
+        sm90_pin(s);
+        if (tid == 0)
+            sm90_mbar_arrive(sm90_shared(&b->k_empty[k_at.slot]));
+        k_at.next();
+        weigh();
+        prefill_pack<C>(p, s);
+
+        for (uint32_t i = 1; i < tiles; i++) {
+            key -= C::KEYS;
+            sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
+            sm90_bar_sync(BAR_TURN + group, 2 * GROUP_THREADS);
+            sm90_pin(s);
+            sm90_pin(o);
+            sm90_pin(p);
+            sm90_wgmma_fence();
+            prefill_qk<C>(s, q_shared, shared + C::K_AT + k_at.slot * C::TILE_BYTES);
+            sm90_wgmma_commit();
+            sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
+            sm90_wgmma_fence();
+            prefill_pv<C>(o, p, shared + C::V_AT + v_at.slot * C::TILE_BYTES);
+            sm90_wgmma_commit();
+            sm90_bar_arrive(BAR_TURN + (group ^ 1), 2 * GROUP_THREADS);
+            sm90_wgmma_wait<1>();
+            sm90_pin(s);
+            if (tid == 0)
+                sm90_mbar_arrive(sm90_shared(&b->k_empty[k_at.slot]));
+            k_at.next();
+            weigh();
+            sm90_wgmma_wait<0>();
+            sm90_pin(o);
+            if (tid == 0)
+                sm90_mbar_arrive(sm90_shared(&b->v_empty[v_at.slot]));
+            v_at.next();
+            prefill_scale<C>(o, by);
+            prefill_pack<C>(p, s);
+        }
+        sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
+        sm90_pin(o);
+        sm90_pin(p);
+        sm90_wgmma_fence();
+        prefill_pv<C>(o, p, shared + C::V_AT + v_at.slot * C::TILE_BYTES);
+        sm90_wgmma_commit();
+        sm90_wgmma_wait<0>();
+        sm90_pin(o);
+        if (tid == 0)
+            sm90_mbar_arrive(sm90_shared(&b->v_empty[v_at.slot]));
+        v_at.next();
+
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            rows.sum[i] += __shfl_xor_sync(0xffffffff, rows.sum[i], 1);
+            rows.sum[i] += __shfl_xor_sync(0xffffffff, rows.sum[i], 2);
+        }
+        if (it.parts == 1)
+            prefill_write<C>(a, u, it, group, tid, shared, o, rows);
+        else
+            prefill_leave<C>(a, u, it, b, group, tid, o, rows, scale);
+    }
+}
+
+#endif
