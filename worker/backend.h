@@ -42,7 +42,8 @@ struct backend_memory {
 /* What an engine is built of. */
 struct backend_parts {
     char text[64];           /* "cuda:0 NVIDIA H200" */
-    const struct kv_ops *kv; /* memory of the KV pool; works on the device that is current */
+    int device;              /* for the KV pool */
+    const struct kv_ops *kv; /* memory of the KV pool */
     uint32_t kv_elem_bytes;
     struct weight_store weights;
     const struct forward_ops *forward;

@@ -1,9 +1,14 @@
-/* backend_cuda.c - the CUDA back end, built as backend_cuda.so where the toolkit is. This version finds and describes the
- * devices; the kernels do not stand behind it yet, and open says so. */
+/* backend_cuda.c - the CUDA back end, built as backend_cuda.so where the toolkit is: finds and describes the devices, and
+ * makes a session of one, with memory for the weights. */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "worker/backend.h"
+#include "worker/cuda_internal.h"
+
+#define MIN_MAJOR 8 /* bf16 in the tensor cores */
+#define STAGES    4 /* pinned buffers: one is filled while the others travel */
 
 static enum status_code cuda_status(struct status *st, enum status_code code, cudaError_t err, const char *what)
 {
@@ -44,21 +49,132 @@ static enum status_code cuda_describe(uint32_t device, struct backend_device *ou
     return ST_OK;
 }
 
-static enum status_code cuda_open(struct backend_session **out, uint32_t device, struct status *st)
+/* ---- a session ---- */
+
+struct backend_session {
+    struct backend_parts parts;
+    cudaStream_t stream; /* of what is loaded */
+    struct {
+        void *host; /* pinned, taken with the first weights */
+        cudaEvent_t stored;
+    } stage[STAGES];
+    uint32_t next;
+};
+
+static enum status_code weights_alloc(void *ctx, void **arena, uint64_t bytes, struct status *st)
 {
-    (void)out;
-    return status_set(st, ST_UNIMPLEMENTED, "serving on CUDA device %u is not implemented in this version", device);
+    struct backend_session *s = ctx;
+    void *memory;
+    enum status_code rc = cuda_check(cudaMalloc(&memory, bytes), st, "memory for weights");
+    if (rc != ST_OK)
+        return status_prefix(st, "%llu bytes on %s", (unsigned long long)bytes, s->parts.text);
+    for (uint32_t i = 0; rc == ST_OK && i < STAGES && !s->stage[i].stored; i++)
+        if ((rc = cuda_check(cudaMallocHost(&s->stage[i].host, WEIGHT_STAGE_BYTES), st, "pinned memory")) == ST_OK)
+            rc = cuda_check(cudaEventCreateWithFlags(&s->stage[i].stored, cudaEventDisableTiming), st, "event");
+    if (rc != ST_OK) {
+        cudaFree(memory);
+        return rc;
+    }
+    *arena = memory;
+    return ST_OK;
 }
 
-static void cuda_close(struct backend_session *session)
+static void weights_release(void *ctx, void *arena)
 {
-    (void)session; /* open never made one */
+    (void)ctx;
+    cudaFree(arena);
+}
+
+static enum status_code weights_stage(void *ctx, void **host, uint64_t bytes, struct status *st)
+{
+    struct backend_session *s = ctx;
+    if (bytes > WEIGHT_STAGE_BYTES)
+        return status_set(st, ST_UNIMPLEMENTED, "a row of weights of %llu bytes, expected at most %u",
+                          (unsigned long long)bytes, WEIGHT_STAGE_BYTES);
+    s->next = (s->next + 1) % STAGES;
+    *host = s->stage[s->next].host;
+    return cuda_check(cudaEventSynchronize(s->stage[s->next].stored), st, "weights");
+}
+
+static enum status_code weights_store(void *ctx, void *to, const void *host, uint64_t bytes, struct status *st)
+{
+    struct backend_session *s = ctx;
+    enum status_code rc =
+        cuda_check(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, s->stream), st, "weights");
+    return rc == ST_OK ? cuda_check(cudaEventRecord(s->stage[s->next].stored, s->stream), st, "weights") : rc;
+}
+
+static enum status_code weights_random(void *ctx, void *to, uint64_t seed, uint64_t first, uint64_t n, float scale,
+                                       struct status *st)
+{
+    struct backend_session *s = ctx;
+    return cuda_check(cuda_random(s->stream, to, seed, first, n, scale), st, "random weights");
+}
+
+static enum status_code weights_finish(void *ctx, struct status *st)
+{
+    struct backend_session *s = ctx;
+    return cuda_check(cudaStreamSynchronize(s->stream), st, "weights");
+}
+
+static enum status_code cuda_memory(void *ctx, struct backend_memory *out, struct status *st)
+{
+    (void)ctx;
+    size_t left, total;
+    enum status_code rc = cuda_check(cudaMemGetInfo(&left, &total), st, "cudaMemGetInfo");
+    if (rc == ST_OK)
+        *out = (struct backend_memory){.total_bytes = total, .free_bytes = left};
+    return rc;
+}
+
+static void cuda_close(struct backend_session *s)
+{
+    if (!s)
+        return;
+    for (uint32_t i = 0; i < STAGES; i++) {
+        if (s->stage[i].stored)
+            cudaEventDestroy(s->stage[i].stored);
+        cudaFreeHost(s->stage[i].host);
+    }
+    if (s->stream)
+        cudaStreamDestroy(s->stream);
+    free(s);
+}
+
+static enum status_code cuda_open(struct backend_session **out, uint32_t device, struct status *st)
+{
+    struct backend_device d;
+    enum status_code rc = cuda_describe(device, &d, st);
+    if (rc != ST_OK)
+        return rc;
+    if (d.major < MIN_MAJOR)
+        return status_set(st, ST_UNIMPLEMENTED, "compute capability %u.%u, expected %u.0 or newer", d.major, d.minor,
+                          MIN_MAJOR);
+    struct backend_session *s = calloc(1, sizeof *s);
+    if (!s)
+        return status_nomem(st, "session", sizeof *s);
+    s->parts = (struct backend_parts){
+        .device = (int)device,
+        .kv = &kv_ops_cuda,
+        .kv_elem_bytes = 2,
+        .weights = {s, weights_alloc, weights_release, weights_stage, weights_store, weights_random, weights_finish},
+        .forward = &forward_ops_cuda,
+        .ctx = s,
+        .memory = cuda_memory,
+    };
+    snprintf(s->parts.text, sizeof s->parts.text, "cuda:%u %.50s", device, d.name);
+    if ((rc = cuda_check(cudaSetDevice((int)device), st, "cudaSetDevice")) != ST_OK ||
+        (rc = cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK) {
+        cuda_close(s);
+        return rc;
+    }
+    *out = s;
+    return ST_OK;
 }
 
 static const struct backend_parts *cuda_parts(struct backend_session *session)
 {
-    (void)session;
-    return NULL;
+    return &session->parts;
 }
 
 static const struct backend_api api = {

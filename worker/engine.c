@@ -79,7 +79,10 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
         return rc;
     double fraction = cfg->memory_fraction > 0 ? cfg->memory_fraction : DEFAULT_MEMORY_FRACTION;
     uint64_t budget = (uint64_t)((double)m.total_bytes * fraction), used = m.total_bytes - m.free_bytes;
-    uint64_t workspace = e->ops->bytes(forward) + DEVICE_SPARE_BYTES;
+    uint64_t workspace;
+    if ((rc = e->ops->bytes(&workspace, forward, st)) != ST_OK)
+        return rc;
+    workspace += DEVICE_SPARE_BYTES;
     uint64_t need = used + weight_bytes + workspace + cfg->kv_bytes;
     if (need >= budget)
         return status_set(
@@ -128,6 +131,7 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
         .elem_bytes = elem_bytes,
         .page_bytes = a.page_bytes,
         .total_pages = a.total_pages,
+        .device = e->parts ? e->parts->device : 0,
     };
     return kv_pool_create(&e->kv, &kv, st);
 }
@@ -224,6 +228,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .max_rows = e->info.max_step_tokens,
         .max_samples = e->info.max_slots < e->info.max_step_tokens ? e->info.max_slots : e->info.max_step_tokens,
         .max_context = e->info.max_context,
+        .eager = cfg->eager,
     };
     if ((rc = load_weights(e, cfg, &forward, st)) != ST_OK)
         return rc;

@@ -30,16 +30,17 @@ struct engine_config {
     const char *model_dir;
     struct comm *comm;                 /* owned by the caller, outlives the engine */
     const struct backend_parts *parts; /* of a device, outlives the engine; NULL: the host */
-    bool random_weights;               /* the folder has only its config.json: model_loader_open says what they are */
-    uint32_t threads;                  /* of this rank; 0: its share of the machine's cores */
-    uint32_t max_slots;                /* 0: 256 */
-    uint32_t max_context;              /* 0: the model's own; more than that is INVALID_ARGUMENT */
-    uint32_t max_step_tokens;          /* rows of a step; 0: 512 */
-    uint64_t kv_bytes;                 /* KV budget of this rank; 0: what the slots can use, at most
+    bool eager;               /* a device: each kernel is launched by itself, none as part of a graph; for debugging */
+    bool random_weights;      /* the folder has only its config.json: model_loader_open says what they are */
+    uint32_t threads;         /* of this rank; 0: its share of the machine's cores */
+    uint32_t max_slots;       /* 0: 256 */
+    uint32_t max_context;     /* 0: the model's own; more than that is INVALID_ARGUMENT */
+    uint32_t max_step_tokens; /* rows of a step; 0: 512 */
+    uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most
                                  host: a quarter of the available memory divided by the ranks on it
                                  device: memory_fraction of it less what is in use, the weights and the workspace */
-    double memory_fraction;            /* of a device's memory, for all that this rank holds there; 0: 0.9 */
-    uint64_t page_bytes;               /* 0: KV_PAGE_BYTES_DEFAULT */
+    double memory_fraction;   /* of a device's memory, for all that this rank holds there; 0: 0.9 */
+    uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
     /* Called now and then while weights load, on the calling thread. Optional. */
     void (*progress)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_ctx;

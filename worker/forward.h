@@ -33,6 +33,7 @@ struct forward_config {
     uint32_t max_rows;    /* T */
     uint32_t max_samples; /* rows of one step whose token is chosen; given ones, of which there may be T, come on top */
     uint32_t max_context; /* of a sequence */
+    bool eager;           /* a device: no graphs; for debugging */
 };
 
 /* Rows first_row .. first_row + rows - 1 continue the slot: they stand at positions position, position + 1, ... */
@@ -69,8 +70,9 @@ struct forward_batch {
 struct forward_ops {
     /* enum sample_option: what a batch may ask for beside temperature, top_k and top_p. The engine refuses the rest. */
     uint32_t options;
-    /* What create will take of the memory that holds the KV pool, at most; NULL: nothing that counts. */
-    uint64_t (*bytes)(const struct forward_config *cfg);
+    /* What create will take of a device's memory; cfg has no kv, and weights are not loaded yet. UNIMPLEMENTED: create
+     * would refuse. NULL on the host. */
+    enum status_code (*bytes)(uint64_t *out, const struct forward_config *cfg, struct status *st);
     /* Everything a step needs is allocated here. The config's pointers outlive the forward. */
     enum status_code (*create)(struct forward **out, const struct forward_config *cfg, struct status *st);
     void (*destroy)(struct forward *f); /* NULL is fine */

@@ -62,6 +62,9 @@ STATUS_MUST_CHECK enum status_code model_config_from_gguf(struct model_config *o
                                                           struct status *st);
 
 /* Tokens that a row of this layer sees, itself included; 0: all. */
-uint32_t model_window(const struct model_config *m, uint32_t layer);
+static inline uint32_t model_window(const struct model_config *m, uint32_t layer)
+{
+    return m->window_layers[layer / 64] >> layer % 64 & 1 ? m->window : 0;
+}
 
 #endif

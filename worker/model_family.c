@@ -100,11 +100,6 @@ void model_set_window(struct model_config *m, uint32_t layer)
     m->window_layers[layer / 64] |= 1ull << layer % 64;
 }
 
-uint32_t model_window(const struct model_config *m, uint32_t layer)
-{
-    return m->window_layers[layer / 64] >> layer % 64 & 1 ? m->window : 0;
-}
-
 /* Newer files name the kind of every layer; older ones have a rule. */
 static enum status_code read_layer_types(struct json_source src, const json_t *list, const struct model_family *family,
                                          struct model_config *m, struct status *st)

@@ -90,6 +90,7 @@ struct worker_options {
     const char *devices;     /* "0,2"; NULL: all */
     uint32_t memory_percent; /* of a device; 0: default */
     uint32_t random_weights; /* 0 or 1 */
+    uint32_t eager;          /* 0 or 1 */
 };
 
 enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION };

@@ -4,6 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "worker/backend.h"
+
 #define SHOW_BAR_US  100000
 #define SHOW_LINE_US 2000000
 #define BAR_CELLS    30
@@ -60,11 +62,12 @@ static enum status_code load(struct worker *w, struct status *st)
     if (rc != ST_OK)
         return rc;
     w->progress.bar = w->rank == 0 && o->log_level >= WORKER_LOG_INFO && isatty(STDERR_FILENO);
-    const struct engine_config cfg = {
+    struct engine_config cfg = {
         .model_dir = o->model_dir,
         .comm = w->comm,
         .parts = w->backend.parts,
         .random_weights = o->random_weights,
+        .eager = o->eager,
         .threads = o->threads,
         .max_slots = o->max_slots,
         .max_context = o->max_context,
@@ -78,6 +81,13 @@ static enum status_code load(struct worker *w, struct status *st)
     int64_t start_us = worker_now_us();
     w->progress.last_shown_us = start_us;
     rc = engine_create(&w->engine, &cfg, st);
+    if (rc == ST_UNIMPLEMENTED && cfg.parts && o->backend == WORKER_BACKEND_AUTO) {
+        worker_log(&w->log, WORKER_LOG_WARNING, "host back end, not %s: %s", cfg.parts->text, st->message);
+        worker_backend_close(&w->backend);
+        cfg.parts = NULL;
+        *st = (struct status)STATUS_INIT;
+        rc = engine_create(&w->engine, &cfg, st);
+    }
     if (rc != ST_OK)
         return rc;
     const struct engine_info info = engine_info(w->engine);

@@ -50,6 +50,7 @@ static const struct option_spec specs[] = {
      "CUDA: what --memory-percent leaves"},
     {"memory-percent", "N", OPTION_NUMBER, AT(memory_percent), 1, 100, NULL,
      "of a device's memory that may be in use, other programs included; default 90"},
+    {"eager", "0|1", OPTION_NUMBER, AT(eager), 0, 1, NULL, "1: CUDA kernels are launched one by one; for debugging"},
     {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
      "1: the folder needs no weights, only config.json; for benchmarks of any shape"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},

@@ -1,0 +1,147 @@
+/* bench_engine_gpu.c - steps of an engine on a device: decodes of a batch at a context, prefill, and both in one step.
+ *
+ *     bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH]     random weights; 77 where there is no GPU
+ *
+ * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
+ * was measured at (--rate GB/s, default 4300: H200). Times are of the whole engine_step, host work included.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/gpu/gpu_parts.h"
+#include "worker/engine_internal.h"
+
+#define STEP_ROWS 2048
+#define STEPS     40
+#define WARM_UP   4
+#define MAX_BATCH 256
+
+struct bench {
+    struct gpu_run run;
+    uint32_t *ids, slots[MAX_BATCH];
+    double rate, weight_bytes, token_bytes;
+};
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static void fill(struct bench *b, uint32_t slot, uint32_t tokens)
+{
+    for (uint32_t at = 0; at < tokens; at += STEP_ROWS) {
+        uint32_t n = tokens - at < STEP_ROWS ? tokens - at : STEP_ROWS;
+        gpu_prefill(&b->run, slot, b->ids + at, n, at, at + n == tokens, NULL);
+    }
+}
+
+static void decode(struct bench *b, uint32_t batch, uint32_t context)
+{
+    double s[STEPS];
+    for (uint32_t i = 0; i < batch; i++)
+        fill(b, i, context);
+    for (uint32_t i = 0; i < WARM_UP + STEPS; i++) {
+        double t0 = gpu_now_s();
+        gpu_decode(&b->run, b->slots, batch);
+        if (i >= WARM_UP)
+            s[i - WARM_UP] = gpu_now_s() - t0;
+    }
+    qsort(s, STEPS, sizeof *s, by_value);
+    double limit = (b->weight_bytes + (double)batch * context * b->token_bytes) / b->rate;
+    printf("decode, batch %3u at %5u: median %7.3f ms, best %7.3f ms; limit %7.3f ms, %.0f %%; %8.0f tokens/s\n", batch,
+           context, s[STEPS / 2] * 1e3, s[0] * 1e3, limit * 1e3, 100 * limit / s[STEPS / 2], batch / s[STEPS / 2]);
+    fflush(stdout);
+    for (uint32_t i = 0; i < batch; i++)
+        gpu_release(&b->run, i);
+}
+
+static void prefill(struct bench *b, uint32_t tokens)
+{
+    double best = 1e9;
+    for (int i = 0; i < 5; i++) {
+        double t0 = gpu_now_s();
+        gpu_prefill(&b->run, 0, b->ids, tokens, 0, true, NULL);
+        double t = gpu_now_s() - t0;
+        best = t < best ? t : best;
+        gpu_release(&b->run, 0);
+    }
+    printf("prefill of %5u:          best %7.3f ms; %8.0f tokens/s; %.0f TFLOP/s in products\n", tokens, best * 1e3,
+           tokens / best, b->weight_bytes * tokens / best / 1e12);
+    fflush(stdout);
+}
+
+/* A chunk of `rows` that reaches to the end of `context`, beside `batch` decodes at context. */
+static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t context)
+{
+    double best = 1e9;
+    for (uint32_t i = 0; i < batch; i++)
+        fill(b, i, context);
+    for (int i = 0; i < 5; i++) {
+        fill(b, batch, context - rows);
+        double t0 = gpu_now_s();
+        gpu_hybrid(&b->run, b->slots, batch, batch, b->ids, rows, context - rows);
+        double t = gpu_now_s() - t0;
+        best = t < best ? t : best;
+        gpu_release(&b->run, batch);
+    }
+    printf("chunk of %u at %u with %u decodes at %u: best %.3f ms\n", rows, context, batch, context, best * 1e3);
+    fflush(stdout);
+    for (uint32_t i = 0; i < batch; i++)
+        gpu_release(&b->run, i);
+}
+
+int main(int argc, char **argv)
+{
+    struct bench b = {.rate = 4300e9};
+    const char *plugin = NULL;
+    struct engine_config cfg = {.random_weights = true, .max_slots = MAX_BATCH, .max_step_tokens = STEP_ROWS};
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--eager"))
+            cfg.eager = true;
+        else if (!strcmp(argv[i], "--plugin") && i + 1 < argc)
+            plugin = argv[++i];
+        else if (!strcmp(argv[i], "--rate") && i + 1 < argc)
+            b.rate = atof(argv[++i]) * 1e9;
+        else
+            cfg.model_dir = argv[i];
+    }
+    if (!cfg.model_dir) {
+        fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s]\n");
+        return 2;
+    }
+    cfg.parts = gpu_parts(plugin);
+    if (!cfg.parts)
+        return GPU_SKIP;
+    double t0 = gpu_now_s();
+    gpu_create(&b.run, &cfg);
+    double load_s = gpu_now_s() - t0;
+    struct engine_info info = engine_info(b.run.e);
+    const struct model_weights *w = &b.run.e->weights;
+    b.weight_bytes = (double)info.weight_bytes;
+    if (w->embed.data != w->head.data)
+        b.weight_bytes -= 2.0 * w->embed.rows * w->embed.cols;
+    b.token_bytes = (double)info.kv.token_bytes;
+    printf("%s, %s: %u layers, hidden %u; a step reads %.2f GB of weights; KV cache %.1f GiB; ready in %.2f s\n",
+           info.device, cfg.eager ? "launched one by one" : "graphs", info.layers, info.hidden, b.weight_bytes / 1e9,
+           (double)(info.kv.total_pages * info.kv.page_bytes) / 0x1p30, load_s);
+    b.ids = malloc(info.max_context * sizeof *b.ids);
+    for (uint32_t i = 0; i < info.max_context; i++)
+        b.ids[i] = (i * 7919u + 3) % info.vocab_size;
+    for (uint32_t i = 0; i < MAX_BATCH; i++)
+        b.slots[i] = i;
+    decode(&b, 1, 128);
+    decode(&b, 1, 4096);
+    decode(&b, 8, 1024);
+    decode(&b, 64, 1024);
+    decode(&b, 64, 4096);
+    decode(&b, 256, 512);
+    prefill(&b, 512);
+    prefill(&b, 2048);
+    if (info.max_context >= 16384)
+        hybrid(&b, 1024, 32, 16384 - 64);
+    free(b.ids);
+    gpu_destroy(&b.run);
+    return 0;
+}

@@ -1,0 +1,323 @@
+/* check_engine_gpu.c - an engine on a device against the host's: the same plans, logits and greedy ids; draws against the
+ * host's sampler on the device's own logits.
+ *
+ *     check_engine_gpu MODEL [PLUGIN]         MODEL: tests/data/demo-model; ends with 77 where there is no GPU
+ *
+ * Tolerance: the device rounds activations and KV to bf16 (2^-9), some ten times per layer, with signs that are as good as
+ * random: ||device - host|| <= LOGITS_OFF ||host||. Ids may part where the host's two best logits are closer than the
+ * largest difference between the two rows; from there on the texts differ.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "tests/gpu/gpu_parts.h"
+#include "worker/engine_internal.h"
+
+#define LOGITS_OFF 0.03
+#define NEW_TOKENS 24
+
+static unsigned failures;
+
+static void expect(bool ok, const char *what, const char *name, uint32_t at, double value)
+{
+    if (ok)
+        return;
+    failures++;
+    printf("FAILED %s: %s, at %u: %g\n", name, what, at, value);
+}
+
+static void read_logits(struct gpu_run *r, float *out)
+{
+    struct status st = STATUS_INIT;
+    if (r->e->ops->logits(r->e->forward, out, &st) != ST_OK) {
+        fprintf(stderr, "logits: %s\n", st.message);
+        exit(1);
+    }
+}
+
+struct difference {
+    double relative, largest, margin; /* margin: between the two best of the host */
+};
+
+static struct difference compare(const float *host, const float *device, uint32_t n)
+{
+    struct difference d = {0};
+    double norm = 0, off = 0, best = -INFINITY, second = -INFINITY;
+    for (uint32_t i = 0; i < n; i++) {
+        double h = host[i], x = (double)device[i] - h;
+        norm += h * h;
+        off += x * x;
+        d.largest = fabs(x) > d.largest ? fabs(x) : d.largest;
+        second = h > best ? best : h > second ? h : second;
+        best = h > best ? h : best;
+    }
+    d.relative = sqrt(off / norm);
+    d.margin = best - second;
+    return d;
+}
+
+/* ---- parity ---- */
+
+/* One sequence: a prompt in chunks, then greedy decodes. Returns the largest difference between two logits. */
+static double parity(const char *name, struct gpu_run *host, struct gpu_run *device, uint32_t prompt, uint32_t chunk,
+                     uint32_t seed)
+{
+    uint32_t vocab = engine_info(host->e).vocab_size, slot = seed % 3, same = 0;
+    uint32_t *ids = malloc(prompt * sizeof *ids);
+    float *a = malloc(vocab * sizeof *a), *b = malloc(vocab * sizeof *b);
+    double worst = 0, largest = 0;
+    for (uint32_t i = 0; i < prompt; i++)
+        ids[i] = (uint32_t)((seed * 7919ull + i * 104729ull + (uint64_t)i * i * 31) % vocab);
+    for (uint32_t at = 0; at < prompt; at += chunk) {
+        uint32_t n = prompt - at < chunk ? prompt - at : chunk;
+        gpu_prefill(host, slot, ids + at, n, at, at + n == prompt, NULL);
+        gpu_prefill(device, slot, ids + at, n, at, at + n == prompt, NULL);
+    }
+    for (;; same++) {
+        uint32_t h = host->result.tokens[0], d = device->result.tokens[0];
+        read_logits(host, a);
+        read_logits(device, b);
+        struct difference off = compare(a, b, vocab);
+        worst = off.relative > worst ? off.relative : worst;
+        largest = off.largest > largest ? off.largest : largest;
+        expect(off.relative <= LOGITS_OFF, "logits off", name, same, off.relative);
+        expect(sample_argmax(b, vocab, 0).id == d, "greedy id is not the best of its logits", name, same, d);
+        if (h != d)
+            expect(off.margin <= 2 * off.largest, "other greedy id at a clear margin", name, same, off.margin);
+        if (h != d || same == NEW_TOKENS)
+            break;
+        gpu_decode(host, &slot, 1);
+        gpu_decode(device, &slot, 1);
+    }
+    printf("%-28s prompt %4u in chunks of %4u: %2u ids alike, logits off by at most %.4f\n", name, prompt, chunk, same,
+           worst);
+    gpu_release(host, slot);
+    gpu_release(device, slot);
+    free(b);
+    free(a);
+    free(ids);
+    return largest;
+}
+
+/* ---- draws ---- */
+
+static void draws(const char *name, struct gpu_run *device)
+{
+    static const struct sample_params params[] = {
+        {.temperature = 1},
+        {.temperature = 0.7f, .top_k = 40},
+        {.temperature = 1.3f, .top_p = 0.9f},
+        {.temperature = 0.9f, .top_k = 50, .top_p = 0.95f},
+        {.temperature = 2, .top_k = 3},
+        {.temperature = 1, .top_p = 0.01f},
+        {.temperature = 100, .top_p = 0.999f},
+        {.temperature = 1, .min_p = 0.05f},
+        {.temperature = 1.5f, .top_k = 200, .min_p = 0.01f, .top_p = 0.8f},
+        {.temperature = 0.01f},
+        {.temperature = 5, .top_k = 1000000},
+    };
+    uint32_t vocab = engine_info(device->e).vocab_size, slot = 0, others = 0, all = 0, odd = 0;
+    struct sampler *sampler;
+    float *logits = malloc(vocab * sizeof *logits);
+    if (sampler_create(&sampler, vocab, NULL) != ST_OK)
+        exit(1);
+    for (uint32_t i = 0; i < sizeof params / sizeof *params; i++) {
+        Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
+        const uint32_t ids[] = {i % vocab, 5, 7, 11, 13};
+        p.temperature = params[i].temperature;
+        p.top_k = params[i].top_k;
+        p.top_p = params[i].top_p;
+        p.min_p = params[i].min_p;
+        p.seed = 0x123456789ABCDEFull * (i + 1);
+        struct sample_params q = params[i];
+        q.seed = p.seed;
+        gpu_prefill(device, slot, ids, 5, 0, true, &p);
+        for (uint32_t at = 5; at < 5 + NEW_TOKENS; at++) {
+            uint32_t token, d = device->result.tokens[0];
+            read_logits(device, logits);
+            if (sampler_draw(sampler, &token, logits, &q, at, 0, NULL) != ST_OK)
+                exit(1);
+            expect(token == d, "drew another token than the host on the same logits", name, i, d);
+            others += token != d;
+            odd += d != sample_argmax(logits, vocab, 0).id;
+            all++;
+            gpu_decode(device, &slot, 1);
+        }
+        gpu_release(device, slot);
+    }
+    expect(odd > all / 10, "draws that are not the best token", name, 0, odd);
+    printf("%-28s %u of %u draws differ from the host's\n", name, others, all);
+    sampler_destroy(sampler);
+    free(logits);
+}
+
+/* Options that are computed on the host: a bias that decides, and scores. */
+static void options(const char *name, struct gpu_run *device)
+{
+    Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
+    const uint32_t ids[] = {3, 5, 7};
+    uint32_t slot = 1, biased = 77;
+    float bias = 1e6f;
+    p.bias_ids = &biased;
+    p.biases = &bias;
+    p.n_bias_ids = p.n_biases = 1;
+    gpu_prefill(device, slot, ids, 3, 0, true, &p);
+    expect(device->result.tokens[0] == 77, "logit_bias has no effect", name, 0, device->result.tokens[0]);
+    gpu_decode(device, &slot, 1);
+    expect(device->result.tokens[0] == 77, "logit_bias has no effect", name, 1, device->result.tokens[0]);
+    gpu_release(device, slot);
+}
+
+/* ---- batches ---- */
+
+#define MANY 9
+
+struct texts {
+    uint32_t id[MANY][NEW_TOKENS];
+    double margin[MANY][NEW_TOKENS]; /* of the host: between its two best */
+};
+
+static void note(struct texts *t, uint32_t at, uint32_t first, const struct engine_result *r)
+{
+    for (uint32_t i = 0; i < r->n_tokens && first + i < MANY; i++)
+        t->id[first + i][at] = r->tokens[i];
+    for (uint32_t i = 0; i < r->n_sample_scores; i++) {
+        const struct engine_score *s = &r->sample_scores[i];
+        if (first + s->index < MANY && s->scores.n == 2)
+            t->margin[first + s->index][at] = (double)s->scores.top_logprob[0] - (double)s->scores.top_logprob[1];
+    }
+}
+
+/* Sequences of other lengths side by side, a chunk now and then between the decodes. */
+static void write_texts(struct texts *t, struct gpu_run *r, bool scores)
+{
+    Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
+    uint32_t vocab = engine_info(r->e).vocab_size, slots[MANY], ids[64];
+    p.logprobs = scores;
+    p.top_logprobs = scores ? 2 : 0;
+    for (uint32_t s = 0; s < MANY; s++) {
+        uint32_t n = 1 + s * 7;
+        slots[s] = s;
+        for (uint32_t i = 0; i < n; i++)
+            ids[i] = (s * 131 + i * 17) % vocab;
+        gpu_prefill(r, s, ids, n, 0, true, &p);
+        note(t, 0, s, &r->result);
+    }
+    for (uint32_t at = 1; at < NEW_TOKENS; at++) {
+        if (at % 5 == 0)
+            gpu_hybrid(r, slots, MANY, MANY, ids, 20, at == 5 ? 0 : (at / 5 - 1) * 20);
+        else
+            gpu_decode(r, slots, MANY);
+        note(t, at, 0, &r->result);
+    }
+    for (uint32_t s = 0; s <= MANY; s++)
+        gpu_release(r, s);
+}
+
+/* Texts part only where the host's choice was a close one; `close` is what logits were seen to differ by. */
+static void batches(const char *name, struct gpu_run *host, struct gpu_run *other, double close)
+{
+    struct texts *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
+    uint32_t parted = 0;
+    write_texts(a, host, true);
+    write_texts(b, other, false);
+    for (uint32_t s = 0; s < MANY; s++) {
+        uint32_t at = 0;
+        while (at < NEW_TOKENS && a->id[s][at] == b->id[s][at])
+            at++;
+        parted += at < NEW_TOKENS;
+        if (at < NEW_TOKENS)
+            expect(a->margin[s][at] <= 2 * close, "text parts at a clear margin", name, s, a->margin[s][at]);
+    }
+    printf("%-28s %u of %u texts part from the host's within %u ids, all where two logits are within %.3f\n", name,
+           parted, MANY, NEW_TOKENS, 2 * close);
+    free(b);
+    free(a);
+}
+
+/* ---- models ---- */
+
+static const struct {
+    const char *name, *config;
+} shapes[] = {
+    {"llama", "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":512,\"intermediate_size\":1368,"
+              "\"num_hidden_layers\":3,\"num_attention_heads\":8,\"num_key_value_heads\":2,\"head_dim\":128,"
+              "\"vocab_size\":128256,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
+              "\"hidden_act\":\"silu\",\"tie_word_embeddings\":false,\"torch_dtype\":\"bfloat16\""},
+    {"qwen2", "\"architectures\":[\"Qwen2ForCausalLM\"],\"hidden_size\":256,\"intermediate_size\":640,"
+              "\"num_hidden_layers\":3,\"num_attention_heads\":7,\"num_key_value_heads\":1,\"head_dim\":64,"
+              "\"vocab_size\":5003,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000.0,"
+              "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\""},
+    {"qwen3", "\"architectures\":[\"Qwen3ForCausalLM\"],\"hidden_size\":320,\"intermediate_size\":768,"
+              "\"num_hidden_layers\":3,\"num_attention_heads\":4,\"num_key_value_heads\":4,\"head_dim\":80,"
+              "\"vocab_size\":4096,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000.0,"
+              "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\""},
+    {"mistral", "\"architectures\":[\"MistralForCausalLM\"],\"hidden_size\":256,\"intermediate_size\":512,"
+                "\"num_hidden_layers\":3,\"num_attention_heads\":8,\"num_key_value_heads\":4,\"head_dim\":32,"
+                "\"vocab_size\":1000,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-5,\"rope_theta\":10000.0,"
+                "\"sliding_window\":48,\"hidden_act\":\"silu\",\"tie_word_embeddings\":false,"
+                "\"torch_dtype\":\"bfloat16\""},
+};
+
+static void check_model(const char *name, const char *dir, bool random, const struct backend_parts *parts)
+{
+    struct engine_config cfg = {
+        .model_dir = dir, .random_weights = random, .max_slots = 16, .max_step_tokens = 300, .kv_bytes = 64 << 20};
+    struct gpu_run host, device, eager;
+    gpu_create(&host, &cfg);
+    cfg.parts = parts;
+    gpu_create(&device, &cfg);
+    cfg.eager = true;
+    gpu_create(&eager, &cfg);
+    static const struct {
+        uint32_t prompt, chunk;
+    } text[] = {{1, 1}, {5, 300}, {300, 300}, {517, 64}, {5, 300} /* buckets that were seen: graphs */, {130, 100}};
+    double close = 0;
+    for (uint32_t i = 0; i < sizeof text / sizeof *text; i++) {
+        double off = parity(name, &host, i % 3 == 2 ? &eager : &device, text[i].prompt, text[i].chunk, i);
+        close = off > close ? off : close;
+    }
+    batches(name, &host, &device, close);
+    batches(name, &host, &eager, close);
+    draws(name, &device);
+    options(name, &device);
+    gpu_destroy(&eager);
+    gpu_destroy(&device);
+    gpu_destroy(&host);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        fprintf(stderr, "usage: %s MODEL [PLUGIN]\n", argv[0]);
+        return 2;
+    }
+    const struct backend_parts *parts = gpu_parts(argc > 2 ? argv[2] : NULL);
+    if (!parts)
+        return GPU_SKIP;
+    printf("%s\n", parts->text);
+    check_model("demo", argv[1], false, parts);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        char dir[] = "/tmp/tandem-gpu-XXXXXX", path[64];
+        FILE *f = NULL;
+        if (mkdtemp(dir)) {
+            snprintf(path, sizeof path, "%s/config.json", dir);
+            f = fopen(path, "w");
+        }
+        if (!f) {
+            perror(dir);
+            return 1;
+        }
+        fprintf(f, "{%s}\n", shapes[i].config);
+        fclose(f);
+        check_model(shapes[i].name, dir, true, parts);
+        unlink(path);
+        rmdir(dir);
+    }
+    printf("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
+    return failures != 0;
+}

@@ -1,0 +1,134 @@
+#include "tests/gpu/gpu_parts.h"
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static _Noreturn void die(const char *what, const char *why)
+{
+    fprintf(stderr, "%s: %s\n", what, why);
+    exit(1);
+}
+
+const struct backend_parts *gpu_parts(const char *path)
+{
+    char own[4096] = "";
+    if (!path) {
+        ssize_t n = readlink("/proc/self/exe", own, sizeof own - 32);
+        char *slash = n > 0 ? strrchr(own, '/') : NULL;
+        if (!slash)
+            die("/proc/self/exe", "cannot be read");
+        strcpy(slash + 1, "backend_cuda.so");
+        path = own;
+    }
+    if (!dlopen("libcuda.so.1", RTLD_NOW)) {
+        printf("no CUDA driver: skipped\n");
+        return NULL;
+    }
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    void *symbol = library ? dlsym(library, BACKEND_SYMBOL) : NULL;
+    if (!symbol)
+        die(path, dlerror());
+    backend_entry *entry;
+    memcpy(&entry, &symbol, sizeof entry);
+    const struct backend_api *api = entry(BACKEND_ABI);
+    uint32_t count = 0;
+    struct status st = STATUS_INIT;
+    if (!api || api->devices(&count, &st) != ST_OK || count == 0) {
+        printf("no device: skipped (%s)\n", st.message);
+        return NULL;
+    }
+    struct backend_session *session;
+    if (api->open(&session, 0, &st) != ST_OK)
+        die("device 0", st.message);
+    return api->parts(session);
+}
+
+void gpu_create(struct gpu_run *r, const struct engine_config *cfg)
+{
+    struct status st = STATUS_INIT;
+    struct engine_config c = *cfg;
+    if (comm_create(&c.comm, &(struct comm_config){.ops = &comm_ops_self}, &st) != ST_OK)
+        die("comm", st.message);
+    *r = (struct gpu_run){0};
+    if (engine_create(&r->e, &c, &st) != ST_OK)
+        die(cfg->model_dir, st.message);
+    engine_reset(r->e);
+}
+
+void gpu_destroy(struct gpu_run *r)
+{
+    engine_destroy(r->e); /* the comm of one rank is left: it holds nothing that counts */
+}
+
+static void step(struct gpu_run *r, Tandem__V1__StepPlan *plan)
+{
+    struct status st = STATUS_INIT;
+    plan->step = ++r->step;
+    if (engine_step(r->e, plan, &r->result, &st) != ST_OK)
+        die("step", st.message);
+}
+
+void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
+                 Tandem__V1__SampleParams *params)
+{
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    Tandem__V1__AdmitSlot admit = TANDEM__V1__ADMIT_SLOT__INIT, *admits[] = {&admit};
+    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT, *chunks[] = {&chunk};
+    admit.slot = chunk.slot = slot;
+    admit.sample = params;
+    chunk.token_ids = (uint32_t *)(uintptr_t)ids; /* protobuf-c has no const */
+    chunk.n_token_ids = n;
+    chunk.position = position;
+    chunk.sample = sample;
+    plan.n_admits = position == 0;
+    plan.n_prefills = 1;
+    plan.admits = admits;
+    plan.prefills = chunks;
+    step(r, &plan);
+}
+
+void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n)
+{
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.decode_slots = slots;
+    plan.n_decode_slots = n;
+    step(r, &plan);
+}
+
+void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                uint32_t position)
+{
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    Tandem__V1__AdmitSlot admit = TANDEM__V1__ADMIT_SLOT__INIT, *admits[] = {&admit};
+    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT, *chunks[] = {&chunk};
+    admit.slot = chunk.slot = slot;
+    chunk.token_ids = (uint32_t *)(uintptr_t)ids;
+    chunk.n_token_ids = rows;
+    chunk.position = position;
+    plan.decode_slots = slots;
+    plan.n_decode_slots = n;
+    plan.n_admits = position == 0;
+    plan.n_prefills = 1;
+    plan.admits = admits;
+    plan.prefills = chunks;
+    step(r, &plan);
+}
+
+void gpu_release(struct gpu_run *r, uint32_t slot)
+{
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.release_slots = &slot;
+    plan.n_release_slots = 1;
+    step(r, &plan);
+}
+
+double gpu_now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}

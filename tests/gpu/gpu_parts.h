@@ -1,0 +1,34 @@
+/* gpu_parts.h - the CUDA plugin and small plans, for tests and benchmarks of an engine on a device. Prefix gpu_. */
+#ifndef TANDEM_TESTS_GPU_PARTS_H
+#define TANDEM_TESTS_GPU_PARTS_H
+
+#include "worker/backend.h"
+#include "worker/engine.h"
+
+#define GPU_SKIP 77
+
+/* Opens device 0. NULL, and what is missing on stdout, when there is no driver or device; ends the program when the plugin
+ * is not usable. path NULL: backend_cuda.so beside the program. Stays open. */
+const struct backend_parts *gpu_parts(const char *path);
+
+/* An engine and the number of its last step. Everything here ends the program on an error. */
+struct gpu_run {
+    struct engine *e;
+    uint64_t step;
+    struct engine_result result;
+};
+
+/* cfg->comm is not looked at. */
+void gpu_create(struct gpu_run *r, const struct engine_config *cfg);
+void gpu_destroy(struct gpu_run *r);
+/* Admits the slot, unless position is above 0, and feeds n tokens. */
+void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
+                 Tandem__V1__SampleParams *params);
+void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n);
+/* Decodes of slots, and a chunk of another one. */
+void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                uint32_t position);
+void gpu_release(struct gpu_run *r, uint32_t slot);
+double gpu_now_s(void);
+
+#endif

@@ -1,0 +1,107 @@
+/* cuda_few.cu - products of 1 to 4 rows of activations, bound by reading W once. */
+#include <cuda_bf16.h>
+
+#include "worker/cuda_kernels.h"
+
+namespace
+{
+constexpr uint32_t WARP = 32;
+constexpr uint32_t WARPS = 8;
+constexpr uint32_t UNROLL = 4; /* loads of 16 bytes in flight per lane: 16 KiB per block */
+
+__device__ float dot8(uint4 w, uint4 x)
+{
+    const __nv_bfloat162 *a = (const __nv_bfloat162 *)&w, *b = (const __nv_bfloat162 *)&x;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 p = __bfloat1622float2(a[i]), q = __bfloat1622float2(b[i]);
+        sum = fmaf(p.x, q.x, fmaf(p.y, q.y, sum));
+    }
+    return sum;
+}
+
+template <enum cuda_out OUT> __device__ void put(void *y, uint64_t at, float v)
+{
+    if (OUT == CUDA_OUT_BF16)
+        ((__nv_bfloat16 *)y)[at] = __float2bfloat16_rn(v);
+    else if (OUT == CUDA_OUT_F32)
+        ((float *)y)[at] = v;
+    else
+        ((float *)y)[at] += v;
+}
+
+/* One warp per row of W: its lanes walk the row side by side, 512 bytes per load of the warp. x comes from the cache. */
+template <uint32_t T, enum cuda_out OUT>
+__global__ void __launch_bounds__(WARP *WARPS)
+    few_kernel(void *y, const uint4 *__restrict__ x, const uint4 *__restrict__ w, uint32_t n, uint32_t eights)
+{
+    uint32_t out = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (out >= n)
+        return;
+    const uint4 *row = w + (uint64_t)out * eights;
+    float sum[T] = {};
+    uint32_t i = lane;
+    for (; i + (UNROLL - 1) * WARP < eights; i += UNROLL * WARP) {
+        uint4 v[UNROLL];
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++)
+            v[u] = __ldcs(row + i + u * WARP); /* read once: does not push x out of the cache */
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++)
+#pragma unroll
+            for (uint32_t t = 0; t < T; t++)
+                sum[t] += dot8(v[u], x[(uint64_t)t * eights + i + u * WARP]);
+    }
+    for (; i < eights; i += WARP) {
+        uint4 v = __ldcs(row + i);
+#pragma unroll
+        for (uint32_t t = 0; t < T; t++)
+            sum[t] += dot8(v, x[(uint64_t)t * eights + i]);
+    }
+#pragma unroll
+    for (uint32_t t = 0; t < T; t++) {
+        for (uint32_t mask = WARP / 2; mask; mask >>= 1)
+            sum[t] += __shfl_xor_sync(~0u, sum[t], mask);
+        if (lane == 0)
+            put<OUT>(y, (uint64_t)t * n + out, sum[t]);
+    }
+}
+
+template <enum cuda_out OUT>
+cudaError_t launch(cudaStream_t stream, void *y, const void *x, const void *w, uint32_t t, uint32_t n, uint32_t k)
+{
+    uint32_t blocks = (n + WARPS - 1) / WARPS, threads = WARP * WARPS;
+    const uint4 *a = (const uint4 *)x, *b = (const uint4 *)w;
+    switch (t) {
+    case 1:
+        few_kernel<1, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
+        break;
+    case 2:
+        few_kernel<2, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
+        break;
+    case 3:
+        few_kernel<3, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
+        break;
+    case 4:
+        few_kernel<4, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
+        break;
+    default:
+        return cudaErrorInvalidValue;
+    }
+    return cudaGetLastError();
+}
+} // namespace
+
+cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const void *x, const void *w, uint32_t t,
+                          uint32_t n, uint32_t k)
+{
+    switch (out) {
+    case CUDA_OUT_BF16:
+        return launch<CUDA_OUT_BF16>(stream, y, x, w, t, n, k);
+    case CUDA_OUT_F32:
+        return launch<CUDA_OUT_F32>(stream, y, x, w, t, n, k);
+    default:
+        return launch<CUDA_OUT_F32_ADD>(stream, y, x, w, t, n, k);
+    }
+}

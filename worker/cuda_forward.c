@@ -1,0 +1,310 @@
+/* cuda_forward.c - a forward on a device: what it takes, and all that it takes at once. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/cuda_internal.h"
+
+#define ALIGN_BYTES      256
+#define HEAD_LOGIT_BYTES (128u << 20) /* of logits held at a time, by which the rows of the LM head are cut */
+#define HEAD_MIN_ROWS    8
+#define VOCAB_MAX        (1u << 18) /* of cuda_sample_rows */
+#define KV_BYTES         2          /* bf16 */
+
+enum status_code cuda_check(cudaError_t err, struct status *st, const char *what)
+{
+    if (err == cudaSuccess)
+        return ST_OK;
+    cudaGetLastError();
+    return status_set(st, err == cudaErrorMemoryAllocation ? ST_RESOURCE_EXHAUSTED : ST_INTERNAL, "%s: %s (%s)", what,
+                      cudaGetErrorString(err), cudaGetErrorName(err));
+}
+
+/* ---- layout ---- */
+
+/* Counts on the first pass (base NULL), hands out addresses on the second. */
+struct arena {
+    uint8_t *base;
+    uint64_t at;
+};
+
+static void *take(struct arena *a, uint64_t count, uint64_t size)
+{
+    void *p = a->base ? a->base + a->at : NULL;
+    a->at += (count * size + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    return p;
+}
+
+/* A slot has rows in a batch once. */
+uint32_t cuda_forward_max_seqs(const struct forward_config *cfg)
+{
+    return cfg->max_samples;
+}
+
+static uint32_t head_rows(const struct forward_config *c)
+{
+    uint64_t rows = HEAD_LOGIT_BYTES / sizeof(float) / c->model->vocab_size;
+    if (rows < HEAD_MIN_ROWS)
+        rows = HEAD_MIN_ROWS;
+    return rows < c->max_rows ? (uint32_t)rows : c->max_rows;
+}
+
+static void lay_out(struct forward *f, struct arena *a)
+{
+    const struct forward_config *c = &f->cfg;
+    const struct model_config *m = c->model;
+    const struct shard *s = c->shard;
+    uint64_t rows = c->max_rows, d = m->head_dim, q_width = s->heads.count * d;
+    uint64_t gate_up_bytes = 4ull * s->inner.count, hidden_bytes = 4ull * m->hidden; /* also scratch for either */
+    uint64_t qkv_bytes = 2 * (q_width + 2 * s->kv_heads.count * d);
+    uint64_t scratch = gate_up_bytes > hidden_bytes ? gate_up_bytes : hidden_bytes;
+    f->x = take(a, rows, hidden_bytes);
+    f->h = take(a, rows, hidden_bytes / 2);
+    f->qkv = take(a, rows, qkv_bytes);
+    f->att = take(a, rows, 2 * q_width);
+    f->gate_up = take(a, rows, scratch > qkv_bytes ? scratch : qkv_bytes);
+    f->act = take(a, rows, gate_up_bytes / 2);
+    f->cosine = take(a, (uint64_t)c->max_context * (d / 2), sizeof(float));
+    f->sine = take(a, (uint64_t)c->max_context * (d / 2), sizeof(float));
+    f->picked = take(a, f->head_rows, hidden_bytes / 2);
+    f->logits = take(a, (uint64_t)f->head_rows * m->vocab_size, sizeof(float));
+    f->choice = take(a, rows, sizeof *f->choice);
+}
+
+/* The same on both sides of the bus. */
+static void lay_out_step(const struct forward_config *c, struct arena *a, struct cuda_row **row, uint32_t **counts,
+                         struct attn_seq **seq, struct cuda_sample **sample)
+{
+    *row = take(a, c->max_rows, sizeof **row);
+    *counts = take(a, 1, sizeof **counts);
+    *seq = take(a, cuda_forward_max_seqs(c), sizeof **seq);
+    *sample = take(a, c->max_rows, sizeof **sample);
+}
+
+/* ---- attention ---- */
+
+static uint32_t window_of(const struct model_config *m)
+{
+    for (uint32_t l = 0; l < m->layers; l++)
+        if (model_window(m, l))
+            return model_window(m, l);
+    return 0;
+}
+
+static bool any_layer_sees_all(const struct model_config *m)
+{
+    for (uint32_t l = 0; l < m->layers; l++)
+        if (!model_window(m, l))
+            return true;
+    return false;
+}
+
+static enum status_code create_attention(struct attn_gpu **out, const struct forward_config *c, uint32_t window,
+                                         struct status *st)
+{
+    const struct model_config *m = c->model;
+    uint64_t half = (uint64_t)c->shard->kv_heads.count * m->head_dim * KV_BYTES;
+    struct attn_gpu_config cfg = {
+        .dtype = ATTN_BF16,
+        .heads = c->shard->heads.count,
+        .kv_heads = c->shard->kv_heads.count,
+        .head_dim = m->head_dim,
+        .scale = (float)(1.0 / sqrt((double)m->head_dim)),
+        .window = window,
+        .token_stride = m->layers * 2 * half, /* memory.h: [token][layer][K|V][kv head][D] */
+        .head_stride = (uint64_t)m->head_dim * KV_BYTES,
+        .max_seqs = cuda_forward_max_seqs(c),
+        .max_rows = c->max_rows,
+        .max_kv_len = c->max_context,
+    };
+    enum status_code rc = cuda_check(cudaGetDevice(&cfg.device), st, "cudaGetDevice");
+    if (rc == ST_OK)
+        rc = attn_gpu_pick(&cfg, st);
+    if (rc == ST_OK)
+        rc = attn_gpu_create(out, &cfg, st);
+    return rc == ST_OK ? ST_OK : status_prefix(st, "attention");
+}
+
+static enum status_code create_attentions(struct attn_gpu *out[2], const struct forward_config *c, struct status *st)
+{
+    enum status_code rc = ST_OK;
+    uint32_t window = window_of(c->model);
+    if (any_layer_sees_all(c->model))
+        rc = create_attention(&out[0], c, 0, st);
+    if (rc == ST_OK && window)
+        rc = create_attention(&out[1], c, window, st);
+    return rc;
+}
+
+/* ---- what is computed, and what it takes ---- */
+
+static enum status_code check_model(const struct forward_config *c, struct status *st)
+{
+    const struct model_config *m = c->model;
+    uint32_t ranks = comm_size(c->comm);
+    if (ranks != 1)
+        return status_set(st, ST_UNIMPLEMENTED, "%u ranks on CUDA devices: this version joins no devices; use --tp 1",
+                          ranks);
+    const struct {
+        const char *name;
+        uint32_t value, unit, max;
+    } size[] = {
+        {"hidden_size", m->hidden, 4, UINT32_MAX},
+        {"intermediate_size", m->inner, 4, UINT32_MAX},
+        {"head_dim", m->head_dim, 8, 256},
+        {"vocab_size", m->vocab_size, 1, VOCAB_MAX},
+    };
+    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
+        if (size[i].value % size[i].unit || size[i].value > size[i].max)
+            return status_set(st, ST_UNIMPLEMENTED, "%s: %u; on a CUDA device a multiple of %u up to %u is computed",
+                              size[i].name, size[i].value, size[i].unit, size[i].max);
+    return ST_OK;
+}
+
+static enum status_code forward_bytes(uint64_t *out, const struct forward_config *cfg, struct status *st)
+{
+    struct forward f = {.cfg = *cfg, .head_rows = head_rows(cfg)};
+    struct cuda_row *row;
+    uint32_t *counts;
+    struct attn_seq *seq;
+    struct cuda_sample *sample;
+    enum status_code rc = check_model(cfg, st);
+    if (rc != ST_OK)
+        return rc;
+    struct arena a = {NULL, 0};
+    lay_out(&f, &a);
+    lay_out_step(cfg, &a, &row, &counts, &seq, &sample);
+    uint64_t bytes = a.at + CUDA_GEMM_WORKSPACE_BYTES;
+    rc = create_attentions(f.attn, cfg, st); /* only its back end knows what it takes */
+    for (int i = 0; i < 2; i++) {
+        if (f.attn[i])
+            bytes += attn_gpu_workspace_bytes(f.attn[i]);
+        attn_gpu_destroy(f.attn[i]);
+    }
+    if (rc == ST_OK)
+        *out = bytes;
+    return rc;
+}
+
+/* ---- create ---- */
+
+/* 1, 2, 3, 4, 6, 8, 12, 16 ... and the largest batch: at most half of the rows of a step are padding, a quarter on average. */
+static void make_buckets(struct forward *f)
+{
+    uint32_t max = f->cfg.max_rows;
+    for (uint32_t rows = 1; rows < max; rows *= 2) {
+        f->bucket[f->n_buckets++].rows = rows;
+        if (rows >= 2 && rows / 2 * 3 < max)
+            f->bucket[f->n_buckets++].rows = rows / 2 * 3;
+    }
+    f->bucket[f->n_buckets++].rows = max;
+}
+
+static enum status_code allocate(struct forward *f, struct status *st)
+{
+    enum status_code rc;
+    struct arena a = {NULL, 0}, step = {NULL, 0};
+    lay_out(f, &a);
+    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample);
+    f->step_bytes = step.at;
+    if ((rc = cuda_check(cudaMalloc(&f->arena, a.at), st, "activations")) != ST_OK ||
+        (rc = cuda_check(cudaMemset(f->arena, 0, a.at), st, "activations")) != ST_OK ||
+        (rc = cuda_check(cudaMalloc(&f->step, step.at), st, "batch")) != ST_OK ||
+        (rc = cuda_check(cudaMallocHost(&f->host_step, step.at), st, "pinned batch")) != ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&f->host_choice, f->cfg.max_rows * sizeof *f->host_choice), st,
+                         "pinned tokens")) != ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&f->host_fault, 2 * sizeof *f->host_fault), st, "pinned faults")) !=
+            ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&f->host_logits, f->cfg.model->vocab_size * sizeof(float)), st,
+                         "pinned logits")) != ST_OK)
+        return rc;
+    f->host_adjusted = malloc(f->cfg.model->vocab_size * sizeof(float));
+    if (!f->host_adjusted)
+        return status_nomem(st, "logits", f->cfg.model->vocab_size * sizeof(float));
+    a = (struct arena){f->arena, 0};
+    lay_out(f, &a);
+    step = (struct arena){f->step, 0};
+    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample);
+    step = (struct arena){f->host_step, 0};
+    lay_out_step(&f->cfg, &step, &f->host_row, &f->host_counts, &f->host_seq, &f->host_sample);
+    return sampler_create(&f->sampler, f->cfg.model->vocab_size, st);
+}
+
+static enum status_code fill_rope(struct forward *f, struct status *st)
+{
+    const struct model_config *m = f->cfg.model;
+    size_t n = (size_t)f->cfg.max_context * (m->head_dim / 2);
+    float *table = malloc(2 * n * sizeof *table);
+    if (!table)
+        return status_nomem(st, "rotary angles", 2 * n * sizeof *table);
+    rope_table(table, table + n, &m->rope, m->head_dim, f->cfg.max_context);
+    enum status_code rc =
+        cuda_check(cudaMemcpy(f->cosine, table, n * sizeof *table, cudaMemcpyHostToDevice), st, "rotary angles");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaMemcpy(f->sine, table + n, n * sizeof *table, cudaMemcpyHostToDevice), st, "rotary angles");
+    free(table);
+    return rc;
+}
+
+static void forward_destroy(struct forward *f)
+{
+    if (!f)
+        return;
+    if (f->stream)
+        cudaStreamSynchronize(f->stream);
+    for (uint32_t i = 0; i < f->n_buckets; i++)
+        for (int v = 0; v < 2; v++)
+            if (f->bucket[i].graph[v])
+                cudaGraphExecDestroy(f->bucket[i].graph[v]);
+    attn_gpu_destroy(f->attn[0]);
+    attn_gpu_destroy(f->attn[1]);
+    cuda_gemm_destroy(f->gemm);
+    sampler_destroy(f->sampler);
+    free(f->host_adjusted);
+    cudaFreeHost(f->host_logits);
+    cudaFreeHost(f->host_fault);
+    cudaFreeHost(f->host_choice);
+    cudaFreeHost(f->host_step);
+    cudaFree(f->step);
+    cudaFree(f->arena);
+    if (f->stream)
+        cudaStreamDestroy(f->stream);
+    free(f);
+}
+
+static enum status_code forward_create(struct forward **out, const struct forward_config *cfg, struct status *st)
+{
+    struct forward *f = calloc(1, sizeof *f);
+    if (!f)
+        return status_nomem(st, "forward", sizeof *f);
+    f->cfg = *cfg;
+    f->graphs = !cfg->eager;
+    f->head_rows = head_rows(cfg);
+    make_buckets(f);
+    enum status_code rc;
+    if ((rc = check_model(cfg, st)) != ST_OK ||
+        (rc = cuda_check(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
+        (rc = cuda_gemm_create(&f->gemm, f->stream, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
+        (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
+        (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK) {
+        forward_destroy(f);
+        return rc;
+    }
+    *out = f;
+    return ST_OK;
+}
+
+static enum status_code forward_logits(struct forward *f, float *out, struct status *st)
+{
+    return cuda_check(cudaMemcpy(out, f->logits, f->cfg.model->vocab_size * sizeof *out, cudaMemcpyDeviceToHost), st,
+                      "logits");
+}
+
+const struct forward_ops forward_ops_cuda = {
+    .options = SAMPLE_ALL,
+    .bytes = forward_bytes,
+    .create = forward_create,
+    .destroy = forward_destroy,
+    .run = cuda_forward_run,
+    .logits = forward_logits,
+};

@@ -1,0 +1,268 @@
+/* cuda_gemm.c - products through cuBLASLt, or own kernels for a few rows: which one is measured, once per shape.
+ *
+ * Row-major y = x W^T is to cuBLASLt, which counts columns first, y' = W' x' with W transposed: m = N, n = T, k = K.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include <cublasLt.h>
+
+#include "worker/cuda_internal.h"
+
+#define TRIES_MAX  12 /* algorithms that are tried for a shape */
+#define TIMED_RUNS 3
+#define ALIGN_MAX  64u /* what model_weights.c and the activations keep to */
+
+struct shape {
+    uint32_t n, k, t;
+    enum cuda_out out;
+    struct shape *next;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t algo;
+    bool few; /* cuda_few_rows is faster */
+};
+
+struct cuda_gemm {
+    cublasLtHandle_t handle;
+    cudaStream_t stream;
+    cudaEvent_t begin, end;
+    void *workspace;
+    struct shape *shapes; /* a few hundred at most, the ones of a model by the buckets */
+};
+
+static enum status_code check(cublasStatus_t rc, struct status *st, const char *what)
+{
+    if (rc == CUBLAS_STATUS_SUCCESS)
+        return ST_OK;
+    enum status_code code = rc == CUBLAS_STATUS_ALLOC_FAILED    ? ST_RESOURCE_EXHAUSTED
+                            : rc == CUBLAS_STATUS_NOT_SUPPORTED ? ST_UNIMPLEMENTED
+                                                                : ST_INTERNAL;
+    return status_set(st, code, "%s: %s", what, cublasLtGetStatusString(rc));
+}
+
+enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, struct status *st)
+{
+    struct cuda_gemm *g = calloc(1, sizeof *g);
+    if (!g)
+        return status_nomem(st, "products", sizeof *g);
+    g->stream = stream;
+    enum status_code rc = check(cublasLtCreate(&g->handle), st, "cublasLtCreate");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaEventCreate(&g->begin), st, "cudaEventCreate");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaEventCreate(&g->end), st, "cudaEventCreate");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaMalloc(&g->workspace, CUDA_GEMM_WORKSPACE_BYTES), st, "workspace of the products");
+    if (rc != ST_OK) {
+        cuda_gemm_destroy(g);
+        return rc;
+    }
+    *out = g;
+    return ST_OK;
+}
+
+static void free_shape(struct shape *s)
+{
+    if (s->y)
+        cublasLtMatrixLayoutDestroy(s->y);
+    if (s->x)
+        cublasLtMatrixLayoutDestroy(s->x);
+    if (s->w)
+        cublasLtMatrixLayoutDestroy(s->w);
+    if (s->desc)
+        cublasLtMatmulDescDestroy(s->desc);
+    free(s);
+}
+
+void cuda_gemm_destroy(struct cuda_gemm *g)
+{
+    if (!g)
+        return;
+    while (g->shapes) {
+        struct shape *next = g->shapes->next;
+        free_shape(g->shapes);
+        g->shapes = next;
+    }
+    cudaFree(g->workspace);
+    if (g->end)
+        cudaEventDestroy(g->end);
+    if (g->begin)
+        cudaEventDestroy(g->begin);
+    if (g->handle)
+        cublasLtDestroy(g->handle);
+    free(g);
+}
+
+static struct shape *find(const struct cuda_gemm *g, const struct cuda_product *p)
+{
+    for (struct shape *s = g->shapes; s; s = s->next)
+        if (s->n == p->w->rows && s->k == p->w->cols && s->t == p->rows && s->out == p->out)
+            return s;
+    return NULL;
+}
+
+static bool few_rows_fit(const struct cuda_product *p)
+{
+    return p->rows <= CUDA_FEW_ROWS_MAX && p->w->cols % 8 == 0;
+}
+
+static enum status_code launch(const struct cuda_gemm *g, const struct shape *s, const struct cuda_product *p, void *y,
+                               float beta, struct status *st)
+{
+    const float one = 1;
+    return check(cublasLtMatmul(g->handle, s->desc, &one, p->w->data, s->w, p->x, s->x, &beta, y, s->y, y, s->y,
+                                &s->algo, g->workspace, CUDA_GEMM_WORKSPACE_BYTES, g->stream),
+                 st, "cublasLtMatmul");
+}
+
+static enum status_code describe(struct shape *s, struct status *st)
+{
+    const cublasOperation_t transposed = CUBLAS_OP_T;
+    cudaDataType_t out = s->out == CUDA_OUT_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+    cublasStatus_t rc = cublasLtMatmulDescCreate(&s->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    if (rc == CUBLAS_STATUS_SUCCESS)
+        rc = cublasLtMatmulDescSetAttribute(s->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
+    if (rc == CUBLAS_STATUS_SUCCESS)
+        rc = cublasLtMatrixLayoutCreate(&s->w, CUDA_R_16BF, s->k, s->n, s->k);
+    if (rc == CUBLAS_STATUS_SUCCESS)
+        rc = cublasLtMatrixLayoutCreate(&s->x, CUDA_R_16BF, s->k, s->t, s->k);
+    if (rc == CUBLAS_STATUS_SUCCESS)
+        rc = cublasLtMatrixLayoutCreate(&s->y, out, s->n, s->t, s->n);
+    return check(rc, st, "cublasLt: layout of a product");
+}
+
+/* The largest power of two that divides every row's start, when the first is at a multiple of ALIGN_MAX. */
+static uint32_t row_alignment(uint64_t row_bytes)
+{
+    uint32_t align = ALIGN_MAX;
+    while (row_bytes % align)
+        align /= 2;
+    return align;
+}
+
+static enum status_code candidates(const struct cuda_gemm *g, const struct shape *s,
+                                   cublasLtMatmulHeuristicResult_t *found, int *n, struct status *st)
+{
+    cublasLtMatmulPreference_t wish;
+    enum status_code rc = check(cublasLtMatmulPreferenceCreate(&wish), st, "cublasLtMatmulPreferenceCreate");
+    if (rc != ST_OK)
+        return rc;
+    const uint64_t workspace = CUDA_GEMM_WORKSPACE_BYTES;
+    const uint32_t in = row_alignment(2ull * s->k), out = row_alignment((s->out == CUDA_OUT_BF16 ? 2ull : 4ull) * s->n);
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t name;
+        const void *value;
+        size_t bytes;
+    } set[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &in, sizeof in},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &in, sizeof in},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &out, sizeof out},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &out, sizeof out},
+    };
+    for (size_t i = 0; rc == ST_OK && i < sizeof set / sizeof *set; i++)
+        rc = check(cublasLtMatmulPreferenceSetAttribute(wish, set[i].name, set[i].value, set[i].bytes), st,
+                   "cublasLtMatmulPreferenceSetAttribute");
+    if (rc == ST_OK) {
+        cublasStatus_t got =
+            cublasLtMatmulAlgoGetHeuristic(g->handle, s->desc, s->w, s->x, s->y, s->y, wish, TRIES_MAX, found, n);
+        rc = got == CUBLAS_STATUS_NOT_SUPPORTED ? (*n = 0, ST_OK) : check(got, st, "cublasLtMatmulAlgoGetHeuristic");
+    }
+    cublasLtMatmulPreferenceDestroy(wish);
+    return rc;
+}
+
+/* Milliseconds of a run, or less than 0 when it does not run. */
+static enum status_code time_way(struct cuda_gemm *g, const struct shape *s, const struct cuda_product *p, bool few,
+                                 void *scratch, float *ms, struct status *st)
+{
+    enum status_code rc = ST_OK;
+    *ms = -1;
+    for (int i = 0; i <= TIMED_RUNS; i++) {
+        if (i == 1) /* the first run loads the kernel */
+            rc = cuda_check(cudaEventRecord(g->begin, g->stream), st, "cudaEventRecord");
+        if (rc != ST_OK)
+            return rc;
+        if (few)
+            rc = cuda_check(cuda_few_rows(g->stream, scratch, p->out, p->x, p->w->data, s->t, s->n, s->k), st,
+                            "product of few rows");
+        else if (launch(g, s, p, scratch, 0, NULL) != ST_OK)
+            return ST_OK; /* a suggestion that cannot be used */
+        if (rc != ST_OK)
+            return rc;
+    }
+    if ((rc = cuda_check(cudaEventRecord(g->end, g->stream), st, "cudaEventRecord")) != ST_OK)
+        return rc;
+    if ((rc = cuda_check(cudaEventSynchronize(g->end), st, "trying products")) != ST_OK)
+        return rc;
+    return cuda_check(cudaEventElapsedTime(ms, g->begin, g->end), st, "cudaEventElapsedTime");
+}
+
+static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struct cuda_product *p, void *scratch,
+                               struct status *st)
+{
+    cublasLtMatmulHeuristicResult_t found[TRIES_MAX];
+    int n = 0, best = -1;
+    float ms, best_ms = 0;
+    enum status_code rc = candidates(g, s, found, &n, st);
+    for (int i = 0; rc == ST_OK && i < n; i++) {
+        if (found[i].state != CUBLAS_STATUS_SUCCESS)
+            continue;
+        s->algo = found[i].algo;
+        rc = time_way(g, s, p, false, scratch, &ms, st);
+        if (rc == ST_OK && ms >= 0 && (best < 0 || ms < best_ms)) {
+            best = i;
+            best_ms = ms;
+        }
+    }
+    if (rc == ST_OK && few_rows_fit(p)) {
+        rc = time_way(g, s, p, true, scratch, &ms, st);
+        s->few = rc == ST_OK && (best < 0 || ms < best_ms);
+    }
+    if (rc != ST_OK)
+        return rc;
+    if (best >= 0)
+        s->algo = found[best].algo;
+    else if (!s->few)
+        return status_set(st, ST_UNIMPLEMENTED, "cublasLt has no product of %u rows with a matrix of %u x %u", s->t,
+                          s->n, s->k);
+    return ST_OK;
+}
+
+enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p, void *scratch, struct status *st)
+{
+    if (p->w->rows == 0 || p->w->cols == 0 || find(g, p))
+        return ST_OK;
+    struct shape *s = calloc(1, sizeof *s);
+    if (!s)
+        return status_nomem(st, "shape of a product", sizeof *s);
+    s->n = p->w->rows;
+    s->k = p->w->cols;
+    s->t = p->rows;
+    s->out = p->out;
+    enum status_code rc = describe(s, st);
+    if (rc == ST_OK)
+        rc = choose(g, s, p, scratch, st);
+    if (rc != ST_OK) {
+        free_shape(s);
+        return rc;
+    }
+    s->next = g->shapes;
+    g->shapes = s;
+    return ST_OK;
+}
+
+enum status_code cuda_gemm_run(struct cuda_gemm *g, const struct cuda_product *p, struct status *st)
+{
+    if (p->w->rows == 0 || p->w->cols == 0)
+        return ST_OK;
+    const struct shape *s = find(g, p);
+    if (!s)
+        return status_set(st, ST_INTERNAL, "product of %u rows with a matrix of %u x %u: not prepared", p->rows,
+                          p->w->rows, p->w->cols);
+    if (s->few)
+        return cuda_check(cuda_few_rows(g->stream, p->y, p->out, p->x, p->w->data, s->t, s->n, s->k), st,
+                          "product of few rows");
+    return launch(g, s, p, p->y, p->out == CUDA_OUT_F32_ADD ? 1 : 0, st);
+}

@@ -1,0 +1,92 @@
+/* cuda_kernels.h - launches of the kernels beside the products and attention, for C and for .cu files. Prefix cuda_.
+ *
+ * Every function only launches, on the stream, and returns what the launch did; all pointers are device memory. Rows are
+ * T rows of activations: x is float32, everything else bf16. Rows of padding (row.k 0) are computed like the others, but
+ * write nothing outside the activations.
+ */
+#ifndef TANDEM_CUDA_KERNELS_H
+#define TANDEM_CUDA_KERNELS_H
+
+#include <stdint.h>
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What changes from step to step, one per row. */
+struct cuda_row {
+    uint64_t k; /* address of this row's K in layer 0; 0: padding */
+    uint32_t token;
+    uint32_t position;
+};
+
+struct cuda_sample {
+    uint32_t row;
+    uint32_t position;
+    float temperature, top_p, min_p; /* as in sample.h */
+    uint32_t top_k;
+    uint64_t seed;
+};
+
+enum cuda_fault { CUDA_FAULT_NONE, CUDA_FAULT_NAN, CUDA_FAULT_INFINITE, CUDA_FAULT_MINUS_INFINITE };
+
+struct cuda_choice {
+    uint32_t token; /* the first NaN's for CUDA_FAULT_NAN */
+    uint32_t fault; /* enum cuda_fault */
+};
+
+/* ---- rows (cuda_rows.cu); hidden and inner are multiples of 4 ---- */
+
+/* x = embedding of the row's token, tokens first .. first + count - 1 being ours, others 0. */
+cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_row *row, const void *embed, uint32_t first,
+                       uint32_t count, uint32_t rows, uint32_t hidden);
+/* x += bias (may be NULL), then h = x / sqrt(mean(x^2) + eps) * weight. With pick, h row i is made of x row pick[i].row,
+ * and x is left as it is. */
+cudaError_t cuda_norm(cudaStream_t stream, void *h, float *x, const float *bias, const float *weight, float eps,
+                      const struct cuda_sample *pick, uint32_t rows, uint32_t hidden);
+
+struct cuda_rope {
+    void *qkv; /* [T][(H + 2 HK) D]; q is rotated in place */
+    const struct cuda_row *row;
+    const float *cosine, *sine;   /* [positions][D / 2] */
+    const float *bias;            /* [(H + 2 HK) D] or NULL */
+    const float *q_norm, *k_norm; /* [D] or NULL: heads are normed before they are rotated */
+    float eps;
+    uint32_t heads, kv_heads, head_dim; /* D: a multiple of 8 up to 256 */
+    uint64_t layer_offset;              /* bytes from row.k to this layer's K */
+    uint64_t v_offset;                  /* bytes from K to V */
+    uint64_t head_stride;               /* bytes between heads of K */
+};
+/* Adds the bias, norms, rotates; K and V go to the slots. */
+cudaError_t cuda_rope_kv(cudaStream_t stream, const struct cuda_rope *r, uint32_t rows);
+
+/* act[T][inner] = silu(gate) * up of gate_up[T][2 inner], bias [2 inner] or NULL. */
+cudaError_t cuda_swiglu(cudaStream_t stream, void *act, const void *gate_up, const float *bias, uint32_t rows,
+                        uint32_t inner);
+
+/* n random bf16 elements, as model_random makes them. */
+cudaError_t cuda_random(cudaStream_t stream, void *out, uint64_t seed, uint64_t first, uint64_t n, float scale);
+
+/* ---- products of few rows (cuda_few.cu) ---- */
+
+#define CUDA_FEW_ROWS_MAX 4
+/* y[T][N] = x[T][K] W[N][K]^T, T at most CUDA_FEW_ROWS_MAX, K a multiple of 8, everything 16-byte aligned. y is bf16, or
+ * float32 to which the product is added (add) or not. */
+enum cuda_out { CUDA_OUT_BF16, CUDA_OUT_F32, CUDA_OUT_F32_ADD };
+cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const void *x, const void *w, uint32_t t,
+                          uint32_t n, uint32_t k);
+
+/* ---- sampling (cuda_sample.cu) ---- */
+
+/* choice[i] from logits row i, as sample.h has it: greedy, temperature, top_k, min_p, top_p. Weights are the host's to the
+ * bit, but sums are formed in units of 2^-44, exact and in any order: a draw differs from the host's only where u falls
+ * within about 1e-12 of a token's edge. vocab: at most 2^18. */
+cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, const float *logits,
+                             const struct cuda_sample *sample, uint32_t rows, uint32_t vocab);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,351 @@
+/* cuda_run.c - a step on a device.
+ *
+ *   host: rows, sequences, samples  ──copy──▶  layers (graph of the bucket)  ▶  head, sampling  ──copy──▶  tokens
+ *
+ * The layers work on the bucket's rows; what is behind the batch's own is padding, which touches nobody's memory.
+ */
+#include <string.h>
+
+#include "worker/cuda_internal.h"
+
+static struct cuda_product product(const struct mat *w, const void *x, void *y, enum cuda_out out, uint32_t rows)
+{
+    return (struct cuda_product){.w = w, .x = x, .y = y, .out = out, .rows = rows};
+}
+
+/* ---- the batch goes over ---- */
+
+static struct cuda_bucket *bucket_for(struct forward *f, uint32_t rows)
+{
+    struct cuda_bucket *b = f->bucket;
+    while (b->rows < rows)
+        b++;
+    return b;
+}
+
+static void fill_rows(struct forward *f, const struct forward_batch *b, uint32_t padded)
+{
+    for (uint32_t i = 0; i < b->seqs; i++) {
+        const struct forward_seq *s = &b->seq[i];
+        const struct kv_view view = kv_slot_view(f->cfg.kv, s->slot, 0);
+        f->host_seq[i] = (struct attn_seq){
+            .k = view.k,
+            .v = view.v,
+            .first_row = s->first_row,
+            .rows = s->rows,
+            .kv_len = s->position + s->rows,
+        };
+        for (uint32_t r = 0; r < s->rows; r++) {
+            uint32_t position = s->position + r;
+            f->host_row[s->first_row + r] = (struct cuda_row){
+                .k = (uint64_t)(uintptr_t)view.k + position * view.token_stride,
+                .token = b->token[s->first_row + r],
+                .position = position,
+            };
+        }
+    }
+    for (uint32_t r = b->rows; r < padded; r++)
+        f->host_row[r] = (struct cuda_row){0};
+    *f->host_counts = b->seqs;
+}
+
+static void fill_samples(struct forward *f, const struct forward_batch *b)
+{
+    for (uint32_t i = 0; i < b->samples; i++) {
+        const struct forward_sample *s = &b->sample[i];
+        f->host_sample[i] = (struct cuda_sample){
+            .row = s->row,
+            .position = s->position,
+            .temperature = s->params.temperature,
+            .top_p = s->params.top_p,
+            .min_p = s->params.min_p,
+            .top_k = s->params.top_k,
+            .seed = s->params.seed,
+        };
+    }
+}
+
+static enum status_code send_batch(struct forward *f, const struct forward_batch *b, uint32_t padded, struct status *st)
+{
+    fill_rows(f, b, padded);
+    fill_samples(f, b);
+    /* counts stands right in front of seq */
+    uint64_t seq_bytes = (uint64_t)((uint8_t *)(f->host_seq + b->seqs) - (uint8_t *)f->host_counts);
+    const struct {
+        void *to;
+        const void *from;
+        uint64_t bytes;
+    } copy[] = {
+        {f->row, f->host_row, padded * sizeof *f->row},
+        {f->counts, f->host_counts, seq_bytes},
+        {f->sample, f->host_sample, b->samples * sizeof *f->sample},
+    };
+    for (size_t i = 0; i < sizeof copy / sizeof *copy; i++) {
+        if (copy[i].bytes == 0)
+            continue;
+        enum status_code rc = cuda_check(
+            cudaMemcpyAsync(copy[i].to, copy[i].from, copy[i].bytes, cudaMemcpyHostToDevice, f->stream), st, "batch");
+        if (rc != ST_OK)
+            return rc;
+    }
+    return ST_OK;
+}
+
+/* ---- layers ---- */
+
+static enum status_code attention(struct forward *f, const struct attn_gpu_step *step, uint32_t layer,
+                                  struct status *st)
+{
+    const struct model_config *m = f->cfg.model;
+    const struct layer_weights *w = &f->cfg.weights->layer[layer];
+    const struct shard *s = f->cfg.shard;
+    uint64_t head_bytes = 2ull * m->head_dim, half = s->kv_heads.count * head_bytes;
+    const struct cuda_rope rope = {
+        .qkv = f->qkv,
+        .row = f->row,
+        .cosine = f->cosine,
+        .sine = f->sine,
+        .bias = w->qkv_bias,
+        .q_norm = w->q_norm,
+        .k_norm = w->k_norm,
+        .eps = m->norm_eps,
+        .heads = s->heads.count,
+        .kv_heads = s->kv_heads.count,
+        .head_dim = m->head_dim,
+        .layer_offset = layer * 2 * half, /* memory.h: [token][layer][K|V][kv head][D] */
+        .v_offset = half,
+        .head_stride = head_bytes,
+    };
+    enum status_code rc = cuda_check(cuda_rope_kv(f->stream, &rope, step->max_rows), st, "rotation");
+    if (rc != ST_OK)
+        return rc;
+    const struct attn_gpu_io io = {
+        .q = f->qkv,
+        .out = f->att,
+        .q_row_stride = s->heads.count * head_bytes + 2 * half,
+        .out_row_stride = s->heads.count * head_bytes,
+        .kv_offset = rope.layer_offset,
+    };
+    return attn_gpu_run(f->attn[model_window(m, layer) ? 1 : 0], step, &io, st);
+}
+
+/* x += attention, x += MLP; the bias of a product is added by the norm that comes next. */
+static enum status_code layer(struct forward *f, const struct attn_gpu_step *step, uint32_t l, struct status *st)
+{
+    const struct model_config *m = f->cfg.model;
+    const struct layer_weights *w = &f->cfg.weights->layer[l];
+    const float *bias = l ? f->cfg.weights->layer[l - 1].down_bias : NULL;
+    uint32_t rows = step->max_rows;
+    const struct cuda_product qkv = product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, rows),
+                              o = product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, rows),
+                              gate_up = product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, rows),
+                              down = product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, rows);
+    enum status_code rc;
+    rc = cuda_check(cuda_norm(f->stream, f->h, f->x, bias, w->attn_norm, m->norm_eps, NULL, rows, m->hidden), st,
+                    "norm");
+    if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &qkv, st)) != ST_OK || (rc = attention(f, step, l, st)) != ST_OK ||
+        (rc = cuda_gemm_run(f->gemm, &o, st)) != ST_OK)
+        return rc;
+    rc = cuda_check(cuda_norm(f->stream, f->h, f->x, w->o_bias, w->mlp_norm, m->norm_eps, NULL, rows, m->hidden), st,
+                    "norm");
+    if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &gate_up, st)) != ST_OK)
+        return rc;
+    rc = cuda_check(cuda_swiglu(f->stream, f->act, f->gate_up, w->gate_up_bias, rows, f->cfg.shard->inner.count), st,
+                    "SwiGLU");
+    return rc == ST_OK ? cuda_gemm_run(f->gemm, &down, st) : rc;
+}
+
+static enum status_code launch_layers(struct forward *f, uint32_t rows, bool decodes, struct status *st)
+{
+    const struct model_config *m = f->cfg.model;
+    const struct shard_span vocab = f->cfg.shard->vocab;
+    uint32_t max_seqs = cuda_forward_max_seqs(&f->cfg);
+    const struct attn_gpu_step step = {
+        .seq = f->seq,
+        .counts = f->counts,
+        .max_seqs = rows < max_seqs ? rows : max_seqs,
+        .max_rows = rows,
+        .max_seq_rows = decodes ? 1 : rows,
+        .stream = f->stream,
+    };
+    enum status_code rc;
+    for (int i = 0; i < 2; i++)
+        if (f->attn[i] && (rc = attn_gpu_plan(f->attn[i], &step, st)) != ST_OK)
+            return rc;
+    rc = cuda_check(
+        cuda_embed(f->stream, f->x, f->row, f->cfg.weights->embed.data, vocab.first, vocab.count, rows, m->hidden), st,
+        "embedding");
+    for (uint32_t l = 0; rc == ST_OK && l < m->layers; l++)
+        if ((rc = layer(f, &step, l, st)) != ST_OK)
+            status_prefix(st, "layer %u", l);
+    return rc;
+}
+
+/* The products of the bucket's shapes; layers are alike. */
+static enum status_code prepare(struct forward *f, struct cuda_bucket *b, struct status *st)
+{
+    const struct layer_weights *w = &f->cfg.weights->layer[0];
+    const struct cuda_product all[] = {
+        product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, b->rows),
+        product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, b->rows),
+        product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, b->rows),
+        product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, b->rows),
+    };
+    for (size_t i = 0; !b->prepared && i < sizeof all / sizeof *all; i++) {
+        enum status_code rc = cuda_gemm_prepare(f->gemm, &all[i], f->gate_up, st);
+        if (rc != ST_OK)
+            return rc;
+    }
+    b->prepared = true;
+    return ST_OK;
+}
+
+static enum status_code capture(cudaGraphExec_t *out, struct forward *f, uint32_t rows, bool decodes, struct status *st)
+{
+    cudaGraph_t graph = NULL;
+    enum status_code rc =
+        cuda_check(cudaStreamBeginCapture(f->stream, cudaStreamCaptureModeThreadLocal), st, "capture of a graph");
+    if (rc != ST_OK)
+        return rc;
+    rc = launch_layers(f, rows, decodes, st);
+    cudaError_t err = cudaStreamEndCapture(f->stream, &graph);
+    if (rc == ST_OK)
+        rc = cuda_check(err, st, "capture of a graph");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaGraphInstantiate(out, graph, 0), st, "instantiation of a graph");
+    if (graph)
+        cudaGraphDestroy(graph);
+    return rc;
+}
+
+/* The first step of a bucket is launched one by one and measures the products, the second is captured. */
+static enum status_code run_layers(struct forward *f, struct cuda_bucket *b, bool decodes, struct status *st)
+{
+    enum status_code rc;
+    if ((rc = prepare(f, b, st)) != ST_OK)
+        return rc;
+    if (!f->graphs || !b->ran[decodes]) {
+        b->ran[decodes] = true;
+        return launch_layers(f, b->rows, decodes, st);
+    }
+    if (!b->graph[decodes] && (rc = capture(&b->graph[decodes], f, b->rows, decodes, st)) != ST_OK)
+        return status_prefix(st, "graph of %u rows", b->rows);
+    return cuda_check(cudaGraphLaunch(b->graph[decodes], f->stream), st, "graph of the layers");
+}
+
+/* ---- head ---- */
+
+/* What the device does not know: options of single tokens, typical_p, scores; and a token that is known. */
+static bool on_host(const struct forward_sample *s)
+{
+    bool typical = s->params.typical_p > 0.0f && s->params.typical_p < 1.0f && !sample_is_greedy(&s->params);
+    return s->adjust || s->given || s->scored || typical;
+}
+
+/* Row i of f->logits, which is sample s. */
+static enum status_code sample_on_host(struct forward *f, const struct forward_sample *s, uint32_t i, uint32_t *token,
+                                       struct status *st)
+{
+    uint32_t vocab = f->cfg.model->vocab_size;
+    const float *logits = f->host_logits;
+    enum status_code rc = cuda_check(cudaMemcpyAsync(f->host_logits, f->logits + (uint64_t)i * vocab,
+                                                     vocab * sizeof(float), cudaMemcpyDeviceToHost, f->stream),
+                                     st, "logits");
+    if (rc != ST_OK || (rc = cuda_check(cudaStreamSynchronize(f->stream), st, "step")) != ST_OK)
+        return rc;
+    *token = s->token;
+    if (!s->given) {
+        if (s->adjust) {
+            memcpy(f->host_adjusted, logits, vocab * sizeof *logits);
+            sample_adjust(f->host_adjusted, vocab, 0, s->adjust);
+            logits = f->host_adjusted;
+        }
+        if ((rc = sampler_draw(f->sampler, token, logits, &s->params, s->position, s->row, st)) != ST_OK)
+            return rc;
+    }
+    if (!s->scored)
+        return ST_OK;
+    return sample_score(s->scores, f->host_logits, vocab, *token, s->top < vocab ? s->top : vocab, s->row, st);
+}
+
+/* Samples first .. first + n - 1. */
+static enum status_code head_block(struct forward *f, const struct forward_batch *b, uint32_t first, uint32_t n,
+                                   uint32_t *tokens, struct status *st)
+{
+    const struct model_config *m = f->cfg.model;
+    const struct model_weights *w = f->cfg.weights;
+    uint32_t padded = bucket_for(f, n)->rows; /* rows n .. are what was there before: nobody looks at them */
+    if (padded > f->head_rows)
+        padded = f->head_rows;
+    const struct cuda_product head = product(&w->head, f->picked, f->logits, CUDA_OUT_F32, padded);
+    enum status_code rc;
+    if ((rc = cuda_gemm_prepare(f->gemm, &head, f->logits, st)) != ST_OK)
+        return rc;
+    rc = cuda_check(cuda_norm(f->stream, f->picked, f->x, w->layer[m->layers - 1].down_bias, w->final_norm, m->norm_eps,
+                              f->sample + first, n, m->hidden),
+                    st, "norm");
+    if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &head, st)) != ST_OK)
+        return rc;
+    rc = cuda_check(cuda_sample_rows(f->stream, f->choice + first, f->logits, f->sample + first, n, m->vocab_size), st,
+                    "sampling");
+    for (uint32_t i = 0; rc == ST_OK && i < n; i++)
+        if (on_host(&b->sample[first + i]))
+            rc = sample_on_host(f, &b->sample[first + i], i, &tokens[first + i], st);
+    return rc;
+}
+
+static enum status_code refuse(const struct forward_sample *s, struct cuda_choice c, struct status *st)
+{
+    if (c.fault == CUDA_FAULT_NAN)
+        return status_set(st, ST_INTERNAL, "row %u: the logit of token %u is NaN", s->row, c.token);
+    return status_set(st, ST_INTERNAL, "row %u: the best logit is %sinfinite", s->row,
+                      c.fault == CUDA_FAULT_MINUS_INFINITE ? "minus " : "");
+}
+
+static enum status_code receive(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
+{
+    enum status_code rc = ST_OK;
+    for (int i = 0; i < 2; i++) {
+        f->host_fault[i] = 0;
+        if (f->attn[i])
+            rc = cuda_check(cudaMemcpyAsync(&f->host_fault[i], attn_gpu_fault(f->attn[i]), sizeof *f->host_fault,
+                                            cudaMemcpyDeviceToHost, f->stream),
+                            st, "tokens");
+        if (rc != ST_OK)
+            return rc;
+    }
+    if (b->samples)
+        rc = cuda_check(cudaMemcpyAsync(f->host_choice, f->choice, b->samples * sizeof *f->choice,
+                                        cudaMemcpyDeviceToHost, f->stream),
+                        st, "tokens");
+    if (rc != ST_OK || (rc = cuda_check(cudaStreamSynchronize(f->stream), st, "step")) != ST_OK)
+        return rc;
+    for (int i = 0; i < 2; i++)
+        if (f->host_fault[i])
+            return status_set(st, ST_INTERNAL, "attention refuses sequence %u of %u", f->host_fault[i] - 1, b->seqs);
+    for (uint32_t i = 0; i < b->samples; i++) {
+        if (on_host(&b->sample[i]))
+            continue;
+        if (f->host_choice[i].fault)
+            return refuse(&b->sample[i], f->host_choice[i], st);
+        tokens[i] = f->host_choice[i].token;
+    }
+    return ST_OK;
+}
+
+enum status_code cuda_forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
+{
+    if (b->rows == 0)
+        return ST_OK;
+    struct cuda_bucket *bucket = bucket_for(f, b->rows);
+    bool decodes = b->rows == b->seqs;
+    enum status_code rc;
+    if ((rc = send_batch(f, b, bucket->rows, st)) != ST_OK || (rc = run_layers(f, bucket, decodes, st)) != ST_OK)
+        return rc;
+    for (uint32_t first = 0; first < b->samples; first += f->head_rows) {
+        uint32_t n = b->samples - first < f->head_rows ? b->samples - first : f->head_rows;
+        if ((rc = head_block(f, b, first, n, tokens, st)) != ST_OK)
+            return rc;
+    }
+    return receive(f, b, tokens, st);
+}
