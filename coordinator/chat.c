@@ -6,6 +6,7 @@
 
 #include "coordinator/chat_internal.h"
 #include "coordinator/jinja.h"
+#include "proto/gguf.h"
 
 struct chat {
     struct jinja *plain; /* NULL: `why` says why */
@@ -31,7 +32,7 @@ static enum status_code read_file(const char *path, char **text, size_t *bytes, 
     enum status_code rc = ST_OK;
     *found = f != NULL;
     if (!f)
-        return errno == ENOENT ? ST_OK : status_errno(st, ST_NOT_FOUND, errno, "%s", path);
+        return errno == ENOENT || errno == ENOTDIR ? ST_OK : status_errno(st, ST_NOT_FOUND, errno, "%s", path);
     char *buf = malloc(JINJA_MAX_SOURCE_BYTES + 1);
     size_t n = buf ? fread(buf, 1, JINJA_MAX_SOURCE_BYTES + 1, f) : 0;
     if (!buf)
@@ -147,7 +148,9 @@ enum status_code chat_load(struct chat **out, const char *dir, const char *choic
         rc = status_nomem(st, "chat template", sizeof *c);
         goto fail;
     }
-    if (snprintf(path, sizeof path, "%s/tokenizer_config.json", dir) < (int)sizeof path)
+    if (gguf_is_file(dir))
+        config = chat_gguf_config(dir);
+    else if (snprintf(path, sizeof path, "%s/tokenizer_config.json", dir) < (int)sizeof path)
         config = json_load_file(path, JSON_ALLOW_NUL, &error); /* the tokenizer says what is wrong with it */
     if ((rc = take_tokens(c, config, st)) != ST_OK)
         goto fail;

@@ -233,6 +233,7 @@ def from_folder(folder, path):
         "tokenizer.ggml.model": ("string", "gpt2"), "tokenizer.ggml.pre": ("string", "llama-bpe"),
         "tokenizer.ggml.tokens": ("array", "string", tokens), "tokenizer.ggml.token_type": ("array", "i32", kinds),
         "tokenizer.ggml.merges": ("array", "string", tokenizer["model"]["merges"]),
+        "tokenizer.chat_template": ("string", "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"),
         "tokenizer.ggml.bos_token_id": ("u32", c["bos_token_id"]), "tokenizer.ggml.eos_token_id": ("u32", c["eos_token_id"]),
     })
     write(path, values, tensors)

@@ -8,6 +8,7 @@ import threading
 import unittest
 
 from cluster import DEMO, SLOW, SOURCE, Cluster, Result, expected, tandem, wait_for
+from tandem.v1 import inference_pb2
 
 
 class TokensOfTheDemoModel(unittest.TestCase):
@@ -116,6 +117,11 @@ class GgufFile(unittest.TestCase):
                     self.assertEqual(r.finish.usage.prompt_tokens, len(case["prompt_ids"]))
                     self.assertEqual(r.ids, case["greedy_ids"])
                     self.assertEqual(case["prompt"] + r.text, case["text"])
+                chat = inference_pb2.GenerateRequest()  # by the file's own template, which puts the first token in front
+                chat.chat.messages.add(role="user", content=expected()[0]["prompt"])
+                chat.sampling.temperature = 0
+                chat.stopping.max_tokens = 12
+                self.assertEqual(c.run(chat).ids, expected()[0]["greedy_ids"][:12])
                 c.wait_idle()
 
 
