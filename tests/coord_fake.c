@@ -133,7 +133,7 @@ static bool send_ready(struct fake_rank *r)
     ready.total_pages = o->total_pages + 7 * r->rank;
     ready.max_step_tokens = o->max_step_tokens;
     ready.vocab_size = o->vocab_size;
-    ready.sample_options = TANDEM__V1__SAMPLE_OPTION__ALL;
+    ready.sample_options = TANDEM__V1__SAMPLE_OPTION__ALL & ~o->lacks;
     ready.model = &model;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_READY;
     m.ready = &ready;

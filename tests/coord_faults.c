@@ -9,6 +9,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "tandem/v1/worker_control.pb-c.h"
 #include "tests/coord_ask.h"
 
 START_TEST(cancel_frees_the_slot_within_a_step)
@@ -191,6 +192,59 @@ static const struct loss losses[] = {
     {FAKE_WRONG_TOKEN, 0, "the vocabulary has 2048", false},
     {FAKE_FAULT, 1, "rank 1: weights: file is truncated (DATA_LOSS)", true},
 };
+
+START_TEST(log_probabilities_that_do_not_come_end_the_request_only)
+{
+    const char *args[] = {NULL};
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    struct fake_group *g = start_ready(&p, &o, args);
+    Tandem__V1__Output output = TANDEM__V1__OUTPUT__INIT;
+    struct proc_reply r = {0};
+    struct ask a;
+    ask_ids(&a, 8, 1, 20);
+    output.logprobs_is_case = TANDEM__V1__OUTPUT__LOGPROBS_IS_LOGPROBS;
+    a.m.output = &output;
+    proc_generate(&p, &a.m, 0, &r); /* fake ranks have none */
+    ck_assert_int_eq(r.code, ST_INTERNAL);
+    ck_assert_ptr_nonnull(strstr(r.message, "no log probability"));
+    proc_reply_free(&r);
+    ask_ids(&a, 8, 1, 20);
+    r = (struct proc_reply){0};
+    proc_generate(&p, &a.m, 0, &r);
+    check_ids(&r, 8, 1, 20);
+    proc_reply_free(&r);
+    finish(&p, g);
+}
+END_TEST
+
+START_TEST(options_that_the_ranks_lack_are_refused_by_name)
+{
+    const char *args[] = {NULL};
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    o.lacks = TANDEM__V1__SAMPLE_OPTION__ADJUST | TANDEM__V1__SAMPLE_OPTION__MIN_P;
+    struct fake_group *g = start_ready(&p, &o, args);
+    for (int i = 0; i < 3; i++) {
+        static const char *const says[] = {"sampling.min_p", "sampling.presence_penalty", NULL};
+        struct proc_reply r = {0};
+        struct ask a;
+        ask_ids(&a, 8, 1, 5);
+        a.sampling.min_p_is_case = TANDEM__V1__SAMPLING__MIN_P_IS_MIN_P;
+        a.sampling.min_p = i == 0 ? 0.1f : 0.0f;
+        a.sampling.presence_penalty_is_case = TANDEM__V1__SAMPLING__PRESENCE_PENALTY_IS_PRESENCE_PENALTY;
+        a.sampling.presence_penalty = i == 1 ? 0.5f : 0.0f;
+        a.sampling.typical_p_is_case = TANDEM__V1__SAMPLING__TYPICAL_P_IS_TYPICAL_P;
+        a.sampling.typical_p = 0.5f; /* this one they have */
+        proc_generate(&p, &a.m, 0, &r);
+        ck_assert_int_eq(r.code, says[i] ? ST_UNIMPLEMENTED : ST_OK);
+        if (says[i])
+            ck_assert_ptr_nonnull(strstr(r.message, says[i]));
+        proc_reply_free(&r);
+    }
+    finish(&p, g);
+}
+END_TEST
 
 START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_serves)
 {
@@ -582,6 +636,8 @@ TCase *coord_faults(void)
     tcase_add_test(faults, a_group_that_never_gets_ready_is_no_group);
     tcase_add_loop_test(faults, a_rank_that_beats_and_loads_nothing_is_lost, 0, 2);
     tcase_add_loop_test(faults, a_client_that_never_reads_is_dropped, 0, 2);
+    tcase_add_test(faults, log_probabilities_that_do_not_come_end_the_request_only);
+    tcase_add_test(faults, options_that_the_ranks_lack_are_refused_by_name);
     tcase_add_test(faults, clients_that_come_and_go_leave_nothing);
     return faults;
 }
