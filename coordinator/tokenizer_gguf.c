@@ -76,8 +76,8 @@ static enum status_code read_tokens(struct source *s, struct status *st)
         return status_set(st, ST_DATA_LOSS, KEY("token_type: %llu, expected one for each of %llu tokens"),
                           (unsigned long long)types.count, (unsigned long long)tokens.count);
     uint32_t n = (uint32_t)tokens.count;
-    s->token = malloc(n * sizeof *s->token);
-    s->type = malloc(n);
+    s->token = calloc(n, sizeof *s->token);
+    s->type = calloc(n, 1);
     if (!s->token || !s->type)
         return status_nomem(st, "tokens", n * sizeof *s->token);
     for (s->n = 0; s->n < n; s->n++) {
@@ -190,7 +190,7 @@ static enum status_code describe_special(const struct source *s, json_t *map, ui
 static enum status_code make_template(const struct source *s, json_t *root, bool add_bos, struct status *st)
 {
     bool add_eos = false;
-    uint32_t bos, eos;
+    uint32_t bos = TOK_NONE, eos = TOK_NONE;
     enum status_code rc;
     if ((rc = gguf_read_bool(s->g, KEY("add_bos_token"), &add_bos, st)) != ST_OK ||
         (rc = gguf_read_bool(s->g, KEY("add_eos_token"), &add_eos, st)) != ST_OK ||
@@ -411,7 +411,7 @@ static enum status_code make_spaces(json_t *root, bool prefix, struct status *st
 static enum status_code make_sentencepiece(const struct source *s, json_t *root, json_t *model, struct status *st)
 {
     bool prefix = true, remove = false;
-    uint32_t unknown;
+    uint32_t unknown = TOK_NONE;
     enum status_code rc;
     if (gguf_has(s->g, KEY("precompiled_charsmap")))
         return status_set(st, ST_UNIMPLEMENTED, KEY("precompiled_charsmap: not supported"));
@@ -451,7 +451,8 @@ static enum status_code make_all(struct source *s, json_t *root, struct status *
     json_t *model = json_pack("{s:s}", "type", "BPE");
     if (!model)
         return status_nomem(st, "tokenizer", 0);
-    if ((rc = read_tokens(s, st)) == ST_OK && (rc = make_vocab(s, model, st)) == ST_OK &&
+    /* Both lists are there then: said for the static analyser, which does not see into status.c. */
+    if ((rc = read_tokens(s, st)) == ST_OK && s->token && s->type && (rc = make_vocab(s, model, st)) == ST_OK &&
         (rc = make_added(s, root, st)) == ST_OK)
         rc = bytes ? make_byte_level(s, root, model, st) : make_sentencepiece(s, root, model, st);
     if (rc == ST_OK)

@@ -35,19 +35,25 @@ static enum status_code need(struct reader *r, uint64_t n)
 {
     if (n <= r->used - r->at)
         return ST_OK;
-    if (n > r->file_bytes - r->at)
-        return damaged(r, "it ends within its header, or a length is wrong,");
-    if (n > GGUF_MAX_HEADER_BYTES - r->at)
-        return status_set(r->st, ST_DATA_LOSS, "%s: a header of more than %u bytes, no such file is known", r->g->path,
-                          GGUF_MAX_HEADER_BYTES);
+    if (n > r->file_bytes - r->at) {
+        damaged(r, "it ends within its header, or a length is wrong,");
+        return ST_DATA_LOSS; /* codes are spelled out for the static analyser, which does not see into status.c */
+    }
+    if (n > GGUF_MAX_HEADER_BYTES - r->at) {
+        status_set(r->st, ST_DATA_LOSS, "%s: a header of more than %u bytes, no such file is known", r->g->path,
+                   GGUF_MAX_HEADER_BYTES);
+        return ST_DATA_LOSS;
+    }
     size_t goal = r->at + (size_t)n;
     goal = goal < r->used + READ_BYTES ? r->used + READ_BYTES : goal;
     goal = goal < r->file_bytes ? goal : (size_t)r->file_bytes;
     if (goal > r->room) {
         size_t room = goal * 2;
         uint8_t *grown = realloc(r->g->header, room);
-        if (!grown)
-            return status_nomem(r->st, "GGUF header", room);
+        if (!grown) {
+            status_nomem(r->st, "GGUF header", room);
+            return ST_RESOURCE_EXHAUSTED;
+        }
         r->g->header = grown;
         r->room = room;
     }
