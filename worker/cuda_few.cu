@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 
 #include "worker/cuda_kernels.h"
+#include "worker/cuda_launch.cuh"
 
 namespace
 {
@@ -31,39 +32,58 @@ template <enum cuda_out OUT> __device__ void put(void *y, uint64_t at, float v)
         ((float *)y)[at] += v;
 }
 
-/* One warp per row of W: its lanes walk the row side by side, 512 bytes per load of the warp. x comes from the cache. */
-template <uint32_t T, enum cuda_out OUT>
-__global__ void __launch_bounds__(WARP *WARPS)
-    few_kernel(void *y, const uint4 *__restrict__ x, const uint4 *__restrict__ w, uint32_t n, uint32_t eights)
+template <uint32_t T> __device__ void add_products(float *sum, const uint4 *v, const uint4 *x, uint32_t eights)
 {
-    uint32_t out = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (out >= n)
-        return;
-    const uint4 *row = w + (uint64_t)out * eights;
-    float sum[T] = {};
-    uint32_t i = lane;
-    for (; i + (UNROLL - 1) * WARP < eights; i += UNROLL * WARP) {
-        uint4 v[UNROLL];
 #pragma unroll
-        for (uint32_t u = 0; u < UNROLL; u++)
-            v[u] = __ldcs(row + i + u * WARP); /* read once: does not push x out of the cache */
-#pragma unroll
-        for (uint32_t u = 0; u < UNROLL; u++)
-#pragma unroll
-            for (uint32_t t = 0; t < T; t++)
-                sum[t] += dot8(v[u], x[(uint64_t)t * eights + i + u * WARP]);
-    }
-    for (; i < eights; i += WARP) {
-        uint4 v = __ldcs(row + i);
+    for (uint32_t u = 0; u < UNROLL; u++)
 #pragma unroll
         for (uint32_t t = 0; t < T; t++)
-            sum[t] += dot8(v, x[(uint64_t)t * eights + i]);
+            sum[t] += dot8(v[u], x[(uint64_t)t * eights + u * WARP]);
+}
+
+/* Read once: does not push x out of the cache. */
+__device__ void load(uint4 *v, const uint4 *w)
+{
+#pragma unroll
+    for (uint32_t u = 0; u < UNROLL; u++)
+        v[u] = __ldcs(w + u * WARP);
+}
+
+/* One warp per row of W: its lanes walk the row side by side, 512 bytes per load of the warp. x comes from the cache. The
+ * first loads are under way while the kernel in front ends. */
+template <uint32_t T, enum cuda_out OUT>
+__global__ void __launch_bounds__(WARP *WARPS)
+    few_kernel(void *y, const uint4 *x, const uint4 *__restrict__ w, uint32_t n, uint32_t eights)
+{
+    uint32_t out = blockIdx.x * WARPS + threadIdx.x / WARP, i = threadIdx.x % WARP;
+    cuda_let_next_begin();
+    if (out >= n)
+        return; /* other warps wait */
+    const uint4 *row = w + (uint64_t)out * eights;
+    const uint32_t reach = (UNROLL - 1) * WARP;
+    float sum[T] = {};
+    uint4 v[UNROLL];
+    if (i + reach < eights)
+        load(v, row + i);
+    cuda_wait_for_previous();
+    while (i + reach < eights) {
+        uint32_t next = i + UNROLL * WARP;
+        add_products<T>(sum, v, x + i, eights);
+        if (next + reach < eights)
+            load(v, row + next);
+        i = next;
+    }
+    for (; i < eights; i += WARP) {
+        uint4 last = __ldcs(row + i);
+#pragma unroll
+        for (uint32_t t = 0; t < T; t++)
+            sum[t] += dot8(last, x[(uint64_t)t * eights + i]);
     }
 #pragma unroll
     for (uint32_t t = 0; t < T; t++) {
         for (uint32_t mask = WARP / 2; mask; mask >>= 1)
             sum[t] += __shfl_xor_sync(~0u, sum[t], mask);
-        if (lane == 0)
+        if (threadIdx.x % WARP == 0)
             put<OUT>(y, (uint64_t)t * n + out, sum[t]);
     }
 }
@@ -75,21 +95,16 @@ cudaError_t launch(cudaStream_t stream, void *y, const void *x, const void *w, u
     const uint4 *a = (const uint4 *)x, *b = (const uint4 *)w;
     switch (t) {
     case 1:
-        few_kernel<1, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
-        break;
+        return cuda_launch_early(few_kernel<1, OUT>, blocks, threads, stream, y, a, b, n, k / 8);
     case 2:
-        few_kernel<2, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
-        break;
+        return cuda_launch_early(few_kernel<2, OUT>, blocks, threads, stream, y, a, b, n, k / 8);
     case 3:
-        few_kernel<3, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
-        break;
+        return cuda_launch_early(few_kernel<3, OUT>, blocks, threads, stream, y, a, b, n, k / 8);
     case 4:
-        few_kernel<4, OUT><<<blocks, threads, 0, stream>>>(y, a, b, n, k / 8);
-        break;
+        return cuda_launch_early(few_kernel<4, OUT>, blocks, threads, stream, y, a, b, n, k / 8);
     default:
         return cudaErrorInvalidValue;
     }
-    return cudaGetLastError();
 }
 } // namespace
 

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 
 #include "worker/cuda_kernels.h"
+#include "worker/cuda_launch.cuh"
 #include "worker/model_convert.h"
 
 namespace
@@ -56,39 +57,60 @@ __global__ void embed_kernel(float *x, const cuda_row *row, const bf16x4 *embed,
         out[i] = local < count ? to_float(embed[(uint64_t)local * quads + i]) : make_float4(0, 0, 0, 0);
 }
 
-/* One block per row of h. x + bias is read twice, the second time from the cache. */
-__global__ void norm_kernel(bf16x4 *h, float *x, const float *bias, const float *weight, float eps,
-                            const cuda_sample *pick, uint32_t quads)
+__device__ float4 plus(float4 a, float4 b)
 {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ float squares_of(float4 v)
+{
+    return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+}
+
+__device__ bf16x4 scaled(float4 v, float factor, float4 w)
+{
+    return to_bf16(make_float4(v.x * factor * w.x, v.y * factor * w.y, v.z * factor * w.z, v.w * factor * w.w));
+}
+
+/* One block per row of h. A thread keeps its first quad and that quad's weights; of wider rows it reads the others twice,
+ * the second time from the cache. */
+__global__ void __launch_bounds__(NORM_THREADS_MAX)
+    norm_kernel(bf16x4 *h, float *x, const float *bias, const float *weight, float eps, const cuda_sample *pick,
+                uint32_t quads)
+{
+    const float4 *weights = (const float4 *)weight, *biases = (const float4 *)bias;
+    const uint32_t mine = threadIdx.x;
+    const float4 zero = make_float4(0, 0, 0, 0);
+    cuda_let_next_begin();
+    float4 first_weight = mine < quads ? weights[mine] : zero;
+    float4 first_bias = bias && mine < quads ? biases[mine] : zero;
+    cuda_wait_for_previous();
     uint32_t row = pick ? pick[blockIdx.x].row : blockIdx.x;
     float4 *in = (float4 *)x + (uint64_t)row * quads;
     bf16x4 *out = h + (uint64_t)blockIdx.x * quads;
-    float squares = 0;
-    for (uint32_t i = threadIdx.x; i < quads; i += blockDim.x) {
-        float4 v = in[i];
-        if (bias) {
-            float4 b = ((const float4 *)bias)[i];
-            v = make_float4(v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w);
-            if (!pick)
-                in[i] = v;
-        }
-        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    float4 first = mine < quads ? plus(in[mine], first_bias) : zero;
+    float squares = squares_of(first);
+    if (bias && !pick && mine < quads)
+        in[mine] = first;
+    for (uint32_t i = mine + blockDim.x; i < quads; i += blockDim.x) {
+        float4 v = bias ? plus(in[i], biases[i]) : in[i];
+        if (bias && !pick)
+            in[i] = v;
+        squares += squares_of(v);
     }
     float factor = rsqrtf(block_sum(squares) / (float)(4 * quads) + eps);
-    for (uint32_t i = threadIdx.x; i < quads; i += blockDim.x) {
-        float4 v = in[i], w = ((const float4 *)weight)[i];
-        if (bias && pick) {
-            float4 b = ((const float4 *)bias)[i];
-            v = make_float4(v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w);
-        }
-        out[i] = to_bf16(make_float4(v.x * factor * w.x, v.y * factor * w.y, v.z * factor * w.z, v.w * factor * w.w));
-    }
+    if (mine < quads)
+        out[mine] = scaled(first, factor, first_weight);
+    for (uint32_t i = mine + blockDim.x; i < quads; i += blockDim.x)
+        out[i] = scaled(bias && pick ? plus(in[i], biases[i]) : in[i], factor, weights[i]);
 }
 
 /* One block per row, one warp per head at a time. Lane l has the pairs of elements 2l, 2l + 1 of the first half of the head
  * and those of the second half that turn with them; heads of more than 128 take two rounds. */
 __global__ void rope_kernel(cuda_rope r)
 {
+    cuda_let_next_begin();
+    cuda_wait_for_previous();
     const cuda_row row = r.row[blockIdx.x];
     const uint32_t lane = threadIdx.x % WARP, half = r.head_dim / 2, all = r.heads + 2 * r.kv_heads;
     __nv_bfloat16 *base = (__nv_bfloat16 *)r.qkv + (uint64_t)blockIdx.x * all * r.head_dim;
@@ -148,6 +170,8 @@ __device__ float silu_times(float gate, float up)
 __global__ void swiglu_kernel(bf16x4 *act, const bf16x4 *gate_up, const float *bias, uint32_t quads)
 {
     uint32_t i = blockIdx.x * EACH_THREADS + threadIdx.x;
+    cuda_let_next_begin();
+    cuda_wait_for_previous();
     if (i >= quads)
         return;
     const bf16x4 *in = gate_up + (uint64_t)blockIdx.y * 2 * quads;
@@ -186,22 +210,21 @@ cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_row *row
 cudaError_t cuda_norm(cudaStream_t stream, void *h, float *x, const float *bias, const float *weight, float eps,
                       const struct cuda_sample *pick, uint32_t rows, uint32_t hidden)
 {
-    norm_kernel<<<rows, norm_threads(hidden / 4), 0, stream>>>((bf16x4 *)h, x, bias, weight, eps, pick, hidden / 4);
-    return cudaGetLastError();
+    return cuda_launch_early(norm_kernel, rows, norm_threads(hidden / 4), stream, (bf16x4 *)h, x, bias, weight, eps,
+                             pick, hidden / 4);
 }
 
 cudaError_t cuda_rope_kv(cudaStream_t stream, const struct cuda_rope *r, uint32_t rows)
 {
-    rope_kernel<<<rows, ROPE_THREADS, 0, stream>>>(*r);
-    return cudaGetLastError();
+    return cuda_launch_early(rope_kernel, rows, ROPE_THREADS, stream, *r);
 }
 
 cudaError_t cuda_swiglu(cudaStream_t stream, void *act, const void *gate_up, const float *bias, uint32_t rows,
                         uint32_t inner)
 {
     dim3 grid((inner / 4 + EACH_THREADS - 1) / EACH_THREADS, rows);
-    swiglu_kernel<<<grid, EACH_THREADS, 0, stream>>>((bf16x4 *)act, (const bf16x4 *)gate_up, bias, inner / 4);
-    return cudaGetLastError();
+    return cuda_launch_early(swiglu_kernel, grid, EACH_THREADS, stream, (bf16x4 *)act, (const bf16x4 *)gate_up, bias,
+                             inner / 4);
 }
 
 cudaError_t cuda_random(cudaStream_t stream, void *out, uint64_t seed, uint64_t first, uint64_t n, float scale)

@@ -1,7 +1,8 @@
 /* check_engine_gpu.c - an engine on a device against the host's: the same plans, logits and greedy ids; draws against the
  * host's sampler on the device's own logits.
  *
- *     check_engine_gpu MODEL [PLUGIN]         MODEL: tests/data/demo-model; ends with 77 where there is no GPU
+ *     check_engine_gpu MODEL [PLUGIN [NAME]]  MODEL: tests/data/demo-model; NAME: of the random models, or "demo", this one
+ *                                             alone. Ends with 77 where there is no GPU
  *
  * Tolerance: the device rounds activations and KV to bf16 (2^-9), some ten times per layer, with signs that are as good as
  * random: ||device - host|| <= LOGITS_OFF ||host||. Ids may part where the host's two best logits are closer than the
@@ -293,15 +294,19 @@ static void check_model(const char *name, const char *dir, bool random, const st
 int main(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: %s MODEL [PLUGIN]\n", argv[0]);
+        fprintf(stderr, "usage: %s MODEL [PLUGIN [NAME]]\n", argv[0]);
         return 2;
     }
     const struct backend_parts *parts = gpu_parts(argc > 2 ? argv[2] : NULL);
     if (!parts)
         return GPU_SKIP;
     printf("%s\n", parts->text);
-    check_model("demo", argv[1], false, parts);
+    const char *only = argc > 3 ? argv[3] : NULL;
+    if (!only || strcmp(only, "demo") == 0)
+        check_model("demo", argv[1], false, parts);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        if (only && strcmp(only, shapes[i].name) != 0)
+            continue;
         char dir[] = "/tmp/tandem-gpu-XXXXXX", path[64];
         FILE *f = NULL;
         if (mkdtemp(dir)) {
