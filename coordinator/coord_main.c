@@ -41,6 +41,8 @@ static void announce(const struct coord *c)
     }
     bound_address(control, sizeof control, c->opt.control.address, rpc_server_port(c->control_server, 0));
     log_line(&c->log, LOG_INFO, "serving \"%s\" on %s; ranks attach to %s", c->opt.served_name, list, control);
+    if (chat_status(c->chat)->code != ST_OK)
+        log_line(&c->log, LOG_INFO, "no chats are served: %s", chat_status(c->chat)->message);
     listeners_warn(&c->opt, &c->log);
     supervisor_line(c, "listening public=%s control=%s", list, control);
 }
@@ -161,8 +163,6 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
         return status_prefix(st, "--model");
     if ((rc = chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st)) != ST_OK)
         return status_prefix(st, c->opt.chat_template ? "--chat-template" : "--model");
-    if (chat_status(c->chat)->code != ST_OK)
-        log_line(&c->log, LOG_INFO, "no chats are served: %s", chat_status(c->chat)->message);
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
         return rc;
