@@ -1,6 +1,7 @@
-/* memory.c - the KV pool: who holds which page. Knows nothing of the machine; a back end (kv_ops) maps and clears.
+/* memory.c - the KV pool: creation, geometry, what others see of it, and the check of its books.
  *
- * Slots are numbers, ranges are addresses: memory_range.c has the picture.
+ * Slots are numbers, ranges are addresses: memory_range.c has the picture. Knows nothing of the machine; a back end
+ * (kv_ops) maps and clears.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -57,14 +58,24 @@ static enum status_code set_geometry(struct kv_pool *p, const struct kv_pool_con
                           "layers: %u layers * 2 * %u kv_heads * %u head_dim * %u elem_bytes, expected at most %" PRIu64
                           " bytes per token",
                           cfg->layers, cfg->kv_heads, cfg->head_dim, cfg->elem_bytes, TOKEN_BYTES_MAX);
-    p->account =
-        (struct kv_account){.page_bytes = cfg->page_bytes, .token_bytes = token, .total_pages = cfg->total_pages};
+    p->group_layers = cfg->group_layers ? cfg->group_layers : cfg->layers;
+    p->apart = cfg->apart;
+    p->lanes = cfg->layers / p->group_layers * (cfg->apart ? 2 : 1);
+    if (cfg->layers % p->group_layers)
+        return status_set(st, ST_INVALID_ARGUMENT, "group_layers: %u, expected a divisor of layers (%u)",
+                          cfg->group_layers, cfg->layers);
+    p->lane_bytes = token / p->lanes;
+    p->account = (struct kv_account){.page_bytes = cfg->page_bytes,
+                                     .token_bytes = token,
+                                     .total_pages = cfg->total_pages,
+                                     .lanes = p->lanes == 1 ? 0 : p->lanes};
     uint64_t pages = kv_pages_for(&p->account, cfg->max_tokens);
     if (pages > PAGES_MAX)
         return status_set(st, ST_INVALID_ARGUMENT,
                           "max_tokens: %u tokens of %" PRIu64 " bytes are %" PRIu64 " pages, expected at most %" PRIu64,
                           cfg->max_tokens, token, pages, PAGES_MAX);
     p->pages_per_slot = (uint32_t)pages;
+    p->lane_range_bytes = pages / p->lanes * cfg->page_bytes;
     return ST_OK;
 }
 
@@ -74,6 +85,24 @@ static void *array(size_t n, size_t size, const char *what, enum status_code *rc
     if (*rc == ST_OK && !a)
         *rc = status_nomem(st, what, n * size);
     return a;
+}
+
+static enum status_code open_backend(struct kv_pool *p, const struct kv_pool_config *cfg, struct status *st)
+{
+    const struct kv_geometry geo = {.slots = cfg->slots,
+                                    .range_bytes = p->pages_per_slot * cfg->page_bytes,
+                                    .page_bytes = cfg->page_bytes,
+                                    .total_pages = cfg->total_pages,
+                                    .device = cfg->device,
+                                    .driver = cfg->driver};
+    for (uint64_t page = 0; page < p->total_pages; page++) {
+        p->page[page].dirty = cfg->ops->new_pages_are_zero ? 0 : (uint32_t)cfg->page_bytes;
+        kv_cold_put(p, (uint32_t)page);
+    }
+    enum status_code rc = p->ops->open(&p->be, &geo, st);
+    if (rc == ST_OK)
+        p->mappings = p->ops->mappings(p->be);
+    return rc;
 }
 
 enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_config *cfg, struct status *st)
@@ -88,34 +117,27 @@ enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_confi
     p->slots = cfg->slots;
     p->max_tokens = cfg->max_tokens;
     p->layers = cfg->layers;
+    p->ahead_tokens = cfg->ahead_tokens;
+    p->arrival_tokens = cfg->arrival_tokens < cfg->max_tokens ? cfg->arrival_tokens : cfg->max_tokens;
+    p->suspend_bytes = cfg->suspend_bytes;
     rc = set_geometry(p, cfg, st);
     if (rc != ST_OK)
         goto fail;
     /* Without KV heads there is nothing to hold; the account still says total_pages, so that it bounds no other rank. */
-    p->total_pages = p->account.token_bytes ? cfg->total_pages : 0;
+    p->max_pages = p->total_pages = p->account.token_bytes ? cfg->total_pages : 0;
     p->cap_ranges = cfg->slots;
     uint64_t words = (p->total_pages + 63) / 64;
     p->slot = array(cfg->slots, sizeof *p->slot, "KV slots", &rc, st);
     p->ranges = array(cfg->slots, sizeof *p->ranges, "KV ranges", &rc, st);
-    p->dirty = array(p->total_pages + 1, sizeof *p->dirty, "KV pages", &rc, st);
+    p->page = array(p->total_pages + 1, sizeof *p->page, "KV pages", &rc, st);
+    p->target = array(p->pages_per_slot + 1ull, sizeof *p->target, "KV pages", &rc, st);
     p->cold = array(words + 1, sizeof *p->cold, "KV pages", &rc, st);
+    if (rc == ST_OK && p->total_pages)
+        rc = open_backend(p, cfg, st);
+    if (rc == ST_OK && p->be && cfg->background)
+        rc = kv_mapper_start(p, st);
     if (rc != ST_OK)
         goto fail;
-    for (uint64_t page = 0; page < p->total_pages; page++) {
-        p->dirty[page] = cfg->ops->new_pages_are_zero ? 0 : (uint32_t)cfg->page_bytes;
-        kv_cold_put(p, (uint32_t)page);
-    }
-    if (p->total_pages) {
-        struct kv_geometry geo = {.slots = cfg->slots,
-                                  .range_bytes = p->pages_per_slot * cfg->page_bytes,
-                                  .page_bytes = cfg->page_bytes,
-                                  .total_pages = cfg->total_pages,
-                                  .device = cfg->device,
-                                  .driver = cfg->driver};
-        rc = p->ops->open(&p->be, &geo, st);
-        if (rc != ST_OK)
-            goto fail;
-    }
     *out = p;
     return ST_OK;
 fail:
@@ -123,116 +145,36 @@ fail:
     return rc;
 }
 
+static void unmap_all(struct kv_pool *p, struct kv_range *r)
+{
+    for (uint32_t from = 0, to; from < r->mapped; from = to + 1) {
+        for (to = from; to < r->mapped && r->pages[to] != NO_PAGE;)
+            to++;
+        if (to > from)
+            (void)!kv_span_unmap(p, r, from, to, &p->cost, NULL);
+    }
+}
+
 void kv_pool_destroy(struct kv_pool *p)
 {
     if (!p)
         return;
-    for (uint32_t i = 0; i < p->n_ranges && p->be && !p->ops->close_unmaps; i++)
-        if (p->ranges[i]->mapped)
-            (void)p->ops->unmap(p->be, p->ranges[i]->base, p->ranges[i]->mapped, &p->map_calls, NULL);
+    kv_mapper_stop(p);
+    for (uint32_t i = 0; i < p->n_ranges && !p->ops->close_unmaps; i++)
+        unmap_all(p, p->ranges[i]);
+    for (uint32_t i = 0; p->slot && i < p->slots; i++)
+        kv_saved_free(p, &p->slot[i]);
+    kv_extents_free(p);
     if (p->be)
         p->ops->close(p->be);
     for (uint32_t i = 0; i < p->n_ranges; i++)
         free(p->ranges[i]);
+    free(p->target);
     free(p->cold);
-    free(p->dirty);
+    free(p->page);
     free(p->ranges);
     free(p->slot);
     free(p);
-}
-
-/* --- slots --- */
-
-static uint64_t free_pages(const struct kv_pool *p)
-{
-    return p->total_pages - p->used_pages - p->fenced_pages;
-}
-
-enum status_code kv_slot_grow(struct kv_pool *p, uint32_t slot, uint32_t tokens, struct status *st)
-{
-    if (slot >= p->slots)
-        return status_set(st, ST_OUT_OF_RANGE, "slot: %u, the pool has %u", slot, p->slots);
-    if (tokens > p->max_tokens)
-        return status_set(st, ST_OUT_OF_RANGE, "tokens: %u in slot %u, at most %u (max_tokens)", tokens, slot,
-                          p->max_tokens);
-    struct kv_slot *s = &p->slot[slot];
-    if (tokens <= s->tokens)
-        return ST_OK;
-
-    struct kv_range *r = s->range;
-    uint32_t want = (uint32_t)kv_pages_for(&p->account, tokens);
-    uint32_t have = r ? r->used : 0;
-    if (want > have) {
-        if (want - have > free_pages(p))
-            return status_set(st, ST_RESOURCE_EXHAUSTED,
-                              "slot %u: %u tokens take %u more pages, free are %" PRIu64 " of %" PRIu64 " (%" PRIu64
-                              " are fenced)",
-                              slot, tokens, want - have, free_pages(p), p->total_pages, p->fenced_pages);
-        enum status_code rc = r ? ST_OK : kv_range_pick(p, &r, st);
-        if (rc == ST_OK)
-            rc = kv_range_fill(p, r, want, st);
-        if (rc == ST_OK)
-            rc = kv_range_adopt(p, r, want, st);
-        if (rc != ST_OK) {
-            status_prefix(st, "slot %u, %u tokens", slot, tokens);
-            return rc;
-        }
-        p->used_pages += want - have;
-        s->range = r;
-    }
-    p->used_bytes += (uint64_t)(tokens - s->tokens) * p->account.token_bytes;
-    s->tokens = tokens;
-    return ST_OK;
-}
-
-void kv_slot_release(struct kv_pool *p, uint32_t slot, uint64_t step)
-{
-    if (slot >= p->slots)
-        return;
-    struct kv_slot *s = &p->slot[slot];
-    struct kv_range *r = s->range;
-    uint64_t bytes = s->tokens * p->account.token_bytes;
-    s->range = NULL;
-    s->tokens = 0;
-    p->used_bytes -= bytes;
-    if (!r)
-        return;
-    for (uint32_t i = 0; i < r->used; i++) {
-        uint64_t n = bytes < p->account.page_bytes ? bytes : p->account.page_bytes;
-        p->dirty[r->pages[i]] = (uint32_t)n;
-        bytes -= n;
-    }
-    p->used_pages -= r->used;
-    if (p->any_completed && step <= p->completed) {
-        kv_range_idle(p, r);
-        return;
-    }
-    p->fenced_pages += r->used;
-    kv_range_fence(p, r, step);
-}
-
-void kv_pool_complete(struct kv_pool *p, uint64_t step)
-{
-    if (p->any_completed && step < p->completed)
-        return;
-    p->any_completed = true;
-    p->completed = step;
-    for (struct kv_range *r = p->fenced.first, *next; r; r = next) {
-        next = r->next;
-        if (r->fence > step)
-            continue;
-        p->fenced_pages -= r->used;
-        kv_range_unfence(p, r);
-    }
-}
-
-void kv_pool_reset(struct kv_pool *p)
-{
-    for (uint32_t i = 0; i < p->slots; i++)
-        kv_slot_release(p, i, 0);
-    kv_pool_complete(p, UINT64_MAX);
-    p->any_completed = false;
-    p->completed = 0;
 }
 
 /* --- what others see --- */
@@ -247,25 +189,57 @@ uint32_t kv_slot_tokens(const struct kv_pool *p, uint32_t slot)
     return slot < p->slots ? p->slot[slot].tokens : 0;
 }
 
+uint8_t *kv_position_at(const struct kv_pool *p, const struct kv_range *r, uint32_t i)
+{
+    return r->base + i % p->lanes * p->lane_range_bytes + i / p->lanes * p->account.page_bytes;
+}
+
+uint64_t kv_position_bytes(const struct kv_pool *p, uint32_t i, uint32_t tokens)
+{
+    uint64_t all = tokens * p->lane_bytes, before = i / p->lanes * p->account.page_bytes;
+    if (all <= before)
+        return 0;
+    return all - before < p->account.page_bytes ? all - before : p->account.page_bytes;
+}
+
 struct kv_view kv_slot_view(const struct kv_pool *p, uint32_t slot, uint32_t layer)
 {
-    struct kv_view v = {.token_stride = p->account.token_bytes, .head_stride = p->head_bytes};
-    if (slot >= p->slots || layer >= p->layers || !p->slot[slot].range)
+    struct kv_view v = {.token_stride = p->lane_bytes, .head_stride = p->head_bytes};
+    if (slot >= p->slots || layer >= p->layers || !p->slot[slot].range || p->slot[slot].saved)
         return v;
-    v.k = p->slot[slot].range->base + layer * 2 * p->half_bytes;
-    v.v = v.k + p->half_bytes;
+    uint32_t group = layer / p->group_layers, inner = layer % p->group_layers;
+    v.tokens = p->slot[slot].tokens;
+    v.k = p->slot[slot].range->base;
+    if (p->apart) {
+        v.k += 2ull * group * p->lane_range_bytes + inner * p->half_bytes;
+        v.v = v.k + p->lane_range_bytes;
+    } else {
+        v.k += group * p->lane_range_bytes + inner * 2 * p->half_bytes;
+        v.v = v.k + p->half_bytes;
+    }
     return v;
 }
 
 struct kv_stats kv_pool_stats(const struct kv_pool *p)
 {
+    uint64_t suspended = 0;
+    for (uint32_t i = 0; p->n_extents && i < p->slots; i++)
+        suspended += p->slot[i].saved ? kv_pages_for(&p->account, p->slot[i].saved_tokens) : 0;
     return (struct kv_stats){
         .total_pages = p->total_pages,
         .mapped_pages = p->used_pages,
         .fenced_pages = p->fenced_pages,
-        .free_pages = free_pages(p),
-        .wasted_bytes = p->used_pages * p->account.page_bytes - p->used_bytes,
-        .map_calls = p->map_calls,
-        .map_ns = p->map_ns,
+        .free_pages = kv_free_pages(p),
+        .shared_pages = p->shared_pages,
+        .saved_pages = p->held - p->used_pages,
+        .parked_pages = kv_free_pages(p) - p->n_cold,
+        .given_pages = p->max_pages - p->total_pages,
+        .wasted_bytes = p->be ? p->held * p->account.page_bytes - p->used_bytes : 0,
+        .suspended_bytes = suspended * p->account.page_bytes,
+        .map_calls = p->cost.calls,
+        .clear_calls = p->cost.clears,
+        .map_ns = p->cost.ns,
+        .exposed_ns = p->exposed_ns,
+        .failed_ahead = p->failed_jobs,
     };
 }

@@ -3,24 +3,28 @@
  *   slot 0 |######......|  slot 1 |###.........|  ...        # mapped page-group   . reserved address only
  *
  * Every slot is a virtual range for max_tokens tokens, reserved once. Physical page-groups (2 MiB) are created once, the
- * whole budget, and mapped under a slot as it grows. Inside a slot the layout is token-major:
+ * whole budget, and mapped under a slot as it grows; slots that begin alike have the same pages under them. Inside a slot
+ * the layout is token-major:
  *
  *   [token][layer][K|V][kv head][D]     token_bytes = L * 2 * HK_loc * D * elem_bytes
  *
- * so a kernel sees a base address and strides and no tables (struct kv_view).
+ * or, by configuration, cut into lanes (groups of layers, K and V apart), each contiguous of its own. A kernel sees base
+ * addresses and strides and no tables (struct kv_view).
  *
  *     struct kv_pool *pool;
  *     kv_pool_create(&pool, &(struct kv_pool_config){ .ops = &kv_ops_host, ... }, st);
  *     kv_slot_grow(pool, slot, 17, st);           // tokens 0..16 may be written now
  *     struct kv_view v = kv_slot_view(pool, slot, layer);
+ *     kv_slot_share(pool, other, slot, 16, st);   // other begins with the same 16 tokens: whole pages are not copied
  *     kv_slot_release(pool, slot, step);          // after the plan `step` nobody reads the slot
  *     kv_pool_complete(pool, step);               // plan `step` has finished: its pages are free
  *
- * A page-group is FREE, or MAPPED in one slot, or FENCED: released, but a step in flight may still read it. (Sharing
- * and parking come with prefix reuse.) Content of a page that is mapped anew is zero, or at least finite: a released
- * page is cleared before it is used again, so that stale NaNs never reach a result.
+ * A page-group is FREE, or MAPPED in one slot or several, or FENCED: released, but a step in flight may still read it.
+ * Content of memory that a slot gets anew is zero: stale NaNs never reach a result. A shared page is full of tokens that
+ * all its slots have in common, so nobody writes to it.
  *
- * Threads: one, the step loop, calls every function here. Kernels in flight only touch mapped memory.
+ * Threads: one, the step loop, calls every function here. With `background` a second thread of the pool's own maps and
+ * clears ahead of time. Kernels in flight only touch mapped memory.
  */
 #ifndef TANDEM_MEMORY_H
 #define TANDEM_MEMORY_H
@@ -52,6 +56,17 @@ struct kv_pool_config {
     uint64_t total_pages; /* the physical budget */
     int device;           /* CUDA: which one */
     const char *driver;   /* CUDA: the driver's library, as dlopen takes it; NULL: libcuda.so.1 */
+
+    /* layout */
+    uint32_t group_layers; /* layers that lie side by side for each token, a divisor of layers; 0: all of them */
+    bool apart;            /* K and V in lanes of their own */
+
+    /* work ahead of time */
+    bool background;         /* a thread that maps and clears what will be needed; without it grow does everything */
+    uint32_t ahead_tokens;   /* background: every slot has pages ready for so many tokens more */
+    uint32_t arrival_tokens; /* background: an empty range has pages ready for a slot of so many tokens */
+
+    uint64_t suspend_bytes; /* host memory that suspended slots may take; 0: none can be suspended */
 };
 
 /* K and V of one layer of one slot. Element (token t, head h, d) of K stands at
@@ -61,16 +76,25 @@ struct kv_view {
     uint8_t *v;
     uint64_t token_stride; /* bytes */
     uint64_t head_stride;  /* bytes */
+    uint32_t tokens;       /* the length that was grown */
 };
 
 struct kv_stats {
-    uint64_t total_pages;
-    uint64_t mapped_pages;
+    uint64_t total_pages;  /* = mapped + fenced + free */
+    uint64_t mapped_pages; /* held by slots, shared ones counted once */
     uint64_t fenced_pages;
     uint64_t free_pages;
+    uint64_t shared_pages; /* of mapped_pages: held by two slots or more */
+    uint64_t saved_pages;  /* what sharing saves: pages that slots hold, each slot counted alone, less mapped_pages */
+    uint64_t parked_pages; /* of free_pages: still mapped somewhere, ready to be used there */
+    uint64_t given_pages;  /* given back to the machine, not in total_pages */
     uint64_t wasted_bytes; /* mapped, but past the length of the slot */
-    uint64_t map_calls;    /* calls into the kernel or driver since creation */
-    uint64_t map_ns;
+    uint64_t suspended_bytes; /* of host memory */
+    uint64_t map_calls;       /* calls into the kernel or driver that map, give access or unmap, since creation */
+    uint64_t clear_calls;     /* that clear, copy, save or load */
+    uint64_t map_ns;          /* in all these calls, both threads */
+    uint64_t exposed_ns;      /* of the step loop: in these calls, or waiting for the background thread */
+    uint64_t failed_ahead; /* calls that failed in the background; the step loop tries again when it needs the page */
 };
 
 /* Reserves all slots and creates all pages. Errors: INVALID_ARGUMENT (names the field), RESOURCE_EXHAUSTED (the machine
@@ -88,12 +112,37 @@ struct kv_account kv_pool_account(const struct kv_pool *pool);
 STATUS_MUST_CHECK enum status_code kv_slot_grow(struct kv_pool *pool, uint32_t slot, uint32_t tokens,
                                                 struct status *st);
 
+/* The slot, which is empty, gets the first `tokens` tokens of another: pages that these fill are shared, the rest of them
+ * (less than a page in each lane) is copied. Takes kv_pages_added(tokens, tokens) pages. The steps that wrote these tokens
+ * have finished. Fork is sharing all of a slot: from then on each side writes to pages of its own. Errors as for grow,
+ * and FAILED_PRECONDITION when the slot is not empty or the other has not so many tokens. */
+STATUS_MUST_CHECK enum status_code kv_slot_share(struct kv_pool *pool, uint32_t slot, uint32_t from, uint32_t tokens,
+                                                 struct status *st);
+
+/* Moves the slot's content to host memory; its pages are free at once, so no step in flight may touch the slot. Until
+ * kv_slot_resume, which needs as many pages as a grow from empty, it can only be released. The address stays the same;
+ * what was shared is shared no more. FAILED_PRECONDITION, RESOURCE_EXHAUSTED (suspend_bytes): nothing has changed. */
+STATUS_MUST_CHECK enum status_code kv_slot_suspend(struct kv_pool *pool, uint32_t slot, struct status *st);
+STATUS_MUST_CHECK enum status_code kv_slot_resume(struct kv_pool *pool, uint32_t slot, struct status *st);
+uint32_t kv_slot_suspended(const struct kv_pool *pool, uint32_t slot); /* its tokens; 0: it is not suspended */
+
 /* Empties the slot. Its pages are fenced until kv_pool_complete(step) or later; the slot itself may be grown again at
  * once. Releasing an empty slot is fine. */
 void kv_slot_release(struct kv_pool *pool, uint32_t slot, uint64_t step);
 
 /* All plans up to and including `step` have finished. Steps never go back within an epoch. */
 void kv_pool_complete(struct kv_pool *pool, uint64_t step);
+
+/* Gives free pages back to the machine, and takes some of them again; the account changes with it. The coordinator plans
+ * with fewer pages before the first, with more after the second. On failure total_pages says how far it came. */
+STATUS_MUST_CHECK enum status_code kv_pool_shrink(struct kv_pool *pool, uint64_t pages, struct status *st);
+STATUS_MUST_CHECK enum status_code kv_pool_extend(struct kv_pool *pool, uint64_t pages, struct status *st);
+
+/* Waits until the background thread has nothing to do. */
+void kv_pool_settle(struct kv_pool *pool);
+
+/* Whether all books agree with each other; INTERNAL with the first that does not. Slow; waits as kv_pool_settle does. */
+STATUS_MUST_CHECK enum status_code kv_pool_check(struct kv_pool *pool, struct status *st);
 
 /* Forgets all slots (a new epoch). No step may be in flight. */
 void kv_pool_reset(struct kv_pool *pool);

@@ -502,13 +502,17 @@ END_TEST
 #define WALK_TOKENS 60
 #define WALK_PAGES  22
 
+enum { FAULTS = 1, BACKGROUND = 2, LANES = 4 };
+
 struct walk_slot {
     uint32_t tokens;
+    bool suspended;
+    uint32_t id[8]; /* which page stands at each position: slots that share one have the same number */
     uint8_t bytes[WALK_TOKENS * 384]; /* what stands in the slot */
 };
 
 struct walk_fenced { /* a released slot that a step may still read */
-    const uint8_t *at;
+    struct kv_view at[2];
     uint64_t step;
     struct walk_slot was;
 };
@@ -516,8 +520,12 @@ struct walk_fenced { /* a released slot that a step may still read */
 struct walk {
     const struct back_end *be;
     struct kv_pool *pool;
+    int mode;
+    uint32_t lanes;
     uint64_t random;
     uint64_t step, done; /* running; finished steps are below `done` */
+    uint64_t total;      /* pages that are not given back */
+    uint32_t next_id;
     struct walk_slot slot[WALK_SLOTS];
     struct walk_fenced fenced[64];
     uint32_t n_fenced;
@@ -529,93 +537,212 @@ static uint32_t pick(struct walk *w, uint32_t n)
     return (uint32_t)(w->random >> 33) % n;
 }
 
-/* The walk keeps one byte for `scale` equal ones in the pool. */
-static void walk_put(struct walk *w, uint8_t *at, uint32_t from, const uint8_t *bytes, uint32_t n)
+/* Part `part` (layer, K or V) of 96 model bytes of token t. The walk keeps one byte for `scale` equal ones in the pool. */
+static uint8_t *walk_row(const struct kv_view at[2], uint32_t t, uint32_t part)
 {
-    const uint32_t scale = w->be->scale;
-    uint8_t *wide = malloc((size_t)n * scale + 1);
-    for (uint32_t i = 0; i < n; i++)
-        memset(wide + (size_t)i * scale, bytes[i], scale);
-    w->be->put(at + (uint64_t)from * scale, wide, (size_t)n * scale);
+    return (part % 2 ? at[part / 2].v : at[part / 2].k) + t * at[part / 2].token_stride;
+}
+
+static void walk_put(struct walk *w, const struct kv_view at[2], uint32_t from, uint32_t to, const uint8_t *bytes)
+{
+    const size_t scale = w->be->scale;
+    uint8_t *wide = malloc(96 * scale);
+    for (uint32_t t = from; t < to; t++)
+        for (uint32_t part = 0; part < 4; part++) {
+            for (uint32_t i = 0; i < 96; i++)
+                memset(wide + i * scale, bytes[t * 384 + part * 96 + i], scale);
+            w->be->put(walk_row(at, t, part), wide, 96 * scale);
+        }
     free(wide);
 }
 
-static bool walk_same(struct walk *w, const uint8_t *at, const uint8_t *bytes, uint32_t n)
+static bool walk_same(struct walk *w, const struct kv_view at[2], const struct walk_slot *s)
 {
     const size_t scale = w->be->scale;
-    uint8_t *wide = malloc(n * scale + 1);
-    w->be->get(wide, at, n * scale);
+    uint8_t *wide = malloc(96 * scale);
     bool same = true;
-    for (size_t i = 0; i < n * scale && same; i++)
-        same = wide[i] == bytes[i / scale];
+    for (uint32_t t = 0; t < s->tokens && same; t++)
+        for (uint32_t part = 0; part < 4 && same; part++) {
+            w->be->get(wide, walk_row(at, t, part), 96 * scale);
+            for (size_t i = 0; i < 96 * scale && same; i++)
+                same = wide[i] == s->bytes[t * 384 + part * 96 + i / scale];
+        }
     free(wide);
     return same;
 }
 
-static uint64_t walk_pages(uint32_t tokens)
+static void walk_views(struct walk *w, uint32_t slot, struct kv_view at[2])
 {
-    return ((uint64_t)tokens * 384 + 4095) / 4096; /* the model's own arithmetic */
+    at[0] = kv_slot_view(w->pool, slot, 0);
+    at[1] = kv_slot_view(w->pool, slot, 1);
+}
+
+/* The model's own arithmetic. */
+static uint32_t walk_pages(const struct walk *w, uint32_t tokens)
+{
+    return (tokens * 384 / w->lanes + 4095) / 4096 * w->lanes;
+}
+
+static uint32_t walk_full(const struct walk *w, uint32_t tokens)
+{
+    return tokens * 384 / w->lanes / 4096 * w->lanes;
+}
+
+static uint32_t walk_held(const struct walk *w, const struct walk_slot *s)
+{
+    return s->suspended ? 0 : walk_pages(w, s->tokens);
+}
+
+static void walk_count(const struct walk *w, uint64_t *mapped, uint64_t *fenced, uint64_t *shared)
+{
+    static uint32_t id[WALK_SLOTS * 8 + 64 * 8], times[WALK_SLOTS * 8 + 64 * 8];
+    uint32_t n = 0, active;
+    for (uint32_t i = 0; i < WALK_SLOTS; i++)
+        for (uint32_t k = 0; k < walk_held(w, &w->slot[i]); k++) {
+            uint32_t j = 0;
+            while (j < n && id[j] != w->slot[i].id[k])
+                j++;
+            times[j] = j == n ? 1 : times[j] + 1;
+            n += j == n;
+            id[j] = w->slot[i].id[k];
+        }
+    active = n;
+    for (uint32_t i = 0; i < w->n_fenced; i++)
+        for (uint32_t k = 0; k < walk_held(w, &w->fenced[i].was); k++) {
+            uint32_t j = 0;
+            while (j < n && id[j] != w->fenced[i].was.id[k])
+                j++;
+            n += j == n;
+            id[j] = w->fenced[i].was.id[k];
+        }
+    *mapped = active;
+    *fenced = n - active;
+    *shared = 0;
+    for (uint32_t j = 0; j < active; j++)
+        *shared += times[j] > 1;
 }
 
 static void walk_check(struct walk *w, uint64_t at)
 {
-    uint64_t mapped = 0, fenced = 0, used = 0;
+    uint64_t mapped, fenced, shared, waste = 0;
+    walk_count(w, &mapped, &fenced, &shared);
     for (uint32_t i = 0; i < WALK_SLOTS; i++) {
-        mapped += walk_pages(w->slot[i].tokens);
-        used += w->slot[i].tokens * 384;
-        ck_assert_uint_eq(kv_slot_tokens(w->pool, i), w->slot[i].tokens);
+        const struct walk_slot *s = &w->slot[i];
+        uint32_t tokens = s->suspended ? 0 : s->tokens;
+        waste += walk_held(w, s) * 4096 - tokens * 384;
+        ck_assert_uint_eq(kv_slot_tokens(w->pool, i), tokens);
+        ck_assert_uint_eq(kv_slot_suspended(w->pool, i), s->suspended ? s->tokens : 0);
     }
-    for (uint32_t i = 0; i < w->n_fenced; i++)
-        fenced += walk_pages(w->fenced[i].was.tokens);
     struct kv_stats s = kv_pool_stats(w->pool);
-    ck_assert_msg(
-        s.mapped_pages == mapped && s.fenced_pages == fenced && s.free_pages == WALK_PAGES - mapped - fenced &&
-            s.wasted_bytes == (mapped * 4096 - used) * w->be->scale,
-        "step %" PRIu64 ": the pool counts %" PRIu64 " mapped, %" PRIu64 " fenced, the model %" PRIu64 ", %" PRIu64, at,
-        s.mapped_pages, s.fenced_pages, mapped, fenced);
-
+    ck_assert_msg(s.mapped_pages == mapped && s.fenced_pages == fenced && s.shared_pages == shared &&
+                      s.free_pages == w->total - mapped - fenced && s.wasted_bytes == waste * w->be->scale,
+                  "step %" PRIu64 ": the pool counts %" PRIu64 " mapped, %" PRIu64 " fenced, %" PRIu64
+                  " shared, the model %" PRIu64 ", %" PRIu64 ", %" PRIu64,
+                  at, s.mapped_pages, s.fenced_pages, s.shared_pages, mapped, fenced, shared);
+    if (!(w->mode & BACKGROUND) || pick(w, 16) == 0) { /* the check waits for the thread */
+        struct status st = STATUS_INIT;
+        ck_assert_msg(kv_pool_check(w->pool, &st) == ST_OK, "step %" PRIu64 ": %s", at, st.message);
+    }
     uint32_t i = pick(w, WALK_SLOTS);
-    ck_assert_msg(walk_same(w, kv_slot_view(w->pool, i, 0).k, w->slot[i].bytes, w->slot[i].tokens * 384),
-                  "step %" PRIu64 ": slot %u differs", at, i);
+    struct kv_view view[2];
+    walk_views(w, i, view);
+    if (!w->slot[i].suspended)
+        ck_assert_msg(walk_same(w, view, &w->slot[i]), "step %" PRIu64 ": slot %u differs", at, i);
     if (w->n_fenced) {
         const struct walk_fenced *f = &w->fenced[pick(w, w->n_fenced)];
-        ck_assert_msg(walk_same(w, f->at, f->was.bytes, f->was.tokens * 384),
-                      "step %" PRIu64 ": a fenced range has changed", at);
+        ck_assert_msg(walk_same(w, f->at, &f->was), "step %" PRIu64 ": a fenced range has changed", at);
     }
 }
 
-static void walk_grow(struct walk *w, bool faults)
+/* Lets one of the next calls fail, now and then. */
+static bool walk_inject(struct walk *w)
+{
+    bool yes = w->mode & FAULTS && pick(w, 4) == 0;
+    fail_call = yes ? 1 + (int)pick(w, 6) : 0;
+    return yes;
+}
+
+/* An operation that needs `pages` free ones has ended: is that right? */
+static bool walk_ended(struct walk *w, enum status_code rc, uint64_t pages, bool injected)
+{
+    bool reached = injected && fail_call == 0;
+    fail_call = 0;
+    uint64_t mapped, fenced, shared;
+    walk_count(w, &mapped, &fenced, &shared);
+    if (pages > w->total - mapped - fenced)
+        ck_assert_int_eq(rc, ST_RESOURCE_EXHAUSTED);
+    else if (!reached)
+        ck_assert_int_eq(rc, ST_OK);
+    else if (!(w->mode & BACKGROUND)) /* else the thread may have met it */
+        ck_assert_int_eq(rc, ST_RESOURCE_EXHAUSTED);
+    return rc == ST_OK;
+}
+
+static void walk_grow(struct walk *w)
 {
     uint32_t i = pick(w, WALK_SLOTS);
     struct walk_slot *s = &w->slot[i];
     uint32_t tokens = s->tokens + 1 + pick(w, pick(w, 3) ? 4 : WALK_TOKENS);
-    struct kv_stats before = kv_pool_stats(w->pool);
-    fail_call = faults && pick(w, 4) == 0 ? 1 + (int)pick(w, 4) : 0;
-    bool injected = fail_call != 0;
+    bool injected = walk_inject(w);
     enum status_code rc = kv_slot_grow(w->pool, i, tokens, NULL);
-    injected = injected && fail_call == 0; /* it was reached */
-    fail_call = 0;
-    if (tokens > WALK_TOKENS)
-        ck_assert_int_eq(rc, ST_OUT_OF_RANGE);
-    else if (walk_pages(tokens) - walk_pages(s->tokens) > before.free_pages || injected)
-        ck_assert_int_eq(rc, ST_RESOURCE_EXHAUSTED);
-    else
-        ck_assert_int_eq(rc, ST_OK);
-    if (rc == ST_OK) {
-        memset(s->bytes + s->tokens * 384, 0, (tokens - s->tokens) * 384); /* the promise about new memory */
-        s->tokens = tokens;
+    if (tokens > WALK_TOKENS || s->suspended) {
+        ck_assert_int_eq(rc, tokens > WALK_TOKENS ? ST_OUT_OF_RANGE : ST_FAILED_PRECONDITION);
+        fail_call = 0;
+        return;
     }
+    if (!walk_ended(w, rc, walk_pages(w, tokens) - walk_pages(w, s->tokens), injected))
+        return;
+    for (uint32_t k = walk_pages(w, s->tokens); k < walk_pages(w, tokens); k++)
+        s->id[k] = w->next_id++;
+    memset(s->bytes + s->tokens * 384, 0, (tokens - s->tokens) * 384); /* the promise about new memory */
+    s->tokens = tokens;
 }
 
+static void walk_share(struct walk *w)
+{
+    uint32_t to = pick(w, WALK_SLOTS), from = pick(w, WALK_SLOTS);
+    struct walk_slot *s = &w->slot[to];
+    const struct walk_slot *f = &w->slot[from];
+    uint32_t tokens = pick(w, 3) ? f->tokens : pick(w, WALK_TOKENS + 1);
+    bool injected = walk_inject(w);
+    enum status_code rc = kv_slot_share(w->pool, to, from, tokens, NULL);
+    if (s->tokens || f->suspended || tokens > f->tokens) {
+        ck_assert_int_eq(rc, s->tokens || tokens > (f->suspended ? 0 : f->tokens) ? ST_FAILED_PRECONDITION : ST_OK);
+        fail_call = 0;
+        return;
+    }
+    if (!walk_ended(w, rc, walk_pages(w, tokens) - walk_full(w, tokens), injected))
+        return;
+    memcpy(s->id, f->id, walk_full(w, tokens) * sizeof *s->id);
+    for (uint32_t k = walk_full(w, tokens); k < walk_pages(w, tokens); k++)
+        s->id[k] = w->next_id++;
+    memcpy(s->bytes, f->bytes, tokens * 384);
+    s->tokens = tokens;
+}
+
+/* Writes what may be written: tokens behind the last page that is shared with anybody, be he in flight. */
 static void walk_write(struct walk *w)
 {
-    uint32_t i = pick(w, WALK_SLOTS);
+    uint32_t i = pick(w, WALK_SLOTS), first = 0;
     struct walk_slot *s = &w->slot[i];
-    if (s->tokens == 0)
+    if (s->tokens == 0 || s->suspended)
         return;
-    uint32_t from = pick(w, s->tokens * 384), n = 1 + pick(w, s->tokens * 384 - from);
-    memset(s->bytes + from, 1 + (int)pick(w, 255), n);
-    walk_put(w, kv_slot_view(w->pool, i, 0).k, from, s->bytes + from, n);
+    for (uint32_t k = 0; k < walk_pages(w, s->tokens); k++) {
+        bool shared = false;
+        for (uint32_t j = 0; j < WALK_SLOTS; j++)
+            shared = shared || (j != i && k < walk_held(w, &w->slot[j]) && w->slot[j].id[k] == s->id[k]);
+        for (uint32_t j = 0; j < w->n_fenced; j++)
+            shared = shared || (k < walk_held(w, &w->fenced[j].was) && w->fenced[j].was.id[k] == s->id[k]);
+        if (shared) /* a token on the page's edge belongs to it */
+            first = ((k / w->lanes + 1) * 4096 + 384 / w->lanes - 1) / (384 / w->lanes);
+    }
+    if (first >= s->tokens)
+        return;
+    uint32_t from = first + pick(w, s->tokens - first), n = 1 + pick(w, s->tokens - from);
+    memset(s->bytes + from * 384, 1 + (int)pick(w, 255), n * 384);
+    struct kv_view at[2];
+    walk_views(w, i, at);
+    walk_put(w, at, from, from + n, s->bytes);
 }
 
 static void walk_release(struct walk *w)
@@ -625,10 +752,52 @@ static void walk_release(struct walk *w)
     if (w->n_fenced == 64)
         return;
     uint64_t step = w->step - (w->step && pick(w, 8) == 0);
-    if (s->tokens && step >= w->done)
-        w->fenced[w->n_fenced++] = (struct walk_fenced){kv_slot_view(w->pool, i, 0).k, step, *s};
+    if (s->tokens && !s->suspended && step >= w->done) {
+        struct walk_fenced *f = &w->fenced[w->n_fenced++];
+        *f = (struct walk_fenced){.step = step, .was = *s};
+        walk_views(w, i, f->at);
+    }
     kv_slot_release(w->pool, i, step);
     s->tokens = 0;
+    s->suspended = false;
+}
+
+static void walk_suspend(struct walk *w)
+{
+    uint32_t i = pick(w, WALK_SLOTS);
+    struct walk_slot *s = &w->slot[i];
+    bool was = s->suspended, injected = walk_inject(w);
+    enum status_code rc = was ? kv_slot_resume(w->pool, i, NULL) : kv_slot_suspend(w->pool, i, NULL);
+    if (s->tokens == 0) {
+        ck_assert_int_eq(rc, ST_FAILED_PRECONDITION);
+        fail_call = 0;
+    } else if (walk_ended(w, rc, was ? walk_pages(w, s->tokens) : 0, injected)) {
+        s->suspended = !was;
+        for (uint32_t k = 0; k < walk_pages(w, s->tokens); k++)
+            s->id[k] = w->next_id++;
+    }
+}
+
+static void walk_resize(struct walk *w)
+{
+    bool shrink = pick(w, 2);
+    uint64_t pages = pick(w, 5), mapped, fenced, shared;
+    walk_count(w, &mapped, &fenced, &shared);
+    bool injected = walk_inject(w);
+    enum status_code rc = shrink ? kv_pool_shrink(w->pool, pages, NULL) : kv_pool_extend(w->pool, pages, NULL);
+    if (!shrink && pages > WALK_PAGES - w->total) {
+        ck_assert_int_eq(rc, ST_INVALID_ARGUMENT);
+        fail_call = 0;
+        return;
+    }
+    bool ok = walk_ended(w, rc, shrink ? pages : 0, injected);
+    uint64_t total = kv_pool_stats(w->pool).total_pages, full = shrink ? w->total - pages : w->total + pages;
+    if (ok)
+        ck_assert_uint_eq(total, full);
+    else
+        ck_assert(shrink ? total >= full && total <= w->total : total <= full && total >= w->total);
+    ck_assert_uint_eq(kv_pool_account(w->pool).total_pages, total);
+    w->total = total;
 }
 
 static void walk_complete(struct walk *w)
@@ -644,38 +813,67 @@ static void walk_complete(struct walk *w)
             i++;
 }
 
-static void walk(const struct back_end *be, bool faults)
+static void walk_reset(struct walk *w)
+{
+    kv_pool_reset(w->pool);
+    memset(w->slot, 0, sizeof w->slot);
+    w->n_fenced = 0;
+    w->step = w->done = 0;
+}
+
+static void walk_once(struct walk *w)
+{
+    uint32_t what = pick(w, 100);
+    if (what < 38)
+        walk_grow(w);
+    else if (what < 55)
+        walk_write(w);
+    else if (what < 64)
+        walk_share(w);
+    else if (what < 71)
+        walk_suspend(w);
+    else if (what < 73)
+        walk_resize(w);
+    else if (what < 83)
+        walk_release(w);
+    else if (what < 91)
+        w->step++;
+    else if (what < 99 || pick(w, 20))
+        walk_complete(w);
+    else
+        walk_reset(w);
+}
+
+static void walk(const struct back_end *be, int mode)
 {
     const char *seed = getenv("TANDEM_TEST_SEED"), *steps = getenv("TANDEM_TEST_STEPS");
     struct walk *w = calloc(1, sizeof *w);
     w->be = be;
+    w->mode = mode;
+    w->lanes = mode & LANES ? 4 : 1;
     w->random = seed ? strtoull(seed, NULL, 0) : 20260101;
+    w->total = WALK_PAGES;
     struct kv_pool_config cfg = small_config(be);
     cfg.slots = WALK_SLOTS;
     cfg.max_tokens = WALK_TOKENS;
     cfg.total_pages = WALK_PAGES;
-    w->pool = make(&cfg);
-    uint64_t n = steps ? strtoull(steps, NULL, 0) : be->scale > 1 ? 500 : 15000;
+    cfg.suspend_bytes = 8 * 16 * PAGE;
+    cfg.group_layers = mode & LANES ? 1 : 0;
+    cfg.apart = mode & LANES;
+    cfg.background = mode & BACKGROUND;
+    cfg.ahead_tokens = 12;
+    cfg.arrival_tokens = 25;
     count_driver_calls(be);
+    w->pool = make(&cfg);
+#ifdef TANDEM_SANITIZED
+    uint64_t n = 800;
+#else
+    uint64_t n = be->scale > 1 ? 200 : 4000;
+#endif
+    if (steps)
+        n = strtoull(steps, NULL, 0);
     for (uint64_t i = 0; i < n; i++) {
-        uint32_t what = pick(w, 100);
-        if (what < 45)
-            walk_grow(w, faults);
-        else if (what < 70)
-            walk_write(w);
-        else if (what < 80)
-            walk_release(w);
-        else if (what < 90)
-            w->step++;
-        else if (what < 99 || pick(w, 20))
-            walk_complete(w);
-        else {
-            kv_pool_reset(w->pool);
-            for (uint32_t s = 0; s < WALK_SLOTS; s++)
-                w->slot[s].tokens = 0;
-            w->n_fenced = 0;
-            w->step = w->done = 0;
-        }
+        walk_once(w);
         walk_check(w, i);
     }
     kv_pool_destroy(w->pool);
@@ -685,13 +883,31 @@ static void walk(const struct back_end *be, bool faults)
 
 START_TEST(random_walk_agrees_with_the_model)
 {
-    walk(&back_ends[_i], false);
+    walk(&back_ends[_i], 0);
+}
+END_TEST
+
+START_TEST(random_walk_over_lanes_agrees_with_the_model)
+{
+    walk(&back_ends[_i], LANES);
+}
+END_TEST
+
+START_TEST(random_walk_with_the_thread_agrees_with_the_model)
+{
+    walk(&back_ends[_i], BACKGROUND);
 }
 END_TEST
 
 START_TEST(random_walk_with_failing_calls_agrees_with_the_model)
 {
-    walk(&back_ends[_i], true);
+    walk(&back_ends[_i], FAULTS);
+}
+END_TEST
+
+START_TEST(random_walk_with_all_of_it_agrees_with_the_model)
+{
+    walk(&back_ends[_i], FAULTS | BACKGROUND | LANES);
 }
 END_TEST
 
@@ -1135,6 +1351,8 @@ static Suite *memory_suite(int first, int end)
     EACH(core, reset_forgets_slots_fences_and_steps);
     EACH(core, rank_without_heads_has_no_pages);
     EACH(core, random_walk_agrees_with_the_model);
+    EACH(core, random_walk_over_lanes_agrees_with_the_model);
+    EACH(core, random_walk_with_the_thread_agrees_with_the_model);
     EACH(limits, wrong_config_names_the_field);
     EACH(limits, overflowing_sizes_are_refused);
     EACH(limits, more_memory_than_the_machine_has_is_refused_with_the_arithmetic);
@@ -1149,6 +1367,7 @@ static Suite *memory_suite(int first, int end)
     EACH(faults, grow_survives_the_failure_of_any_call);
     EACH(faults, extra_range_survives_the_failure_of_any_call);
     EACH(faults, random_walk_with_failing_calls_agrees_with_the_model);
+    EACH(faults, random_walk_with_all_of_it_agrees_with_the_model);
     tcase_add_test(faults, interrupted_commit_is_tried_again);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);

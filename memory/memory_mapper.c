@@ -1,0 +1,257 @@
+/* memory_mapper.c - the background thread: maps, clears and unmaps ahead of time.
+ *
+ *   step loop   job[posted++ % JOBS] = ...; sem_post(&todo)          sem_trywait(&done) -> reap job[reaped++ % JOBS]
+ *   mapper                       sem_wait(&todo) -> run job[taken++ % JOBS]; sem_post(&done)
+ *
+ * One ring, filled by one thread and worked off by one, in order. The two semaphores are all the hand-over: their counts
+ * say which entries are whose, a post is one atomic addition, and the kernel is asked only when somebody sleeps. There is
+ * no flag beside them, so none can be read too early.
+ *
+ * The mapper decides nothing and keeps no books. The step loop chooses range, positions and pages; until it has reaped
+ * the job it touches none of them: range->job is set, and the pages are busy. The mapper reads range->pages and the dirty
+ * bytes of these positions, and writes the job's result.
+ *
+ * Pages that a job has made ready are free as before: the account knows nothing of the future. A job that fails has only
+ * failed to help; the step loop makes the same calls again when it needs them, and reports their error.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "memory/memory_internal.h"
+
+struct kv_mapper {
+    struct kv_pool *pool; /* what does not change after create */
+    pthread_t thread;
+    sem_t todo, done;
+    struct kv_job job[JOBS];
+    /* of the step loop */
+    uint64_t posted, reaped;
+    /* of the mapper */
+    uint64_t taken;
+};
+
+static void wait_for(sem_t *s)
+{
+    while (sem_wait(s) && errno == EINTR)
+        ;
+}
+
+/* --- the thread --- */
+
+static enum status_code run_job(struct kv_pool *p, struct kv_job *j)
+{
+    if (j->kind == JOB_UNMAP)
+        return kv_span_unmap(p, j->range, j->from, j->to, &j->cost, NULL);
+    enum status_code rc = ST_OK;
+    if (j->kind == JOB_MAP)
+        rc = kv_span_map(p, j->range, j->from, j->to, &j->cost, NULL);
+    if (rc != ST_OK)
+        return rc;
+    rc = kv_span_clear(p, j->range, j->from, j->to, &j->cost, NULL);
+    if (rc != ST_OK && j->kind == JOB_MAP && kv_span_unmap(p, j->range, j->from, j->to, &j->cost, NULL) != ST_OK)
+        abort(); /* taking out what was put in a moment ago: nobody would know what is mapped */
+    return rc;
+}
+
+static void *mapper_main(void *arg)
+{
+    struct kv_mapper *m = arg;
+    struct kv_pool *p = m->pool;
+    enum status_code rc = p->ops->enter ? p->ops->enter(p->be, NULL) : ST_OK;
+    for (;;) {
+        wait_for(&m->todo);
+        struct kv_job *j = &m->job[m->taken++ % JOBS];
+        if (j->kind == JOB_STOP)
+            return NULL;
+        j->rc = rc == ST_OK ? run_job(p, j) : rc;
+        sem_post(&m->done);
+    }
+}
+
+enum status_code kv_mapper_start(struct kv_pool *p, struct status *st)
+{
+    struct kv_mapper *m = calloc(1, sizeof *m);
+    if (!m)
+        return status_nomem(st, "the KV pool's thread", sizeof *m);
+    m->pool = p;
+    sem_init(&m->todo, 0, 0);
+    sem_init(&m->done, 0, 0);
+    int rc = pthread_create(&m->thread, NULL, mapper_main, m);
+    if (rc == 0) {
+        p->mapper = m;
+        return ST_OK;
+    }
+    sem_destroy(&m->todo);
+    sem_destroy(&m->done);
+    free(m);
+    return status_errno(st, ST_RESOURCE_EXHAUSTED, rc, "the KV pool's thread");
+}
+
+/* --- the step loop's side --- */
+
+static void post(struct kv_mapper *m, enum job_kind kind, struct kv_range *r, uint32_t from, uint32_t to)
+{
+    m->job[m->posted++ % JOBS] = (struct kv_job){.kind = kind, .range = r, .from = from, .to = to};
+    if (r)
+        r->job = true;
+    sem_post(&m->todo);
+}
+
+void kv_mapper_stop(struct kv_pool *p)
+{
+    struct kv_mapper *m = p->mapper;
+    if (!m)
+        return;
+    kv_mapper_drain(p);
+    post(m, JOB_STOP, NULL, 0, 0);
+    pthread_join(m->thread, NULL);
+    sem_destroy(&m->todo);
+    sem_destroy(&m->done);
+    free(m);
+    p->mapper = NULL;
+}
+
+static void account_map(struct kv_pool *p, const struct kv_job *j)
+{
+    struct kv_range *r = j->range;
+    for (uint32_t i = j->from; i < j->to; i++) {
+        uint32_t page = r->pages[i];
+        p->page[page].busy = false;
+        if (j->rc == ST_OK) {
+            p->page[page].dirty = 0;
+            p->page[page].maps += j->kind == JOB_MAP;
+            p->positions += j->kind == JOB_MAP;
+        } else if (j->kind == JOB_MAP) {
+            r->pages[i] = NO_PAGE;
+            kv_cold_put(p, page);
+        }
+    }
+    while (r->mapped > 0 && r->pages[r->mapped - 1] == NO_PAGE)
+        r->mapped--;
+}
+
+/* The job at the ring's end is done. */
+static void reap_one(struct kv_pool *p)
+{
+    struct kv_mapper *m = p->mapper;
+    const struct kv_job *j = &m->job[m->reaped++ % JOBS];
+    if (j->kind != JOB_UNMAP)
+        account_map(p, j);
+    else if (j->rc == ST_OK)
+        kv_positions_forget(p, j->range, j->from, j->to);
+    j->range->job = false;
+    p->cost.calls += j->cost.calls;
+    p->cost.clears += j->cost.clears;
+    p->cost.ns += j->cost.ns;
+    p->failed_jobs += j->rc != ST_OK;
+}
+
+void kv_mapper_reap(struct kv_pool *p)
+{
+    while (p->mapper && p->mapper->reaped < p->mapper->posted && sem_trywait(&p->mapper->done) == 0)
+        reap_one(p);
+}
+
+void kv_mapper_drain(struct kv_pool *p)
+{
+    while (p->mapper && p->mapper->reaped < p->mapper->posted) {
+        wait_for(&p->mapper->done);
+        reap_one(p);
+    }
+}
+
+void kv_mapper_wait(struct kv_pool *p, struct kv_range *r)
+{
+    while (r->job) {
+        wait_for(&p->mapper->done);
+        reap_one(p);
+    }
+}
+
+/* --- what to do ahead --- */
+
+enum readiness { READY, DIRTY, EMPTY, STALE, TAKEN };
+
+static enum readiness readiness(const struct kv_pool *p, const struct kv_range *r, uint32_t i)
+{
+    if (r->pages[i] == NO_PAGE)
+        return EMPTY;
+    const struct kv_page *page = &p->page[r->pages[i]];
+    if (page->busy)
+        return TAKEN; /* by a job for another position: it may come free */
+    if (!kv_page_free(page))
+        return STALE;
+    return page->dirty ? DIRTY : READY;
+}
+
+static void post_map(struct kv_pool *p, struct kv_range *r, uint32_t from, uint32_t to)
+{
+    if (p->positions + (to - from) > p->mappings)
+        return;
+    uint32_t got = kv_pages_claim(p, r, r->mapped, true, to - from, &p->target[from]);
+    if (got == 0)
+        return;
+    to = from + got;
+    memcpy(&r->pages[from], &p->target[from], got * sizeof *r->pages);
+    if (r->mapped < to)
+        r->mapped = to;
+    post(p->mapper, JOB_MAP, r, from, to);
+}
+
+void kv_mapper_prepare(struct kv_pool *p, struct kv_range *r, uint32_t to)
+{
+    struct kv_mapper *m = p->mapper;
+    if (!m || r->job || m->posted - m->reaped >= JOBS - 1)
+        return;
+    uint32_t i = r->used;
+    enum readiness what = READY;
+    while (i < to && (what = readiness(p, r, i)) == READY)
+        i++;
+    uint32_t end = i;
+    while (end < to && readiness(p, r, end) == what)
+        end++;
+    if (i == end || what == TAKEN)
+        return;
+    if (what == EMPTY) {
+        post_map(p, r, i, end);
+    } else if (what == STALE) {
+        post(m, JOB_UNMAP, r, i, end);
+    } else {
+        uint32_t n = 0; /* a page may stand at two positions */
+        for (; i + n < end && !p->page[r->pages[i + n]].busy; n++)
+            p->page[r->pages[i + n]].busy = true;
+        post(m, JOB_CLEAR, r, i, i + n);
+    }
+}
+
+/* Of one range that lay idle longest: what others hold at its end. */
+static void unmap_stale(struct kv_pool *p)
+{
+    for (struct kv_range *r = p->idle.last; r; r = r->prev) {
+        uint32_t from = r->mapped;
+        while (!r->job && from > 0 && readiness(p, r, from - 1) == STALE)
+            from--;
+        if (r->job || from == r->mapped || p->mapper->posted - p->mapper->reaped >= JOBS - 1)
+            continue;
+        post(p->mapper, JOB_UNMAP, r, from, r->mapped);
+        return;
+    }
+}
+
+void kv_mapper_tend(struct kv_pool *p)
+{
+    if (!p->mapper)
+        return;
+    kv_mapper_reap(p);
+    uint32_t want = (uint32_t)kv_pages_for(&p->account, p->arrival_tokens);
+    struct kv_range *r;
+    if (want && p->idle.first && kv_range_pick(p, NULL, 0, want, &r, NULL) == ST_OK)
+        kv_mapper_prepare(p, r, want);
+    else if (want && !p->idle.first && p->n_ranges < p->cap_ranges &&
+             kv_range_pick(p, NULL, 0, want, &r, NULL) == ST_OK)
+        kv_mapper_prepare(p, r, want);
+    unmap_stale(p);
+}
