@@ -29,7 +29,7 @@ enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, cons
                                   struct status *st)
 {
     struct group *g = &e->group;
-    struct kv_account kv = {r->page_bytes, r->token_bytes, r->total_pages};
+    struct kv_account kv = {.page_bytes = r->page_bytes, .token_bytes = r->token_bytes, .total_pages = r->total_pages};
     enum status_code rc = check_ready(r, st);
     if (rc != ST_OK)
         return rc;

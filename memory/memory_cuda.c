@@ -31,6 +31,7 @@
     X(cuDeviceGetAttribute)                                                                                            \
     X(cuDevicePrimaryCtxRetain)                                                                                        \
     X(cuDevicePrimaryCtxRelease)                                                                                       \
+    X(cuCtxGetStreamPriorityRange)                                                                                     \
     X(cuCtxSetCurrent)                                                                                                 \
     X(cuMemGetInfo)                                                                                                    \
     X(cuMemGetAllocationGranularity)                                                                                   \
@@ -43,7 +44,7 @@
     X(cuMemSetAccess)                                                                                                  \
     X(cuMemHostAlloc)                                                                                                  \
     X(cuMemFreeHost)                                                                                                   \
-    X(cuStreamCreate)                                                                                                  \
+    X(cuStreamCreateWithPriority)                                                                                      \
     X(cuStreamDestroy)                                                                                                 \
     X(cuStreamSynchronize)                                                                                             \
     X(cuMemsetD8Async)                                                                                                 \
@@ -138,8 +139,11 @@ static enum status_code open_device(struct kv_backend *be, struct status *st)
         return failed(be, rc, st, "cuDevicePrimaryCtxRetain");
     be->context = context;
     rc = be->cu.cuCtxSetCurrent(context);
+    int least = 0, greatest = 0; /* a step that fills the GPU lets those of higher priority in as its blocks end */
     if (rc == CUDA_SUCCESS)
-        rc = be->cu.cuStreamCreate(&be->stream, CU_STREAM_NON_BLOCKING);
+        rc = be->cu.cuCtxGetStreamPriorityRange(&least, &greatest);
+    if (rc == CUDA_SUCCESS)
+        rc = be->cu.cuStreamCreateWithPriority(&be->stream, CU_STREAM_NON_BLOCKING, greatest);
     if (rc != CUDA_SUCCESS)
         return failed(be, rc, st, "a CUDA stream for the KV pool");
     be->prop = (CUmemAllocationProp){.type = CU_MEM_ALLOCATION_TYPE_PINNED,

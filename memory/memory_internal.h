@@ -225,6 +225,7 @@ enum status_code kv_span_map(struct kv_pool *p, struct kv_range *r, uint32_t fro
                              struct status *st);
 enum status_code kv_span_unmap(struct kv_pool *p, struct kv_range *r, uint32_t from, uint32_t to, struct kv_cost *cost,
                                struct status *st);
+/* Only starts: sync has to follow. */
 enum status_code kv_span_clear(struct kv_pool *p, struct kv_range *r, uint32_t from, uint32_t to, struct kv_cost *cost,
                                struct status *st);
 

@@ -41,19 +41,45 @@ static void wait_for(sem_t *s)
 
 /* --- the thread --- */
 
+#define BATCH 64
+
+/* What was put in a moment ago; if that fails, nobody knows what is mapped. */
+static void take_out(struct kv_pool *p, struct kv_job *j)
+{
+    if (kv_span_unmap(p, j->range, j->from, j->to, &j->cost, NULL) != ST_OK)
+        abort();
+}
+
+/* Starts the job; clears go on until the batch is finished. */
 static enum status_code run_job(struct kv_pool *p, struct kv_job *j)
 {
     if (j->kind == JOB_UNMAP)
         return kv_span_unmap(p, j->range, j->from, j->to, &j->cost, NULL);
-    enum status_code rc = ST_OK;
-    if (j->kind == JOB_MAP)
-        rc = kv_span_map(p, j->range, j->from, j->to, &j->cost, NULL);
+    if (j->kind == JOB_CLEAR)
+        return kv_span_clear(p, j->range, j->from, j->to, &j->cost, NULL);
+    enum status_code rc = kv_span_map(p, j->range, j->from, j->to, &j->cost, NULL);
     if (rc != ST_OK)
         return rc;
     rc = kv_span_clear(p, j->range, j->from, j->to, &j->cost, NULL);
-    if (rc != ST_OK && j->kind == JOB_MAP && kv_span_unmap(p, j->range, j->from, j->to, &j->cost, NULL) != ST_OK)
-        abort(); /* taking out what was put in a moment ago: nobody would know what is mapped */
+    if (rc != ST_OK)
+        take_out(p, j);
     return rc;
+}
+
+/* Waits once for the clears of all n jobs. A device full of one step's work gets to them when that ends: a wait for each
+ * of them would be a job a step. */
+static void finish(struct kv_mapper *m, struct kv_job **job, uint32_t n, bool cleared)
+{
+    struct kv_pool *p = m->pool;
+    enum status_code rc = cleared ? p->ops->sync(p->be, NULL) : ST_OK;
+    for (uint32_t i = 0; i < n; i++) {
+        if (rc != ST_OK && job[i]->rc == ST_OK && job[i]->kind != JOB_UNMAP) {
+            job[i]->rc = rc;
+            if (job[i]->kind == JOB_MAP)
+                take_out(p, job[i]);
+        }
+        sem_post(&m->done);
+    }
 }
 
 static void *mapper_main(void *arg)
@@ -61,14 +87,23 @@ static void *mapper_main(void *arg)
     struct kv_mapper *m = arg;
     struct kv_pool *p = m->pool;
     enum status_code rc = p->ops->enter ? p->ops->enter(p->be, NULL) : ST_OK;
-    for (;;) {
+    for (bool stop = false; !stop;) {
+        struct kv_job *batch[BATCH];
+        uint32_t n = 0;
+        bool cleared = false;
         wait_for(&m->todo);
-        struct kv_job *j = &m->job[m->taken++ % JOBS];
-        if (j->kind == JOB_STOP)
-            return NULL;
-        j->rc = rc == ST_OK ? run_job(p, j) : rc;
-        sem_post(&m->done);
+        do {
+            struct kv_job *j = &m->job[m->taken++ % JOBS];
+            stop = j->kind == JOB_STOP;
+            if (stop)
+                break;
+            j->rc = rc == ST_OK ? run_job(p, j) : rc;
+            cleared = cleared || j->cost.clears;
+            batch[n++] = j;
+        } while (n < BATCH && sem_trywait(&m->todo) == 0);
+        finish(m, batch, n, cleared);
     }
+    return NULL;
 }
 
 enum status_code kv_mapper_start(struct kv_pool *p, struct status *st)

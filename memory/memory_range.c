@@ -217,7 +217,7 @@ enum status_code kv_span_clear(struct kv_pool *p, struct kv_range *r, uint32_t f
 {
     const uint64_t size = p->account.page_bytes;
     enum status_code rc = ST_OK;
-    uint64_t before = cost->clears, t = kv_now_ns();
+    uint64_t t = kv_now_ns();
     for (struct piece it = {0}; rc == ST_OK && next_piece(p, &it, from, to);)
         for (uint32_t i = 0, run; i < it.n && rc == ST_OK; i += run) {
             uint64_t bytes = p->page[r->pages[it.from + i * p->lanes]].dirty;
@@ -228,8 +228,6 @@ enum status_code kv_span_clear(struct kv_pool *p, struct kv_range *r, uint32_t f
             cost->clears++;
             rc = p->ops->clear(p->be, kv_position_at(p, r, it.from + i * p->lanes), bytes, st);
         }
-    if (rc == ST_OK && cost->clears > before)
-        rc = p->ops->sync(p->be, st);
     cost->ns += kv_now_ns() - t;
     return rc;
 }
@@ -437,10 +435,12 @@ static enum status_code map_targets(struct kv_pool *p, struct kv_range *r, uint3
 static enum status_code clear_targets(struct kv_pool *p, struct kv_range *r, uint32_t from, uint32_t want,
                                       struct status *st)
 {
-    for (uint32_t i = from; i < want; i++)
-        if (p->page[r->pages[i]].dirty)
-            return kv_span_clear(p, r, i, want, &p->cost, st);
-    return ST_OK;
+    uint64_t before = p->cost.clears;
+    enum status_code rc = from < want ? kv_span_clear(p, r, from, want, &p->cost, st) : ST_OK;
+    if (p->cost.clears == before)
+        return rc;
+    enum status_code end = p->ops->sync(p->be, rc == ST_OK ? st : NULL);
+    return rc == ST_OK ? end : rc;
 }
 
 enum status_code kv_range_take(struct kv_pool *p, struct kv_range *r, const uint32_t *prefix, uint32_t n_prefix,

@@ -14,7 +14,7 @@ struct kv_account {
     uint64_t page_bytes;  /* one page-group */
     uint64_t token_bytes; /* one token, all layers, K and V; 0 only on a rank without KV heads */
     uint64_t total_pages;
-    uint32_t lanes; /* pieces that a token's bytes are cut into, each contiguous of its own; 0 is 1, the usual */
+    uint32_t lanes;  /* pieces that a token's bytes are cut into, each contiguous of its own; 0 is 1, the usual */
     uint32_t uneven; /* 1: ranks differ in token_bytes, so that a shared prefix may save one page (per lane) less */
 };
 

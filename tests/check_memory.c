@@ -129,15 +129,17 @@ static void *gpu_call(const char *name)
 
 static void gpu_put(void *to, const void *from, size_t n)
 {
-    int (*call)(uintptr_t, const void *, size_t);
-    *(void **)&call = gpu_call("cuMemcpyHtoD_v2");
+    static int (*call)(uintptr_t, const void *, size_t);
+    if (!call)
+        *(void **)&call = gpu_call("cuMemcpyHtoD_v2");
     ck_assert_int_eq(n ? call((uintptr_t)to, from, n) : 0, 0);
 }
 
 static void gpu_get(void *to, const void *from, size_t n)
 {
-    int (*call)(void *, uintptr_t, size_t);
-    *(void **)&call = gpu_call("cuMemcpyDtoH_v2");
+    static int (*call)(void *, uintptr_t, size_t);
+    if (!call)
+        *(void **)&call = gpu_call("cuMemcpyDtoH_v2");
     ck_assert_int_eq(n ? call(to, (uintptr_t)from, n) : 0, 0);
 }
 #endif
@@ -868,7 +870,7 @@ static void walk(const struct back_end *be, int mode)
 #ifdef TANDEM_SANITIZED
     uint64_t n = 800;
 #else
-    uint64_t n = be->scale > 1 ? 200 : 4000;
+    uint64_t n = be->scale > 1 ? 25 : 4000;
 #endif
     if (steps)
         n = strtoull(steps, NULL, 0);

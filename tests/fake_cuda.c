@@ -136,9 +136,16 @@ CUresult CUDAAPI cuCtxSetCurrent(CUcontext context)
     return fault();
 }
 
-CUresult CUDAAPI cuStreamCreate(CUstream *stream, unsigned flags)
+CUresult CUDAAPI cuCtxGetStreamPriorityRange(int *least, int *greatest)
 {
-    (void)flags;
+    *least = 0;
+    *greatest = -5;
+    return fault();
+}
+
+CUresult CUDAAPI cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority)
+{
+    (void)flags, (void)priority;
     FAULT_OR_LOCK();
     fake_cuda.live++;
     *stream = (CUstream)&fake_cuda;

@@ -104,7 +104,7 @@ static void draw_group(struct sim *m, struct sim_group *g)
     g->n_ranks = between(m, 1, SIM_MAX_RANKS);
     g->slots = chance(m, 200) ? between(m, 1, 2) : between(m, 1, MAX_SLOTS / (chance(m, 700) ? 4 : 1));
     g->max_context = between(m, m->o->context / 4, m->o->context);
-    struct kv_account worst = {page_bytes, token_bytes, 0};
+    struct kv_account worst = {.page_bytes = page_bytes, .token_bytes = token_bytes};
     uint64_t full = kv_pages_for(&worst, g->max_context);
     uint64_t lo = full * m->o->min_context_fits, hi = full * m->o->max_context_fits;
     uint64_t total = between(m, (uint32_t)lo, (uint32_t)hi);
@@ -112,7 +112,7 @@ static void draw_group(struct sim *m, struct sim_group *g)
         total = 1;
     uint32_t weakest = between(m, 0, g->n_ranks - 1);
     for (uint32_t i = 0; i < g->n_ranks; i++) {
-        g->kv[i].page_bytes = page_bytes;
+        g->kv[i] = (struct kv_account){.page_bytes = page_bytes};
         g->kv[i].token_bytes = i == weakest ? token_bytes : token_bytes - between(m, 0, token_bytes / 2);
         g->kv[i].total_pages = total + (i == weakest ? 0 : between(m, 0, 3));
     }
