@@ -221,6 +221,11 @@ enum status_code plan(void *state, const struct attn_gpu_step *step, struct stat
 cudaError_t launch(const cuda_state *s, cuda_run_args *a, uint32_t roles, uint32_t set, uint32_t blocks, void *stream)
 {
     a->roles = roles;
+    a->sms = s->sms;
+    for (uint32_t r = 0; r < ROLES; r++) { /* as the kernel counts */
+        uint32_t rounds = blocks / s->sms;
+        a->taken[r] = roles != BOTH_ROLES ? blocks : (rounds + (r == ROLE_PREFILL)) / ROLES * s->sms;
+    }
     a->counters = s->ws.counters + set;
     s->kernel->run<<<blocks, THREADS, s->kernel->shared_bytes, (cudaStream_t)stream>>>(*a);
     return cudaGetLastError();
@@ -265,11 +270,10 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
     a.bend_in = c->soft_cap > 0 ? c->scale / c->soft_cap : 0;
     a.bend_out = (c->soft_cap > 0 ? c->soft_cap : c->scale) * LOG2_E;
 
-    const uint32_t both = 1 << ROLE_PREFILL | 1 << ROLE_DECODE;
     bool decodes_only = step->max_seq_rows * a.group <= DECODE_ROWS;
     cudaError_t err;
     if (decodes_only || c->policy == ATTN_GPU_AUTO || c->policy == ATTN_GPU_FUSED) {
-        err = launch(s, &a, decodes_only ? 1 << ROLE_DECODE : both, 0, s->blocks, step->stream);
+        err = launch(s, &a, decodes_only ? 1 << ROLE_DECODE : BOTH_ROLES, 0, s->blocks, step->stream);
     } else if (c->policy == ATTN_GPU_SERIAL) {
         err = launch(s, &a, 1 << ROLE_PREFILL, 0, s->blocks, step->stream);
         if (err == cudaSuccess)

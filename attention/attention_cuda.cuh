@@ -17,13 +17,13 @@
 #include "attention/attention_internal.h"
 
 enum cuda_role { ROLE_PREFILL = 0, ROLE_DECODE = 1, ROLES = 2 };
+constexpr uint32_t BOTH_ROLES = 1 << ROLE_PREFILL | 1 << ROLE_DECODE;
 
 constexpr uint32_t DECODE_ROWS = 16; /* the rows of one mma */
 constexpr uint32_t TILE_KEYS = 64;   /* work is counted in tiles of so many keys */
 constexpr uint32_t WARPS = 4;
 constexpr uint32_t THREADS = WARPS * 32;
-constexpr uint32_t BLOCKS_PER_SM = 2; /* what one waits for, the other hides */
-constexpr uint32_t MAX_SM_IDS = 1024;
+constexpr uint32_t BLOCKS_PER_SM = 2;    /* what one waits for, the other hides */
 constexpr uint32_t PLAN_MAX_SEQS = 8192; /* the planner keeps a prefix sum of them in shared memory */
 
 struct cuda_item {
@@ -37,12 +37,10 @@ struct cuda_item {
     uint32_t slot;  /* of the unit's part 0; its number of arrived parts stands at the same index */
 };
 
-/* Counters that the blocks of one launch share. next and left are zero between launches: the last block to leave sees to
- * it. Of tickets only the parity counts. */
+/* Counters that the blocks of one launch share, zero between launches: the last block to leave sees to it. */
 struct cuda_counters {
-    uint32_t next[ROLES];
-    uint32_t left; /* blocks */
-    uint32_t ticket[MAX_SM_IDS];
+    uint32_t next[ROLES]; /* items taken, beside those that blocks begin with */
+    uint32_t left;        /* blocks */
 };
 
 struct cuda_lists {
@@ -79,7 +77,9 @@ struct cuda_run_args {
     char *out;
     uint64_t q_row_stride, out_row_stride, kv_offset, token_stride, head_stride;
     uint32_t group, head_dim, window;
-    uint32_t roles;    /* bit per role: the lists to work on */
+    uint32_t roles;        /* bit per role: the lists to work on */
+    uint32_t taken[ROLES]; /* items that blocks begin with: block i of a role with item i */
+    uint32_t sms;
     float score_scale; /* scores times this are powers of 2; 1 where they are bent first; positive */
     uint32_t bent;     /* scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
     float bend_in, bend_out;

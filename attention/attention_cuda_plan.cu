@@ -11,7 +11,7 @@ namespace
 {
 constexpr uint32_t PLAN_THREADS = 512;
 constexpr uint32_t PLAN_BLOCKS = 16;
-constexpr uint32_t MIN_PART_TILES = 4;     /* less is all start and end */
+constexpr uint32_t MIN_PART_TILES = 2;     /* less is all start and end */
 constexpr uint32_t MAX_PREFILL_PARTS = 16; /* one block adds them up */
 constexpr uint32_t MAX_DECODE_PARTS = 64;
 
@@ -63,37 +63,60 @@ struct part_rule {
     uint32_t tiles[ROLES]; /* of a part; 0: not cut */
 };
 
-__device__ uint32_t at_least_one_of(uint64_t total, uint32_t share)
+/* What a part costs beside its own tiles, in tiles: start and end; of a unit in k parts the sums too, k times over. */
+__device__ uint32_t overhead(cuda_role role, uint32_t k)
 {
-    return (uint32_t)((total + share - 1) / share);
+    return k == 1 ? 1 : role == ROLE_DECODE ? 2 : 2 + k / 2;
 }
 
-/* Slots are enough by construction: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, so all have
- * fewer than twice the number that the total is divided by. */
-__device__ part_rule rule_for(const cuda_plan_args &a, const uint64_t (&total)[ROLES])
+/* Into how many parts the longest unit is cut, so that the last block is done soonest: `units` of it would make up all the
+ * work, and blocks take parts in rounds. Slots are enough by construction: a unit that is cut has fewer than
+ * 2 * tiles / (tiles of a part) parts, so all have fewer than 2 * units * k, and that is bounded here. */
+__device__ uint32_t best_parts(const cuda_plan_args &a, cuda_role role, uint64_t total, uint32_t longest)
+{
+    uint32_t most_parts = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
+    uint64_t most_items = (role == ROLE_DECODE ? 4 : 2) * (uint64_t)a.blocks;
+    uint64_t best_cost = UINT64_MAX;
+    uint32_t best = 1;
+    for (uint32_t k = 1; k <= most_parts; k++) {
+        uint32_t each = (longest + k - 1) / k;
+        uint64_t items = (total + each - 1) / each;
+        if (k > 1 && (each < MIN_PART_TILES || items > most_items))
+            break;
+        uint64_t cost = (items + a.blocks - 1) / a.blocks * (each + overhead(role, k));
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = k;
+        }
+    }
+    return best;
+}
+
+/* total: tiles of all units of a role; longest: those of the longest unit. */
+__device__ part_rule rule_for(const cuda_plan_args &a, const uint64_t (&total)[ROLES], const uint32_t (&longest)[ROLES])
 {
     part_rule r;
-    if (a.fixed_tiles) {
-        r.tiles[ROLE_PREFILL] = 0;
-        r.tiles[ROLE_DECODE] = a.fixed_tiles;
-        return r;
+    r.tiles[ROLE_PREFILL] = 0;
+    r.tiles[ROLE_DECODE] = a.fixed_tiles;
+    for (uint32_t role = 0; role < ROLES && !a.fixed_tiles; role++) {
+        uint32_t k = best_parts(a, (cuda_role)role, total[role] * a.kv_heads, longest[role]);
+        r.tiles[role] = (longest[role] + k - 1) / k;
     }
-    uint32_t p = at_least_one_of(total[ROLE_PREFILL] * a.kv_heads, 2 * a.blocks);
-    uint32_t d = at_least_one_of(total[ROLE_DECODE] * a.kv_heads, 4 * a.blocks);
-    r.tiles[ROLE_PREFILL] = p > MIN_PART_TILES ? p : MIN_PART_TILES;
-    r.tiles[ROLE_DECODE] = d > MIN_PART_TILES ? d : MIN_PART_TILES;
     return r;
 }
 
-/* Tiles of each part of a unit; all but the last are equal. */
-__device__ uint32_t part_tiles(const part_rule &r, cuda_role role, uint32_t tiles)
+/* Tiles of each part of a unit, the last of which may have fewer. Under a fixed cut all parts but the last are of the
+ * rule's size; else they are about equal. */
+__device__ uint32_t part_tiles(const cuda_plan_args &a, const part_rule &r, cuda_role role, uint32_t tiles)
 {
     uint32_t of_rule = r.tiles[role];
     if (of_rule == 0 || tiles <= of_rule)
         return tiles;
     uint32_t most = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
-    uint32_t least = (tiles + most - 1) / most;
-    return of_rule > least ? of_rule : least;
+    uint32_t parts = (tiles + of_rule - 1) / of_rule;
+    if (parts > most)
+        return (tiles + most - 1) / most;
+    return a.fixed_tiles ? of_rule : (tiles + parts - 1) / parts;
 }
 
 template <typename T> __device__ T warp_scan(T x)
@@ -177,10 +200,12 @@ __device__ void write_items(const cuda_plan_args &a, uint32_t seq, const entry &
 __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constant__ cuda_plan_args a)
 {
     extern __shared__ uint32_t first_entry[]; /* [seqs + 1] */
-    __shared__ uint32_t fault;
+    __shared__ uint32_t fault, longest_of[ROLES];
     uint32_t given = *a.counts, seqs = given < a.max_seqs ? given : a.max_seqs;
     if (threadIdx.x == 0)
         fault = given > a.max_seqs ? a.max_seqs + 1 : UINT32_MAX;
+    if (threadIdx.x < ROLES)
+        longest_of[threadIdx.x] = 0;
     __syncthreads();
 
     uint32_t per = (seqs + PLAN_THREADS - 1) / PLAN_THREADS;
@@ -206,15 +231,22 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     begin = threadIdx.x * per < entries ? threadIdx.x * per : entries;
     end = begin + per < entries ? begin + per : entries;
     uint64_t tiles[ROLES] = {0, 0}, total[ROLES];
-    walk(a, first_entry, seqs, begin, end,
-         [&](uint32_t, uint32_t, const entry &e, cuda_role role) { tiles[role] += e.tiles; });
+    uint32_t longest[ROLES] = {0, 0};
+    walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, cuda_role role) {
+        tiles[role] += e.tiles;
+        longest[role] = e.tiles > longest[role] ? e.tiles : longest[role];
+    });
+    for (uint32_t r = 0; r < ROLES; r++)
+        atomicMax(&longest_of[r], longest[r]);
     for (uint32_t r = 0; r < ROLES; r++)
         block_scan(tiles[r], &total[r]);
-    const part_rule rule = rule_for(a, total);
+    for (uint32_t r = 0; r < ROLES; r++)
+        longest[r] = longest_of[r]; /* complete since the barriers of the sums */
+    const part_rule rule = rule_for(a, total, longest);
 
     counts n = {}, all, from;
     walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, cuda_role role) {
-        uint32_t each = part_tiles(rule, role, e.tiles), parts = (e.tiles + each - 1) / each;
+        uint32_t each = part_tiles(a, rule, role, e.tiles), parts = (e.tiles + each - 1) / each;
         n.v[role] += parts * a.kv_heads;
         n.v[ROLES + role] += parts > 1 ? parts * a.kv_heads : 0;
     });
@@ -222,7 +254,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         from.v[i] = block_scan(n.v[i], &all.v[i]);
 
     walk(a, first_entry, seqs, begin, end, [&](uint32_t index, uint32_t seq, const entry &e, cuda_role role) {
-        uint32_t each = part_tiles(rule, role, e.tiles), parts = (e.tiles + each - 1) / each;
+        uint32_t each = part_tiles(a, rule, role, e.tiles), parts = (e.tiles + each - 1) / each;
         uint32_t item = from.v[role], slot = from.v[ROLES + role];
         from.v[role] += parts * a.kv_heads;
         from.v[ROLES + role] += parts > 1 ? parts * a.kv_heads : 0;

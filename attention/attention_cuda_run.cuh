@@ -1,7 +1,7 @@
 /* attention_cuda_run.cuh - the kernel of the portable CUDA back end, for one padded head dimension and dtype.
  *
- * Grid: BLOCKS_PER_SM per SM; every block stays and takes items until there are none. Of the blocks of an SM every other
- * one begins with prefill, the others with decode, so that an SM computes and reads at the same time; when the list of its
+ * Grid: BLOCKS_PER_SM per SM; every block stays and takes items until there are none. Of the blocks of an SM one begins
+ * with prefill, the next with decode, so that an SM computes and reads at the same time; when the list of its
  * role is empty a block turns to the other (POD-Attention, with items instead of blocks).
  *
  *   prefill item: the block computes unit_rows packed rows, MTILES tiles of 16 per warp; K and V tiles of TILE keys are
@@ -56,6 +56,7 @@ struct run_seq {
 struct run_shared {
     cuda_item item;
     uint32_t role; /* ROLES: no more items */
+    uint2 counts;  /* items of prefill, of decode */
     uint32_t last; /* this block finished the last part of its unit */
     float merge_max[WARPS][16], merge_sum[WARPS][16];
 };
@@ -304,27 +305,48 @@ __device__ void combine(const cuda_run_args &a, const run_seq &s, cuda_role role
     const uint32_t rows = s.packed - it.first < ROWS ? s.packed - it.first : ROWS;
     const float2 *weights = a.ws.weights[role] + (uint64_t)it.slot * ROWS;
     const float4 *sums = (const float4 *)a.ws.sums[role] + (uint64_t)it.slot * ROWS * QUADS;
-    for (uint32_t i = threadIdx.x; i < rows * QUADS; i += THREADS) {
-        uint32_t r = i / QUADS, c = i % QUADS;
-        float top = -INFINITY, sum = 0;
-        for (uint32_t p = 0; p < it.parts; p++)
-            top = fmaxf(top, __ldcg(&weights[p * ROWS + r]).x);
-        float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-        for (uint32_t p = 0; p < it.parts; p++) {
-            float2 w = __ldcg(&weights[p * ROWS + r]);
-            float4 x = __ldcg(&sums[(uint64_t)(p * ROWS + r) * QUADS + c]);
-            float f = ptx_exp2(w.x - top); /* a part whose keys the row does not see: 0 */
-            sum += w.y * f;
-            o.x += x.x * f;
-            o.y += x.y * f;
-            o.z += x.z * f;
-            o.w += x.w * f;
+    constexpr uint32_t AT_ONCE = 4; /* quads of a thread, so that their loads are on their way together */
+    for (uint32_t first = threadIdx.x; first < rows * QUADS; first += AT_ONCE * THREADS) {
+        float top[AT_ONCE], sum[AT_ONCE];
+        float4 o[AT_ONCE];
+        uint32_t r[AT_ONCE], c[AT_ONCE];
+#pragma unroll
+        for (uint32_t j = 0; j < AT_ONCE; j++) {
+            uint32_t i = first + j * THREADS < rows * QUADS ? first + j * THREADS : first; /* again, not stored */
+            r[j] = i / QUADS;
+            c[j] = i % QUADS;
+            top[j] = -INFINITY;
+            sum[j] = 0;
+            o[j] = make_float4(0, 0, 0, 0);
         }
-        if (c * 4 < a.head_dim) {
-            float f = 1 / sum;
-            uint2 packed = make_uint2(C::Type::pack(o.x * f, o.y * f), C::Type::pack(o.z * f, o.w * f));
-            *(uint2 *)(a.out + row_offset(a, s, it.kv_head, it.first + r, a.out_row_stride) + c * 8) = packed;
+        for (uint32_t p = 0; p < it.parts; p++) {
+            float2 w[AT_ONCE];
+            float4 x[AT_ONCE];
+#pragma unroll
+            for (uint32_t j = 0; j < AT_ONCE; j++) {
+                w[j] = __ldcg(&weights[p * ROWS + r[j]]);
+                x[j] = __ldcg(&sums[(uint64_t)(p * ROWS + r[j]) * QUADS + c[j]]);
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < AT_ONCE; j++) {
+                /* A part none of whose keys the row sees has -infinity and nothing. */
+                float above = fmaxf(top[j], w[j].x), base = above == -INFINITY ? 0 : above;
+                float old = ptx_exp2(top[j] - base), f = ptx_exp2(w[j].x - base);
+                top[j] = above;
+                sum[j] = sum[j] * old + w[j].y * f;
+                o[j].x = o[j].x * old + x[j].x * f;
+                o[j].y = o[j].y * old + x[j].y * f;
+                o[j].z = o[j].z * old + x[j].z * f;
+                o[j].w = o[j].w * old + x[j].w * f;
+            }
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < AT_ONCE; j++) {
+            if (first + j * THREADS >= rows * QUADS || c[j] * 4 >= a.head_dim)
+                continue;
+            float f = 1 / sum[j];
+            uint2 packed = make_uint2(C::Type::pack(o[j].x * f, o[j].y * f), C::Type::pack(o[j].z * f, o[j].w * f));
+            *(uint2 *)(a.out + row_offset(a, s, it.kv_head, it.first + r[j], a.out_row_stride) + c[j] * 8) = packed;
         }
     }
 }
@@ -389,7 +411,7 @@ __device__ __forceinline__ void prefill(const cuda_run_args &a, const run_seq &s
     const uint32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * MT * 16;
     const uint32_t q_shared = ptx_shared(bytes), k_shared = q_shared + C::UNIT_ROWS * C::ROW_BYTES;
     const uint32_t v_shared = k_shared + C::TILE * C::ROW_BYTES;
-    const cuda_item it = sh.item;
+    const cuda_item it = sh.item; /* read from shared memory each time it cost 6 % */
 
     load_q<C, C::UNIT_ROWS>(a, s, it.kv_head, it.first, q_shared);
     load_keys<C, C::TILE, THREADS>(a, s.k, it.key_begin, it.key_end, threadIdx.x, k_shared);
@@ -487,7 +509,7 @@ __device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s,
     constexpr int BEHIND = 2 * C::STAGES - 1;        /* groups of copies that may be on their way at a wait */
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t q_shared = ptx_shared(bytes), ring = q_shared + KV_BYTES + warp * C::RING_BYTES;
-    const cuda_item it = sh.item;
+    const cuda_item &it = sh.item;
 
     load_q<C, DECODE_ROWS>(a, s, it.kv_head, 0, q_shared);
     const uint32_t begin = it.key_begin + warp * 16;
@@ -556,18 +578,17 @@ __device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s,
 }
 
 /* Thread 0: the item behind a place in the list of `role`, or of the other role when that is at its end. */
-__device__ __forceinline__ void resolve(const cuda_run_args &a, const uint2 &counts, uint32_t &role, uint32_t place,
-                                        run_shared &sh)
+__device__ __forceinline__ void resolve(const cuda_run_args &a, uint32_t &role, uint32_t place, run_shared &sh)
 {
     for (uint32_t tries = 0; tries < ROLES; tries++) {
-        if ((a.roles >> role & 1) && place < (role == ROLE_PREFILL ? counts.x : counts.y)) {
+        if ((a.roles >> role & 1) && place < (role == ROLE_PREFILL ? sh.counts.x : sh.counts.y)) {
             sh.item = a.ws.items[role][place];
             sh.role = role;
             return;
         }
         role ^= 1;
         if (tries == 0 && (a.roles >> role & 1))
-            place = atomicAdd(&a.counters->next[role], 1);
+            place = a.taken[role] + atomicAdd(&a.counters->next[role], 1);
     }
     sh.role = ROLES;
 }
@@ -589,18 +610,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
     extern __shared__ __align__(128) char bytes[];
     __shared__ run_shared sh;
     uint32_t role = 0, place = 0; /* of thread 0 */
-    uint2 counts = make_uint2(0, 0);
     if (threadIdx.x == 0) {
-        role = atomicAdd(&a.counters->ticket[ptx_sm_id() % MAX_SM_IDS], 1) % ROLES;
-        role = (a.roles >> role & 1) ? role : role ^ 1;
-        place = atomicAdd(&a.counters->next[role], 1);
-        counts = make_uint2(a.ws.lists->count[ROLE_PREFILL], a.ws.lists->count[ROLE_DECODE]);
+        /* The blocks of an SM come in rounds over all SMs: those of every other round begin with the other role. */
+        uint32_t round = blockIdx.x / a.sms;
+        role = a.roles == BOTH_ROLES ? round % ROLES : a.roles >> ROLE_DECODE;
+        place = a.roles == BOTH_ROLES ? round / ROLES * a.sms + blockIdx.x % a.sms : blockIdx.x;
+        sh.counts = make_uint2(a.ws.lists->count[ROLE_PREFILL], a.ws.lists->count[ROLE_DECODE]);
     }
     for (;;) {
         if (threadIdx.x == 0) {
-            resolve(a, counts, role, place, sh);
+            resolve(a, role, place, sh);
             if (sh.role != ROLES)
-                place = atomicAdd(&a.counters->next[role], 1); /* the next one; known when this one is done */
+                place = a.taken[role] +
+                        atomicAdd(&a.counters->next[role], 1); /* the next one; known when this one is done */
         }
         __syncthreads();
         const uint32_t now = sh.role;

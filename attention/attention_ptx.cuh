@@ -47,13 +47,6 @@ __device__ __forceinline__ float ptx_exp2(float x)
     return y;
 }
 
-__device__ __forceinline__ uint32_t ptx_sm_id()
-{
-    uint32_t id;
-    asm volatile("mov.u32 %0, %%smid;" : "=r"(id));
-    return id;
-}
-
 __device__ __forceinline__ uint32_t ptx_shared(const void *p)
 {
     return (uint32_t)__cvta_generic_to_shared(p);

@@ -1,0 +1,460 @@
+#!/usr/bin/env python3
+"""Attention of hybrid batches on a GPU: ours fused, serial and on two streams against PyTorch's FlashAttention and cuDNN.
+
+    tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--lib FILE] [--build FILE]
+
+Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph over as many
+layers as make 2 GB of KV or more, on the same random token-major KV; replays take turns. Prints a table; writes
+attention.csv and attention.svg to DIR. Needs PyTorch; needs no model and no network.
+
+Sets: alone (prefill and decode by themselves), small (steps that are all latency), layout (token-major against dense),
+paper (C0 to C2, Table 8 and Figure 6 of POD-Attention), mixed (FlashInfer's mixed batches), sweep (POD-Attention's models,
+chunks and contexts). limit is max(FLOP / 790e12, bytes of KV / 4.3e12).
+"""
+import argparse
+import csv
+import ctypes
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+D = 128
+PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12
+MODELS = {  # query heads, KV heads of a rank
+    "L3-8B TP1": (32, 8), "L3-8B TP2": (16, 4), "L3-8B TP4": (8, 2),
+    "Yi-6B TP1": (32, 4), "Yi-6B TP2": (16, 2), "L2-7B TP1": (32, 32),
+}
+KV_BYTES = 100 << 30  # what a measurement may take
+DISTINCT = 2 << 30
+
+
+# ---- the library ----
+
+class Seq(ctypes.Structure):
+    _fields_ = [("k", ctypes.c_void_p), ("v", ctypes.c_void_p), ("first_row", ctypes.c_uint32),
+                ("rows", ctypes.c_uint32), ("kv_len", ctypes.c_uint32)]
+
+
+class Config(ctypes.Structure):
+    _fields_ = [("ops", ctypes.c_void_p), ("device", ctypes.c_int), ("dtype", ctypes.c_int),
+                ("heads", ctypes.c_uint32), ("kv_heads", ctypes.c_uint32), ("head_dim", ctypes.c_uint32),
+                ("scale", ctypes.c_float), ("soft_cap", ctypes.c_float), ("window", ctypes.c_uint32),
+                ("token_stride", ctypes.c_uint64), ("head_stride", ctypes.c_uint64),
+                ("max_seqs", ctypes.c_uint32), ("max_rows", ctypes.c_uint32), ("max_kv_len", ctypes.c_uint32),
+                ("max_kv_tokens", ctypes.c_uint64), ("fixed_split_keys", ctypes.c_uint32), ("policy", ctypes.c_int)]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [("seq", ctypes.c_void_p), ("counts", ctypes.c_void_p), ("max_seqs", ctypes.c_uint32),
+                ("max_rows", ctypes.c_uint32), ("max_seq_rows", ctypes.c_uint32), ("stream", ctypes.c_void_p)]
+
+
+class Io(ctypes.Structure):
+    _fields_ = [("q", ctypes.c_void_p), ("out", ctypes.c_void_p), ("q_row_stride", ctypes.c_uint64),
+                ("out_row_stride", ctypes.c_uint64), ("kv_offset", ctypes.c_uint64)]
+
+
+class Status(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_int), ("message", ctypes.c_char * 512)]
+
+
+BF16 = 1
+POLICIES = {"fused": 1, "serial": 2, "streams": 3, "auto": 0}
+
+
+def build(path):
+    """The back ends as a shared library, for Hopper; sources are compiled side by side."""
+    folder = os.path.join(ROOT, "attention")
+    names = sorted(os.listdir(folder))
+    sm90 = [n for n in names if n.startswith("attention_sm90") and n.endswith(".cu")]
+    sources = [os.path.join(folder, n) for n in names if n.endswith(".cu")]
+    sources += [os.path.join(folder, n) for n in ("attention_gpu.c", "attention_pick.c")]
+    sources.append(os.path.join(ROOT, "proto", "status.c"))
+    with tempfile.TemporaryDirectory() as temp:
+        jobs = []
+        for i, s in enumerate(sources):
+            arch = "90a" if os.path.basename(s) in sm90 else "90"
+            command = ["nvcc", "-O2", "-lineinfo", "-I", ROOT, "-Xcompiler", "-fPIC", "-D_GNU_SOURCE",
+                       "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", s, "-o", f"{temp}/{i}.o"]
+            if s.endswith(".cu"):
+                command += ["-std=c++17"]
+            if sm90:
+                command += ["-DTANDEM_ATTENTION_SM90"]
+            jobs.append(subprocess.Popen(command))
+        if any([j.wait() for j in jobs]):
+            sys.exit("bench_attention.py: nvcc failed")
+        objects = [f"{temp}/{i}.o" for i in range(len(sources))]
+        subprocess.run(["nvcc", "-shared", "-cudart", "static", "-o", path] + objects, check=True)
+
+
+class Library:
+    def __init__(self, path):
+        self.c = ctypes.CDLL(path)
+        table = (ctypes.c_void_p * 16).in_dll(self.c, "attn_gpu_back_ends")
+        self.back_ends = []
+        for ops in table:
+            if not ops:
+                break
+            name = ctypes.cast(ops, ctypes.POINTER(ctypes.c_char_p))[0].decode()  # the table's first field
+            self.back_ends.append((name, ops))
+
+    def must(self, name, *args):
+        st = Status()
+        if getattr(self.c, name)(*args, ctypes.byref(st)):
+            raise RuntimeError(st.message.decode())
+
+
+# ---- a batch ----
+
+class Batch:
+    """chunks: (rows, context) of prefills; decodes: lengths. KV token-major, `layers` side by side."""
+
+    def __init__(self, torch, heads, kv_heads, chunks, decodes, layers=0):
+        self.torch, self.heads, self.kv_heads = torch, heads, kv_heads
+        self.chunks, self.decodes = chunks, decodes
+        lengths = [context for _, context in chunks] + list(decodes)
+        self.tokens = sum(lengths)
+        layer = self.tokens * 2 * kv_heads * D * 2
+        self.layers = layers or max(1, min(32, KV_BYTES // layer))
+        self.used = min(self.layers, max(1, -(-DISTINCT // layer)))  # layers that are computed
+        self.kv = torch.empty(self.tokens, self.layers, 2, kv_heads, D, dtype=torch.bfloat16, device="cuda")
+        self.kv.normal_()
+        self.rows = sum(r for r, _ in chunks) + len(decodes)
+        self.q = torch.randn(self.rows, heads, D, dtype=torch.bfloat16, device="cuda")
+        self.starts, at = [], 0
+        for n in lengths:
+            self.starts.append(at)
+            at += n
+        self.flops = sum(4 * heads * D * (c * (n - c) + c * (c + 1) / 2) for c, n in chunks)
+        self.bytes = 4 * kv_heads * D * sum(decodes)
+        self.prefill_rows = sum(r for r, _ in chunks)
+
+    def sides(self):
+        return [s for s, there in (("prefill", self.chunks), ("decode", self.decodes)) if there]
+
+
+class Ours:
+    """A back end with a policy, on the whole batch or one side of it; outputs stay in self.out."""
+
+    def __init__(self, lib, ops, policy, batch, side="both"):
+        torch = batch.torch
+        self.lib, self.batch = lib, batch
+        seqs, row = [], 0
+        base, token = batch.kv.data_ptr(), batch.kv.stride(0) * 2
+        for i, (rows, n) in enumerate(batch.chunks + [(1, n) for n in batch.decodes]):
+            k = base + batch.starts[i] * token
+            if side == "both" or (side == "prefill") == (i < len(batch.chunks)):
+                seqs.append(Seq(k, k + batch.kv_heads * D * 2, row, rows, n))
+            row += rows
+        config = Config(ops=ops, dtype=BF16, heads=batch.heads, kv_heads=batch.kv_heads, head_dim=D, scale=D ** -0.5,
+                        token_stride=token, head_stride=D * 2, max_seqs=len(seqs), max_rows=row,
+                        max_kv_len=max(s.kv_len for s in seqs), policy=POLICIES[policy])
+        self.handle = ctypes.c_void_p()
+        lib.must("attn_gpu_create", ctypes.byref(self.handle), ctypes.byref(config))
+        raw = b"".join(bytes(s) for s in seqs)
+        self.seq = torch.frombuffer(bytearray(raw), dtype=torch.uint8).cuda()
+        self.count = torch.tensor([len(seqs)], dtype=torch.int32, device="cuda")
+        self.out = torch.full_like(batch.q, float("nan"))
+        self.step = Step(self.seq.data_ptr(), self.count.data_ptr(), len(seqs), row, max(s.rows for s in seqs))
+
+    def on_stream(self):
+        self.step.stream = self.batch.torch.cuda.current_stream().cuda_stream
+        return ctypes.byref(self.step)
+
+    def plan(self):
+        self.lib.must("attn_gpu_plan", self.handle, self.on_stream())
+
+    def layer(self, l):
+        b = self.batch
+        io = Io(b.q.data_ptr(), self.out.data_ptr(), b.heads * D * 2, b.heads * D * 2, l * 2 * b.kv_heads * D * 2)
+        self.lib.must("attn_gpu_run", self.handle, self.on_stream(), ctypes.byref(io))
+
+    def close(self):
+        self.lib.c.attn_gpu_destroy(self.handle)
+
+
+class Torch:
+    """PyTorch's FlashAttention ("fa2") or cuDNN on one side. Decodes of equal length are one call; cuDNN has no lower-right
+    causal mask here: chunks with a context run without one (a little more work, and not the right result)."""
+
+    def __init__(self, batch, kind, side):
+        self.batch, self.kind, self.side = batch, kind, side
+        self.right = kind == "fa2" or side == "decode" or all(c == n for c, n in batch.chunks)
+        self.out = batch.torch.empty_like(batch.q)
+
+    def attend(self, q, k, v, causal):
+        aten = self.batch.torch.ops.aten
+        if self.kind == "fa2":
+            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=D ** -0.5)[0]
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, causal and self.right, False,
+                                                        scale=D ** -0.5)[0]
+
+    def layer(self, l):
+        b = self.batch
+        if self.side == "prefill":
+            row = 0
+            for i, (rows, n) in enumerate(b.chunks):
+                kv = b.kv[b.starts[i]:b.starts[i] + n, l]
+                k, v = (kv[:, s].transpose(0, 1).unsqueeze(0) for s in (0, 1))
+                o = self.attend(b.q[row:row + rows].transpose(0, 1).unsqueeze(0), k, v, True)
+                self.last = (row, rows, o)
+                row += rows
+            return
+        first, row = len(b.chunks), b.prefill_rows
+        lengths = list(b.decodes)
+        while lengths:
+            n = lengths[0]
+            times = next((i for i, m in enumerate(lengths) if m != n), len(lengths))
+            kv = b.kv[b.starts[first]:b.starts[first] + n * times, l].view(times, n, 2, b.kv_heads, D) \
+                if b.layers == 1 else \
+                b.kv[b.starts[first]:b.starts[first] + n * times].view(times, n, b.layers, 2, b.kv_heads, D)[:, :, l]
+            k, v = (kv[:, :, s].transpose(1, 2) for s in (0, 1))
+            o = self.attend(b.q[row:row + times].unsqueeze(2), k, v, False)
+            self.last = (row, times, o)
+            first, row, lengths = first + times, row + times, lengths[times:]
+
+    def result(self):
+        row, rows, o = self.last
+        if self.side == "prefill":
+            return row, rows, o[0].transpose(0, 1)
+        return row, rows, o[:, :, 0]
+
+    def close(self):
+        pass
+
+
+# ---- measuring ----
+
+def capture(torch, fn):
+    fn()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph
+
+
+def share_of(sorted_times, share):
+    return sorted_times[min(len(sorted_times) - 1, int(share * (len(sorted_times) - 1) + 0.5))]
+
+
+def measure(torch, lib, batch, rounds):
+    """{name: (median, p10, p90)} in us per layer; names "<contender> <prefill|decode|both>"."""
+    contenders, graphs, times = {}, {}, {}
+    for name, ops in lib.back_ends:
+        if len(batch.sides()) == 2:
+            for policy in ("fused", "serial", "streams"):
+                contenders[f"{name} {policy}"] = lambda o=ops, p=policy: Ours(lib, o, p, batch)
+        for side in batch.sides():
+            contenders[f"{name} {side}"] = lambda o=ops, s=side: Ours(lib, o, "auto", batch, s)
+    for kind in ("fa2", "cudnn"):
+        for side in batch.sides():
+            contenders[f"{kind} {side}"] = lambda k=kind, s=side: Torch(batch, k, s)
+    alive, plain = [], {}
+    for name, make in contenders.items():
+        try:
+            x = make()
+            alive.append(x)
+            if isinstance(x, Ours):
+                x.plan()
+            graphs[name] = capture(torch, lambda: [x.layer(l) for l in range(batch.used)])
+            x.layer(0)
+            torch.cuda.synchronize()
+            plain[name] = x
+        except RuntimeError as e:
+            print(f"  {name}: {str(e).splitlines()[0][:110]}", flush=True)
+    ours = next((plain[f"{n} {p}"] for n, _ in lib.back_ends for p in ("fused", "prefill", "decode")
+                 if f"{n} {p}" in plain), None)
+    for name, x in plain.items():  # they all compute the same
+        if isinstance(x, Torch) and x.right and ours:
+            row, rows, o = x.result()
+            a, b = ours.out[row:row + rows].float(), o.float()
+            error = float((a - b).norm() / b.norm())
+            if not error < 1e-2:
+                print(f"  {name}: differs from ours by {error:.3g}", flush=True)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for r in range(rounds + 2):
+        for name, graph in graphs.items():
+            events[0].record()
+            graph.replay()
+            events[1].record()
+            events[1].synchronize()
+            if r >= 2:
+                times.setdefault(name, []).append(events[0].elapsed_time(events[1]) * 1e3 / batch.used)
+    graphs.clear()
+    for x in alive:
+        x.close()
+    for t in times.values():
+        t.sort()
+    right = {n: not isinstance(x, Torch) or x.right for n, x in plain.items()}
+    return {n: (share_of(t, 0.5), share_of(t, 0.1), share_of(t, 0.9), right[n]) for n, t in times.items()}
+
+
+def balance(heads, kv_heads, chunk):
+    """Decodes whose bytes take as long as the chunk's FLOP, at equal contexts."""
+    return max(1, round(chunk * (heads / kv_heads) * PEAK_BYTES / PEAK_FLOPS))
+
+
+def cases(wanted):
+    """(set, name, heads, KV heads, chunks, decodes, layers)"""
+    l3 = MODELS["L3-8B TP1"]
+    if "alone" in wanted:
+        for c, n in ((8192, 8192), (16384, 16384), (1024, 16384), (2048, 16384), (512, 16384)):
+            yield ("alone", f"prefill {c} of {n}", *l3, [(c, n)], [], 0)
+        for b, n in ((32, 8192), (64, 8192), (128, 4096), (16, 16384), (1, 131072), (4, 8192)):
+            yield ("alone", f"decode {b} x {n}", *l3, [], [n] * b, 0)
+    if "small" in wanted:
+        yield ("small", "8 decodes of 1024", *l3, [], [1024] * 8, 32)
+        yield ("small", "a chunk of 128", *l3, [(128, 128)], [], 32)
+        yield ("small", "8 decodes of 1024, a chunk of 128", *l3, [(128, 128)], [1024] * 8, 32)
+    if "layout" in wanted:
+        for layers in (1, 32):
+            yield ("layout", f"32 x 8192, {layers} layers", *l3, [], [8192] * 32, layers)
+            yield ("layout", f"2048 of 16384, {layers} layers", *l3, [(2048, 16384)], [], layers)
+    if "paper" in wanted:
+        tp2 = MODELS["L3-8B TP2"]
+        yield ("paper", "C0 1K of 12K, 80 x 12K", *tp2, [(1024, 12288)], [12288] * 80, 0)
+        yield ("paper", "C1 12K of 12K, 220 x 12K", *tp2, [(12288, 12288)], [12288] * 220, 0)
+        yield ("paper", "C2 16K of 16K, 250 x 12K", *tp2, [(16384, 16384)], [12288] * 250, 0)
+        for i in (28, 31):
+            yield ("paper", f"Table 8, chunk {i}", *l3, [(512, 512 * (i + 1))], [16384] * 64, 0)
+        for b in (54, 55):
+            for i in (0, 15, 31):
+                yield ("paper", f"Figure 6, {b}, chunk {i}", *MODELS["Yi-6B TP1"], [(512, 512 * (i + 1))],
+                       [16384] * b, 0)
+    if "mixed" in wanted:
+        for chunks, n in (([(512, 512)], 2048), ([(1536, 1536)], 2048), ([(2048, 2048)] * 2, 2048),
+                          ([(2048, 2048)], 2048), ([(4096, 4096)], 4096), ([(4096, 4096)], 8192),
+                          ([(6000, 7000)], 8192)):
+            text = " + ".join(f"{c} of {k}" for c, k in chunks)
+            yield ("mixed", f"{text}, 128 x {n}", *l3, chunks, [n] * 128, 0)
+    if "sweep" in wanted:
+        points = []
+        for model, (h, hk) in MODELS.items():
+            for chunk in (512, 1024, 2048):
+                for context in (4096, 8192, 16384, 32768, 131072):
+                    full = max(1, (90 << 30) // (32 * 2 * hk * D * 2) // context)  # of 32 layers in 90 GB
+                    for b in sorted({min(balance(h, hk, chunk), full), min(3 * balance(h, hk, chunk), full), full}):
+                        if b <= 256:
+                            points.append(("sweep", f"{model}, {chunk} of {context}, {b} x {context}", h, hk,
+                                           [(chunk, context)], [context] * b, 0))
+        random.Random(1).shuffle(points)  # whatever the time allows is a fair sample
+        yield from points
+
+
+HEAD = ["set", "case", "contender", "us", "p10", "p90", "TFLOP/s", "TB/s", "of limit", "over our serial",
+        "over best serial"]
+
+
+def rows_of(batch, got, back_ends):
+    limit = max(batch.flops / PEAK_FLOPS, batch.bytes / PEAK_BYTES) * 1e6
+    both = len(batch.sides()) == 2
+    pair = None
+    if both:
+        pair = sum(min(t[0] for n, t in got.items() if n.endswith(side) and t[3]) for side in batch.sides())
+    out = []
+    for name, (us, p10, p90, right) in got.items():
+        whole = not both or name.split()[1] not in ("prefill", "decode")
+        flops = batch.flops if whole or name.endswith("prefill") else 0
+        size = batch.bytes if whole or name.endswith("decode") else 0
+        of = limit if whole else max(flops / PEAK_FLOPS, size / PEAK_BYTES) * 1e6
+        serial = got.get(f"{name.split()[0]} serial")
+        out.append([name + ("" if right else " (no mask)"), us, p10, p90, flops / us * 1e-6, size / us * 1e-6, of / us,
+                    serial[0] / us if both and whole and serial else None,
+                    pair / us if both and whole else None])
+    return out, pair
+
+
+def plot(points, path):
+    """Speed-up over the best serial pair, of ours and at the limit, a column per batch."""
+    points = sorted(points, key=lambda p: p[1])
+    width, height, top = 900, 360, 2.4
+    def y(v):
+        return height - 30 - min(v, top) / top * (height - 50)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+           'font-size="11">', f'<rect width="{width}" height="{height}" fill="white"/>']
+    for v in (0.5, 1.0, 1.5, 2.0):
+        svg.append(f'<line x1="40" x2="{width - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ccc"/>'
+                   f'<text x="8" y="{y(v) + 4:.1f}">{v:.1f}x</text>')
+    for i, (name, bound, best) in enumerate(points):
+        x = 45 + i * (width - 60) / max(1, len(points))
+        svg.append(f'<circle cx="{x:.1f}" cy="{y(bound):.1f}" r="2" fill="#999"><title>{name}: limit {bound:.2f}x'
+                   f'</title></circle><circle cx="{x:.1f}" cy="{y(best):.1f}" r="3" fill="#06c"><title>{name}: '
+                   f'{best:.2f}x</title></circle>')
+    svg.append(f'<text x="45" y="{height - 8}">hybrid batches, by what the limit allows (grey); blue: our fused kernel '
+               'over the best serial pair of all contenders</text></svg>')
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("\n".join(svg) + "\n")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--out", default=".")
+    ap.add_argument("--seconds", type=float, default=600, help="no new case after that")
+    ap.add_argument("--set", default="alone,small,layout,paper,mixed,sweep")
+    ap.add_argument("--rounds", type=int, default=9)
+    ap.add_argument("--lib", help="a library made with --build")
+    ap.add_argument("--build", help="only build, to this file")
+    args = ap.parse_args()
+    if args.build:
+        build(args.build)
+        return
+    begin = time.monotonic()
+    os.makedirs(args.out, exist_ok=True)
+    path = args.lib or os.path.join(args.out, "libtandem_attention_bench.so")
+    if not args.lib:
+        build(path)
+    import torch
+    lib = Library(path)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, back ends: "
+          f"{', '.join(n for n, _ in lib.back_ends)}", flush=True)
+    print(f"{'case':52} {'contender':22} {'us':>9} {'p10':>9} {'p90':>9} TFLOP/s  TB/s  limit  serial  best")
+    points, filtered, skipped = [], [], 0
+    with open(os.path.join(args.out, "attention.csv"), "w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f)
+        table.writerow(HEAD)
+        for group, name, h, hk, chunks, decodes, layers in cases(args.set.split(",")):
+            if time.monotonic() - begin > args.seconds:
+                skipped += 1
+                continue
+            try:
+                batch = Batch(torch, h, hk, chunks, decodes, layers)
+                got = measure(torch, lib, batch, args.rounds)
+                rows, pair = rows_of(batch, got, lib.back_ends)
+            except (torch.OutOfMemoryError, RuntimeError, ValueError) as e:
+                print(f"{name}: {str(e).splitlines()[0][:120]}", flush=True)
+                batch = None
+                torch.cuda.empty_cache()
+                continue
+            for r in rows:
+                table.writerow([group, name] + ["" if x is None else x if isinstance(x, str) else f"{x:.4g}" for x in r])
+                if group != "sweep" or " fused" in r[0]:
+                    more = "".join(f"{x:7.2f}" if x else "      -" for x in r[7:])
+                    print(f"{name:52} {r[0]:22} {r[1]:9.1f} {r[2]:9.1f} {r[3]:9.1f} {r[4]:7.0f} {r[5]:5.2f} {r[6]:6.2f}"
+                          f"{more}", flush=True)
+            f.flush()
+            if pair:
+                fused = min(got[f"{n} fused"][0] for n, _ in lib.back_ends if f"{n} fused" in got)
+                limit = max(batch.flops / PEAK_FLOPS, batch.bytes / PEAK_BYTES) * 1e6
+                sides = [min(t[0] for n, t in got.items() if n.endswith(s) and t[3]) for s in batch.sides()]
+                points.append((name, pair / limit, pair / fused))
+                if group in ("sweep", "paper") and min(sides) >= 0.2 * pair:
+                    filtered.append((pair / fused, limit / fused))
+            batch = None
+            torch.cuda.empty_cache()
+    plot(points, os.path.join(args.out, "attention.svg"))
+    if filtered:
+        s = sorted(x for x, _ in filtered)
+        print(f"fused over the best serial pair, {len(s)} batches with each side 20 % or more of serial: "
+              f"mean {sum(s) / len(s):.2f}, best {s[-1]:.2f}, worst {s[0]:.2f}; "
+              f"share of the limit: mean {sum(x for _, x in filtered) / len(s):.2f}")
+    if skipped:
+        print(f"{skipped} cases left out: time was up")
+
+
+if __name__ == "__main__":
+    main()
