@@ -60,10 +60,12 @@ static enum status_code set_geometry(struct kv_pool *p, const struct kv_pool_con
                           cfg->layers, cfg->kv_heads, cfg->head_dim, cfg->elem_bytes, TOKEN_BYTES_MAX);
     p->group_layers = cfg->group_layers ? cfg->group_layers : cfg->layers;
     p->apart = cfg->apart;
-    p->lanes = cfg->layers / p->group_layers * (cfg->apart ? 2 : 1);
-    if (cfg->layers % p->group_layers)
+    if (p->group_layers == 0 || cfg->layers % p->group_layers)
         return status_set(st, ST_INVALID_ARGUMENT, "group_layers: %u, expected a divisor of layers (%u)",
                           cfg->group_layers, cfg->layers);
+    p->lanes = cfg->layers / p->group_layers * (cfg->apart ? 2 : 1);
+    if (p->lanes == 0) /* 2^31 lanes twice */
+        return status_set(st, ST_INVALID_ARGUMENT, "layers: %u in lanes of K and V apart, expected fewer", cfg->layers);
     p->lane_bytes = token / p->lanes;
     p->account = (struct kv_account){.page_bytes = cfg->page_bytes,
                                      .token_bytes = token,

@@ -283,10 +283,10 @@ void kv_mapper_tend(struct kv_pool *p)
     kv_mapper_reap(p);
     uint32_t want = (uint32_t)kv_pages_for(&p->account, p->arrival_tokens);
     struct kv_range *r;
-    if (want && p->idle.first && kv_range_pick(p, NULL, 0, want, &r, NULL) == ST_OK)
-        kv_mapper_prepare(p, r, want);
-    else if (want && !p->idle.first && p->n_ranges < p->cap_ranges &&
-             kv_range_pick(p, NULL, 0, want, &r, NULL) == ST_OK)
+    bool any = p->idle.first || p->n_ranges < p->cap_ranges; /* else a range would be made that no slot may ever need */
+    for (r = p->idle.first; r && any; r = r->next)
+        any = !r->job; /* one is being made ready */
+    if (want && any && kv_range_pick(p, NULL, 0, want, &r, NULL) == ST_OK)
         kv_mapper_prepare(p, r, want);
     unmap_stale(p);
 }

@@ -93,9 +93,9 @@ enum status_code kv_slot_suspend(struct kv_pool *p, uint32_t slot, struct status
     enum status_code rc = get_blocks(p, n, st);
     if (rc == ST_OK && !(saved = calloc(n, sizeof *saved)))
         rc = status_nomem(st, "a suspended slot", n * sizeof *saved);
-    for (uint32_t i = 0; i < n && rc == ST_OK; i++)
+    for (uint32_t i = 0; saved && i < n; i++)
         saved[i] = p->blocks[p->n_blocks - n + i];
-    if (rc == ST_OK)
+    if (rc == ST_OK && saved)
         rc = save_all(p, s, saved, st);
     if (rc != ST_OK) {
         free(saved);
