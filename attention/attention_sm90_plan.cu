@@ -26,7 +26,7 @@ struct rule {
 struct totals {
     unsigned long long tiles[ROLES];
     uint32_t units[ROLES]; /* of one KV head */
-    uint32_t longest[ROLES];
+    uint32_t longest;      /* tiles of a prefill unit */
     uint32_t fault;
 };
 
@@ -82,7 +82,10 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t)
         return r;
     const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
     if (units > 0) {
+        /* Of units that are about equally long the longest counts: a part more of a few would be a wave more. */
         uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1, best = 1;
+        if (t.longest <= mean + mean / 4)
+            mean = t.longest;
         uint64_t least = UINT64_MAX;
         for (uint32_t s = 1;
              s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * a.sms)); s++) {
@@ -145,6 +148,8 @@ __device__ void look(const sm90_plan_args &a, uint32_t seqs, totals *t)
         for (uint32_t u = 0; u < n; u++) {
             keys_of(a, s, u * UNIT_ROWS, lo, hi);
             tiles += tiles_of(lo, hi);
+            if (role == ROLE_PREFILL)
+                atomicMax(&t->longest, tiles_of(lo, hi));
         }
         atomicAdd(&t->tiles[role], tiles);
         atomicAdd(&t->units[role], n);

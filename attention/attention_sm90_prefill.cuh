@@ -23,7 +23,8 @@ struct prefill_shape {
     static constexpr uint32_t TILE_BYTES = KEYS * D * 2;
     static constexpr uint32_t K_AT = Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES;
     static constexpr uint32_t BYTES = V_AT + STAGES * TILE_BYTES;
-    static constexpr uint32_t BLOCK = KEYS * 128; /* bytes of 64 columns of a tile */
+    static constexpr uint32_t CHAINS = KEYS >= 128 ? 4 : 1; /* of maxima and sums: latency, where registers allow it */
+    static constexpr uint32_t BLOCK = KEYS * 128;           /* bytes of 64 columns of a tile */
     static_assert(KEYS % BOX_KEYS == 0 && D % 64 == 0, "whole boxes");
 };
 
@@ -161,26 +162,36 @@ __device__ __forceinline__ void prefill_softmax(float (&s)[C::KEYS / 2], prefill
 {
 #pragma unroll
     for (uint32_t row = 0; row < 2; row++) {
-        float m = r.max[row];
+        float most[C::CHAINS];
+#pragma unroll
+        for (uint32_t i = 0; i < C::CHAINS; i++)
+            most[i] = r.max[row];
 #pragma unroll
         for (uint32_t i = 0; i < C::KEYS / 8; i++)
-            m = fmaxf(m, fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
+            most[i % C::CHAINS] = fmaxf(most[i % C::CHAINS], fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
+        float m = most[0];
+#pragma unroll
+        for (uint32_t i = 1; i < C::CHAINS; i++)
+            m = fmaxf(m, most[i]);
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
         float base = m == -INFINITY ? 0 : m * scale; /* a row that has seen nothing yet */
         by[row] = sm90_exp2(r.max[row] * scale - base);
         r.max[row] = m;
-        float sum = 0;
+        float sum[C::CHAINS] = {};
 #pragma unroll
         for (uint32_t i = 0; i < C::KEYS / 8; i++) {
 #pragma unroll
             for (uint32_t j = 0; j < 2; j++) {
                 float e = sm90_exp2(s[i * 4 + row * 2 + j] * scale - base);
                 s[i * 4 + row * 2 + j] = e;
-                sum += e;
+                sum[(i * 2 + j) % C::CHAINS] += e;
             }
         }
-        r.sum[row] = r.sum[row] * by[row] + sum;
+        r.sum[row] *= by[row];
+#pragma unroll
+        for (uint32_t i = 0; i < C::CHAINS; i++)
+            r.sum[row] += sum[i];
     }
 }
 
