@@ -143,7 +143,7 @@ static void cuda_close(struct backend_session *s)
 
 static enum status_code cuda_open(struct backend_session **out, uint32_t device, struct status *st)
 {
-    struct backend_device d;
+    struct backend_device d = {.major = 0};
     enum status_code rc = cuda_describe(device, &d, st);
     if (rc != ST_OK)
         return rc;

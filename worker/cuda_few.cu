@@ -88,6 +88,56 @@ __global__ void __launch_bounds__(WARP *WARPS)
     }
 }
 
+/* As few_kernel, but a warp has a row of gate and the row of up that belongs to it, and makes act of both. */
+template <uint32_t T>
+__global__ void __launch_bounds__(WARP *WARPS)
+    few_swiglu_kernel(__nv_bfloat16 *act, const uint4 *x, const uint4 *__restrict__ w, const float *__restrict__ bias,
+                      uint32_t n, uint32_t eights)
+{
+    uint32_t out = blockIdx.x * WARPS + threadIdx.x / WARP, i = threadIdx.x % WARP;
+    cuda_let_next_begin();
+    if (out >= n)
+        return; /* other warps wait */
+    const uint4 *gate_row = w + (uint64_t)out * eights, *up_row = gate_row + (uint64_t)n * eights;
+    const uint32_t reach = (UNROLL - 1) * WARP;
+    float gate[T] = {}, up[T] = {};
+    uint4 v[UNROLL], u[UNROLL];
+    if (i + reach < eights) {
+        load(v, gate_row + i);
+        load(u, up_row + i);
+    }
+    cuda_wait_for_previous();
+    while (i + reach < eights) {
+        uint32_t next = i + UNROLL * WARP;
+        add_products<T>(gate, v, x + i, eights);
+        add_products<T>(up, u, x + i, eights);
+        if (next + reach < eights) {
+            load(v, gate_row + next);
+            load(u, up_row + next);
+        }
+        i = next;
+    }
+    for (; i < eights; i += WARP) {
+        uint4 a = __ldcs(gate_row + i), b = __ldcs(up_row + i);
+#pragma unroll
+        for (uint32_t t = 0; t < T; t++) {
+            gate[t] += dot8(a, x[(uint64_t)t * eights + i]);
+            up[t] += dot8(b, x[(uint64_t)t * eights + i]);
+        }
+    }
+#pragma unroll
+    for (uint32_t t = 0; t < T; t++) {
+        for (uint32_t mask = WARP / 2; mask; mask >>= 1) {
+            gate[t] += __shfl_xor_sync(~0u, gate[t], mask);
+            up[t] += __shfl_xor_sync(~0u, up[t], mask);
+        }
+        if (threadIdx.x % WARP == 0) {
+            float g = gate[t] + (bias ? bias[out] : 0), p = up[t] + (bias ? bias[n + out] : 0);
+            act[(uint64_t)t * n + out] = __float2bfloat16_rn(g / (1 + __expf(-g)) * p);
+        }
+    }
+}
+
 template <enum cuda_out OUT>
 cudaError_t launch(cudaStream_t stream, void *y, const void *x, const void *w, uint32_t t, uint32_t n, uint32_t k)
 {
@@ -118,5 +168,25 @@ cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const
         return launch<CUDA_OUT_F32>(stream, y, x, w, t, n, k);
     default:
         return launch<CUDA_OUT_F32_ADD>(stream, y, x, w, t, n, k);
+    }
+}
+
+cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const void *w, const float *bias, uint32_t t,
+                            uint32_t inner, uint32_t k)
+{
+    uint32_t blocks = (inner + WARPS - 1) / WARPS, threads = WARP * WARPS;
+    __nv_bfloat16 *y = (__nv_bfloat16 *)act;
+    const uint4 *a = (const uint4 *)x, *b = (const uint4 *)w;
+    switch (t) {
+    case 1:
+        return cuda_launch_early(few_swiglu_kernel<1>, blocks, threads, stream, y, a, b, bias, inner, k / 8);
+    case 2:
+        return cuda_launch_early(few_swiglu_kernel<2>, blocks, threads, stream, y, a, b, bias, inner, k / 8);
+    case 3:
+        return cuda_launch_early(few_swiglu_kernel<3>, blocks, threads, stream, y, a, b, bias, inner, k / 8);
+    case 4:
+        return cuda_launch_early(few_swiglu_kernel<4>, blocks, threads, stream, y, a, b, bias, inner, k / 8);
+    default:
+        return cudaErrorInvalidValue;
     }
 }

@@ -9,9 +9,8 @@
 
 #include "worker/cuda_internal.h"
 
-#define TRIES_MAX  12 /* algorithms that are tried for a shape */
-#define TIMED_RUNS 3
-#define ALIGN_MAX  64u /* what model_weights.c and the activations keep to */
+#define TRIES_MAX 12  /* algorithms that are tried for a shape */
+#define ALIGN_MAX 64u /* what model_weights.c and the activations keep to */
 
 struct shape {
     uint32_t n, k, t;
@@ -107,12 +106,12 @@ static bool few_rows_fit(const struct cuda_product *p)
     return p->rows <= CUDA_FEW_ROWS_MAX && p->w->cols % 8 == 0;
 }
 
-static enum status_code launch(const struct cuda_gemm *g, const struct shape *s, const struct cuda_product *p, void *y,
-                               float beta, struct status *st)
+static enum status_code launch(const struct cuda_gemm *g, const struct shape *s, const struct cuda_product *p,
+                               const void *w, void *y, float beta, struct status *st)
 {
     const float one = 1;
-    return check(cublasLtMatmul(g->handle, s->desc, &one, p->w->data, s->w, p->x, s->x, &beta, y, s->y, y, s->y,
-                                &s->algo, g->workspace, CUDA_GEMM_WORKSPACE_BYTES, g->stream),
+    return check(cublasLtMatmul(g->handle, s->desc, &one, w, s->w, p->x, s->x, &beta, y, s->y, y, s->y, &s->algo,
+                                g->workspace, CUDA_GEMM_WORKSPACE_BYTES, g->stream),
                  st, "cublasLtMatmul");
 }
 
@@ -173,34 +172,37 @@ static enum status_code candidates(const struct cuda_gemm *g, const struct shape
     return rc;
 }
 
-/* Milliseconds of a run, or less than 0 when it does not run. */
-static enum status_code time_way(struct cuda_gemm *g, const struct shape *s, const struct cuda_product *p, bool few,
-                                 void *scratch, float *ms, struct status *st)
+struct trial {
+    const struct cuda_product *p;
+    const void *const *w; /* [CUDA_GEMM_TURNS] */
+    void *scratch;
+};
+
+/* Milliseconds of a round of turns, or less than 0 when it does not run. */
+static enum status_code time_way(struct cuda_gemm *g, const struct shape *s, const struct trial *t, bool few, float *ms,
+                                 struct status *st)
 {
     enum status_code rc = ST_OK;
     *ms = -1;
-    for (int i = 0; i <= TIMED_RUNS; i++) {
-        if (i == 1) /* the first run loads the kernel */
-            rc = cuda_check(cudaEventRecord(g->begin, g->stream), st, "cudaEventRecord");
-        if (rc != ST_OK)
+    for (int i = -1; i < CUDA_GEMM_TURNS; i++) {
+        const void *w = t->w[i < 0 ? CUDA_GEMM_TURNS - 1 : i]; /* the first run loads the kernel */
+        if (i == 0 && (rc = cuda_check(cudaEventRecord(g->begin, g->stream), st, "cudaEventRecord")) != ST_OK)
             return rc;
         if (few)
-            rc = cuda_check(cuda_few_rows(g->stream, scratch, p->out, p->x, p->w->data, s->t, s->n, s->k), st,
+            rc = cuda_check(cuda_few_rows(g->stream, t->scratch, t->p->out, t->p->x, w, s->t, s->n, s->k), st,
                             "product of few rows");
-        else if (launch(g, s, p, scratch, 0, NULL) != ST_OK)
+        else if (launch(g, s, t->p, w, t->scratch, 0, NULL) != ST_OK)
             return ST_OK; /* a suggestion that cannot be used */
         if (rc != ST_OK)
             return rc;
     }
-    if ((rc = cuda_check(cudaEventRecord(g->end, g->stream), st, "cudaEventRecord")) != ST_OK)
-        return rc;
-    if ((rc = cuda_check(cudaEventSynchronize(g->end), st, "trying products")) != ST_OK)
+    if ((rc = cuda_check(cudaEventRecord(g->end, g->stream), st, "cudaEventRecord")) != ST_OK ||
+        (rc = cuda_check(cudaEventSynchronize(g->end), st, "trying products")) != ST_OK)
         return rc;
     return cuda_check(cudaEventElapsedTime(ms, g->begin, g->end), st, "cudaEventElapsedTime");
 }
 
-static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struct cuda_product *p, void *scratch,
-                               struct status *st)
+static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struct trial *t, struct status *st)
 {
     cublasLtMatmulHeuristicResult_t found[TRIES_MAX];
     int n = 0, best = -1;
@@ -210,14 +212,14 @@ static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struc
         if (found[i].state != CUBLAS_STATUS_SUCCESS)
             continue;
         s->algo = found[i].algo;
-        rc = time_way(g, s, p, false, scratch, &ms, st);
+        rc = time_way(g, s, t, false, &ms, st);
         if (rc == ST_OK && ms >= 0 && (best < 0 || ms < best_ms)) {
             best = i;
             best_ms = ms;
         }
     }
-    if (rc == ST_OK && few_rows_fit(p)) {
-        rc = time_way(g, s, p, true, scratch, &ms, st);
+    if (rc == ST_OK && few_rows_fit(t->p)) {
+        rc = time_way(g, s, t, true, &ms, st);
         s->few = rc == ST_OK && (best < 0 || ms < best_ms);
     }
     if (rc != ST_OK)
@@ -230,7 +232,8 @@ static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struc
     return ST_OK;
 }
 
-enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p, void *scratch, struct status *st)
+enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p,
+                                   const void *const w[CUDA_GEMM_TURNS], void *scratch, struct status *st)
 {
     if (p->w->rows == 0 || p->w->cols == 0 || find(g, p))
         return ST_OK;
@@ -243,7 +246,7 @@ enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_produc
     s->out = p->out;
     enum status_code rc = describe(s, st);
     if (rc == ST_OK)
-        rc = choose(g, s, p, scratch, st);
+        rc = choose(g, s, &(struct trial){p, w, scratch}, st);
     if (rc != ST_OK) {
         free_shape(s);
         return rc;
@@ -251,6 +254,12 @@ enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_produc
     s->next = g->shapes;
     g->shapes = s;
     return ST_OK;
+}
+
+bool cuda_gemm_is_few(const struct cuda_gemm *g, const struct cuda_product *p)
+{
+    const struct shape *s = find(g, p);
+    return s && s->few;
 }
 
 enum status_code cuda_gemm_run(struct cuda_gemm *g, const struct cuda_product *p, struct status *st)
@@ -264,5 +273,5 @@ enum status_code cuda_gemm_run(struct cuda_gemm *g, const struct cuda_product *p
     if (s->few)
         return cuda_check(cuda_few_rows(g->stream, p->y, p->out, p->x, p->w->data, s->t, s->n, s->k), st,
                           "product of few rows");
-    return launch(g, s, p, p->y, p->out == CUDA_OUT_F32_ADD ? 1 : 0, st);
+    return launch(g, s, p, p->w->data, p->y, p->out == CUDA_OUT_F32_ADD ? 1 : 0, st);
 }

@@ -35,10 +35,16 @@ struct cuda_product {
 
 STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, struct status *st);
 void cuda_gemm_destroy(struct cuda_gemm *g); /* NULL is fine */
-/* Picks the fastest way for products of this shape by trying them, the results going to scratch (as large as y, of w as
- * they are); nothing when that is known. Waits for the stream. */
-STATUS_MUST_CHECK enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p, void *scratch,
+#define CUDA_GEMM_TURNS 4
+
+/* Picks the fastest way for products of this shape by trying them on these matrices of one shape in turn, so that none is
+ * in the cache when its turn comes (p->w is one of them), the results going to scratch (as large as y); nothing when the
+ * way is known. Waits for the stream. */
+STATUS_MUST_CHECK enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p,
+                                                     const void *const w[CUDA_GEMM_TURNS], void *scratch,
                                                      struct status *st);
+/* Whether the shape, which was prepared, is computed by cuda_few_rows. */
+bool cuda_gemm_is_few(const struct cuda_gemm *g, const struct cuda_product *p);
 /* Launches. The shape was prepared. */
 STATUS_MUST_CHECK enum status_code cuda_gemm_run(struct cuda_gemm *g, const struct cuda_product *p, struct status *st);
 

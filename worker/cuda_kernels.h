@@ -77,6 +77,9 @@ cudaError_t cuda_random(cudaStream_t stream, void *out, uint64_t seed, uint64_t 
 enum cuda_out { CUDA_OUT_BF16, CUDA_OUT_F32, CUDA_OUT_F32_ADD };
 cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const void *x, const void *w, uint32_t t,
                           uint32_t n, uint32_t k);
+/* act[T][inner] = silu(gate) * up, with gate and up the halves of x W^T + bias, W [2 inner][K]; bias [2 inner] or NULL. */
+cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const void *w, const float *bias, uint32_t t,
+                            uint32_t inner, uint32_t k);
 
 /* ---- sampling (cuda_sample.cu) ---- */
 

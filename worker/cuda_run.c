@@ -129,6 +129,21 @@ static enum status_code attention(struct forward *f, const struct attn_gpu_step 
     return attn_gpu_run(f->attn[model_window(m, layer) ? 1 : 0], step, &io, st);
 }
 
+/* act = silu(gate) * up */
+static enum status_code gated(struct forward *f, const struct layer_weights *w, uint32_t rows, struct status *st)
+{
+    const struct cuda_product gate_up = product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, rows);
+    uint32_t inner = f->cfg.shard->inner.count;
+    if (cuda_gemm_is_few(f->gemm, &gate_up))
+        return cuda_check(
+            cuda_few_swiglu(f->stream, f->act, f->h, w->gate_up.data, w->gate_up_bias, rows, inner, w->gate_up.cols),
+            st, "gate and up of few rows");
+    enum status_code rc = cuda_gemm_run(f->gemm, &gate_up, st);
+    return rc == ST_OK
+               ? cuda_check(cuda_swiglu(f->stream, f->act, f->gate_up, w->gate_up_bias, rows, inner), st, "SwiGLU")
+               : rc;
+}
+
 /* x += attention, x += MLP; the bias of a product is added by the norm that comes next. */
 static enum status_code layer(struct forward *f, const struct attn_gpu_step *step, uint32_t l, struct status *st)
 {
@@ -138,7 +153,6 @@ static enum status_code layer(struct forward *f, const struct attn_gpu_step *ste
     uint32_t rows = step->max_rows;
     const struct cuda_product qkv = product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, rows),
                               o = product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, rows),
-                              gate_up = product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, rows),
                               down = product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, rows);
     enum status_code rc;
     rc = cuda_check(cuda_norm(f->stream, f->h, f->x, bias, w->attn_norm, m->norm_eps, NULL, rows, m->hidden), st,
@@ -148,11 +162,9 @@ static enum status_code layer(struct forward *f, const struct attn_gpu_step *ste
         return rc;
     rc = cuda_check(cuda_norm(f->stream, f->h, f->x, w->o_bias, w->mlp_norm, m->norm_eps, NULL, rows, m->hidden), st,
                     "norm");
-    if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &gate_up, st)) != ST_OK)
+    if (rc != ST_OK || (rc = gated(f, w, rows, st)) != ST_OK)
         return rc;
-    rc = cuda_check(cuda_swiglu(f->stream, f->act, f->gate_up, w->gate_up_bias, rows, f->cfg.shard->inner.count), st,
-                    "SwiGLU");
-    return rc == ST_OK ? cuda_gemm_run(f->gemm, &down, st) : rc;
+    return cuda_gemm_run(f->gemm, &down, st);
 }
 
 static enum status_code launch_layers(struct forward *f, uint32_t rows, bool decodes, struct status *st)
@@ -184,15 +196,23 @@ static enum status_code launch_layers(struct forward *f, uint32_t rows, bool dec
 /* The products of the bucket's shapes; layers are alike. */
 static enum status_code prepare(struct forward *f, struct cuda_bucket *b, struct status *st)
 {
-    const struct layer_weights *w = &f->cfg.weights->layer[0];
-    const struct cuda_product all[] = {
-        product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, b->rows),
-        product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, b->rows),
-        product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, b->rows),
-        product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, b->rows),
+    const struct layer_weights *turn[CUDA_GEMM_TURNS], *w = f->cfg.weights->layer;
+    for (uint32_t i = 0; i < CUDA_GEMM_TURNS; i++)
+        turn[i] = &w[i % f->cfg.model->layers];
+    const struct {
+        struct cuda_product product;
+        const void *w[CUDA_GEMM_TURNS];
+    } all[] = {
+#define TURNS(field) {turn[0]->field.data, turn[1]->field.data, turn[2]->field.data, turn[3]->field.data}
+        {product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, b->rows), TURNS(qkv)},
+        {product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, b->rows), TURNS(o)},
+        {product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, b->rows), TURNS(gate_up)},
+        {product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, b->rows), TURNS(down)},
+#undef TURNS
     };
+    _Static_assert(CUDA_GEMM_TURNS == 4, "TURNS lists them");
     for (size_t i = 0; !b->prepared && i < sizeof all / sizeof *all; i++) {
-        enum status_code rc = cuda_gemm_prepare(f->gemm, &all[i], f->gate_up, st);
+        enum status_code rc = cuda_gemm_prepare(f->gemm, &all[i].product, all[i].w, f->gate_up, st);
         if (rc != ST_OK)
             return rc;
     }
@@ -221,15 +241,19 @@ static enum status_code capture(cudaGraphExec_t *out, struct forward *f, uint32_
 /* The first step of a bucket is launched one by one and measures the products, the second is captured. */
 static enum status_code run_layers(struct forward *f, struct cuda_bucket *b, bool decodes, struct status *st)
 {
-    enum status_code rc;
-    if ((rc = prepare(f, b, st)) != ST_OK)
+    enum status_code rc = prepare(f, b, st);
+    if (rc != ST_OK)
         return rc;
     if (!f->graphs || !b->ran[decodes]) {
         b->ran[decodes] = true;
         return launch_layers(f, b->rows, decodes, st);
     }
-    if (!b->graph[decodes] && (rc = capture(&b->graph[decodes], f, b->rows, decodes, st)) != ST_OK)
-        return status_prefix(st, "graph of %u rows", b->rows);
+    if (!b->graph[decodes])
+        rc = capture(&b->graph[decodes], f, b->rows, decodes, st);
+    if (rc != ST_OK) {
+        status_prefix(st, "graph of %u rows", b->rows);
+        return rc;
+    }
     return cuda_check(cudaGraphLaunch(b->graph[decodes], f->stream), st, "graph of the layers");
 }
 
@@ -251,7 +275,9 @@ static enum status_code sample_on_host(struct forward *f, const struct forward_s
     enum status_code rc = cuda_check(cudaMemcpyAsync(f->host_logits, f->logits + (uint64_t)i * vocab,
                                                      vocab * sizeof(float), cudaMemcpyDeviceToHost, f->stream),
                                      st, "logits");
-    if (rc != ST_OK || (rc = cuda_check(cudaStreamSynchronize(f->stream), st, "step")) != ST_OK)
+    if (rc == ST_OK)
+        rc = cuda_check(cudaStreamSynchronize(f->stream), st, "step");
+    if (rc != ST_OK)
         return rc;
     *token = s->token;
     if (!s->given) {
@@ -279,7 +305,8 @@ static enum status_code head_block(struct forward *f, const struct forward_batch
         padded = f->head_rows;
     const struct cuda_product head = product(&w->head, f->picked, f->logits, CUDA_OUT_F32, padded);
     enum status_code rc;
-    if ((rc = cuda_gemm_prepare(f->gemm, &head, f->logits, st)) != ST_OK)
+    const void *const turns[CUDA_GEMM_TURNS] = {w->head.data, w->head.data, w->head.data, w->head.data};
+    if ((rc = cuda_gemm_prepare(f->gemm, &head, turns, f->logits, st)) != ST_OK)
         return rc;
     rc = cuda_check(cuda_norm(f->stream, f->picked, f->x, w->layer[m->layers - 1].down_bias, w->final_norm, m->norm_eps,
                               f->sample + first, n, m->hidden),
