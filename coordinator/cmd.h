@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "coordinator/cli.h"
 #include "proto/tandem_client.h"
 
 enum {
@@ -17,37 +18,37 @@ enum {
 
 #define CMD_DEFAULT_ADDRESS TANDEM_DEFAULT_ADDRESS
 
-/* Options of every command that talks to a server: for its table of getopt_long and for its help. */
-enum { CMD_OPT_TLS = 1000, CMD_OPT_TLS_CA, CMD_OPT_TLS_CERT, CMD_OPT_TLS_KEY, CMD_OPT_TLS_NAME, CMD_OPT_TOKEN };
-/* clang-format off */
-#define CMD_CONNECT_OPTIONS                                                                                            \
-    {"address", required_argument, 0, 'a'},                                                                            \
-    {"tls", no_argument, 0, CMD_OPT_TLS},                                                                              \
-    {"tls-ca", required_argument, 0, CMD_OPT_TLS_CA},                                                                  \
-    {"tls-cert", required_argument, 0, CMD_OPT_TLS_CERT},                                                              \
-    {"tls-key", required_argument, 0, CMD_OPT_TLS_KEY},                                                                \
-    {"tls-server-name", required_argument, 0, CMD_OPT_TLS_NAME},                                                       \
-    {"token-file", required_argument, 0, CMD_OPT_TOKEN}
-/* clang-format on */
-#define CMD_CONNECT_HELP                                                                                               \
-    "  --address ADDR        host:port or unix:/path (default " CMD_DEFAULT_ADDRESS ")\n"                              \
-    "  --tls                 TLS, with the system's certificates\n"                                                    \
-    "  --tls-ca FILE         TLS: the server's certificate must be signed by one of these (PEM)\n"                     \
-    "  --tls-cert FILE, --tls-key FILE   show this certificate to the server (PEM)\n"                                  \
-    "  --tls-server-name NAME   name in the server's certificate (default: the host of ADDR)\n"                        \
-    "  --token-file FILE     bearer token to send with every call\n"
-/* True: opt was one of CMD_CONNECT_OPTIONS. */
-bool cmd_connect_option(struct tandem_client_options *o, int opt);
+/* Options of every command that talks to a server. */
+enum {
+    CMD_OPT_ADDRESS = 1000,
+    CMD_OPT_TLS,
+    CMD_OPT_TLS_CA,
+    CMD_OPT_TLS_CERT,
+    CMD_OPT_TLS_KEY,
+    CMD_OPT_TLS_NAME,
+    CMD_OPT_TOKEN
+};
+extern const struct cli_option cmd_connect_options[];
+/* True: opt was one of them. The text is kept, not copied. */
+bool cmd_connect_option(struct tandem_client_options *o, int opt, const char *text);
+
+extern const struct cli_command cmd_serve_cli, cmd_generate_cli, cmd_tokenize_cli, cmd_probe_cli, cmd_config_cli,
+    cmd_completion_cli, cmd_man_cli;
+/* Those of all commands; NULL ends. */
+extern const struct cli_command *const cmd_all[];
 
 int cmd_serve(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 int cmd_probe(int argc, char **argv);
+int cmd_config(int argc, char **argv);
+int cmd_completion(int argc, char **argv);
+int cmd_man(int argc, char **argv);
 
 /* Prints "tandem <command>: <text>" on stderr and returns `rc`. */
 int cmd_error(int rc, const char *command, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
-/* "tandem <command>: unknown option ...; see tandem <command> --help", CMD_USAGE. For getopt_long's '?' and ':'. */
-int cmd_bad_option(const char *command, char **argv, int opt);
+/* cli_read for a command. CMD_OK; -1 when help was printed; else a line on stderr has said why. cli_free in any case. */
+int cmd_read(struct cli_args *a, const struct cli_command *c, int argc, char **argv);
 
 /* Numbers from the command line; false when text is not wholly a number within [lo, hi]. */
 bool cmd_parse_u64(const char *text, uint64_t lo, uint64_t hi, uint64_t *out);

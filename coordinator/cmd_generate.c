@@ -1,6 +1,5 @@
 /* cmd_generate.c - `tandem generate`: one prompt over tandem.v1.Inference/Generate, printed as it streams. */
 #include <errno.h>
-#include <getopt.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -14,24 +13,50 @@
 
 #define MAX_PROMPT_BYTES (15u << 20) /* what fits a message of RPC_MAX_MESSAGE_BYTES */
 
-static const char help[] =
-    "usage: tandem generate [OPTIONS] [PROMPT]\n\n"
-    "Sends a prompt and prints the answer as it comes. Without PROMPT the prompt is read from standard input.\n"
-    "\n" CMD_CONNECT_HELP
-    "  --prompt-ids JSON     the prompt as token ids, [1, 2, 3]; they are used as they are\n" CMD_SAMPLING_HELP
-    "  --no-special          do not put the tokenizer's BOS in front of the prompt\n"
-    "  --print-ids           print nothing but the new token ids, as one JSON array\n"
-    "  --json                print each message of the server as one JSON object on a line\n"
-    "  --stats               print token counts and times on standard error at the end\n"
-    "  --timeout SECONDS     deadline of the whole request (default: none)\n"
-    "  --wait SECONDS        while the server is not ready, try again this long (default 0)\n"
-    "  --request-id NAME     name the request in the server's log\n\n"
-    "Ctrl-C stops the generation; what was printed stays.\n"
-    "Exit status: 0 done, 1 the server refused or failed, 2 wrong usage, 3 not reachable, 130 interrupted.\n\n"
-    "  tandem generate --greedy --max-tokens 64 \"Once upon a time\"\n"
-    "  echo \"One day, Tom\" | tandem generate --temperature 0.8 --seed 7\n";
+enum { OPT_PROMPT_IDS = 1, OPT_NO_SPECIAL, OPT_PRINT_IDS, OPT_JSON, OPT_STATS, OPT_TIMEOUT, OPT_WAIT, OPT_REQUEST_ID };
+
+static const struct cli_option own_options[] = {
+    {.name = "prompt-ids",
+     .id = OPT_PROMPT_IDS,
+     .arg = "JSON",
+     .flags = CLI_LINE_ONLY,
+     .help = "the prompt as token ids, [1, 2, 3]; they are used as they are"},
+    {.name = "no-special", .id = OPT_NO_SPECIAL, .help = "do not put the tokenizer's BOS in front of the prompt"},
+    {.name = "print-ids",
+     .id = OPT_PRINT_IDS,
+     .flags = CLI_LINE_ONLY,
+     .help = "print nothing but the new token ids, as one JSON array"},
+    {.name = "json", .id = OPT_JSON, .help = "print each message of the server as one JSON object on a line"},
+    {.name = "stats", .id = OPT_STATS, .help = "print token counts and times on standard error at the end"},
+    {.name = "timeout", .id = OPT_TIMEOUT, .arg = "SECONDS", .help = "deadline of the whole request (default: none)"},
+    {.name = "wait",
+     .id = OPT_WAIT,
+     .arg = "SECONDS",
+     .fallback = "0",
+     .help = "while the server is not ready, try again this long"},
+    {.name = "request-id",
+     .id = OPT_REQUEST_ID,
+     .arg = "NAME",
+     .flags = CLI_LINE_ONLY,
+     .help = "name the request in the server's log"},
+    {0},
+};
+
+const struct cli_command cmd_generate_cli = {
+    .name = "generate",
+    .summary = "send a prompt to a server and print the answer as it comes",
+    .operands = "[PROMPT]",
+    .about = "Sends a prompt and prints the answer as it comes. Without PROMPT the prompt is read from standard input.",
+    .tables = (const struct cli_option *const[]){cmd_connect_options, cmd_sampling_options, cmd_output_options,
+                                                 own_options, NULL},
+    .notes = "Ctrl-C stops the generation; what was printed stays.",
+    .exits = "0 done, 1 the server refused or failed, 2 wrong usage, 3 not reachable, 130 interrupted.",
+    .examples = "  tandem generate --greedy --max-tokens 64 \"Once upon a time\"\n"
+                "  echo \"One day, Tom\" | tandem generate --temperature 0.8 --seed 7\n",
+};
 
 struct generate_options {
+    struct cli_args args;
     struct tandem_client_options server;
     char *prompt; /* malloc'ed */
     size_t prompt_len;
@@ -103,38 +128,14 @@ static int read_stdin(struct generate_options *o)
     return CMD_OK;
 }
 
-enum {
-    OPT_PROMPT_IDS = 256,
-    OPT_NO_SPECIAL,
-    OPT_PRINT_IDS,
-    OPT_JSON,
-    OPT_STATS,
-    OPT_TIMEOUT,
-    OPT_WAIT,
-    OPT_REQUEST_ID
-};
-
-static const struct option long_options[] = {
-    CMD_CONNECT_OPTIONS,
-    {"prompt-ids", required_argument, 0, OPT_PROMPT_IDS},
-    CMD_SAMPLING_OPTIONS,
-    {"no-special", no_argument, 0, OPT_NO_SPECIAL},
-    {"print-ids", no_argument, 0, OPT_PRINT_IDS},
-    {"json", no_argument, 0, OPT_JSON},
-    {"stats", no_argument, 0, OPT_STATS},
-    {"timeout", required_argument, 0, OPT_TIMEOUT},
-    {"wait", required_argument, 0, OPT_WAIT},
-    {"request-id", required_argument, 0, OPT_REQUEST_ID},
-    {"help", no_argument, 0, 'h'},
-    {0},
-};
-
-static int parse_option(struct generate_options *o, int opt, char **argv)
+static int parse_option(struct generate_options *o, int opt)
 {
+    const char *where = o->args.where;
+    char *text = o->args.text;
     switch (opt) {
     case OPT_PROMPT_IDS:
         o->has_ids = true;
-        return cmd_parse_ids("generate", "--prompt-ids", optarg, &o->prompt_ids, &o->n_prompt_ids);
+        return cmd_parse_ids(where, "--prompt-ids", text, &o->prompt_ids, &o->n_prompt_ids);
     case OPT_NO_SPECIAL:
         o->request.add_special_tokens_is_case = TANDEM__V1__GENERATE_REQUEST__ADD_SPECIAL_TOKENS_IS_ADD_SPECIAL_TOKENS;
         o->request.add_special_tokens = false;
@@ -149,18 +150,18 @@ static int parse_option(struct generate_options *o, int opt, char **argv)
         o->stats = true;
         return CMD_OK;
     case OPT_TIMEOUT:
-        if (!cmd_parse_double(optarg, 0.001, 1e6, &o->timeout_s))
-            return cmd_error(CMD_USAGE, "generate", "--timeout %s: expected seconds, 0.001 to 1000000", optarg);
+        if (!cmd_parse_double(text, 0.001, 1e6, &o->timeout_s))
+            return cmd_error(CMD_USAGE, where, "--timeout %s: expected seconds, 0.001 to 1000000", text);
         return CMD_OK;
     case OPT_WAIT:
-        if (!cmd_parse_double(optarg, 0, 86400, &o->wait_s))
-            return cmd_error(CMD_USAGE, "generate", "--wait %s: expected seconds, 0 to 86400", optarg);
+        if (!cmd_parse_double(text, 0, 86400, &o->wait_s))
+            return cmd_error(CMD_USAGE, where, "--wait %s: expected seconds, 0 to 86400", text);
         return CMD_OK;
     case OPT_REQUEST_ID:
-        o->request.request_id = (ProtobufCBinaryData){strlen(optarg), (uint8_t *)optarg};
+        o->request.request_id = (ProtobufCBinaryData){strlen(text), (uint8_t *)text};
         return CMD_OK;
     default:
-        return cmd_bad_option("generate", argv, opt);
+        return CMD_OK;
     }
 }
 
@@ -190,26 +191,21 @@ static int parse(int argc, char **argv, struct generate_options *o)
     cmd_sampling_init(&o->how);
     tandem__v1__token_ids__init(&o->token_ids);
     cmd_sampling_apply(&o->how, &o->request);
-    for (int c; (c = getopt_long(argc, argv, ":a:h", long_options, NULL)) != -1;) {
-        if (c == 'h') {
-            fputs(help, stdout);
-            return -1;
-        }
-        if (cmd_connect_option(&o->server, c))
-            continue;
-        int rc;
-        if (!cmd_sampling_option(&o->how, "generate", c, &rc))
-            rc = parse_option(o, c, argv);
-        if (rc)
-            return rc;
-    }
-    int rc = check_output(o);
+    int rc = cmd_read(&o->args, &cmd_generate_cli, argc, argv);
     if (rc)
         return rc;
-    if (argc - optind > 1)
+    for (int opt; !rc && (opt = cli_next(&o->args)) != 0;)
+        if (!cmd_connect_option(&o->server, opt, o->args.text) &&
+            !cmd_sampling_option(&o->how, o->args.where, opt, o->args.text, &rc))
+            rc = parse_option(o, opt);
+    if (!rc)
+        rc = check_output(o);
+    if (rc)
+        return rc;
+    if (o->args.n_operands > 1)
         return cmd_error(CMD_USAGE, "generate", "more than one prompt: put quotes around it");
     if (o->has_ids) {
-        if (optind < argc)
+        if (o->args.n_operands)
             return cmd_error(CMD_USAGE, "generate", "give a prompt or --prompt-ids, not both");
         o->token_ids.ids = o->prompt_ids;
         o->token_ids.n_ids = o->n_prompt_ids;
@@ -217,8 +213,8 @@ static int parse(int argc, char **argv, struct generate_options *o)
         o->request.token_ids = &o->token_ids;
         return CMD_OK;
     }
-    if (optind < argc) {
-        o->prompt = strdup(argv[optind]);
+    if (o->args.n_operands) {
+        o->prompt = strdup(o->args.operands[0]);
         if (!o->prompt)
             return cmd_error(CMD_FAILED, "generate", "out of memory for the prompt");
         o->prompt_len = strlen(o->prompt);
@@ -364,5 +360,6 @@ int cmd_generate(int argc, char **argv)
     free(o.prompt);
     free(o.prompt_ids);
     cmd_sampling_fini(&o.how);
+    cli_free(&o.args);
     return rc < 0 ? CMD_OK : rc;
 }

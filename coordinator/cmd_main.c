@@ -1,6 +1,5 @@
 /* cmd_main.c - the `tandem` command: finds the subcommand and runs it. */
 #include <errno.h>
-#include <getopt.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -10,17 +9,50 @@
 #include "coordinator/cmd.h"
 
 static const struct command {
-    const char *name;
-    const char *summary;
+    const struct cli_command *cli;
     int (*run)(int argc, char **argv);
 } commands[] = {
-    {"serve", "start a coordinator and a group of worker ranks for a model, and keep them running", cmd_serve},
-    {"generate", "send a prompt to a server and print the answer as it comes", cmd_generate},
-    {"tokenize", "turn text into token ids with a model's tokenizer, or back", cmd_tokenize},
-    {"probe", "ask a server for its health; the exit status is the answer", cmd_probe},
+    {&cmd_serve_cli, cmd_serve}, {&cmd_generate_cli, cmd_generate}, {&cmd_tokenize_cli, cmd_tokenize},
+    {&cmd_probe_cli, cmd_probe}, {&cmd_config_cli, cmd_config},     {&cmd_completion_cli, cmd_completion},
+    {&cmd_man_cli, cmd_man},
 };
 
 #define N_COMMANDS (sizeof commands / sizeof *commands)
+
+const struct cli_command *const cmd_all[] = {
+    &cmd_serve_cli,  &cmd_generate_cli,   &cmd_tokenize_cli, &cmd_probe_cli,
+    &cmd_config_cli, &cmd_completion_cli, &cmd_man_cli,      NULL,
+};
+
+const struct cli_option cmd_connect_options[] = {
+    {.name = "address",
+     .id = CMD_OPT_ADDRESS,
+     .arg = "ADDR",
+     .fallback = CMD_DEFAULT_ADDRESS,
+     .help = "host:port or unix:/path"},
+    {.name = "tls", .id = CMD_OPT_TLS, .help = "TLS, with the system's certificates"},
+    {.name = "tls-ca",
+     .id = CMD_OPT_TLS_CA,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "TLS: the server's certificate must be signed by one of these (PEM)"},
+    {.name = "tls-cert",
+     .id = CMD_OPT_TLS_CERT,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "show this certificate to the server (PEM)"},
+    {.name = "tls-key", .id = CMD_OPT_TLS_KEY, .arg = "FILE", .flags = CLI_FILE, .help = "its private key (PEM)"},
+    {.name = "tls-server-name",
+     .id = CMD_OPT_TLS_NAME,
+     .arg = "NAME",
+     .help = "name in the server's certificate (default: the host of ADDR)"},
+    {.name = "token-file",
+     .id = CMD_OPT_TOKEN,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "bearer token to send with every call"},
+    {0},
+};
 
 static void print_help(FILE *f)
 {
@@ -28,7 +60,7 @@ static void print_help(FILE *f)
           "usage: tandem COMMAND [OPTIONS]\n\n",
           f);
     for (size_t i = 0; i < N_COMMANDS; i++)
-        fprintf(f, "  %-10s %s\n", commands[i].name, commands[i].summary);
+        fprintf(f, "  %-11s %s\n", commands[i].cli->name, commands[i].cli->summary);
     fputs("\nA first session:\n\n"
           "  tandem serve --model DIR --tp 2          # DIR: a Hugging Face model folder\n"
           "  tandem generate \"Once upon a time\"       # in another terminal\n\n"
@@ -48,13 +80,18 @@ int cmd_error(int rc, const char *command, const char *fmt, ...)
     return rc;
 }
 
-int cmd_bad_option(const char *command, char **argv, int opt)
+int cmd_read(struct cli_args *a, const struct cli_command *c, int argc, char **argv)
 {
-    /* getopt leaves optind behind a bad long option, but on the same word for a short one. */
-    const char *word = optind > 0 ? argv[optind - 1] : "";
-    if (opt == ':')
-        return cmd_error(CMD_USAGE, command, "option %s needs a value; see `tandem %s --help`", word, command);
-    return cmd_error(CMD_USAGE, command, "unknown or ambiguous option %s; see `tandem %s --help`", word, command);
+    struct status st = STATUS_INIT;
+    enum status_code rc = cli_read(a, c, cmd_all, argc, argv, &st);
+    if (rc == ST_RESOURCE_EXHAUSTED)
+        return cmd_error(CMD_FAILED, c->name, "%s", st.message);
+    if (rc != ST_OK)
+        return cmd_error(CMD_USAGE, c->name, "%s", st.message);
+    if (!a->help)
+        return CMD_OK;
+    cli_help(stdout, c);
+    return -1;
 }
 
 bool cmd_parse_u64(const char *text, uint64_t lo, uint64_t hi, uint64_t *out)
@@ -78,29 +115,29 @@ bool cmd_parse_double(const char *text, double lo, double hi, double *out)
     return true;
 }
 
-bool cmd_connect_option(struct tandem_client_options *o, int opt)
+bool cmd_connect_option(struct tandem_client_options *o, int opt, const char *text)
 {
     switch (opt) {
-    case 'a':
-        o->address = optarg;
+    case CMD_OPT_ADDRESS:
+        o->address = text;
         return true;
     case CMD_OPT_TLS:
         o->tls = true;
         return true;
     case CMD_OPT_TLS_CA:
-        o->tls_ca = optarg;
+        o->tls_ca = text;
         return true;
     case CMD_OPT_TLS_CERT:
-        o->tls_cert = optarg;
+        o->tls_cert = text;
         return true;
     case CMD_OPT_TLS_KEY:
-        o->tls_key = optarg;
+        o->tls_key = text;
         return true;
     case CMD_OPT_TLS_NAME:
-        o->tls_server_name = optarg;
+        o->tls_server_name = text;
         return true;
     case CMD_OPT_TOKEN:
-        o->token_file = optarg;
+        o->token_file = text;
         return true;
     default:
         return false;
@@ -123,7 +160,7 @@ int main(int argc, char **argv)
         return CMD_OK;
     }
     for (size_t i = 0; i < N_COMMANDS; i++)
-        if (!strcmp(name, commands[i].name))
+        if (!strcmp(name, commands[i].cli->name))
             return commands[i].run(argc - 1, argv + 1);
     fprintf(stderr, "tandem: unknown command %s; see `tandem --help`\n", name);
     return CMD_USAGE;

@@ -1,28 +1,49 @@
 /* cmd_probe.c - `tandem probe`: grpc.health.v1.Health/Check for scripts and exec probes. */
-#include <getopt.h>
+#include <jansson.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
 #include "coordinator/cmd.h"
 
-static const char help[] =
-    "usage: tandem probe [--address ADDR] [--live] [--wait SECONDS]\n\n"
-    "Asks a server for its health and prints SERVING or what is wrong.\n\n" CMD_CONNECT_HELP
-    "  --live                liveness: does the coordinator make progress? Without it, readiness: is a worker\n"
-    "                        group attached and warm, and the server not draining?\n"
-    "  --service NAME        ask for this grpc.health.v1 service name instead\n"
-    "  --wait SECONDS        ask again until the server serves, this long at most (default 0: ask once)\n"
-    "  --timeout SECONDS     for one answer (default 2)\n"
-    "  --quiet               print nothing, the exit status says it\n\n"
-    "Exit status: 0 serving, 3 not serving or not reachable, 2 wrong usage.\n\n"
-    "  tandem probe --wait 60 && tandem generate \"Once upon a time\"\n";
+enum { OPT_LIVE = 1, OPT_SERVICE, OPT_WAIT, OPT_TIMEOUT, OPT_QUIET, OPT_JSON };
+
+static const struct cli_option own_options[] = {
+    {.name = "live",
+     .id = OPT_LIVE,
+     .help = "liveness: does the coordinator make progress? Without it, readiness: is a worker group attached and "
+             "warm, and the server not draining?"},
+    {.name = "service",
+     .id = OPT_SERVICE,
+     .arg = "NAME",
+     .fallback = "tandem.v1.Inference",
+     .help = "ask for this grpc.health.v1 service name instead"},
+    {.name = "wait",
+     .id = OPT_WAIT,
+     .arg = "SECONDS",
+     .fallback = "0",
+     .help = "ask again until the server serves, this long at most"},
+    {.name = "timeout", .id = OPT_TIMEOUT, .arg = "SECONDS", .fallback = "2", .help = "for one answer"},
+    {.name = "quiet", .id = OPT_QUIET, .help = "print nothing, the exit status says it"},
+    {.name = "json", .id = OPT_JSON, .help = "print the answer as one JSON object on standard output, also a bad one"},
+    {0},
+};
+
+const struct cli_command cmd_probe_cli = {
+    .name = "probe",
+    .summary = "ask a server for its health; the exit status is the answer",
+    .about = "Asks a server for its health and prints SERVING or what is wrong.",
+    .tables = (const struct cli_option *const[]){cmd_connect_options, own_options, NULL},
+    .exits = "0 serving, 3 not serving or not reachable, 2 wrong usage.",
+    .examples = "  tandem probe --wait 60 && tandem generate \"Once upon a time\"\n",
+};
 
 struct probe_options {
     struct tandem_client_options server;
     const char *service;
     double wait_s;
-    bool quiet;
+    bool quiet, json;
+    struct cli_args args;
 };
 
 static int64_t now_ms(void)
@@ -47,52 +68,70 @@ static enum status_code check_once(const struct probe_options *o, struct status 
     return rc;
 }
 
+static int take(struct probe_options *o, int opt)
+{
+    const char *text = o->args.text;
+    double timeout_s;
+    switch (opt) {
+    case OPT_LIVE:
+        o->service = "";
+        break;
+    case OPT_SERVICE:
+        o->service = text;
+        break;
+    case OPT_WAIT:
+        if (!cmd_parse_double(text, 0, 86400, &o->wait_s))
+            return cmd_error(CMD_USAGE, o->args.where, "--wait %s: expected seconds, 0 to 86400", text);
+        break;
+    case OPT_TIMEOUT:
+        if (!cmd_parse_double(text, 0.001, 3600, &timeout_s))
+            return cmd_error(CMD_USAGE, o->args.where, "--timeout %s: expected seconds, 0.001 to 3600", text);
+        o->server.timeout_ms = (uint32_t)(timeout_s * 1000);
+        break;
+    case OPT_QUIET:
+        o->quiet = true;
+        break;
+    case OPT_JSON:
+        o->json = true;
+        break;
+    default:
+        cmd_connect_option(&o->server, opt, text);
+    }
+    return CMD_OK;
+}
+
 static int parse(int argc, char **argv, struct probe_options *o)
 {
-    static const struct option options[] = {
-        CMD_CONNECT_OPTIONS,
-        {"live", no_argument, 0, 'l'},
-        {"service", required_argument, 0, 's'},
-        {"wait", required_argument, 0, 'w'},
-        {"timeout", required_argument, 0, 't'},
-        {"quiet", no_argument, 0, 'q'},
-        {"help", no_argument, 0, 'h'},
-        {0},
-    };
-    double timeout_s;
-    for (int c; (c = getopt_long(argc, argv, "+:a:h", options, NULL)) != -1;) {
-        if (cmd_connect_option(&o->server, c))
-            continue;
-        switch (c) {
-        case 'l':
-            o->service = "";
-            break;
-        case 's':
-            o->service = optarg;
-            break;
-        case 'w':
-            if (!cmd_parse_double(optarg, 0, 86400, &o->wait_s))
-                return cmd_error(CMD_USAGE, "probe", "--wait %s: expected seconds, 0 to 86400", optarg);
-            break;
-        case 't':
-            if (!cmd_parse_double(optarg, 0.001, 3600, &timeout_s))
-                return cmd_error(CMD_USAGE, "probe", "--timeout %s: expected seconds, 0.001 to 3600", optarg);
-            o->server.timeout_ms = (uint32_t)(timeout_s * 1000);
-            break;
-        case 'q':
-            o->quiet = true;
-            break;
-        case 'h':
-            fputs(help, stdout);
-            return -1;
-        default:
-            return cmd_bad_option("probe", argv, c);
-        }
+    int rc = cmd_read(&o->args, &cmd_probe_cli, argc, argv);
+    if (rc)
+        return rc;
+    for (int opt; !rc && (opt = cli_next(&o->args)) != 0;)
+        rc = take(o, opt);
+    if (!rc && o->args.n_operands)
+        rc = cmd_error(CMD_USAGE, "probe", "%s: takes no arguments, only options; see `tandem probe --help`",
+                       o->args.operands[0]);
+    return rc;
+}
+
+static int report(const struct probe_options *o, enum status_code code, const struct status *st)
+{
+    int rc = code == ST_OK ? CMD_OK : CMD_UNREACHABLE;
+    if (o->quiet)
+        return rc;
+    if (o->json) {
+        json_t *out = json_pack("{s:s, s:s, s:b, s:s}", "address", o->server.address, "service", o->service, "serving",
+                                code == ST_OK, "code", code == ST_OK ? "OK" : status_name(code));
+        if (code != ST_OK)
+            json_object_set_new(out, "message", json_string(st->message));
+        json_dumpf(out, stdout, JSON_COMPACT);
+        putchar('\n');
+        json_decref(out);
+        return rc;
     }
-    if (optind < argc)
-        return cmd_error(CMD_USAGE, "probe", "%s: takes no arguments, only options; see `tandem probe --help`",
-                         argv[optind]);
-    return CMD_OK;
+    if (rc)
+        return cmd_error(rc, "probe", "%s (%s)", st->message, status_name(code));
+    puts("SERVING");
+    return rc;
 }
 
 int cmd_probe(int argc, char **argv)
@@ -100,24 +139,18 @@ int cmd_probe(int argc, char **argv)
     struct probe_options o = {.server = {.address = CMD_DEFAULT_ADDRESS, .timeout_ms = 2000},
                               .service = "tandem.v1.Inference"};
     int rc = parse(argc, argv, &o);
-    if (rc)
-        return rc < 0 ? CMD_OK : rc;
     int64_t end_ms = now_ms() + (int64_t)(o.wait_s * 1000);
     struct status st = STATUS_INIT;
-    for (;;) {
+    while (!rc) {
         enum status_code code = check_once(&o, &st);
-        if (code == ST_OK) {
-            if (!o.quiet)
-                puts("SERVING");
-            return CMD_OK;
-        }
         /* Only these two pass with time; a wrong address or an unknown service does not. */
         bool may_change = code == ST_UNAVAILABLE || code == ST_DEADLINE_EXCEEDED;
-        if (!may_change || now_ms() >= end_ms)
+        if (!may_change || now_ms() >= end_ms) {
+            rc = report(&o, code, &st);
             break;
+        }
         nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
     }
-    if (o.quiet)
-        return CMD_UNREACHABLE;
-    return cmd_error(CMD_UNREACHABLE, "probe", "%s (%s)", st.message, status_name(st.code));
+    cli_free(&o.args);
+    return rc < 0 ? CMD_OK : rc;
 }

@@ -6,6 +6,75 @@
 
 #define USAGE(...) cmd_error(CMD_USAGE, command, __VA_ARGS__)
 
+const struct cli_option cmd_sampling_options[] = {
+    {.name = "max-tokens",
+     .id = CMD_OPT_MAX_TOKENS,
+     .arg = "N",
+     .help = "stop after N new tokens (default: the server's)"},
+    {.name = "greedy", .id = CMD_OPT_GREEDY, .help = "always the likeliest token; the same as --temperature 0"},
+    {.name = "temperature", .id = CMD_OPT_TEMPERATURE, .arg = "T", .help = "0 to 100 (default: the model's own)"},
+    {.name = "top-k", .id = CMD_OPT_TOP_K, .arg = "K", .help = "sample among the K likeliest tokens; 0 is all"},
+    {.name = "top-p",
+     .id = CMD_OPT_TOP_P,
+     .arg = "P",
+     .help = "sample among the likeliest tokens that reach probability P"},
+    {.name = "min-p",
+     .id = CMD_OPT_MIN_P,
+     .arg = "P",
+     .help = "sample what is at least P times as likely as the likeliest"},
+    {.name = "typical-p",
+     .id = CMD_OPT_TYPICAL_P,
+     .arg = "P",
+     .help = "sample among the most typical tokens that reach probability P"},
+    {.name = "repetition-penalty",
+     .id = CMD_OPT_REPETITION,
+     .arg = "R",
+     .help = "over 1: less of what prompt and answer hold"},
+    {.name = "presence-penalty", .id = CMD_OPT_PRESENCE, .arg = "P", .help = "-2 to 2: less of what the answer holds"},
+    {.name = "frequency-penalty",
+     .id = CMD_OPT_FREQUENCY,
+     .arg = "P",
+     .help = "-2 to 2: the same for each time that it does"},
+    {.name = "logit-bias",
+     .id = CMD_OPT_BIAS,
+     .arg = "ID:BIAS",
+     .flags = CLI_REPEAT,
+     .help = "add -100 to 100 to a token's logit, 1024 of them at most"},
+    {.name = "allowed-ids",
+     .id = CMD_OPT_ALLOWED,
+     .arg = "JSON",
+     .help = "sample nothing but these token ids, [1, 2, 3]"},
+    {.name = "seed", .id = CMD_OPT_SEED, .arg = "S", .help = "the same seed gives the same answer"},
+    {.name = "stop-token-id",
+     .id = CMD_OPT_STOP_ID,
+     .arg = "ID",
+     .flags = CLI_REPEAT,
+     .help = "stop at this token as well, 64 of them at most"},
+    {.name = "stop",
+     .id = CMD_OPT_STOP,
+     .arg = "TEXT",
+     .flags = CLI_REPEAT,
+     .help = "stop where this text comes, and leave it out, 32 of them at most"},
+    {.name = "include-stop", .id = CMD_OPT_INCLUDE_STOP, .help = "do not leave it out"},
+    {.name = "min-tokens", .id = CMD_OPT_MIN_TOKENS, .arg = "N", .help = "do not stop before N tokens"},
+    {.name = "ignore-eos", .id = CMD_OPT_IGNORE_EOS, .help = "go on after the model's end-of-sequence token"},
+    {0},
+};
+
+const struct cli_option cmd_output_options[] = {
+    {.name = "n", .id = CMD_OPT_N, .arg = "N", .help = "N answers, 1 to 64; needs --json"},
+    {.name = "logprobs",
+     .id = CMD_OPT_LOGPROBS,
+     .arg = "N",
+     .help = "log probability of each new token and of the N likeliest; needs --json"},
+    {.name = "prompt-logprobs",
+     .id = CMD_OPT_PROMPT_LOGPROBS,
+     .arg = "N",
+     .help = "the same of the prompt's tokens; needs --json"},
+    {.name = "echo", .id = CMD_OPT_ECHO, .help = "print the prompt before the answer"},
+    {0},
+};
+
 void cmd_sampling_init(struct cmd_sampling *s)
 {
     memset(s, 0, sizeof *s);
@@ -75,7 +144,7 @@ struct real_option {
     }
 
 /* False: not one of these. */
-static bool real_option(struct cmd_sampling *s, const char *command, int opt, int *rc)
+static bool real_option(struct cmd_sampling *s, const char *command, int opt, const char *text, int *rc)
 {
     const struct real_option table[] = {
         REAL(CMD_OPT_TEMPERATURE, "temperature", temperature, TEMPERATURE_IS_TEMPERATURE, 0, 100, false, "0 to 100"),
@@ -96,8 +165,8 @@ static bool real_option(struct cmd_sampling *s, const char *command, int opt, in
         if (o->opt != opt)
             continue;
         *rc = CMD_OK;
-        if (!cmd_parse_double(optarg, o->low, o->high, &d) || (o->over_low && d <= o->low)) {
-            *rc = USAGE("--%s %s: expected %s", o->name, optarg, o->expected);
+        if (!cmd_parse_double(text, o->low, o->high, &d) || (o->over_low && d <= o->low)) {
+            *rc = USAGE("--%s %s: expected %s", o->name, text, o->expected);
             return true;
         }
         *o->value = (float)d;
@@ -107,36 +176,37 @@ static bool real_option(struct cmd_sampling *s, const char *command, int opt, in
     return false;
 }
 
-static int count_option(const char *command, const char *name, uint64_t low, uint64_t high, uint32_t *out)
+static int count_option(const char *command, const char *name, const char *text, uint64_t low, uint64_t high,
+                        uint32_t *out)
 {
     uint64_t u;
-    if (!cmd_parse_u64(optarg, low, high, &u))
+    if (!cmd_parse_u64(text, low, high, &u))
         return high == UINT32_MAX
-                   ? USAGE("--%s %s: expected a whole number, at least %u", name, optarg, (unsigned)low)
-                   : USAGE("--%s %s: expected a whole number, %u to %u", name, optarg, (unsigned)low, (unsigned)high);
+                   ? USAGE("--%s %s: expected a whole number, at least %u", name, text, (unsigned)low)
+                   : USAGE("--%s %s: expected a whole number, %u to %u", name, text, (unsigned)low, (unsigned)high);
     *out = (uint32_t)u;
     return CMD_OK;
 }
 
 /* ---- lists ---- */
 
-static int bias_option(struct cmd_sampling *s, const char *command)
+static int bias_option(struct cmd_sampling *s, const char *command, const char *text)
 {
     size_t n = s->sampling.n_logit_bias;
     char id[16];
-    const char *colon = strchr(optarg, ':');
+    const char *colon = strchr(text, ':');
     uint64_t token = 0;
     double bias = 0;
     if (n == CMD_MAX_BIASES)
         return USAGE("--logit-bias: more than %d of them", CMD_MAX_BIASES);
-    bool ok = colon && (size_t)(colon - optarg) < sizeof id;
+    bool ok = colon && (size_t)(colon - text) < sizeof id;
     if (ok) {
-        memcpy(id, optarg, (size_t)(colon - optarg));
-        id[colon - optarg] = '\0';
+        memcpy(id, text, (size_t)(colon - text));
+        id[colon - text] = '\0';
         ok = cmd_parse_u64(id, 0, UINT32_MAX, &token) && cmd_parse_double(colon + 1, -100, 100, &bias);
     }
     if (!ok)
-        return USAGE("--logit-bias %s: expected ID:BIAS with a bias of -100 to 100", optarg);
+        return USAGE("--logit-bias %s: expected ID:BIAS with a bias of -100 to 100", text);
     tandem__v1__logit_bias__init(&s->bias[n]);
     s->bias[n].token_id = (uint32_t)token;
     s->bias[n].bias = (float)bias;
@@ -145,32 +215,32 @@ static int bias_option(struct cmd_sampling *s, const char *command)
     return CMD_OK;
 }
 
-static int stop_option(struct cmd_sampling *s, const char *command, int opt)
+static int stop_option(struct cmd_sampling *s, const char *command, int opt, char *text)
 {
     uint64_t u;
     if (opt == CMD_OPT_STOP) {
-        if (!*optarg || s->stopping.n_stop == CMD_MAX_STOPS)
-            return USAGE("--stop \"%s\": expected a text, %d of them at most", optarg, CMD_MAX_STOPS);
-        s->stops[s->stopping.n_stop++] = optarg;
+        if (!*text || s->stopping.n_stop == CMD_MAX_STOPS)
+            return USAGE("--stop \"%s\": expected a text, %d of them at most", text, CMD_MAX_STOPS);
+        s->stops[s->stopping.n_stop++] = text;
         return CMD_OK;
     }
-    if (!cmd_parse_u64(optarg, 0, UINT32_MAX, &u) || s->stopping.n_stop_token_ids == CMD_MAX_STOP_IDS)
-        return USAGE("--stop-token-id %s: expected a token id, %d of them at most", optarg, CMD_MAX_STOP_IDS);
+    if (!cmd_parse_u64(text, 0, UINT32_MAX, &u) || s->stopping.n_stop_token_ids == CMD_MAX_STOP_IDS)
+        return USAGE("--stop-token-id %s: expected a token id, %d of them at most", text, CMD_MAX_STOP_IDS);
     s->stop_ids[s->stopping.n_stop_token_ids++] = (uint32_t)u;
     return CMD_OK;
 }
 
-static int seed_option(struct cmd_sampling *s, const char *command)
+static int seed_option(struct cmd_sampling *s, const char *command, const char *text)
 {
-    if (!cmd_parse_u64(optarg, 0, UINT64_MAX, &s->sampling.seed))
-        return USAGE("--seed %s: expected a whole number", optarg);
+    if (!cmd_parse_u64(text, 0, UINT64_MAX, &s->sampling.seed))
+        return USAGE("--seed %s: expected a whole number", text);
     s->sampling.seed_is_case = TANDEM__V1__SAMPLING__SEED_IS_SEED;
     return CMD_OK;
 }
 
-bool cmd_sampling_option(struct cmd_sampling *s, const char *command, int opt, int *rc)
+bool cmd_sampling_option(struct cmd_sampling *s, const char *command, int opt, char *text, int *rc)
 {
-    if (real_option(s, command, opt, rc))
+    if (real_option(s, command, opt, text, rc))
         return true;
     *rc = CMD_OK;
     switch (opt) {
@@ -180,41 +250,41 @@ bool cmd_sampling_option(struct cmd_sampling *s, const char *command, int opt, i
         return true;
     case CMD_OPT_MAX_TOKENS: /* 0: what goes with it, the server knows */
         s->stopping.max_tokens_is_case = TANDEM__V1__STOPPING__MAX_TOKENS_IS_MAX_TOKENS;
-        *rc = count_option(command, "max-tokens", 0, UINT32_MAX, &s->stopping.max_tokens);
+        *rc = count_option(command, "max-tokens", text, 0, UINT32_MAX, &s->stopping.max_tokens);
         return true;
     case CMD_OPT_MIN_TOKENS:
         s->stopping.min_tokens_is_case = TANDEM__V1__STOPPING__MIN_TOKENS_IS_MIN_TOKENS;
-        *rc = count_option(command, "min-tokens", 0, UINT32_MAX, &s->stopping.min_tokens);
+        *rc = count_option(command, "min-tokens", text, 0, UINT32_MAX, &s->stopping.min_tokens);
         return true;
     case CMD_OPT_TOP_K:
         s->sampling.top_k_is_case = TANDEM__V1__SAMPLING__TOP_K_IS_TOP_K;
-        *rc = count_option(command, "top-k", 0, UINT32_MAX, &s->sampling.top_k);
+        *rc = count_option(command, "top-k", text, 0, UINT32_MAX, &s->sampling.top_k);
         return true;
     case CMD_OPT_N:
         s->sampling.n_is_case = TANDEM__V1__SAMPLING__N_IS_N;
-        *rc = count_option(command, "n", 1, 64, &s->sampling.n);
+        *rc = count_option(command, "n", text, 1, 64, &s->sampling.n);
         return true;
     case CMD_OPT_LOGPROBS:
         s->output.logprobs_is_case = TANDEM__V1__OUTPUT__LOGPROBS_IS_LOGPROBS;
-        *rc = count_option(command, "logprobs", 0, 20, &s->output.logprobs);
+        *rc = count_option(command, "logprobs", text, 0, 20, &s->output.logprobs);
         return true;
     case CMD_OPT_PROMPT_LOGPROBS:
         s->output.prompt_logprobs_is_case = TANDEM__V1__OUTPUT__PROMPT_LOGPROBS_IS_PROMPT_LOGPROBS;
-        *rc = count_option(command, "prompt-logprobs", 0, 20, &s->output.prompt_logprobs);
+        *rc = count_option(command, "prompt-logprobs", text, 0, 20, &s->output.prompt_logprobs);
         return true;
     case CMD_OPT_SEED:
-        *rc = seed_option(s, command);
+        *rc = seed_option(s, command, text);
         return true;
     case CMD_OPT_BIAS:
-        *rc = bias_option(s, command);
+        *rc = bias_option(s, command, text);
         return true;
     case CMD_OPT_ALLOWED:
-        *rc = cmd_parse_ids(command, "--allowed-ids", optarg, &s->allowed, &s->sampling.n_allowed_token_ids);
+        *rc = cmd_parse_ids(command, "--allowed-ids", text, &s->allowed, &s->sampling.n_allowed_token_ids);
         s->sampling.allowed_token_ids = s->allowed;
         return true;
     case CMD_OPT_STOP:
     case CMD_OPT_STOP_ID:
-        *rc = stop_option(s, command, opt);
+        *rc = stop_option(s, command, opt, text);
         return true;
     case CMD_OPT_INCLUDE_STOP:
         s->stopping.include_stop_in_output = true;

@@ -7,6 +7,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "coordinator/cli.h"
+
 #define SERVE_MAX_ARGS 192
 
 /* An argv that owns its strings; ends with NULL. Starts as all zero. */
@@ -22,7 +24,8 @@ bool arguments_push2(struct argument_list *a, const char *option, const char *va
 void arguments_cut(struct argument_list *a, int n);
 
 struct serve_setup {
-    /* from the options */
+    struct cli_args args;
+    /* from the options; they point into args */
     const char *model, *control_listen, *mpirun_path;
     struct argument_list coordinator_extra, worker_extra, mpi_extra;
     bool listens;    /* --listen was given */

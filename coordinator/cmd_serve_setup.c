@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
-#include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,48 +13,164 @@
 #include "coordinator/cmd.h"
 #include "coordinator/cmd_serve.h"
 
-static const char help[] =
-    "usage: tandem serve --model DIR [OPTIONS]\n\n"
-    "Serves a model: starts the coordinator, launches the tensor-parallel ranks with mpirun, and starts again what "
-    "dies.\n"
-    "DIR is a Hugging Face model folder: config.json, *.safetensors, tokenizer.json.\n\n"
-    "  --model DIR            the model: a Hugging Face folder or a GGUF file (required)\n"
-    "  --tp R                 tensor-parallel ranks (default 1)\n"
-    "  --listen ADDR          where clients connect, host:port or unix:/path; may be given several times\n"
-    "                         (default " CMD_DEFAULT_ADDRESS ")\n"
-    "  --served-name NAME     name of the model in the API (default: the folder's name)\n"
-    "  --chat-template T      chatml, llama2, llama3, mistral or a file (default: the model's own)\n"
-    "  --backend NAME         auto, cuda or host (default auto)\n"
-    "  --devices LIST         CUDA devices, such as 0,2: the first is rank 0's (default: all)\n"
-    "  --memory-percent N     of a device's memory that may be in use, other programs included (default 90)\n"
-    "  --threads N            CPU threads of each rank on the host back end (default: its share of the cores)\n"
-    "  --max-slots N          requests that run at once (default 256)\n"
-    "  --max-context N        tokens of a request, prompt and answer (default: the model's)\n"
-    "  --step-tokens N        rows of one step: decodes and prompt chunks (default 512)\n"
-    "  --kv-memory SIZE       KV memory of each rank, such as 512M or 8G (default: computed)\n"
-    "  --page-size SIZE       size of a KV page (default 2M)\n"
-    "  --max-queued N         requests that may wait (default: the coordinator's)\n"
-    "  --default-max-tokens N new tokens of a request that names no limit (default 256)\n"
-    "  --drain-timeout S      on SIGTERM: seconds that running requests get to end (default 30)\n"
-    "  --tls-cert FILE, --tls-key FILE, --tls-client-ca FILE, --token-file FILE\n"
-    "                         TLS, client certificates and bearer tokens on TCP listeners; words behind an address\n"
-    "                         say otherwise, such as --listen 0.0.0.0:50052,plain,health (see tandem-coordinator "
-    "--help)\n"
-    "  --control-tls-ca FILE, --control-tls-cert FILE, --control-tls-key FILE\n"
-    "                         mutual TLS between coordinator and ranks: both show this certificate, signed by this CA\n"
-    "  --control-tls-server-name NAME, --control-token-file FILE\n"
-    "                         name in that certificate where it is not the address; a token beside it\n"
-    "  --coordinator-arg ARG  handed to tandem-coordinator as it is; may be repeated\n"
-    "  --worker-arg ARG       handed to tandem-worker as it is; may be repeated\n"
-    "  --mpi-arg ARG          handed to mpirun as it is; may be repeated. With ranks on other hosts give\n"
-    "                         --control-listen too\n"
-    "  --control-listen ADDR  where ranks connect (default: a unix socket in a private folder)\n"
-    "  --mpirun PATH          the mpirun to use (default: from PATH)\n"
-    "  --log-level LEVEL      error, warning, info or debug (default info)\n\n"
-    "SIGTERM or Ctrl-C drains and stops; a second one stops at once.\n\n"
-    "  tandem serve --model /models/llama --tp 2\n"
-    "  tandem generate \"Once upon a time\"          # in another terminal\n"
-    "  tandem probe --wait 60                      # until it serves\n";
+enum {
+    OPT_MODEL = 1,
+    OPT_TP,
+    OPT_LISTEN,
+    OPT_DRAIN,
+    OPT_COORD_ARG,
+    OPT_WORKER_ARG,
+    OPT_MPI_ARG,
+    OPT_CONTROL,
+    OPT_MPIRUN,
+    OPT_FORWARD /* looked up in forwards by its name */
+};
+
+static const struct cli_option own_options[] = {
+    {.name = "model",
+     .id = OPT_MODEL,
+     .arg = "DIR",
+     .flags = CLI_FILE | CLI_REQUIRED,
+     .help = "the model: a Hugging Face folder or a GGUF file"},
+    {.name = "tp", .id = OPT_TP, .arg = "R", .fallback = "1", .help = "tensor-parallel ranks"},
+    {.name = "listen",
+     .id = OPT_LISTEN,
+     .arg = "ADDR",
+     .fallback = CMD_DEFAULT_ADDRESS,
+     .flags = CLI_REPEAT,
+     .help = "where clients connect, host:port or unix:/path; words behind it say what the listener demands, as in "
+             "0.0.0.0:50052,plain,health (see tandem-coordinator --help)"},
+    {.name = "served-name",
+     .id = OPT_FORWARD,
+     .arg = "NAME",
+     .help = "name of the model in the API (default: the folder's name)"},
+    {.name = "chat-template",
+     .id = OPT_FORWARD,
+     .arg = "T",
+     .choices = "chatml|llama2|llama3|mistral",
+     .help = "chatml, llama2, llama3, mistral or a file (default: the model's own)"},
+    {.name = "backend",
+     .id = OPT_FORWARD,
+     .arg = "NAME",
+     .choices = "auto|cuda|host",
+     .fallback = "auto",
+     .help = "auto, cuda or host"},
+    {.name = "devices",
+     .id = OPT_FORWARD,
+     .arg = "LIST",
+     .help = "CUDA devices, such as 0,2: the first is rank 0's (default: all)"},
+    {.name = "memory-percent",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .fallback = "90",
+     .help = "of a device's memory that may be in use, other programs included"},
+    {.name = "threads",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .help = "CPU threads of each rank on the host back end (default: its share of the cores)"},
+    {.name = "max-slots", .id = OPT_FORWARD, .arg = "N", .fallback = "256", .help = "requests that run at once"},
+    {.name = "max-context",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .help = "tokens of a request, prompt and answer (default: the model's)"},
+    {.name = "step-tokens",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .fallback = "512",
+     .help = "rows of one step: decodes and prompt chunks"},
+    {.name = "kv-memory",
+     .id = OPT_FORWARD,
+     .arg = "SIZE",
+     .help = "KV memory of each rank, such as 512M or 8G (default: computed)"},
+    {.name = "page-size", .id = OPT_FORWARD, .arg = "SIZE", .fallback = "2M", .help = "size of a KV page"},
+    {.name = "max-queued",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .help = "requests that may wait (default: the coordinator's)"},
+    {.name = "default-max-tokens",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .fallback = "256",
+     .help = "new tokens of a request that names no limit"},
+    {.name = "drain-timeout",
+     .id = OPT_DRAIN,
+     .arg = "S",
+     .fallback = "30",
+     .help = "on SIGTERM: seconds that running requests get to end"},
+    {.name = "tls-cert",
+     .id = OPT_FORWARD,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "TLS on TCP listeners: the server's certificate (PEM)"},
+    {.name = "tls-key", .id = OPT_FORWARD, .arg = "FILE", .flags = CLI_FILE, .help = "its private key"},
+    {.name = "tls-client-ca",
+     .id = OPT_FORWARD,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "clients must show a certificate signed by these"},
+    {.name = "token-file",
+     .id = OPT_FORWARD,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "clients must send one of these bearer tokens"},
+    {.name = "control-tls-ca",
+     .id = OPT_FORWARD,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "mutual TLS between coordinator and ranks: who signed the certificate that both show"},
+    {.name = "control-tls-cert", .id = OPT_FORWARD, .arg = "FILE", .flags = CLI_FILE, .help = "that certificate"},
+    {.name = "control-tls-key", .id = OPT_FORWARD, .arg = "FILE", .flags = CLI_FILE, .help = "its private key"},
+    {.name = "control-tls-server-name",
+     .id = OPT_FORWARD,
+     .arg = "NAME",
+     .help = "name in that certificate where it is not the address"},
+    {.name = "control-token-file", .id = OPT_FORWARD, .arg = "FILE", .flags = CLI_FILE, .help = "a token beside it"},
+    {.name = "coordinator-arg",
+     .id = OPT_COORD_ARG,
+     .arg = "ARG",
+     .flags = CLI_REPEAT,
+     .help = "handed to tandem-coordinator as it is"},
+    {.name = "worker-arg",
+     .id = OPT_WORKER_ARG,
+     .arg = "ARG",
+     .flags = CLI_REPEAT,
+     .help = "handed to tandem-worker as it is"},
+    {.name = "mpi-arg",
+     .id = OPT_MPI_ARG,
+     .arg = "ARG",
+     .flags = CLI_REPEAT,
+     .help = "handed to mpirun as it is. With ranks on other hosts give --control-listen too"},
+    {.name = "control-listen",
+     .id = OPT_CONTROL,
+     .arg = "ADDR",
+     .help = "where ranks connect (default: a unix socket in a private folder)"},
+    {.name = "mpirun",
+     .id = OPT_MPIRUN,
+     .arg = "PATH",
+     .flags = CLI_FILE,
+     .help = "the mpirun to use (default: from PATH)"},
+    {.name = "log-level",
+     .id = OPT_FORWARD,
+     .arg = "LEVEL",
+     .choices = "error|warning|info|debug",
+     .fallback = "info",
+     .help = "error, warning, info or debug"},
+    {0},
+};
+
+const struct cli_command cmd_serve_cli = {
+    .name = "serve",
+    .summary = "start a coordinator and a group of worker ranks for a model, and keep them running",
+    .about = "Serves a model: starts the coordinator, launches the tensor-parallel ranks with mpirun, and starts again "
+             "what dies.\n"
+             "DIR is a Hugging Face model folder: config.json, *.safetensors, tokenizer.json; or a GGUF file.",
+    .tables = (const struct cli_option *const[]){own_options, NULL},
+    .notes = "SIGTERM or Ctrl-C drains and stops; a second one stops at once.",
+    .exits = "0 stopped by a signal, 1 it cannot serve, 2 wrong usage.",
+    .examples = "  tandem serve --model /models/llama --tp 2\n"
+                "  tandem generate \"Once upon a time\"          # in another terminal\n"
+                "  tandem probe --wait 60                      # until it serves\n",
+};
 
 bool arguments_push(struct argument_list *a, const char *text)
 {
@@ -111,75 +226,51 @@ static const struct forward {
     {"kv-memory", NULL, "--kv-memory"},
     {"page-size", NULL, "--page-size"},
 };
-#define N_FORWARDS (sizeof forwards / sizeof *forwards)
-
-enum {
-    OPT_MODEL = 256,
-    OPT_TP,
-    OPT_LISTEN,
-    OPT_DRAIN,
-    OPT_COORD_ARG,
-    OPT_WORKER_ARG,
-    OPT_MPI_ARG,
-    OPT_CONTROL,
-    OPT_MPIRUN,
-    OPT_FORWARD
-};
-
-static const struct option own_options[] = {
-    {"model", required_argument, 0, OPT_MODEL},
-    {"tp", required_argument, 0, OPT_TP},
-    {"listen", required_argument, 0, OPT_LISTEN},
-    {"drain-timeout", required_argument, 0, OPT_DRAIN},
-    {"coordinator-arg", required_argument, 0, OPT_COORD_ARG},
-    {"worker-arg", required_argument, 0, OPT_WORKER_ARG},
-    {"mpi-arg", required_argument, 0, OPT_MPI_ARG},
-    {"control-listen", required_argument, 0, OPT_CONTROL},
-    {"mpirun", required_argument, 0, OPT_MPIRUN},
-    {"help", no_argument, 0, 'h'},
-};
-#define N_OWN (sizeof own_options / sizeof *own_options)
 
 static bool take_option(struct serve_setup *s, int opt, bool *ok)
 {
+    const char *text = s->args.text, *where = s->args.where;
     uint64_t u;
     switch (opt) {
     case OPT_MODEL:
-        s->model = optarg;
+        s->model = text;
         break;
     case OPT_TP:
-        if (!cmd_parse_u64(optarg, 1, 64, &u))
-            return cmd_error(CMD_USAGE, "serve", "--tp %s: expected the number of ranks, 1 to 64", optarg), false;
+        if (!cmd_parse_u64(text, 1, 64, &u))
+            return cmd_error(CMD_USAGE, where, "--tp %s: expected the number of ranks, 1 to 64", text), false;
         s->tp = u;
         break;
     case OPT_LISTEN:
         s->listens = true;
-        *ok = arguments_push2(&s->coordinator_extra, "--listen", optarg);
+        *ok = arguments_push2(&s->coordinator_extra, "--listen", text);
         break;
     case OPT_DRAIN:
-        if (!cmd_parse_double(optarg, 0, 86400, &s->drain_s))
-            return cmd_error(CMD_USAGE, "serve", "--drain-timeout %s: expected seconds, 0 to 86400", optarg), false;
+        if (!cmd_parse_double(text, 0, 86400, &s->drain_s))
+            return cmd_error(CMD_USAGE, where, "--drain-timeout %s: expected seconds, 0 to 86400", text), false;
         break;
     case OPT_COORD_ARG:
-        *ok = arguments_push(&s->coordinator_extra, optarg);
+        *ok = arguments_push(&s->coordinator_extra, text);
         break;
     case OPT_WORKER_ARG:
-        *ok = arguments_push(&s->worker_extra, optarg);
+        *ok = arguments_push(&s->worker_extra, text);
         break;
     case OPT_MPI_ARG:
         s->local_only = false;
-        *ok = arguments_push(&s->mpi_extra, optarg);
+        *ok = arguments_push(&s->mpi_extra, text);
         break;
     case OPT_CONTROL:
-        s->control_listen = optarg;
+        s->control_listen = text;
         break;
     case OPT_MPIRUN:
-        s->mpirun_path = optarg;
+        s->mpirun_path = text;
         break;
     default: {
-        const struct forward *f = &forwards[opt - OPT_FORWARD];
-        *ok = (!f->to_coordinator || arguments_push2(&s->coordinator_extra, f->to_coordinator, optarg)) &&
-              (!f->to_worker || arguments_push2(&s->worker_extra, f->to_worker, optarg));
+        const char *name = s->args.values[s->args.at - 1].option->name;
+        const struct forward *f = forwards;
+        while (strcmp(f->name, name) != 0)
+            f++;
+        *ok = (!f->to_coordinator || arguments_push2(&s->coordinator_extra, f->to_coordinator, text)) &&
+              (!f->to_worker || arguments_push2(&s->worker_extra, f->to_worker, text));
     }
     }
     return true;
@@ -188,26 +279,19 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
 /* CMD_OK, CMD_USAGE, or -1 after --help. */
 int serve_parse(int argc, char **argv, struct serve_setup *s)
 {
-    struct option options[N_OWN + N_FORWARDS + 1] = {0};
-    memcpy(options, own_options, sizeof own_options);
-    for (size_t i = 0; i < N_FORWARDS; i++)
-        options[N_OWN + i] = (struct option){forwards[i].name, required_argument, 0, OPT_FORWARD + (int)i};
     bool ok = true;
-    for (int c; (c = getopt_long(argc, argv, "+:h", options, NULL)) != -1;) {
-        if (c == 'h') {
-            fputs(help, stdout);
-            return -1;
-        }
-        if (c == '?' || c == ':')
-            return cmd_bad_option("serve", argv, c);
-        if (!take_option(s, c, &ok))
+    int rc = cmd_read(&s->args, &cmd_serve_cli, argc, argv);
+    if (rc)
+        return rc;
+    for (int opt; (opt = cli_next(&s->args)) != 0;) {
+        if (!take_option(s, opt, &ok))
             return CMD_USAGE;
         if (!ok)
             return cmd_error(CMD_USAGE, "serve", "too many arguments: %d at most", SERVE_MAX_ARGS);
     }
-    if (optind < argc)
+    if (s->args.n_operands)
         return cmd_error(CMD_USAGE, "serve", "%s: takes no arguments, only options; see `tandem serve --help`",
-                         argv[optind]);
+                         s->args.operands[0]);
     if (!s->model)
         return cmd_error(CMD_USAGE, "serve", "--model DIR is missing; see `tandem serve --help`");
     struct stat sb;
@@ -379,4 +463,5 @@ void serve_release(struct serve_setup *s)
                                      &s->mpi_extra};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         arguments_cut(lists[i], 0);
+    cli_free(&s->args);
 }

@@ -1,6 +1,5 @@
 /* cmd_tokenize.c - `tandem tokenize`: text to ids and back, one line at a time, JSON on both sides. */
 #include <errno.h>
-#include <getopt.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,23 +9,45 @@
 #include "coordinator/cmd.h"
 #include "coordinator/tokenizer.h"
 
-static const char help[] =
-    "usage: tandem tokenize --model DIR [--add-special] < strings\n"
-    "       tandem tokenize --model DIR --decode [--skip-special] < ids\n\n"
-    "Turns text into token ids, and back. Reads lines of JSON from stdin, writes one line of JSON for each: a string\n"
-    "in, an array of ids out; with --decode an array of ids in, a string out. Special tokens that are written out in\n"
-    "the text, like <s>, are recognised.\n\n"
-    "  --model DIR      folder with tokenizer.json (and tokenizer_config.json), or a GGUF file; no weights\n           "
-    "        needed\n"
-    "  --add-special    put the model's own special tokens around the text, such as <s> in front\n"
-    "  --decode         ids to text\n"
-    "  --skip-special   with --decode: leave special tokens out\n\n"
-    "Exit status: 0 done, 1 a line or the model is bad (stderr names the line), 2 wrong usage.\n\n"
-    "  echo '\"Once upon a time\"' | tandem tokenize --model models/demo\n"
-    "  echo '[415, 424, 258, 393]' | tandem tokenize --model models/demo --decode\n"
-    "  jq -R . < book.txt | tandem tokenize --model models/demo | jq length    # ids per line of a text file\n";
+enum { OPT_MODEL = 1, OPT_ADD_SPECIAL, OPT_DECODE, OPT_SKIP_SPECIAL };
+
+static const struct cli_option own_options[] = {
+    {.name = "model",
+     .id = OPT_MODEL,
+     .arg = "DIR",
+     .flags = CLI_FILE | CLI_REQUIRED,
+     .help = "folder with tokenizer.json (and tokenizer_config.json), or a GGUF file; no weights needed"},
+    {.name = "add-special",
+     .id = OPT_ADD_SPECIAL,
+     .flags = CLI_LINE_ONLY,
+     .help = "put the model's own special tokens around the text, such as <s> in front"},
+    {.name = "decode", .id = OPT_DECODE, .flags = CLI_LINE_ONLY, .help = "ids to text"},
+    {.name = "skip-special",
+     .id = OPT_SKIP_SPECIAL,
+     .flags = CLI_LINE_ONLY,
+     .help = "with --decode: leave special tokens out"},
+    {0},
+};
+
+const struct cli_command cmd_tokenize_cli = {
+    .name = "tokenize",
+    .summary = "turn text into token ids with a model's tokenizer, or back",
+    .operands = "< LINES",
+    .about = "Turns text into token ids, and back. Reads lines of JSON from stdin, writes one line of JSON for each: a "
+             "string\n"
+             "in, an array of ids out; with --decode an array of ids in, a string out. Special tokens that are written "
+             "out in\n"
+             "the text, like <s>, are recognised.",
+    .tables = (const struct cli_option *const[]){own_options, NULL},
+    .exits = "0 done, 1 a line or the model is bad (stderr names the line), 2 wrong usage.",
+    .examples =
+        "  echo '\"Once upon a time\"' | tandem tokenize --model models/demo\n"
+        "  echo '[415, 424, 258, 393]' | tandem tokenize --model models/demo --decode\n"
+        "  jq -R . < book.txt | tandem tokenize --model models/demo | jq length    # ids per line of a text file\n",
+};
 
 struct tokenize_options {
+    struct cli_args args;
     const char *model;
     bool decode;
     unsigned encode_flags, decode_flags;
@@ -34,36 +55,27 @@ struct tokenize_options {
 
 static int parse(int argc, char **argv, struct tokenize_options *o)
 {
-    static const struct option options[] = {
-        {"model", required_argument, NULL, 'm'}, {"add-special", no_argument, NULL, 'a'},
-        {"decode", no_argument, NULL, 'd'},      {"skip-special", no_argument, NULL, 's'},
-        {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0},
-    };
-    int c;
-    optind = 1;
-    while ((c = getopt_long(argc, argv, ":h", options, NULL)) != -1) {
-        switch (c) {
-        case 'm':
-            o->model = optarg;
+    int rc = cmd_read(&o->args, &cmd_tokenize_cli, argc, argv);
+    if (rc)
+        return rc;
+    for (int opt; (opt = cli_next(&o->args)) != 0;) {
+        switch (opt) {
+        case OPT_MODEL:
+            o->model = o->args.text;
             break;
-        case 'a':
+        case OPT_ADD_SPECIAL:
             o->encode_flags |= TOK_ADD_SPECIAL;
             break;
-        case 'd':
+        case OPT_DECODE:
             o->decode = true;
             break;
-        case 's':
-            o->decode_flags |= TOK_SKIP_SPECIAL;
-            break;
-        case 'h':
-            fputs(help, stdout);
-            return -1;
         default:
-            return cmd_bad_option("tokenize", argv, c);
+            o->decode_flags |= TOK_SKIP_SPECIAL;
         }
     }
-    if (optind < argc)
-        return cmd_error(CMD_USAGE, "tokenize", "unexpected argument '%s': text and ids come on stdin", argv[optind]);
+    if (o->args.n_operands)
+        return cmd_error(CMD_USAGE, "tokenize", "unexpected argument '%s': text and ids come on stdin",
+                         o->args.operands[0]);
     if (!o->model)
         return cmd_error(CMD_USAGE, "tokenize", "--model DIR is missing; see tandem tokenize --help");
     if (o->encode_flags && o->decode)
@@ -179,11 +191,12 @@ int cmd_tokenize(int argc, char **argv)
     struct status st = STATUS_INIT;
     struct tokenizer *t;
     int rc = parse(argc, argv, &o);
-    if (rc != CMD_OK)
-        return rc < 0 ? CMD_OK : rc;
-    if (tok_load(&t, o.model, &st) != ST_OK)
-        return cmd_error(CMD_FAILED, "tokenize", "%s", st.message);
-    rc = run(t, &o);
-    tok_free(t);
-    return rc;
+    if (rc == CMD_OK && tok_load(&t, o.model, &st) != ST_OK)
+        rc = cmd_error(CMD_FAILED, "tokenize", "%s", st.message);
+    else if (rc == CMD_OK) {
+        rc = run(t, &o);
+        tok_free(t);
+    }
+    cli_free(&o.args);
+    return rc < 0 ? CMD_OK : rc;
 }

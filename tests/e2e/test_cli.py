@@ -1,7 +1,10 @@
 """The command's edges that need no server."""
 import json
 import os
+import re
+import shutil
 import subprocess
+import tempfile
 import unittest
 
 from cluster import DEMO, TANDEM, tandem
@@ -47,7 +50,7 @@ class Tokenize(unittest.TestCase):
 class Usage(unittest.TestCase):
     def test_help_of_every_command(self):
         for args in (("--help",), ("serve", "--help"), ("generate", "--help"), ("tokenize", "--help"),
-                     ("probe", "--help")):
+                     ("probe", "--help"), ("config", "--help"), ("completion", "--help"), ("man", "--help")):
             rc, out, err = tandem(*args)
             self.assertEqual((rc, err), (0, ""), args)
             self.assertIn("usage:", out)
@@ -79,6 +82,11 @@ class Usage(unittest.TestCase):
             self.assertEqual((rc, out), (2, ""), args)
             self.assertEqual(err.count("\n"), 1, (args, err))
 
+    def test_probe_without_a_server_in_json(self):
+        rc, out, err = tandem("probe", "--address", "127.0.0.1:1", "--json")
+        got = json.loads(out)
+        self.assertEqual((rc, err, got["serving"], got["code"]), (3, "", False, "UNAVAILABLE"))
+
     def test_no_server(self):
         rc, out, err = tandem("generate", "--address", "127.0.0.1:1", "--print-ids", "hello")
         self.assertEqual((rc, out), (3, ""))
@@ -96,6 +104,92 @@ class Usage(unittest.TestCase):
         self.assertIn("libmpi", worker)
         for lib in ("libcuda", "libcublas", "libnccl"):
             self.assertNotIn(lib, worker)
+
+
+class Configuration(unittest.TestCase):
+    """`tandem config` tells what a command would take; that all commands read through the same code, check_cli knows."""
+
+    def run_with(self, text, *args, **env):
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as f:
+            f.write(text)
+            f.flush()
+            p = subprocess.run([TANDEM, *args], env={**os.environ, "TANDEM_CONFIG": f.name, **env},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+            return p.returncode, p.stdout.decode(), p.stderr.decode().replace(f.name, "FILE")
+
+    def test_the_highest_origin_counts_and_is_named(self):
+        rc, out, err = self.run_with("top-k = 1\nseed = 1\nmin-p = 0.1\n[generate]\ntop-k = 2\nseed = 2\nstop = a\nstop = b\n",
+                                     "config", "--json", "generate", "--top-p", "0.5",
+                                     TANDEM_SEED="3", TANDEM_GENERATE_TEMPERATURE="0.25", TANDEM_TEMPERATURE="0.75")
+        self.assertEqual((rc, err), (0, ""))
+        got = {k: (v["values"], v["origin"]) for k, v in json.loads(out)["generate"].items()}
+        self.assertEqual(got["top-k"], (["2"], "file"))
+        self.assertEqual(got["seed"], (["3"], "environment"))
+        self.assertEqual(got["min-p"], (["0.1"], "file"))
+        self.assertEqual(got["stop"], (["a", "b"], "file"))
+        self.assertEqual(got["temperature"], (["0.25"], "environment"))
+        self.assertEqual(got["top-p"], (["0.5"], "command line"))
+        self.assertEqual(got["wait"], (["0"], "default"))
+        self.assertEqual(got["max-tokens"], ([], "unset"))
+
+    def test_what_it_prints_is_a_file_that_says_the_same(self):
+        text = '[generate]\nstop = "a # b\\n\\"c\\""\nstop = x\nserved = 1\n'.replace("served = 1\n", "greedy = true\n")
+        rc, first, err = self.run_with(text, "config", "generate")
+        self.assertEqual((rc, err), (0, ""))
+        again = self.run_with(first, "config", "generate")[1]
+        values = [[line.rsplit("    # ", 1)[0] for line in t.splitlines()] for t in (first, again)]
+        self.assertEqual(values[0], values[1])
+        self.assertIn('stop = "a # b\\n\\"c\\""', values[0])
+
+    def test_wrong_values_name_their_origin(self):
+        for text, env, says in (("[generate]\ntop-p = 7\n", {}, "FILE:2: --top-p 7"), ("tops = 1\n", {}, "FILE:1: tops"),
+                                ("[serve]\ntop-k = 1\n", {}, "FILE:2: top-k: no such option of serve"),
+                                ("", {"TANDEM_N": "x"}, "TANDEM_N: --n x"), ("[x]\na = 1\n", {}, "FILE:2: [x]")):
+            rc, out, err = self.run_with(text, "generate", "hello", **env)
+            self.assertEqual((rc, out, err.count("\n")), (2, "", 1), err)
+            self.assertIn(says, err)
+        rc, out, err = self.run_with("", "probe", "--config", "/no/such.conf")
+        self.assertEqual((rc, out), (2, ""))
+        self.assertIn("/no/such.conf", err)
+
+
+class Generated(unittest.TestCase):
+    COMMANDS = ("serve", "generate", "tokenize", "probe", "config")
+
+    def complete(self, *words):
+        script = ('source <("$0" completion bash); compopt() { :; }; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tandem; '
+                  'printf "%s\\n" "${COMPREPLY[@]}"')
+        p = subprocess.run(["bash", "-c", script, TANDEM, "tandem", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           timeout=60)
+        self.assertEqual(p.stderr, b"")
+        return p.stdout.decode().split()
+
+    def test_bash_completes_commands_options_and_values(self):
+        self.assertEqual(self.complete("gen"), ["generate"])
+        self.assertEqual(self.complete("generate", "--top"), ["--top-k", "--top-p"])
+        self.assertEqual(self.complete("serve", "--backend", ""), ["auto", "cuda", "host"])
+        self.assertEqual(self.complete("serve", "--model", os.path.join(DEMO, "config")), [os.path.join(DEMO, "config.json")])
+        self.assertEqual(self.complete("completion", "z"), ["zsh"])
+
+    def test_each_shell_reads_its_completion(self):
+        for shell in ("bash", "zsh", "fish"):
+            rc, out, err = tandem("completion", shell)
+            self.assertEqual((rc, err), (0, ""))
+            self.assertIn("logit-bias", out)
+            if shutil.which(shell):
+                p = subprocess.run([shell, "-n"], input=out.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   timeout=60)
+                self.assertEqual((p.returncode, p.stdout), (0, b""), shell)
+        self.assertEqual(tandem("completion", "csh")[0], 2)
+
+    def test_man_and_help_say_the_same(self):
+        for name in self.COMMANDS:
+            options = {line.split()[0] for line in tandem(name, "--help")[1].splitlines() if line.startswith("  --")}
+            rc, page, err = tandem("man", name)
+            self.assertEqual((rc, err), (0, ""))
+            in_page = set(re.findall(r"^\\fB(--[a-z0-9-]+)\\fR", page.replace("\\-", "-"), re.M))
+            self.assertEqual(options, in_page, name)
+        self.assertEqual(tandem("man", "nothing")[0], 2)
 
 
 if __name__ == "__main__":
