@@ -180,7 +180,9 @@ static enum status_code describe_special(const struct source *s, json_t *map, ui
         return ST_OK;
     const struct gguf_string t = s->token[id];
     json_t *v = json_pack("{s:s%, s:[I], s:[s%]}", "id", t.at, t.bytes, "ids", (json_int_t)id, "tokens", t.at, t.bytes);
-    char *name = strndup(t.at, t.bytes);
+    char *name = calloc(1, t.bytes + 1);
+    if (name)
+        memcpy(name, t.at, t.bytes);
     enum status_code rc = v && name ? set(map, name, json_incref(v), st) : status_nomem(st, "special token", t.bytes);
     json_decref(v);
     free(name);

@@ -103,9 +103,12 @@ static enum status_code take_name(struct reader *r, char **out, uint32_t max_byt
         return rc;
     if (memchr(r->g->header + r->at, 0, n))
         return damaged(r, "a name with a NUL byte");
-    *out = strndup((const char *)r->g->header + r->at, n);
-    if (!*out)
-        return status_nomem(r->st, "GGUF name", n);
+    char *name = malloc(n + 1);
+    if (!name)
+        return status_nomem(r->st, "GGUF name", n + 1);
+    memcpy(name, r->g->header + r->at, n);
+    name[n] = '\0';
+    *out = name;
     r->at += n;
     return ST_OK;
 }
