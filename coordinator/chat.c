@@ -210,6 +210,35 @@ static bool blank(char ch)
     return ch == ' ' || (ch >= '\t' && ch <= '\r');
 }
 
+/* Where s begins last in the text; SIZE_MAX: nowhere. Knuth, Morris and Pratt from the end, so that the time is linear
+ * whatever repeats in what a client writes. n > 0. */
+static enum status_code find_last(const char *text, size_t bytes, const char *s, size_t n, size_t *at,
+                                  struct status *st)
+{
+    *at = SIZE_MAX;
+    if (n > bytes)
+        return ST_OK;
+    uint32_t *back = malloc(n * sizeof *back); /* after i + 1 bytes, from the end, match and the next does not */
+    if (!back)
+        return status_nomem(st, "the last message", n * sizeof *back);
+    back[0] = 0;
+    for (size_t i = 1, k = 0; i < n; i++) {
+        while (k && s[n - 1 - i] != s[n - 1 - k])
+            k = back[k - 1];
+        k += s[n - 1 - i] == s[n - 1 - k];
+        back[i] = (uint32_t)k; /* a text has JINJA_MAX_OUTPUT_BYTES at most */
+    }
+    for (size_t i = bytes, k = 0; i-- > 0 && *at == SIZE_MAX;) {
+        while (k && text[i] != s[n - 1 - k])
+            k = back[k - 1];
+        k += text[i] == s[n - 1 - k];
+        if (k == n)
+            *at = i;
+    }
+    free(back);
+    return ST_OK;
+}
+
 /* Cuts the text behind the words of the last message, whose white space at the end the template may have taken. */
 static enum status_code cut_behind(const json_t *last, char *text, size_t *bytes, struct status *st)
 {
@@ -225,12 +254,8 @@ static enum status_code cut_behind(const json_t *last, char *text, size_t *bytes
     size_t whole = n;
     while (n > 0 && blank(s[n - 1]))
         n--;
-    for (size_t at = 0; n > 0 && at + n <= *bytes; at++) {
-        const char *hit = memmem(text + at, *bytes - at, s, n);
-        if (!hit)
-            break;
-        at = found = (size_t)(hit - text);
-    }
+    if (n > 0 && find_last(text, *bytes, s, n, &found, st) != ST_OK)
+        return st->code;
     if (found == SIZE_MAX)
         return status_set(st, ST_INVALID_ARGUMENT,
                           "the template does not write the last message's content as it is, so it cannot be continued");

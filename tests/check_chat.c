@@ -192,6 +192,49 @@ START_TEST(the_last_message_can_be_continued)
 }
 END_TEST
 
+/* A client writes both texts: whatever repeats in them, the last place is found, and soon. */
+START_TEST(the_place_to_continue_is_the_last_one)
+{
+    struct temp_dir d = temp_dir_make();
+    char first[16], last[8], turns[128], whole[64], out[512];
+    struct chat_prompt on = {.continue_final = true};
+    uint32_t seed = 1;
+    temp_dir_write(&d, "t.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}abaab", 55);
+    snprintf(out, sizeof out, "%s/t.jinja", d.path);
+    struct chat *c = load(&d, out);
+    for (int round = 0; round < 500; round++) {
+        size_t n_first = (size_t)round % 15, n_last = 1 + (size_t)round % 7, at;
+        for (size_t i = 0; i < n_first + n_last; i++) {
+            seed = seed * 1664525u + 1013904223u;
+            *(i < n_first ? &first[i] : &last[i - n_first]) = seed >> 24 < 160 ? 'a' : 'b';
+        }
+        first[n_first] = last[n_last] = '\0';
+        snprintf(turns, sizeof turns, "[{\"role\":\"u\",\"content\":\"%s\"},{\"role\":\"a\",\"content\":\"%s\"}]",
+                 first, last);
+        snprintf(whole, sizeof whole, "%s%sabaab", first, last);
+        for (at = strlen(whole) - n_last; strncmp(whole + at, last, n_last) != 0; at--)
+            continue;
+        whole[at + n_last] = '\0';
+        ck_assert_int_eq(ask(c, turns, &on, out, sizeof out), ST_OK);
+        ck_assert_str_eq(out, whole);
+    }
+    enum { LONG = 2 << 20 };
+    struct status st = STATUS_INIT;
+    char *text = NULL, *as = malloc(LONG);
+    size_t bytes = 0;
+    memset(as, 'a', LONG);
+    on.messages = json_pack("[{ss%}, {ss%}]", "content", as, (size_t)LONG, "content", as, (size_t)LONG / 4);
+    ck_assert_ptr_nonnull(on.messages);
+    ck_assert_int_eq(chat_render(c, &on, &text, &bytes, &st), ST_OK);
+    ck_assert_uint_eq(bytes, LONG + LONG / 4 + 1); /* and the first of the template's own */
+    json_decref((json_t *)on.messages);
+    free(as);
+    free(text);
+    chat_free(c);
+    temp_dir_remove(&d);
+}
+END_TEST
+
 /* ---- limits ---- */
 
 static const struct {
@@ -338,6 +381,7 @@ int main(void)
     tcase_add_loop_test(core, formats_by_name_write_what_their_makers_describe, 0, 4);
     tcase_add_test(core, the_models_own_template_is_found);
     tcase_add_test(core, the_last_message_can_be_continued);
+    tcase_add_test(core, the_place_to_continue_is_the_last_one);
     tcase_add_loop_test(limits, a_template_without_an_end_is_ended, 0, (int)(sizeof endless / sizeof *endless));
     tcase_add_loop_test(limits, deep_nesting_of_the_source_is_refused, 0, 5);
     tcase_add_test(limits, slices_take_any_bounds);
