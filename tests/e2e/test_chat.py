@@ -1,12 +1,17 @@
 """Chats through the whole server: the template's text is the prompt, and bad chats get errors that name the field."""
+import json
 import os
+import pty
+import select
 import shutil
+import signal
 import tempfile
+import time
 import unittest
 
 import grpc
 
-from cluster import DEMO, Cluster, Result
+from cluster import DEMO, SLOW, SLOW_ARGS, TANDEM, Cluster, Result, slow_model, tandem, wait_for
 from tandem.v1 import inference_pb2
 
 
@@ -76,6 +81,113 @@ class Chats(unittest.TestCase):
         self.c.wait_idle()
 
 
+class Command(unittest.TestCase):
+    """`tandem chat` with lines from a pipe."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = Cluster(args=["--chat-template", "chatml"])
+        cls.c.__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.c.__exit__(None, None, None)
+
+    def talk(self, text, *options):
+        return tandem("chat", "--address", self.c.address, "--greedy", "--max-tokens", 8, *options, stdin=text)
+
+    def ask(self, *messages):
+        r = chat(*messages)
+        r.stopping.max_tokens = 8
+        return self.c.run(r)
+
+    def test_answers_follow_from_the_whole_conversation(self):
+        first = self.ask(("system", "Be brief."), ("user", "Hello"))
+        second = self.ask(("system", "Be brief."), ("user", "Hello"), ("assistant", first.text), ("user", "/why?"))
+        rc, out, err = self.talk("Hello\n\n//why?\n", "--system", "Be brief.", "--json")
+        self.assertEqual((rc, err), (0, ""))
+        got = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual([g["content"] for g in got], [first.text, second.text])
+        self.assertEqual([g["usage"]["prompt_tokens"] for g in got],
+                         [r.finish.usage.prompt_tokens for r in (first, second)])
+        rc, out, err = self.talk("Hello", "--system", "Be brief.")
+        self.assertEqual((rc, out.rstrip("\n"), err), (0, first.text.rstrip("\n"), ""))
+
+    def test_commands_change_the_conversation(self):
+        with tempfile.TemporaryDirectory() as d:
+            path = os.path.join(d, "talk.json")
+            rc, out, err = self.talk(f"/system Be kind.\nA\nB\n/undo\n/retry\n/save {path}\n/reset\nC\n/quit\nnot read\n",
+                                     "--json")
+            self.assertEqual((rc, err), (0, ""))
+            texts = [json.loads(line)["content"] for line in out.splitlines()]
+            self.assertEqual(len(texts), 4)
+            self.assertEqual(texts[2], texts[0])
+            self.assertEqual(texts[3], self.ask(("system", "Be kind."), ("user", "C")).text)
+            with open(path) as f:
+                self.assertEqual(json.load(f)["messages"], [{"role": "system", "content": "Be kind."},
+                                                            {"role": "user", "content": "A"},
+                                                            {"role": "assistant", "content": texts[0]}])
+            rc, out, err = self.talk(f"/save {path}\n")
+            self.assertEqual((rc, out), (2, ""))
+            self.assertIn("File exists", err)
+        for line in ("/retry", "/undo", "/nonsense", "/save"):
+            self.assertEqual(self.talk(line + "\n")[:2], (2, ""))
+
+
+class Terminal(unittest.TestCase):
+    def test_interrupt_ends_the_answer_and_not_the_program(self):
+        with tempfile.TemporaryDirectory() as d, \
+                Cluster(model=slow_model(d), args=[*SLOW_ARGS, "--chat-template", "chatml"]) as c:
+            pid, fd = pty.fork()
+            if pid == 0:
+                os.environ["TERM"] = "vt100"
+                os.execv(TANDEM, [TANDEM, "chat", "--address", c.address, "--ignore-eos", "--max-tokens", "16000",
+                                  "--stats"])
+            seen = ""
+
+            def until(text):
+                nonlocal seen
+                start = time.monotonic()
+                while text not in seen:
+                    if time.monotonic() - start > 30 * SLOW:
+                        raise AssertionError(f"no {text!r} in {seen[-2000:]!r}")
+                    if select.select([fd], [], [], 0.1)[0]:
+                        seen += os.read(fd, 65536).decode(errors="replace")
+                seen = seen[seen.index(text) + len(text):]
+            try:
+                until("> ")
+                for _ in range(2):
+                    os.write(fd, b"Hello\xc3\xa9\r")
+                    wait_for("an answer", lambda: c.load().running_requests == 1, 20)
+                    os.write(fd, b"\x03")
+                    until(", interrupted]")
+                    until("> ")
+                    c.wait_idle()
+                os.write(fd, b"half a line\x03")  # dropped, nothing is asked
+                until("> ")
+                os.write(fd, b"/nonsense\r")
+                until("no such command")
+                until("> ")
+                self.assertTrue(c.idle())
+                os.write(fd, b"\x04")
+                wait_for("end", lambda: select.select([fd], [], [], 0)[0] and not self.drain(fd), 20)
+                self.assertEqual(os.waitpid(pid, 0)[1], 0)
+                pid = 0
+            finally:
+                os.close(fd)
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+    @staticmethod
+    def drain(fd):
+        """Nothing at the end: Linux gives EIO when nobody has the other side open."""
+        try:
+            return os.read(fd, 65536)
+        except OSError:
+            return b""
+
+
 class Templates(unittest.TestCase):
     def test_a_model_without_one_says_so_and_takes_one_by_name(self):
         with Cluster() as c:
@@ -83,6 +195,9 @@ class Templates(unittest.TestCase):
                 c.run(chat(("user", "x")))
             self.assertEqual(e.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
             self.assertIn("--chat-template", e.exception.details())
+            rc, out, err = tandem("chat", "--address", c.address, stdin="Hello\n")
+            self.assertEqual((rc, out, err.count("\n")), (1, "", 1))
+            self.assertIn("--chat-template", err)
         with Cluster(args=["--chat-template", "llama2"]) as c:
             r = Result(c.generate(chat(("user", "Hello"))))
             self.assertEqual(len(r.ids), 12)
