@@ -84,7 +84,7 @@ static const struct option options[] = {
      "on SIGTERM live requests get so long to end; default 30000"},
     {"", TEXT, 0, 0, 0, NULL, "Other"},
     {"--supervisor-fd", FD, AT(supervisor_fd), 0, 1u << 20, "N", "pipe for events, set by `tandem serve`"},
-    {"--log-level", LEVEL, AT(log_level), 0, 0, "L", "error, warn, info (the default) or debug"},
+    {"--log-level", LEVEL, AT(log_level), 0, 0, "L", "error, warning, info (the default) or debug"},
     {"--help", TEXT, 0, 0, 0, NULL, "this text"},
     {"--version", TEXT, 0, 0, 0, NULL, "the version"},
 };
@@ -128,13 +128,13 @@ static enum status_code parse_number(const struct option *o, const char *text, u
 
 static enum status_code parse_level(const char *text, enum log_level *out, struct status *st)
 {
-    static const char *const names[] = {"error", "warn", "info", "debug"};
+    static const char *const names[] = {"error", "warning", "info", "debug"};
     for (unsigned i = 0; i < 4; i++)
         if (strcmp(text, names[i]) == 0) {
             *out = (enum log_level)i;
             return ST_OK;
         }
-    return status_set(st, ST_INVALID_ARGUMENT, "--log-level: %.60s, expected error, warn, info or debug", text);
+    return status_set(st, ST_INVALID_ARGUMENT, "--log-level: %.60s, expected error, warning, info or debug", text);
 }
 
 static enum status_code parse_name(struct coord_options *o, const char *text, struct status *st)

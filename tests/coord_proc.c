@@ -40,7 +40,7 @@ void proc_start(struct proc *p, const char *binary, const char *model, const cha
         die("pipe");
     snprintf(fd_text, sizeof fd_text, "%d", fds[1]);
     const char *usual[] = {binary,     "--model",         model,   "--listen",    p->address, "--control-listen",
-                           p->control, "--supervisor-fd", fd_text, "--log-level", "warn"};
+                           p->control, "--supervisor-fd", fd_text, "--log-level", "warning"};
     for (size_t i = 0; i < sizeof usual / sizeof *usual; i++)
         argv[n++] = usual[i];
     for (; args && *args && n < 63; args++)

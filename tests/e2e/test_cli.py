@@ -63,6 +63,16 @@ class Usage(unittest.TestCase):
             self.assertEqual((p.returncode, p.stderr), (0, b""))
             self.assertIn(b"usage:", p.stdout)
 
+    def test_both_programs_know_the_log_levels_of_serve(self):
+        levels = re.search("--log-level LEVEL +([a-z, ]+) \\(", tandem("serve", "--help")[1]).group(1)
+        levels = levels.replace(" or ", ", ").split(", ")
+        self.assertEqual(len(levels), 4)
+        for name in ("tandem-coordinator", "tandem-worker"):
+            for level in levels:
+                p = subprocess.run([os.path.join(os.path.dirname(TANDEM), name), "--log-level", level, "--version"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                self.assertEqual((p.returncode, p.stderr), (0, b""), (name, level))
+
     def test_wrong_usage_is_one_line_and_status_2(self):
         for args in (("frobnicate",), ("generate", "--max-tokens", "0", "x"), ("generate", "--max-tokens", "ten", "x"),
                      ("generate", "--temperature", "hot", "x"), ("generate", "--top-p", "0", "x"),
