@@ -80,6 +80,12 @@ static void free_slot_arrays(struct sched *s)
     free(s->plan_chunk);
     free(s->decodable);
     free(s->prefilling);
+    free(s->holders);
+    free(s->slot_holder);
+    free(s->source_step);
+    s->holders = s->free_holder = NULL;
+    s->slot_holder = NULL;
+    s->source_step = NULL;
     s->owner = s->decodable = s->prefilling = NULL;
     s->free_slot = s->pending = s->plan_release = s->plan_decode = NULL;
     s->plan_admit = NULL;
@@ -104,8 +110,11 @@ static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct 
     s->plan_chunk = malloc(slots * sizeof *s->plan_chunk);
     s->decodable = malloc(slots * sizeof(struct req *));
     s->prefilling = malloc(slots * sizeof(struct req *));
-    bool ok = s->owner && s->free_slot && s->pending && s->plan_release && s->plan_decode && s->plan_admit &&
-              s->plan_chunk && s->decodable && s->prefilling;
+    s->holders = malloc(2 * slots * sizeof *s->holders);
+    s->slot_holder = calloc(slots, sizeof(struct holder *));
+    s->source_step = calloc(slots, sizeof *s->source_step);
+    bool ok = s->holders && s->slot_holder && s->source_step && s->owner && s->free_slot && s->pending &&
+              s->plan_release && s->plan_decode && s->plan_admit && s->plan_chunk && s->decodable && s->prefilling;
     for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
         s->flight[i].sample = malloc(slots * sizeof *s->flight[i].sample);
         s->flight[i].score = malloc(slots * sizeof *s->flight[i].score);
@@ -124,6 +133,7 @@ void sched_destroy(struct sched *s)
 {
     if (!s)
         return;
+    cache_detach(s);
     free_slot_arrays(s);
     free(s->plan_tokens);
     req_pool_fini(&s->pool);
@@ -136,9 +146,11 @@ void sched_destroy(struct sched *s)
 void req_drop_slot(struct sched *s, struct req *r)
 {
     s->owner[r->slot] = NULL;
+    cache_forget(s, r->slot);
     s->pending[s->n_pending++] = r->slot;
-    s->pending_pages += r->pages;
+    s->pending_pages += holder_drop(s, r->slot);
     s->n_running--;
+    r->n_indexed = 0;
     r->slot = SCHED_NO_SLOT;
     r->pages = 0;
     r->cap_tokens = 0;
@@ -157,6 +169,7 @@ static void end_request(struct sched *s, struct req *r, enum sched_event_kind ki
     ev->n_prompt = r->n_prompt;
     ev->n_new = r->n_known - r->n_prompt;
     ev->preemptions = r->preemptions;
+    ev->n_cached = r->n_cached;
     ev->arrived_us = r->arrived_us;
     ev->started_us = r->started_us;
     ev->first_token_us = r->first_token_us;
@@ -166,7 +179,7 @@ static void end_request(struct sched *s, struct req *r, enum sched_event_kind ki
     else
         s->total.failed++;
 
-    if (r->state == REQ_RUNNING)
+    if (r->state == REQ_RUNNING && !cache_park(s, r))
         req_drop_slot(s, r);
     if (r->state == REQ_QUEUED) {
         s->n_queued--;
@@ -217,6 +230,10 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->slots = slots;
     s->max_context = max_context;
     s->kv = *kv;
+    rc = cache_attach(s, st);
+    if (rc != ST_OK)
+        return rc;
+    holders_init(s);
     s->free_first = 0;
     s->n_free = slots;
     s->n_pending = 0;
@@ -239,6 +256,7 @@ void sched_detach(struct sched *s, int64_t now_us)
     (void)now_us;
     if (!s->attached)
         return;
+    cache_detach(s);
     while (s->draining.head)
         end_request(s, s->draining.head, SCHED_FAILED, false, ST_UNAVAILABLE);
     while (s->age.head && s->age.head->state != REQ_QUEUED) /* queued ones are younger than all others */
@@ -248,6 +266,7 @@ void sched_detach(struct sched *s, int64_t now_us)
     s->n_pending = 0;
     s->pending_pages = s->fenced_pages = 0;
     s->free_pages = s->kv.total_pages;
+    s->held_pages = 0;
 }
 
 static enum status_code check_request(const struct sched *s, const struct sched_request *req, struct status *st)
@@ -305,6 +324,10 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     r->arrived_us = now_us;
     r->sample = req->sample;
     r->scores = req->scores;
+    r->salt = req->salt;
+    r->cache_read = !req->no_cache_read && !req->scores;
+    r->cache_write = !req->no_cache_write;
+    r->match_version = UINT64_MAX;
     req_list_append(&s->age, r);
     if (!s->waiting)
         s->waiting = r;
@@ -449,6 +472,15 @@ struct sched_load sched_load(const struct sched *s)
     l.in_flight = s->in_flight;
     l.queued_tokens = s->queued_tokens;
     l.total_pages = s->attached ? s->kv.total_pages : 0;
-    l.used_pages = s->attached ? s->kv.total_pages - s->free_pages : 0;
+    l.kept_pages = s->attached ? s->held_pages - holders_running(s) : 0;
+    l.used_pages = s->attached ? s->kv.total_pages - s->free_pages - l.kept_pages : 0;
+    l.shared_pages = holders_shared(s);
+    if (s->prefix) {
+        struct prefix_stats c = prefix_stats(s->prefix);
+        l.kept_slots = c.parked;
+        l.cache_hits = c.hits;
+        l.cached_tokens = c.hit_tokens;
+        l.cache_evictions = c.evictions;
+    }
     return l;
 }

@@ -43,6 +43,7 @@ struct sched_config {
     uint64_t max_queued_tokens; /* their prompt tokens together */
     uint32_t depth;             /* plans in flight: 1 or 2 */
     struct kv_account kv;       /* page_bytes 0: not known before the first attach, requests are not measured by it */
+    bool prefix_cache;          /* slots of ended requests stay for others that begin with the same tokens */
 };
 
 struct sched_sample {
@@ -63,6 +64,10 @@ struct sched_request {
     int64_t deadline_us; /* INT64_MAX: none */
     struct sched_sample sample;
     bool scores; /* of the prompt's tokens are wanted: rows are marked for it, each once whatever is computed again */
+    /* with a prefix cache; requests with scores compute all rows in any case */
+    uint64_t salt;       /* only requests of one salt share */
+    bool no_cache_read;  /* computes its whole prompt */
+    bool no_cache_write; /* nobody begins with its tokens */
 };
 
 enum sched_event_kind {
@@ -82,6 +87,7 @@ struct sched_event {
     enum status_code code; /* FAILED */
     /* FINISHED and FAILED: */
     uint32_t n_prompt, n_new, preemptions;
+    uint32_t n_cached; /* prompt tokens that were there at its first admission */
     int64_t arrived_us, started_us, first_token_us, last_token_us; /* 0 where it did not come to that */
 };
 
@@ -100,6 +106,7 @@ struct sched_chunk {
 struct sched_admit {
     uint64_t id;
     uint32_t slot;
+    uint32_t from, from_tokens; /* begins with so many tokens of slot `from`, which stays taken; 0: empty */
     struct sched_sample sample;
 };
 struct sched_plan {
@@ -122,7 +129,12 @@ struct sched_load {
     uint32_t running;   /* all other live requests, preempted ones too */
     uint32_t in_flight; /* plans */
     uint64_t queued_tokens;
-    uint64_t used_pages, total_pages; /* fenced ones count as used; both 0 without a group */
+    uint64_t used_pages,
+        total_pages;       /* fenced ones count as used, those only kept for others do not; 0 without a group */
+    uint64_t kept_pages;   /* only held for requests to come: free as soon as they are needed */
+    uint64_t shared_pages; /* held by two slots or more, each counted once */
+    uint32_t kept_slots;
+    uint64_t cache_hits, cached_tokens, cache_evictions; /* since the group came; replays hit, too */
     /* since sched_create; prompt tokens count once, however often they are computed */
     uint64_t steps, prompt_tokens, generated_tokens, finished, failed, preemptions;
     uint64_t recomputed_tokens; /* rows spent again on what preemption threw away */

@@ -32,6 +32,11 @@ static void check_running(const struct sched *s, const struct req *r)
 {
     unsigned long long id = r->id;
     require(r->slot < s->slots && s->owner[r->slot] == r, "request %llu: slot %u is not its own", id, r->slot);
+    const struct holder *h = s->slot_holder[r->slot];
+    uint64_t saved = kv_pages_shared(&s->kv, h->shared);
+    require(h->pages == r->pages - saved + (s->kv.uneven && saved ? kv_lanes(&s->kv) : 0),
+            "request %llu: %llu pages, %u tokens shared, counted %llu", id, (unsigned long long)r->pages, h->shared,
+            (unsigned long long)h->pages);
     require(r->pages >= kv_pages_for(&s->kv, r->n_fed), "request %llu: %u tokens fed, %llu pages", id, r->n_fed,
             (unsigned long long)r->pages);
     if (r->decoding)
@@ -125,14 +130,31 @@ static void check_memory(const struct sched *s, const struct tally *t)
         seen[s->free_slot[(s->free_first + i) % s->slots]]++;
     for (uint32_t i = 0; i < s->n_pending; i++)
         seen[s->pending[i]]++;
+    uint64_t held = 0;
+    for (uint32_t i = 0; i < s->slots; i++) {
+        bool parked = s->prefix && prefix_parked(s->prefix, i);
+        seen[i] += parked;
+        require((s->slot_holder[i] != NULL) == (parked || s->owner[i]), "slot %u: wrong holder", i);
+        require(!s->prefix || s->slot_holder[i] || prefix_tokens(s->prefix, i) == 0, "slot %u: indexed, but empty", i);
+    }
+    for (uint32_t i = 0; i < 2 * s->slots; i++) {
+        const struct holder *h = &s->holders[i];
+        held += h->pages;
+        require(!h->ghost || (h->child && h->child->next), "a ghost without two sharers");
+        for (const struct holder *c = h->child; c; c = c->next)
+            require(c->parent == h && c->shared > h->shared, "a sharer of %u tokens, its parent shares %u", c->shared,
+                    h->shared);
+    }
+    require(held == s->held_pages, "pages: %llu held, %llu counted", (unsigned long long)held,
+            (unsigned long long)s->held_pages);
     for (uint32_t i = 0; i < s->slots; i++)
         require(seen[i] == 1, "slot %u: in %u places", i, seen[i]);
     free(seen);
     require(owned == t->running && owned == s->n_running, "%u slots owned, %u requests run", owned, t->running);
-    require(s->free_pages + s->pending_pages + s->fenced_pages + t->pages == s->kv.total_pages,
+    require(s->free_pages + s->pending_pages + s->fenced_pages + s->held_pages == s->kv.total_pages,
             "pages: %llu free + %llu pending + %llu fenced + %llu held, of %llu", (unsigned long long)s->free_pages,
-            (unsigned long long)s->pending_pages, (unsigned long long)s->fenced_pages, (unsigned long long)t->pages,
-            (unsigned long long)s->kv.total_pages);
+            (unsigned long long)s->pending_pages, (unsigned long long)s->fenced_pages,
+            (unsigned long long)s->held_pages, (unsigned long long)s->kv.total_pages);
     require(s->in_flight <= s->cfg.depth, "%u plans in flight", s->in_flight);
     require(s->in_flight > 0 || (s->fenced_pages == 0 && s->draining.head == NULL),
             "fence or draining requests without a step in flight");

@@ -11,6 +11,7 @@
 #ifndef TANDEM_SCHEDULER_INTERNAL_H
 #define TANDEM_SCHEDULER_INTERNAL_H
 
+#include "coordinator/prefix.h"
 #include "coordinator/scheduler.h"
 
 #define SCHED_MAX_DEPTH 2
@@ -40,11 +41,17 @@ struct req {
     uint32_t n_total;    /* n_prompt + max_new */
     uint32_t cap_tokens; /* tokens that `pages` hold */
     bool decoding;       /* the last known token has been sampled from in this slot: n_fed = n_known + n_unknown - 1 */
-    uint64_t pages;      /* counted as used; 0 without a slot */
+    uint64_t pages;      /* under its slot, shared ones too; 0 without a slot */
     uint32_t *tokens;    /* n_total, then the stop ids: one allocation */
     uint32_t n_prompt;
     uint32_t n_stop;
-    bool scores;
+    bool scores, cache_read, cache_write;
+    uint64_t salt;
+    uint32_t n_indexed; /* tokens of the slot that were last told to the prefix index */
+    uint32_t n_cached;
+    /* while it waits: the last answer of the index, and of which version */
+    uint64_t match_version;
+    uint32_t n_match, match_slot;
     uint32_t
         n_scored; /* prompt rows that are scored in plans made so far; their results come, whatever becomes of the slot */
     uint32_t n_fed_max; /* the furthest n_fed of all its slots: what is below is computed again */
@@ -106,6 +113,14 @@ struct flight {
     uint32_t n_scores, score_rows;
 };
 
+/* What a slot's pages are counted at: scheduler_share.c. */
+struct holder {
+    struct holder *parent, *child, *next, *prev; /* who it shares its first pages with; first sharer; siblings */
+    uint32_t shared;                             /* tokens that are the parent's; 0: no parent */
+    bool ghost;                                  /* its slot is given back */
+    uint64_t pages;                              /* that it answers for */
+};
+
 struct sched {
     struct sched_config cfg;
     /* of the group, or of the configuration before the first attach */
@@ -132,8 +147,9 @@ struct sched {
     uint32_t *pending; /* given back, the ranks do not know it yet: released in the next plan */
     uint32_t n_pending;
 
-    /* Pages: total = free + pending + fenced + those of running requests. */
+    /* Pages: total = free + pending + fenced + held. */
     uint64_t free_pages;
+    uint64_t held_pages;    /* of all holders: running requests and parked slots */
     uint64_t pending_pages; /* of the pending slots */
     uint64_t fenced_pages;  /* released in the newest plan while the one before it was in flight */
 
@@ -149,6 +165,13 @@ struct sched {
     struct req **decodable, **prefilling; /* scratch of sched_plan, by age */
 
     struct sched_load total; /* the counters in it */
+
+    /* Parked slots have no owner and are neither pending nor free. NULL: no prefix cache, or no group. */
+    struct prefix_index *prefix;
+    struct holder *holders, *free_holder; /* 2 x slots */
+    struct holder **slot_holder;          /* NULL: the slot is pending or free */
+    uint64_t *source_step; /* the last plan in which another slot begins as this one: it stays till after */
+    uint32_t block_tokens;
 };
 
 /* scheduler_table.c */
@@ -166,6 +189,32 @@ bool event_ring_reserve(struct event_ring *e, uint64_t more);
 struct sched_event *event_ring_push(struct event_ring *e); /* zeroed; room was reserved */
 void req_list_append(struct req_list *l, struct req *r);
 void req_list_remove(struct req_list *l, struct req *r);
+
+/* scheduler_share.c. `tokens`, `shared`: of the account's; pages are the holder's own. */
+void holders_init(struct sched *s);
+/* How many holders must round for a slot that begins with so many tokens of another. */
+uint64_t holder_depth(const struct sched *s, uint32_t from, uint32_t tokens);
+void holder_take(struct sched *s, uint32_t slot, uint32_t from, uint32_t shared, uint64_t pages);
+void holder_add(struct sched *s, uint32_t slot, uint64_t pages);
+void holder_trim(struct sched *s, uint32_t slot, uint64_t pages);
+uint64_t holder_drop(struct sched *s, uint32_t slot); /* returns how many pages nobody holds any more */
+uint64_t holders_running(const struct sched *s);      /* pages of slots with a request */
+uint64_t holders_shared(const struct sched *s);       /* pages with two slots or more */
+
+/* scheduler_cache.c: slots of ended requests. */
+STATUS_MUST_CHECK enum status_code cache_attach(struct sched *s, struct status *st);
+void cache_detach(struct sched *s);
+/* What the slot holds after all plans made so far is there for others. */
+void cache_index(struct sched *s, struct req *r);
+/* Keeps the slot of a running request that has ended; false: there is nothing to keep. */
+bool cache_park(struct sched *s, struct req *r);
+void cache_forget(struct sched *s, uint32_t slot); /* another slot cannot begin as it any more */
+/* Gives back the parked slot that was used longest ago, but not `except`; false: there is none. */
+bool cache_evict(struct sched *s, uint32_t except);
+void cache_match(struct sched *s, struct req *r); /* n_match and match_slot of a waiting request */
+
+/* Nothing is in flight: what the next plan releases, no earlier step can read. scheduler_plan.c */
+void sched_settle_pending(struct sched *s);
 
 /* scheduler.c: takes slot and pages from a running request. The ranks learn it from the next plan. */
 void req_drop_slot(struct sched *s, struct req *r);

@@ -31,8 +31,7 @@ static void set_pages(const struct sched *s, struct req *r, uint64_t pages)
     r->cap_tokens = cap < UINT32_MAX ? (uint32_t)cap : UINT32_MAX;
 }
 
-/* Nothing is in flight: what this plan releases, no earlier step can read. */
-static void settle_pending_pages(struct sched *s)
+void sched_settle_pending(struct sched *s)
 {
     if (s->in_flight == 0) {
         s->free_pages += s->pending_pages;
@@ -51,8 +50,10 @@ static void collect(struct sched *s, struct build *b)
 {
     for (struct req *r = s->age.head, *next; r != s->waiting; r = next) {
         next = r->next;
+        cache_index(s, r);
         if (r->n_known + r->n_unknown == r->n_total) {
-            req_drop_slot(s, r);
+            if (!cache_park(s, r))
+                req_drop_slot(s, r);
             req_list_remove(&s->age, r);
             req_list_append(&s->draining, r);
             r->state = REQ_DRAINING;
@@ -65,26 +66,45 @@ static void collect(struct sched *s, struct build *b)
             s->prefilling[b->n_prefilling++] = r;
         }
     }
-    settle_pending_pages(s);
+    sched_settle_pending(s);
+    /* What running requests will ask for next is made free before they wait for it. */
+    while (kv_pages_for(&s->kv, b->growth) > s->free_pages + s->pending_pages + s->fenced_pages &&
+           cache_evict(s, SCHED_NO_SLOT))
+        ;
 }
 
 /* Pages of all known tokens and the first decode row. The last token of a request is never fed. */
-static uint64_t admission_pages(const struct sched *s, const struct req *r)
+static uint32_t admission_tokens(const struct req *r)
 {
-    uint32_t tokens = r->n_known + 1 < r->n_total ? r->n_known + 1 : r->n_total - 1;
-    return kv_pages_for(&s->kv, tokens);
+    return r->n_known + 1 < r->n_total ? r->n_known + 1 : r->n_total - 1;
 }
 
-static bool can_admit(const struct sched *s, const struct build *b)
+/* Room for the head of the line, parked slots out of its way where that helps; the one that it begins as goes last. */
+static bool can_admit(struct sched *s, const struct build *b)
 {
-    const struct req *r = s->waiting;
-    if (!r || r->n_unknown > 0 || b->owed > 0 || s->n_free + s->n_pending == b->n_reused)
+    struct req *r = s->waiting;
+    if (!r || r->n_unknown > 0 || b->owed > 0)
         return false;
-    return admission_pages(s, r) + kv_pages_for(&s->kv, b->growth) <= s->free_pages;
+    cache_match(s, r);
+    for (;;) {
+        uint64_t need = kv_pages_added(&s->kv, admission_tokens(r), r->n_match) + kv_pages_for(&s->kv, b->growth);
+        bool slot = s->n_free + s->n_pending > b->n_reused;
+        if (slot && need <= s->free_pages + s->pending_pages + s->fenced_pages)
+            return need <= s->free_pages;
+        if (need > s->kv.total_pages - holders_running(s))
+            return false;
+        if (cache_evict(s, r->n_match ? r->match_slot : SCHED_NO_SLOT))
+            continue;
+        if (r->n_match == 0 || !prefix_parked(s->prefix, r->match_slot))
+            return false;
+        r->n_match = 0; /* until the index changes, which it does now, unless this plan needs the slot */
+        if (!cache_evict(s, SCHED_NO_SLOT))
+            return false;
+    }
 }
 
 /* Rows that decodes may take. All that is left, unless prefill waits: then its share is kept for it. */
-static uint32_t decode_limit(const struct sched *s, const struct build *b)
+static uint32_t decode_limit(struct sched *s, const struct build *b)
 {
     uint32_t want = 0;
     if (b->n_prefilling > 0)
@@ -103,7 +123,7 @@ static void preempt(struct sched *s, struct req *r)
     r->n_fed = 0;
     s->waiting = r; /* it was the last of the running ones */
     s->total.preemptions++;
-    settle_pending_pages(s);
+    sched_settle_pending(s);
 }
 
 /* Pages for one more token; false: not in this step (it waits for pages that come free, or was preempted itself). */
@@ -114,6 +134,7 @@ static bool grow(struct sched *s, struct build *b, struct req *r)
     for (;;) {
         if (b->owed + need <= s->free_pages) {
             s->free_pages -= need;
+            holder_add(s, r->slot, need);
             set_pages(s, r, pages);
             return true;
         }
@@ -121,6 +142,8 @@ static bool grow(struct sched *s, struct build *b, struct req *r)
             b->owed += need;
             return false;
         }
+        if (cache_evict(s, SCHED_NO_SLOT))
+            continue;
         struct req *youngest = s->waiting ? s->waiting->prev : s->age.tail;
         preempt(s, youngest);
         if (youngest == r)
@@ -218,6 +241,21 @@ static uint32_t take_slot(struct sched *s, struct build *b)
     return slot;
 }
 
+/* The first n_match tokens are there. */
+static void begin_as(struct sched *s, struct req *r)
+{
+    uint32_t n = r->n_match, of_prompt = n < r->n_prompt ? n : r->n_prompt;
+    prefix_hit(s->prefix, r->match_slot, n);
+    s->source_step[r->match_slot] = s->next_step;
+    if (r->n_fed_max == 0)
+        r->n_cached = of_prompt;
+    if (of_prompt > r->n_fed_max)
+        s->total.prompt_tokens += of_prompt - r->n_fed_max;
+    if (n > r->n_fed_max)
+        r->n_fed_max = n;
+    r->n_fed = n;
+}
+
 static void admit(struct sched *s, struct build *b)
 {
     struct req *r = s->waiting;
@@ -231,10 +269,16 @@ static void admit(struct sched *s, struct build *b)
     r->slot = take_slot(s, b);
     s->owner[r->slot] = r;
     s->n_running++;
-    set_pages(s, r, admission_pages(s, r));
-    s->free_pages -= r->pages;
+    uint64_t own = kv_pages_added(&s->kv, admission_tokens(r), r->n_match);
+    set_pages(s, r, kv_pages_for(&s->kv, admission_tokens(r)));
+    s->free_pages -= own;
+    holder_take(s, r->slot, r->match_slot, r->n_match, own);
     b->growth += growth(r);
-    s->plan_admit[b->n_admit++] = (struct sched_admit){.id = r->id, .slot = r->slot, .sample = r->sample};
+    s->plan_admit[b->n_admit++] = (struct sched_admit){
+        .id = r->id, .slot = r->slot, .from = r->match_slot, .from_tokens = r->n_match, .sample = r->sample};
+    if (r->n_match)
+        begin_as(s, r);
+    r->match_version = UINT64_MAX;
 }
 
 /* Moves the pending slots into the plan. */

@@ -463,6 +463,7 @@ static void simulate(struct sim_options o, struct sim_report *total)
         total->prompt += r.prompt;
         total->recomputed += r.recomputed;
         total->wasted += r.wasted;
+        total->cache_hits += r.cache_hits;
         total->worst_wait = r.worst_wait > total->worst_wait ? r.worst_wait : total->worst_wait;
     }
 }
@@ -470,12 +471,12 @@ static void simulate(struct sim_options o, struct sim_report *total)
 static void print_report(const char *what, const struct sim_report *r)
 {
     printf("%s: %llu steps, %llu groups, %llu requests (%llu finished, %llu failed, %llu refused), %llu preemptions, "
-           "%.1f %% of rows computed again, %llu wasted, longest wait %.3f of its bound\n",
+           "%.1f %% of rows computed again, %llu wasted, longest wait %.3f of its bound, %llu hits\n",
            what, (unsigned long long)r->steps, (unsigned long long)r->groups, (unsigned long long)r->submitted,
            (unsigned long long)r->finished, (unsigned long long)r->failed, (unsigned long long)r->rejected,
            (unsigned long long)r->preemptions,
            100.0 * (double)r->recomputed / (double)(r->recomputed + r->prompt + r->generated + 1),
-           (unsigned long long)r->wasted, r->worst_wait);
+           (unsigned long long)r->wasted, r->worst_wait, (unsigned long long)r->cache_hits);
 }
 
 START_TEST(sim_every_request_finishes_when_nothing_goes_wrong)
@@ -483,6 +484,7 @@ START_TEST(sim_every_request_finishes_when_nothing_goes_wrong)
     struct sim_report r;
     simulate((struct sim_options){.arrival = 600, .context = 128, .min_context_fits = 4, .max_context_fits = 40}, &r);
     print_report("steady", &r);
+    ck_assert_uint_gt(r.cache_hits, 0);
     ck_assert_uint_eq(r.finished + r.unfit, r.submitted);
     ck_assert_uint_gt(r.finished, r.steps / 100);
     ck_assert_uint_gt(r.wasted, 0);
@@ -496,6 +498,7 @@ START_TEST(sim_memory_pressure_changes_no_token)
         (struct sim_options){.arrival = 300, .cancel = 2, .context = 512, .min_context_fits = 1, .max_context_fits = 2},
         &r);
     print_report("memory pressure", &r);
+    ck_assert_uint_gt(r.cache_hits, 0);
     ck_assert_uint_gt(r.preemptions, r.steps / 1000);
     ck_assert_uint_gt(r.recomputed, 0);
 }

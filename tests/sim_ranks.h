@@ -25,10 +25,18 @@ static inline uint64_t sim_hash(uint64_t x)
     return x ^ (x >> 31);
 }
 
-/* The token at a position, of a prompt or generated. */
+/* The token at a position, of a prompt or generated. Three in four requests begin as all of one of four families do. */
 static inline uint32_t sim_token(uint64_t seed, uint32_t position)
 {
+    if ((seed >> 20 & 3) != 0 && position < (seed >> 22 & 127))
+        seed = seed >> 30 & 3;
     return (uint32_t)(sim_hash(seed + position) % SIM_VOCAB);
+}
+
+/* Requests of different salts share nothing. */
+static inline uint64_t sim_salt(uint64_t seed)
+{
+    return seed >> 40 & 1;
 }
 
 struct sim_slot {
@@ -36,6 +44,8 @@ struct sim_slot {
     bool sampled; /* the token at position `len` is on the rank */
     uint32_t len;
     uint64_t id, seed;
+    uint32_t *page[SIM_MAX_RANKS]; /* numbers of its pages */
+    uint32_t n_pages[SIM_MAX_RANKS];
     uint64_t last_step; /* that had rows of this slot: one run of rows in a step */
 };
 
@@ -45,6 +55,9 @@ struct sim_group {
 };
 
 struct sim_rank {
+    uint32_t *refs;  /* of each page: slots that have it */
+    uint32_t *spare; /* numbers of pages that no slot has, fenced ones too */
+    uint64_t n_spare;
     uint64_t free_pages;
     uint64_t fenced_pages[2], fence_step[2]; /* of the last two plans: come free when fence_step has ended */
 };
@@ -63,7 +76,8 @@ void sim_ranks_init(struct sim_ranks *r, const struct sim_group *group);
 void sim_ranks_fini(struct sim_ranks *r);
 /* Runs a plan; tokens (plan->samples of them) are what its result will hold. completed: last step known to have ended. */
 void sim_ranks_step(struct sim_ranks *r, const struct sched_plan *plan, uint64_t completed, uint32_t *tokens);
-/* No slot is taken and no page is held, now that all steps have ended. */
-void sim_ranks_check_empty(struct sim_ranks *r);
+/* All steps have ended: only the slots that are kept are taken, and no rank holds more than so many pages; just as many if
+ * all ranks are alike. */
+void sim_ranks_check_idle(struct sim_ranks *r, const bool *kept, uint64_t pages);
 
 #endif

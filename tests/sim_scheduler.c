@@ -62,6 +62,8 @@ struct sim {
     uint64_t next_id;
     uint64_t slot_id[MAX_SLOTS]; /* what the slot works for; 0: none */
     bool release_due[MAX_SLOTS]; /* its request has ended or needs it no more */
+    bool preempted[MAX_SLOTS];   /* release_due for that reason: it is not kept */
+    bool kept[MAX_SLOTS];        /* for requests that begin as its own did */
     struct sim_flight flight[2]; /* step % 2 */
     uint32_t in_flight;
     uint64_t result_step; /* whose result was taken last */
@@ -333,7 +335,10 @@ static void submit(struct sim *m)
                                 .n_stop = r->n_stop,
                                 .deadline_us = r->deadline_us,
                                 .sample = {.seed = r->seed},
-                                .scores = r->scores};
+                                .scores = r->scores,
+                                .salt = sim_salt(r->seed),
+                                .no_cache_read = (r->seed >> 41 & 7) == 0,
+                                .no_cache_write = (r->seed >> 44 & 7) == 0};
     enum status_code expected = expected_refusal(m, r);
     struct status st = STATUS_INIT;
     enum status_code rc = sched_submit(m->sched, m->now_us, &req, &st);
@@ -391,6 +396,8 @@ static void attach(struct sim *m)
     sim_ranks_init(&m->ranks, &g);
     memset(m->slot_id, 0, sizeof m->slot_id);
     memset(m->release_due, 0, sizeof m->release_due);
+    memset(m->preempted, 0, sizeof m->preempted);
+    memset(m->kept, 0, sizeof m->kept);
     m->kv = kv;
     m->max_context = g.max_context;
     m->attached = m->joining = true;
@@ -422,7 +429,7 @@ static uint32_t book_preemptions(struct sim *m)
             continue;
         r->stage = STAGE_PREEMPTED;
         r->preemptions++;
-        m->release_due[r->slot] = true;
+        m->release_due[r->slot] = m->preempted[r->slot] = true;
         left--;
     }
     bool oldest_runs = n == 0;
@@ -438,12 +445,17 @@ static void check_releases(struct sim *m, const struct sched_plan *p)
 {
     for (uint32_t i = 0; i < p->n_release; i++) {
         uint32_t slot = p->release[i];
-        if (slot >= m->ranks.group.slots || !m->release_due[slot])
+        if (slot >= m->ranks.group.slots || (!m->release_due[slot] && !m->kept[slot]))
             sim_fail("step %llu: release of slot %u, which is in use", (unsigned long long)p->step, slot);
-        m->release_due[slot] = false;
+        m->release_due[slot] = m->preempted[slot] = m->kept[slot] = false;
         m->slot_id[slot] = 0;
     }
     for (uint32_t i = 0; i < m->ranks.group.slots; i++) {
+        if (m->release_due[i] && m->cfg.prefix_cache && !m->preempted[i]) {
+            m->kept[i] = true;
+            m->release_due[i] = false;
+            m->slot_id[i] = 0;
+        }
         if (m->release_due[i])
             sim_fail("step %llu: slot %u should be released", (unsigned long long)p->step, i);
     }
@@ -494,7 +506,7 @@ static void check_admits(struct sim *m, const struct sched_plan *p)
             sim_fail("step %llu: request %llu is admitted out of order", (unsigned long long)p->step,
                      (unsigned long long)p->admit[i].id);
         struct sim_req *r = m->live[at];
-        if (m->slot_id[p->admit[i].slot] != 0)
+        if (m->slot_id[p->admit[i].slot] != 0 || m->kept[p->admit[i].slot])
             sim_fail("step %llu: slot %u is taken", (unsigned long long)p->step, p->admit[i].slot);
         r->stage = STAGE_RUNNING;
         r->started = true;
@@ -606,7 +618,8 @@ static void draw_config(struct sim *m)
                                    .step_token_budget = budget,
                                    .max_queued = between(m, 1, 40),
                                    .max_queued_tokens = between(m, m->o->context, 20 * m->o->context),
-                                   .depth = between(m, 1, 2)};
+                                   .depth = between(m, 1, 2),
+                                   .prefix_cache = chance(m, 512)};
     m->max_context = m->o->context;
     m->budget = budget;
     m->min_budget = budget > 4 && chance(m, 300) ? budget / 2 : budget;
@@ -664,7 +677,9 @@ void sim_run(const struct sim_options *o, struct sim_report *report)
     if (m.attached) {
         while (plan(&m))
             result(&m);
-        sim_ranks_check_empty(&m.ranks);
+        for (uint32_t i = 0; i < m.ranks.group.slots; i++) /* ended without a plan behind it */
+            m.kept[i] |= m.cfg.prefix_cache && m.release_due[i] && !m.preempted[i];
+        sim_ranks_check_idle(&m.ranks, m.kept, sched_load(m.sched).kept_pages);
         sim_ranks_fini(&m.ranks);
     }
     struct sched_load l = sched_load(m.sched);
@@ -676,5 +691,6 @@ void sim_run(const struct sim_options *o, struct sim_report *report)
     report->prompt = l.prompt_tokens;
     report->recomputed = l.recomputed_tokens;
     report->wasted = l.wasted_rows;
+    report->cache_hits = l.cache_hits;
     sched_destroy(m.sched);
 }

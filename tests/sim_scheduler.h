@@ -30,7 +30,8 @@ struct sim_options {
 
 struct sim_report {
     uint64_t steps, submitted, finished, failed, rejected, groups;
-    uint64_t unfit; /* failed because the group that came could never run them */
+    uint64_t unfit;      /* failed because the group that came could never run them */
+    uint64_t cache_hits; /* of the last group */
     uint64_t preemptions, generated, prompt, recomputed, wasted;
     double worst_wait; /* steps that a request took, as a part of its bound */
 };
