@@ -15,7 +15,6 @@
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
 #define DEFAULT_KV_PAGES_MAX 32768u
 #define NO_SLOT              UINT32_MAX
-#define KV_ELEM_BYTES        4 /* float32: greedy ids then equal those of a float32 reference */
 
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
 
@@ -100,10 +99,10 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
 static enum status_code create_kv(struct engine *e, const struct engine_config *cfg, uint64_t share, struct status *st)
 {
     const struct engine_info *info = &e->info;
-    uint32_t elem_bytes = e->parts ? e->parts->kv_elem_bytes : KV_ELEM_BYTES;
+    uint32_t elem_bytes = e->parts ? e->parts->kv_elem_bytes : SHARD_KV_HOST_BYTES;
     struct kv_account a = {
         .page_bytes = cfg->page_bytes ? cfg->page_bytes : KV_PAGE_BYTES_DEFAULT,
-        .token_bytes = (uint64_t)e->model.layers * 2 * e->shard.kv_heads.count * e->model.head_dim * elem_bytes,
+        .token_bytes = shard_kv_token_bytes(&e->shard, e->model.layers, e->model.head_dim, elem_bytes),
     };
     uint64_t budget = cfg->kv_bytes;
     if (budget == 0) {

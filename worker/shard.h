@@ -33,6 +33,16 @@ struct shard {
 
 /* rank < ranks. */
 struct shard_span shard_even(uint32_t n, uint32_t rank, uint32_t ranks);
+/* Bytes of one element of K and V, by back end. */
+#define SHARD_KV_HOST_BYTES 4 /* float32: greedy ids then equal those of a float32 reference */
+#define SHARD_KV_CUDA_BYTES 2 /* bfloat16 */
+
+/* K and V of one token in all layers. */
+static inline uint64_t shard_kv_token_bytes(const struct shard *s, uint32_t layers, uint32_t head_dim,
+                                            uint32_t elem_bytes)
+{
+    return (uint64_t)layers * 2 * s->kv_heads.count * head_dim * elem_bytes;
+}
 void shard_heads(struct shard_span *heads, struct shard_span *kv_heads, uint32_t n_heads, uint32_t n_kv_heads,
                  uint32_t rank, uint32_t ranks);
 

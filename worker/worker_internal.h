@@ -93,12 +93,15 @@ struct worker_options {
     uint32_t eager;          /* 0 or 1 */
 };
 
-enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION };
+enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION, WORKER_INSPECT };
 
 /* Strings point into argv. INVALID_ARGUMENT names the option and says what to do. */
 STATUS_MUST_CHECK enum status_code worker_options_parse(struct worker_options *o, enum worker_action *action, int argc,
                                                         char **argv, struct status *st);
 void worker_options_help(void);
+
+/* Prints one JSON object on the model; an error may come in the middle of it. */
+STATUS_MUST_CHECK enum status_code worker_inspect(const char *path, struct status *st);
 
 /* ---- guard ---- */
 

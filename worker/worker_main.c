@@ -120,8 +120,12 @@ static int parse_command_line(struct worker_options *o, int argc, char **argv, b
         worker_options_help();
     else if (action == WORKER_SHOW_VERSION)
         printf("tandem-worker %s\n", TANDEM_VERSION);
-    else
+    else if (action != WORKER_INSPECT)
         *done = false;
+    else if (worker_inspect(o->model_dir, &st) != ST_OK) {
+        fprintf(stderr, "tandem-worker: %s\n", st.message);
+        return WORKER_EXIT_PERMANENT;
+    }
     return WORKER_EXIT_OK;
 }
 

@@ -190,6 +190,13 @@ enum status_code worker_options_parse(struct worker_options *o, enum worker_acti
             *action = strcmp(argv[i], "--version") == 0 ? WORKER_SHOW_VERSION : WORKER_SHOW_HELP;
             return ST_OK;
         }
+        if (strcmp(argv[i], "--inspect") == 0) {
+            if (i + 2 != argc || argc != 3)
+                return status_set(st, ST_INVALID_ARGUMENT, "--inspect: write --inspect PATH, and nothing else");
+            o->model_dir = argv[i + 1];
+            *action = WORKER_INSPECT;
+            return ST_OK;
+        }
         const char *value;
         const struct option_spec *s = find_spec(argv[i], &value);
         if (!s)
@@ -241,6 +248,8 @@ void worker_options_help(void)
         putchar('\n');
     }
     printf("  %-24s%s\n  %-24s%s\n", "--help", "this text", "--version", "the version");
+    printf("  %-24s%s\n", "--inspect PATH",
+           "print shape and memory of a model as JSON; alone, see `tandem models --help`");
     printf(
         "\n"
         "Exit status: 0 told to stop; 1 would fail again (model, options); 2 command line; 75 start the group again;\n"

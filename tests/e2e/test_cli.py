@@ -1,5 +1,6 @@
 """The command's edges that need no server."""
 import json
+import math
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ class Tokenize(unittest.TestCase):
 class Usage(unittest.TestCase):
     def test_help_of_every_command(self):
         for args in (("--help",), ("serve", "--help"), ("generate", "--help"), ("tokenize", "--help"),
-                     ("probe", "--help"), ("chat", "--help"), ("config", "--help"), ("completion", "--help"), ("man", "--help")):
+                     ("probe", "--help"), ("chat", "--help"), ("models", "--help"), ("config", "--help"), ("completion", "--help"), ("man", "--help")):
             rc, out, err = tandem(*args)
             self.assertEqual((rc, err), (0, ""), args)
             self.assertIn("usage:", out)
@@ -85,7 +86,8 @@ class Usage(unittest.TestCase):
                      ("generate", "--logprobs", "21", "--json", "x"), ("generate", "--stop", "", "x"),
                      ("generate", "--json", "--print-ids", "x"), ("generate", "--min-tokens", "-1", "x"),
                      ("generate", "--prompt-ids", "[]"), ("generate", "--prompt-ids", "[1,-2]"),
-                     ("generate", "a", "b"), ("generate", "--nope"), ("generate", "--seed"), ("probe", "extra"), ("chat", "extra"), ("chat", "--n", "2"),
+                     ("generate", "a", "b"), ("generate", "--nope"), ("generate", "--seed"), ("probe", "extra"), ("chat", "extra"), ("models",), ("models", "inspect"), ("models", "list", DEMO),
+                     ("models", "inspect", DEMO, "--memory", "much"), ("models", "inspect", DEMO, "--backend", "x"), ("chat", "--n", "2"),
                      ("probe", "--wait", "-1"), ("serve",), ("serve", "--model", DEMO, "--tp", "0"),
                      ("tokenize",), ("tokenize", "--nope")):
             rc, out, err = tandem(*args)
@@ -163,8 +165,57 @@ class Configuration(unittest.TestCase):
         self.assertIn("/no/such.conf", err)
 
 
+class Models(unittest.TestCase):
+    def inspect(self, *args):
+        rc, out, err = tandem("models", "inspect", *args, "--json")
+        self.assertEqual((rc, err), (0, ""))
+        return json.loads(out)
+
+    def test_figures_of_the_demo_model(self):
+        with open(os.path.join(DEMO, "config.json")) as f:
+            config = json.load(f)
+        with open(os.path.join(DEMO, "model.safetensors"), "rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        elements = sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+        got = self.inspect(DEMO, "--memory", "3M", "--context", "1000")
+        self.assertEqual(got["parameters"], elements)
+        self.assertEqual(got["layers"], config["num_hidden_layers"])
+        self.assertEqual(len(got["groups"]), 8)
+        for ranks, group in enumerate(got["groups"], 1):
+            self.assertEqual(len(group["ranks"]), ranks)
+            self.assertEqual(sum(r["heads"] for r in group["ranks"]), config["num_attention_heads"])
+            # together no less than the whole, but for what is padded no more than copies of the norms
+            total = sum(r["host"]["weight_bytes"] for r in group["ranks"])
+            norms = 4 * config["hidden_size"] * (2 * config["num_hidden_layers"] + 1)
+            self.assertGreaterEqual(total, 2 * (elements - norms // 4))
+            self.assertLess(total, 2 * elements + ranks * (norms + 65536))
+            token = max(r["kv_heads"] for r in group["ranks"]) * config["num_hidden_layers"] * 2 * 32 * 4
+            self.assertEqual(group["kv_token_bytes"], token)
+            self.assertEqual(group["fits"], group["weight_bytes"] + 1000 * token <= 3 << 20)
+        self.assertEqual([g["fits"] for g in got["groups"]][:3], [False, False, True])
+        rc, out, err = tandem("models", "inspect", DEMO, "--memory", "3M")
+        self.assertEqual((rc, err, out.count("does not fit")), (0, "", 2))
+
+    def test_a_folder_without_weights_and_one_that_is_refused(self):
+        with tempfile.TemporaryDirectory() as d:
+            with open(os.path.join(DEMO, "config.json")) as f:
+                config = json.load(f)
+            with open(os.path.join(d, "config.json"), "w") as f:
+                json.dump(config, f)
+            got = self.inspect(d, "--backend", "cuda")
+            self.assertFalse(got["has_weights"])
+            self.assertNotIn("fits", got["groups"][0])
+            self.assertEqual(got["groups"][0]["kv_token_bytes"], self.inspect(DEMO, "--backend", "cuda")["groups"][0]["kv_token_bytes"])
+            config["architectures"] = ["OtherForCausalLM"]
+            with open(os.path.join(d, "config.json"), "w") as f:
+                json.dump(config, f)
+            rc, out, err = tandem("models", "inspect", d)
+            self.assertEqual((rc, out, err.count("\n")), (1, "", 1))
+            self.assertIn("OtherForCausalLM", err)
+
+
 class Generated(unittest.TestCase):
-    COMMANDS = ("serve", "generate", "chat", "tokenize", "probe", "config")
+    COMMANDS = ("serve", "generate", "chat", "tokenize", "probe", "models", "config")
 
     def complete(self, *words):
         script = ('source <("$0" completion bash); compopt() { :; }; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tandem; '
