@@ -161,7 +161,7 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     enum status_code rc = tok_load(&c->tok, c->opt.model_dir, st);
     if (rc != ST_OK)
         return status_prefix(st, "--model");
-    if ((rc = chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st)) != ST_OK)
+    if (chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st) != ST_OK)
         return status_prefix(st, c->opt.chat_template ? "--chat-template" : "--model");
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)

@@ -344,8 +344,8 @@ static struct jj_value repeat(struct jj_render *r, struct jj_value what, int64_t
         times = 0;
     jj_step(&r->job, (uint64_t)times < JINJA_MAX_STEPS ? (uint64_t)times * (n < 1000 ? n : 1000) : JINJA_MAX_STEPS + 1);
     struct jj_value out = jj_list(&r->job, n * (size_t)times);
-    for (size_t i = 0; i < out.u.list->n; i++)
-        out.u.list->v[i] = what.u.list->v[i % n];
+    for (size_t i = 0; i < (size_t)times; i++)
+        memcpy(out.u.list->v + i * n, what.u.list->v, n * sizeof *what.u.list->v);
     out.u.list->tuple = what.u.list->tuple;
     return out;
 }
