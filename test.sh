@@ -32,7 +32,7 @@ run_tests() { # run_tests PRESET
     local preset=$1 skip=''
     [ "$preset" != tsan ] || skip=$one_thread
     say "test $preset"
-    ctest --preset "$preset" -E "$timed${skip:+|$skip}"
+    ctest --preset "$preset" -j "$(nproc)" -E "$timed${skip:+|$skip}"
     # These have bounds on time and share the machine with what they test. One that fails gets a second try, and is named at
     # the end: look at it.
     ctest --preset "$preset" --repeat until-pass:2 -R "$timed" | tee build/ctest.log
