@@ -34,8 +34,8 @@ run_tests() { # run_tests PRESET
     say "test $preset"
     ctest --preset "$preset" -j "$(nproc)" -E "$timed${skip:+|$skip}"
     # These have bounds on time and share the machine with what they test. One that fails gets a second try, and is named at
-    # the end: look at it.
-    ctest --preset "$preset" --repeat until-pass:2 -R "$timed" -E "${skip:-^$}" | tee build/ctest.log
+    # the end: look at it. The end-to-end tests have the machine to themselves (RUN_SERIAL).
+    ctest --preset "$preset" -j "$(nproc)" --repeat until-pass:2 -R "$timed" -E "${skip:-^$}" | tee build/ctest.log
     second_tries+=$(sed -n "s/.*Test *#[0-9]*: \([a-z0-9_]*\) .*\*\*\*.*/ $preset:\1/p" build/ctest.log | tr -d '\n')
 }
 
