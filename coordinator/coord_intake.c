@@ -192,19 +192,18 @@ static void work(struct coord *c, struct request *r)
     if (r->deadline_us <= coord_now_us()) {
         rc = status_set(&st, ST_DEADLINE_EXCEEDED, "the deadline passed before the prompt was read");
     } else {
-        ProtobufCMessage *m = rpc_unpack(&tandem__v1__generate_request__descriptor, r->raw, r->raw_len);
+        Tandem__V1__GenerateRequest *m = NULL;
+        rc = r->ops->decode(r->sink, r->raw, r->raw_len, &m, &st);
         free(r->raw);
         r->raw = NULL;
-        if (!m)
-            rc = status_set(&st, ST_INVALID_ARGUMENT, "not a valid tandem.v1.GenerateRequest");
-        else
-            rc = validate(c, r, (Tandem__V1__GenerateRequest *)m, &st);
+        if (rc == ST_OK)
+            rc = validate(c, r, m, &st);
         if (m)
-            protobuf_c_message_free_unpacked(m, NULL);
+            protobuf_c_message_free_unpacked(&m->base, NULL);
     }
     if (rc != ST_OK) {
         log_line(&c->log, LOG_DEBUG, "refused %s: %s", r->name, st.message);
-        rpc_call_finish(r->call, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
+        r->ops->finish(r->sink, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
         return;
     }
     mailbox_post(&c->box, &r->mail, REQUEST_SUBMIT, &r->refs);
@@ -248,7 +247,7 @@ static void *intake_main(void *p)
         if (stopping) {
             struct status st = STATUS_INIT;
             status_set(&st, ST_UNAVAILABLE, "the server is stopping");
-            rpc_call_finish(r->call, &st, 0);
+            r->ops->finish(r->sink, &st, 0);
         } else {
             work(arg.c, r);
         }

@@ -10,7 +10,7 @@
  * hand it mail. A mail node is part of the object that it speaks of and carries flags, so posting never allocates, never
  * fails and never blocks, and the mailbox is bounded by the number of objects, which is bounded where they are made.
  *
- * References: a request or rank_conn is counted. One reference each: the rpc call (until on_close), the intake queue,
+ * References: a request or rank_conn is counted. One reference each: the protocol (until request_closed), the intake queue,
  * the mailbox while the node is queued, the engine's tables.
  */
 #ifndef TANDEM_COORD_INTERNAL_H
@@ -23,6 +23,7 @@
 #include <stdint.h>
 
 #include "coordinator/chat.h"
+#include "coordinator/coord_sink.h"
 #include "coordinator/coord_stop.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/tokenizer.h"
@@ -201,7 +202,7 @@ enum request_state {
     REQUEST_NEW,      /* not in the scheduler yet */
     REQUEST_LIVE,     /* in the scheduler */
     REQUEST_FINISHED, /* all its answers are out of it; text is left that the client did not take yet */
-    REQUEST_CLOSING,  /* all was handed to rpc; on_close is to come */
+    REQUEST_CLOSING,  /* all was handed over; request_closed is to come */
     REQUEST_GONE,
 };
 
@@ -240,11 +241,12 @@ struct choice {
 struct request {
     struct mail mail;
     atomic_uint refs;
-    atomic_bool cancelled;     /* set by on_close: spares the intake threads the work */
-    atomic_bool want_writable; /* set by the engine: on_writable posts mail */
+    atomic_bool cancelled;     /* by request_closed: spares the intake threads the work */
+    atomic_bool want_writable; /* set by the engine: request_writable posts mail */
     /* constant */
     struct coord *coord;
-    struct rpc_call *call;
+    const struct sink_ops *ops;
+    void *sink;
     int64_t arrived_us, deadline_us;
     /* intake; the engine's from REQUEST_SUBMIT on */
     struct request *intake_next;
@@ -265,7 +267,7 @@ struct request {
     uint32_t n_choices;
     /* engine */
     enum request_state state;
-    bool closed;     /* on_close has run: the call takes nothing more */
+    bool closed;     /* request_closed was called: the sink takes nothing more */
     bool first_sent; /* the message with request_id */
     bool dirty;
     uint32_t n_live, n_done;    /* choices */

@@ -264,7 +264,7 @@ enum status_code choice_send(struct choice *c, struct status *st)
     }
     enum status_code rc = (m.n_logprobs && !m.logprobs) || (n_prompt && !m.prompt_logprobs)
                               ? status_nomem(st, "log probabilities of a message", n_ids + n_prompt)
-                              : rpc_call_send(r->call, &m.base, st);
+                              : r->ops->send(r->sink, &m, st);
     free(m.logprobs);
     free(m.prompt_logprobs);
     if (rc != ST_OK)

@@ -1,10 +1,10 @@
 /* The request table and the life of requests. Engine thread.
  *
- *     NEW --submit--> LIVE --last event--> FINISHED --all text handed over--> CLOSING --on_close--> GONE
+ *     NEW --submit--> LIVE --last event--> FINISHED --all text handed over--> CLOSING --closed--> GONE
  *      '--refused--> GONE      '--failed----------------------------------------^
  *
  * A request has n answers (struct choice), each a request of its own to the scheduler; it fails as a whole.
- * What a client has not taken waits in the choices (text, ids), not in rpc: at most one message is there at a time, so
+ * What a client has not taken waits in the choices (text, ids), not in its sink: at most one message is there at a time, so
  * a slow client gets fewer and larger messages, and what is held for it is bounded by its max_tokens. */
 #include <stdlib.h>
 #include <string.h>
@@ -133,7 +133,7 @@ static void leave_scheduler(struct engine *e, struct request *r, enum status_cod
     r->n_live = 0;
 }
 
-/* The call was finished or cancelled; what is left is its on_close. */
+/* The call was finished or cancelled; what is left is request_closed. */
 static void to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
 {
     if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
@@ -154,21 +154,21 @@ static void to_closing(struct engine *e, struct request *r, enum status_code cod
 static void fail(struct engine *e, struct request *r, const struct status *st, uint32_t retry_after_ms, int64_t now_us)
 {
     if (!r->closed)
-        rpc_call_finish(r->call, st, retry_after_ms);
+        r->ops->finish(r->sink, st, retry_after_ms);
     log_line(&e->coord->log, LOG_DEBUG, "%s: %s: %s", r->name, status_name(st->code), st->message);
     to_closing(e, r, st->code, now_us);
 }
 
 /* ---- to the client ---- */
 
-/* True when a message sent now goes out at once. Otherwise on_writable will post mail: set the wish, then look again,
+/* True when a message sent now goes out at once. Otherwise request_writable will post mail: set the wish, then look again,
  * because the queue may have run empty in between. */
 static bool writable(struct request *r)
 {
-    if (rpc_call_pending(r->call) == 0)
+    if (r->ops->pending(r->sink) == 0)
         return true;
     atomic_store(&r->want_writable, true);
-    if (rpc_call_pending(r->call) != 0)
+    if (r->ops->pending(r->sink) != 0)
         return false;
     atomic_store(&r->want_writable, false);
     return true;
@@ -210,14 +210,14 @@ static void flush(struct engine *e, struct request *r, int64_t now_us)
         struct choice *c = next_choice(r);
         enum status_code rc = choice_send(c, &st);
         if (rc == ST_CANCELLED)
-            return; /* on_close is on its way */
+            return; /* request_closed is on its way */
         if (rc != ST_OK) {
             request_end(e, r, &st, now_us);
             return;
         }
         r->n_done += c->done;
         if (r->n_done == r->n_choices) {
-            rpc_call_finish(r->call, NULL, 0);
+            r->ops->finish(r->sink, NULL, 0);
             to_closing(e, r, ST_OK, now_us);
         }
     }
@@ -450,7 +450,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
     }
     return;
 refuse:
-    rpc_call_finish(r->call, &st, st.code == ST_UNAVAILABLE || st.code == ST_RESOURCE_EXHAUSTED ? retry : 0);
+    r->ops->finish(r->sink, &st, st.code == ST_UNAVAILABLE || st.code == ST_RESOURCE_EXHAUSTED ? retry : 0);
     r->state = REQUEST_GONE;
 }
 
@@ -482,9 +482,9 @@ void requests_check_slow(struct engine *e, int64_t now_us)
         struct status st = STATUS_INIT;
         status_set(&st, ST_RESOURCE_EXHAUSTED, "the client read nothing for %u ms (--slow-client-timeout-ms)",
                    e->coord->opt.slow_client_timeout_ms);
-        log_line(&e->coord->log, LOG_INFO, "%s from %s: %s", r->name, rpc_call_peer(r->call), st.message);
-        rpc_call_cancel(r->call, &st);
-        if (r->state == REQUEST_CLOSING) { /* cancelled now; its on_close comes */
+        log_line(&e->coord->log, LOG_INFO, "%s from %s: %s", r->name, r->ops->peer(r->sink), st.message);
+        r->ops->cancel(r->sink, &st);
+        if (r->state == REQUEST_CLOSING) { /* cancelled now; request_closed comes */
             list_remove(&r->stalled_link);
             r->stalled_us = now_us;
             list_append(&e->stalled, &r->stalled_link);

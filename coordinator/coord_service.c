@@ -4,114 +4,87 @@
 
 #include "coordinator/coord_internal.h"
 
-void request_ref(struct request *r)
+/* ---- Inference: the sink of a request is its call ---- */
+
+static enum status_code call_decode(void *sink, const void *raw, size_t len, Tandem__V1__GenerateRequest **out,
+                                    struct status *st)
 {
-    atomic_fetch_add_explicit(&r->refs, 1, memory_order_relaxed);
+    (void)sink;
+    ProtobufCMessage *m = rpc_unpack(&tandem__v1__generate_request__descriptor, raw, len);
+    if (!m)
+        return status_set(st, ST_INVALID_ARGUMENT, "not a valid tandem.v1.GenerateRequest");
+    *out = (Tandem__V1__GenerateRequest *)m;
+    return ST_OK;
 }
 
-void request_unref(struct request *r)
+static uint32_t call_pending(void *sink)
 {
-    if (!r || atomic_fetch_sub_explicit(&r->refs, 1, memory_order_acq_rel) != 1)
-        return;
-    atomic_fetch_sub(&r->coord->live_requests, 1);
-    rpc_call_unref(r->call);
-    choices_destroy(r);
-    options_fini(r);
-    free(r->raw);
-    free(r->prompt);
-    free(r->stop);
-    free(r);
+    return rpc_call_pending(sink);
 }
 
-static void request_post(struct request *r, uint32_t flags)
+static enum status_code call_send(void *sink, const Tandem__V1__GenerateResponse *m, struct status *st)
 {
-    mailbox_post(&r->coord->box, &r->mail, flags, &r->refs);
+    return rpc_call_send(sink, &m->base, st);
 }
 
-/* Why no request can be taken now; ST_OK when one can. */
-static enum status_code check_state(struct coord *c, uint32_t *retry_after_ms, struct status *st)
+static void call_finish(void *sink, const struct status *st, uint32_t retry_after_ms)
 {
-    int state = atomic_load_explicit(&c->state, memory_order_acquire);
-    if (state == TANDEM__V1__SERVER_INFO__STATE__READY)
-        return ST_OK;
-    *retry_after_ms = state == TANDEM__V1__SERVER_INFO__STATE__DRAINING ? 0 : COORD_RETRY_AFTER_MS;
-    pthread_mutex_lock(&c->pub_mu);
-    status_set(st, ST_UNAVAILABLE, "%s", c->reason);
-    pthread_mutex_unlock(&c->pub_mu);
-    return ST_UNAVAILABLE;
+    rpc_call_finish(sink, st, retry_after_ms);
 }
 
-static struct request *request_create(struct coord *c, struct rpc_call *call, const void *msg, size_t len)
+static void call_cancel(void *sink, const struct status *st)
 {
-    struct request *r = calloc(1, sizeof *r);
-    if (!r)
-        return NULL;
-    r->raw = malloc(len ? len : 1);
-    if (!r->raw) {
-        free(r);
-        return NULL;
-    }
-    if (len)
-        memcpy(r->raw, msg, len);
-    r->raw_len = len;
-    r->mail.kind = MAIL_REQUEST;
-    r->coord = c;
-    r->call = rpc_call_ref(call);
-    r->arrived_us = coord_now_us();
-    r->deadline_us = rpc_call_deadline_us(call);
-    atomic_init(&r->refs, 1);
-    atomic_init(&r->cancelled, false);
-    atomic_init(&r->want_writable, false);
-    return r;
+    rpc_call_cancel(sink, st);
 }
+
+static const char *call_peer(const void *sink)
+{
+    return rpc_call_peer(sink);
+}
+
+static void call_release(void *sink)
+{
+    rpc_call_unref(sink);
+}
+
+static const struct sink_ops call_ops = {
+    .decode = call_decode,
+    .pending = call_pending,
+    .send = call_send,
+    .finish = call_finish,
+    .cancel = call_cancel,
+    .peer = call_peer,
+    .release = call_release,
+};
 
 static void generate_open(struct rpc_call *call, const void *msg, size_t len, void *ctx)
 {
-    struct coord *c = ctx;
     struct status st = STATUS_INIT;
-    uint32_t retry = COORD_RETRY_AFTER_MS;
-    if (check_state(c, &retry, &st) != ST_OK) {
+    struct request *r = NULL;
+    uint32_t retry = 0;
+    rpc_call_ref(call); /* the request's */
+    if (request_open(ctx, &call_ops, call, msg, len, rpc_call_deadline_us(call), &r, &retry, &st) == ST_OK) {
+        rpc_call_set_data(call, r); /* the other callbacks of this call come after this one */
+    } else {
         rpc_call_finish(call, &st, retry);
-        return;
+        rpc_call_unref(call);
     }
-    unsigned bound = atomic_load(&c->max_live);
-    if (atomic_fetch_add(&c->live_requests, 1) >= bound) {
-        atomic_fetch_sub(&c->live_requests, 1);
-        status_set(&st, ST_RESOURCE_EXHAUSTED, "%u requests are live (queued, running or not read yet): the limit",
-                   bound);
-        rpc_call_finish(call, &st, retry);
-        return;
-    }
-    struct request *r = request_create(c, call, msg, len);
-    if (!r) {
-        atomic_fetch_sub(&c->live_requests, 1);
-        status_nomem(&st, "request", len);
-        rpc_call_finish(call, &st, retry);
-        return;
-    }
-    rpc_call_set_data(call, r);
-    if (intake_push(c, r, &st) != ST_OK)
-        rpc_call_finish(call, &st, retry);
 }
 
 static void generate_writable(struct rpc_call *call, void *ctx)
 {
     (void)ctx;
     struct request *r = rpc_call_data(call);
-    if (r && atomic_exchange(&r->want_writable, false))
-        request_post(r, REQUEST_WRITABLE);
+    if (r)
+        request_writable(r);
 }
 
 static void generate_close(struct rpc_call *call, bool cancelled, void *ctx)
 {
     (void)ctx;
     struct request *r = rpc_call_data(call);
-    if (!r)
-        return;
-    if (cancelled)
-        atomic_store_explicit(&r->cancelled, true, memory_order_relaxed);
-    request_post(r, REQUEST_CLOSED);
-    request_unref(r);
+    if (r)
+        request_closed(r, cancelled);
 }
 
 /* ---- Control ---- */
