@@ -169,6 +169,7 @@ static void end_request(struct sched *s, struct req *r, enum sched_event_kind ki
     ev->n_prompt = r->n_prompt;
     ev->n_new = r->n_known - r->n_prompt;
     ev->preemptions = r->preemptions;
+    ev->replays = r->replays;
     ev->n_cached = r->n_cached;
     ev->arrived_us = r->arrived_us;
     ev->started_us = r->started_us;
@@ -243,12 +244,22 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->in_flight = 0;
     s->rotate_seq = 0;
     s->attached = true;
-    for (struct req *r = s->age.head, *next; r; r = next) { /* only queued ones: a detach failed the others */
+    for (struct req *r = s->age.head, *next; r; r = next) { /* none of them has a slot */
         next = r->next;
         if (check_fit(s, r->n_prompt, r->n_total - r->n_prompt, NULL) != ST_OK)
             end_request(s, r, SCHED_FAILED, false, ST_INVALID_ARGUMENT);
     }
     return ST_OK;
+}
+
+static void forget_group(struct sched *s)
+{
+    s->attached = false;
+    s->in_flight = 0;
+    s->n_pending = 0;
+    s->pending_pages = s->fenced_pages = 0;
+    s->free_pages = s->kv.total_pages;
+    s->held_pages = 0;
 }
 
 void sched_detach(struct sched *s, int64_t now_us)
@@ -261,12 +272,57 @@ void sched_detach(struct sched *s, int64_t now_us)
         end_request(s, s->draining.head, SCHED_FAILED, false, ST_UNAVAILABLE);
     while (s->age.head && s->age.head->state != REQ_QUEUED) /* queued ones are younger than all others */
         end_request(s, s->age.head, SCHED_FAILED, false, ST_UNAVAILABLE);
-    s->attached = false;
-    s->in_flight = 0;
-    s->n_pending = 0;
-    s->pending_pages = s->fenced_pages = 0;
-    s->free_pages = s->kv.total_pages;
-    s->held_pages = 0;
+    forget_group(s);
+}
+
+/* Its slot, its rows and its samples in flight went with the group. */
+static void lose(struct sched *s, struct req *r)
+{
+    if (r->state == REQ_RUNNING) {
+        s->owner[r->slot] = NULL;
+        s->n_running--;
+    }
+    bool computed = r->state != REQ_PREEMPTED;
+    r->state = REQ_PREEMPTED;
+    r->slot = SCHED_NO_SLOT;
+    r->pages = 0;
+    r->cap_tokens = r->n_unknown = r->n_fed = r->n_indexed = r->n_match = 0;
+    r->match_version = UINT64_MAX;
+    r->n_scored = r->n_scores_known;
+    r->decoding = false;
+    if (!computed)
+        return;
+    r->replays++;
+    s->total.replays++;
+    if (r->losses++ >= s->cfg.replay_limit)
+        end_request(s, r, SCHED_FAILED, false, ST_ABORTED);
+}
+
+/* Back to its place by age. */
+static void insert_by_age(struct sched *s, struct req *r)
+{
+    struct req *after = s->age.head;
+    while (after && after->seq < r->seq)
+        after = after->next;
+    req_list_insert(&s->age, r, after);
+}
+
+void sched_lose(struct sched *s, int64_t now_us)
+{
+    (void)now_us;
+    if (!s->attached)
+        return;
+    cache_detach(s);
+    for (struct req *r; (r = s->draining.head);) {
+        req_list_remove(&s->draining, r);
+        insert_by_age(s, r);
+    }
+    s->waiting = s->age.head;
+    for (struct req *r = s->age.head, *next; r && r->state != REQ_QUEUED; r = next) {
+        next = r->next;
+        lose(s, r);
+    }
+    forget_group(s);
 }
 
 static enum status_code check_request(const struct sched *s, const struct sched_request *req, struct status *st)
@@ -374,6 +430,7 @@ static bool is_stop(const struct req *r, uint32_t token)
 static void take_token(struct sched *s, struct req *r, uint32_t token, uint32_t index, int64_t now_us)
 {
     r->n_unknown--;
+    r->losses = 0;
     r->tokens[r->n_known++] = token;
     if (r->n_known == r->n_prompt + 1)
         r->first_token_us = now_us;
@@ -401,6 +458,7 @@ static void take_scores(struct sched *s, const struct flight *f)
         ev->kind = SCHED_SCORES;
         ev->index = first;
         ev->count = f->score[i].rows;
+        f->score[i].req->n_scores_known += f->score[i].rows;
     }
 }
 

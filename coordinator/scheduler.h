@@ -6,7 +6,7 @@
  *     all running decodes (one row each), then chunks of unfinished prefills, then new requests, oldest first
  *
  *     QUEUED --admit--> PREFILL --last chunk--> DECODE --stop--> finished        (slot and pages are held in between)
- *        ^-------------------preempt-----------------'           any --cancel, deadline, group lost--> failed
+ *        ^------------preempt, group lost------------'           any --cancel, deadline, group lost too often--> failed
  *
  * Memory: pages are counted with proto/kv_account.h, exactly as the ranks do. A request is accepted only if it can ever
  * fit alone. It is admitted when the pages of all its known tokens and the next are free, and some more for the running
@@ -44,6 +44,7 @@ struct sched_config {
     uint32_t depth;             /* plans in flight: 1 or 2 */
     struct kv_account kv;       /* page_bytes 0: not known before the first attach, requests are not measured by it */
     bool prefix_cache;          /* slots of ended requests stay for others that begin with the same tokens */
+    uint32_t replay_limit;      /* groups that a request may lose without a new token in between: sched_lose */
 };
 
 struct sched_sample {
@@ -74,7 +75,8 @@ enum sched_event_kind {
     SCHED_TOKEN,    /* a new token */
     SCHED_SCORES,   /* scores of the prompt's next tokens */
     SCHED_FINISHED, /* by length or stop; the last event of the request */
-    SCHED_FAILED,   /* code says why: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE; the last event of the request */
+    SCHED_FAILED, /* code says why: CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE (sched_detach), ABORTED (sched_lose); the
+                       last event of the request */
 };
 
 struct sched_event {
@@ -86,7 +88,7 @@ struct sched_event {
     bool stopped;          /* FINISHED: by a stop id, else by length */
     enum status_code code; /* FAILED */
     /* FINISHED and FAILED: */
-    uint32_t n_prompt, n_new, preemptions;
+    uint32_t n_prompt, n_new, preemptions, replays;
     uint32_t n_cached; /* prompt tokens that were there at its first admission */
     int64_t arrived_us, started_us, first_token_us, last_token_us; /* 0 where it did not come to that */
 };
@@ -136,8 +138,8 @@ struct sched_load {
     uint32_t kept_slots;
     uint64_t cache_hits, cached_tokens, cache_evictions; /* since the group came; replays hit, too */
     /* since sched_create; prompt tokens count once, however often they are computed */
-    uint64_t steps, prompt_tokens, generated_tokens, finished, failed, preemptions;
-    uint64_t recomputed_tokens; /* rows spent again on what preemption threw away */
+    uint64_t steps, prompt_tokens, generated_tokens, finished, failed, preemptions, replays;
+    uint64_t recomputed_tokens; /* rows spent again on what preemption or a lost group threw away */
     uint64_t wasted_rows;       /* samples dropped because their request had ended */
 };
 
@@ -145,13 +147,18 @@ STATUS_MUST_CHECK enum status_code sched_create(struct sched **out, const struct
 void sched_destroy(struct sched *s); /* NULL is fine */
 
 /* A worker group is there (at first, or a new one; after sched_detach, else FAILED_PRECONDITION): its account and slot count replace the configured ones; steps count
- * from 1 again. Queued requests that can never fit any more fail (INVALID_ARGUMENT in the event). Before the first attach
+ * from 1 again. Waiting requests that can never fit any more fail (INVALID_ARGUMENT in the event). Before the first attach
  * requests queue up. */
 STATUS_MUST_CHECK enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, uint32_t max_context,
                                                 const struct kv_account *kv, struct status *st);
 /* The group is gone: admitted requests fail with UNAVAILABLE, those that wait for their first admission stay. Nothing is
  * planned until the next sched_attach. */
 void sched_detach(struct sched *s, int64_t now_us);
+/* The same, but admitted requests stay, too: as if they were preempted, they wait, before all that never ran, for the next
+ * group to compute their tokens again and go on behind the last one known. Samples in flight are forgotten: ranks key them
+ * by seed and position, so they come again. A request that lost more than cfg.replay_limit groups in a row without a new
+ * token fails with ABORTED: it may be what kills them. */
+void sched_lose(struct sched *s, int64_t now_us);
 
 /* INVALID_ARGUMENT (names the field; also what can never fit), RESOURCE_EXHAUSTED (queue full), ALREADY_EXISTS (id). */
 STATUS_MUST_CHECK enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sched_request *req,

@@ -19,7 +19,7 @@
 
 enum req_state {
     REQ_QUEUED,    /* never admitted; counted against max_queued */
-    REQ_PREEMPTED, /* lost its slot, waits to be admitted again; samples may still be in flight */
+    REQ_PREEMPTED, /* lost its slot or its group, waits to be admitted again; samples may still be in flight */
     REQ_RUNNING,   /* has a slot */
     REQ_DRAINING,  /* all tokens sampled, slot given back, samples in flight */
 };
@@ -54,8 +54,10 @@ struct req {
     uint32_t n_match, match_slot;
     uint32_t
         n_scored; /* prompt rows that are scored in plans made so far; their results come, whatever becomes of the slot */
-    uint32_t n_fed_max; /* the furthest n_fed of all its slots: what is below is computed again */
-    uint32_t preemptions;
+    uint32_t n_scores_known; /* of them, those whose results came: the rest is lost with a group */
+    uint32_t n_fed_max;      /* the furthest n_fed of all its slots: what is below is computed again */
+    uint32_t preemptions, replays;
+    uint32_t losses;     /* groups lost since the last new token */
     uint32_t heap_index; /* in the deadline heap; UINT32_MAX: not there */
     uint64_t id;
     int64_t deadline_us;
@@ -188,6 +190,7 @@ void req_heap_remove(struct req_heap *h, struct req *r); /* not in it: nothing *
 bool event_ring_reserve(struct event_ring *e, uint64_t more);
 struct sched_event *event_ring_push(struct event_ring *e); /* zeroed; room was reserved */
 void req_list_append(struct req_list *l, struct req *r);
+void req_list_insert(struct req_list *l, struct req *r, struct req *before); /* NULL: at the end */
 void req_list_remove(struct req_list *l, struct req *r);
 
 /* scheduler_share.c. `tokens`, `shared`: of the account's; pages are the holder's own. */

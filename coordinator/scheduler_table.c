@@ -229,6 +229,21 @@ void req_list_append(struct req_list *l, struct req *r)
     l->tail = r;
 }
 
+void req_list_insert(struct req_list *l, struct req *r, struct req *before)
+{
+    if (!before) {
+        req_list_append(l, r);
+        return;
+    }
+    r->next = before;
+    r->prev = before->prev;
+    if (before->prev)
+        before->prev->next = r;
+    else
+        l->head = r;
+    before->prev = r;
+}
+
 void req_list_remove(struct req_list *l, struct req *r)
 {
     if (r->prev)

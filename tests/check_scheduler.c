@@ -355,6 +355,107 @@ START_TEST(lost_group_fails_admitted_requests_and_keeps_queued_ones)
 }
 END_TEST
 
+/* 1 decodes, 2 has all its tokens sampled and drains, 3 runs, 4 waits. */
+START_TEST(lost_group_is_followed_by_one_that_goes_on_with_its_requests)
+{
+    struct sched_config cfg = config(2, 16, 2);
+    cfg.replay_limit = 1;
+    struct sched *s = create_attached(cfg);
+    submit(s, 1, 4, 50);
+    submit(s, 2, 4, 2);
+    submit(s, 3, 4, 50);
+    submit(s, 4, 60, 100);
+    plan(s);
+    plan(s);
+    RESULT(s, 1, 50, 51);
+    expect_token(s, 1, 50);
+    expect_token(s, 2, 51);
+    plan(s);
+    sched_lose(s, 0);
+    sched_check(s);
+    no_event(s);
+    no_plan(s);
+    sched_lose(s, 0); /* again: nothing */
+    ck_assert_uint_eq(sched_load(s).queued, 1);
+    ck_assert_uint_eq(sched_load(s).running, 3);
+    ck_assert_uint_eq(sched_load(s).replays, 3);
+    ck_assert_int_eq(sched_finish(s, 0, 3, NULL), ST_OK); /* needs no group for it */
+    ck_assert_uint_eq(expect_finished(s, 3).replays, 1);
+    struct kv_account kv = ROOMY;
+    ck_assert_int_eq(sched_attach(s, 0, 3, 100, &kv, NULL), ST_OK);
+    sched_check(s);
+    expect_failed(s, 4, ST_INVALID_ARGUMENT); /* 160 tokens in a context of 100 */
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.step, 1);
+    ck_assert_uint_eq(p.n_admit, 2);
+    ck_assert_uint_eq(p.n_decode, 0);
+    for (uint32_t i = 0; i < 2; i++) { /* oldest first: the prompt and the token that its owner has */
+        ck_assert_uint_eq(p.admit[i].id, 1 + i);
+        ck_assert_uint_eq(p.admit[i].sample.seed, 1 + i);
+        ck_assert_uint_eq(p.chunk[i].position, 0);
+        ck_assert_uint_eq(p.chunk[i].n_tokens, 5);
+        ck_assert_uint_eq(p.chunk[i].tokens[4], 50 + i);
+        ck_assert(p.chunk[i].sample);
+    }
+    RESULT(s, 1, 60, 61);
+    expect_token(s, 1, 60);
+    expect_token(s, 2, 61);
+    struct sched_event ev = expect_finished(s, 2);
+    ck_assert_uint_eq(ev.n_new, 2);
+    ck_assert_uint_eq(ev.replays, 1);
+    ck_assert_uint_eq(ev.preemptions, 0);
+    sched_destroy(s);
+}
+END_TEST
+
+START_TEST(what_loses_group_after_group_without_a_token_fails)
+{
+    struct sched_config cfg = config(4, 16, 2);
+    cfg.replay_limit = 2;
+    struct sched *s = create_attached(cfg);
+    submit(s, 1, 4, 50);
+    plan(s);
+    for (uint32_t lost = 1; lost <= 5; lost++) {
+        sched_lose(s, 0);
+        sched_check(s);
+        no_event(s);
+        ck_assert_int_eq(sched_attach(s, 0, 4, 256, &ROOMY, NULL), ST_OK);
+        plan(s);
+        if (lost == 2) { /* a token: the count begins anew */
+            RESULT(s, 1, 50);
+            expect_token(s, 1, 50);
+            lost = 3;
+        }
+    }
+    submit(s, 2, 4, 50); /* never ran: it is not suspected */
+    sched_lose(s, 0);
+    ck_assert_uint_eq(expect_failed(s, 1, ST_ABORTED).replays, 5);
+    ck_assert_uint_eq(sched_load(s).queued, 1);
+    ck_assert_int_eq(sched_cancel(s, 0, 2, ST_CANCELLED, NULL), ST_OK);
+    expect_failed(s, 2, ST_CANCELLED);
+    finish(s);
+}
+END_TEST
+
+START_TEST(deadline_and_cancel_end_what_waits_for_the_next_group)
+{
+    struct sched_config cfg = config(4, 16, 1);
+    cfg.replay_limit = 1;
+    struct sched *s = create_attached(cfg);
+    ck_assert_int_eq(submit_until(s, 1, 4, 50, 9000, NULL), ST_OK);
+    submit(s, 2, 4, 50);
+    plan(s);
+    sched_lose(s, 0);
+    ck_assert_int_eq(sched_next_deadline_us(s), 9000);
+    sched_expire(s, 9000);
+    sched_check(s);
+    expect_failed(s, 1, ST_DEADLINE_EXCEEDED);
+    ck_assert_int_eq(sched_cancel(s, 0, 2, ST_CANCELLED, NULL), ST_OK);
+    expect_failed(s, 2, ST_CANCELLED);
+    finish(s);
+}
+END_TEST
+
 START_TEST(requests_wait_for_the_first_group)
 {
     struct sched_config cfg = config(4, 16, 2);
@@ -457,6 +558,7 @@ static void simulate(struct sim_options o, struct sim_report *total)
         total->failed += r.failed;
         total->rejected += r.rejected;
         total->groups += r.groups;
+        total->replays += r.replays;
         total->unfit += r.unfit;
         total->preemptions += r.preemptions;
         total->generated += r.generated;
@@ -518,6 +620,7 @@ START_TEST(sim_cancels_deadlines_losses_and_bad_requests)
              &r);
     print_report("faults", &r);
     ck_assert_uint_gt(r.groups, r.steps / 10000);
+    ck_assert_uint_gt(r.replays, r.groups);
     ck_assert_uint_gt(r.failed, r.steps / 100);
     ck_assert_uint_gt(r.rejected, 0);
 }
@@ -537,6 +640,9 @@ static Suite *suite(void)
     tcase_add_test(core, memory_pressure_preempts_the_youngest_and_it_continues_where_it_was);
     tcase_add_test(core, deadlines_end_queued_and_running_requests);
     tcase_add_test(core, lost_group_fails_admitted_requests_and_keeps_queued_ones);
+    tcase_add_test(core, lost_group_is_followed_by_one_that_goes_on_with_its_requests);
+    tcase_add_test(core, what_loses_group_after_group_without_a_token_fails);
+    tcase_add_test(core, deadline_and_cancel_end_what_waits_for_the_next_group);
     tcase_add_test(core, requests_wait_for_the_first_group);
     tcase_add_test(core, admission_does_not_pass_the_head_of_the_line);
     tcase_add_test(core, admission_leaves_room_for_the_running_ones_to_grow);

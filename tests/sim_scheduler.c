@@ -23,8 +23,9 @@ struct sim_req {
     uint32_t slot;
     uint32_t n_sampled; /* in plans */
     uint32_t n_out;
-    uint32_t preemptions;
-    uint64_t pages; /* that the scheduler counts for it */
+    uint32_t preemptions, replays;
+    uint32_t losses; /* groups since its last token */
+    uint64_t pages;  /* that the scheduler counts for it */
     bool started;
     bool scores;
     uint32_t n_scored;       /* prompt rows whose scores came */
@@ -55,6 +56,7 @@ struct sim {
     uint32_t max_context;
     uint32_t budget, min_budget;
     bool attached;
+    bool replay;          /* the next group goes on with what the last one left */
     bool losing, joining; /* a detach or attach is under way: the failures it brings are expected */
     struct sim_ranks ranks;
     struct sim_req *live[MAX_LIVE]; /* by age */
@@ -67,7 +69,7 @@ struct sim {
     struct sim_flight flight[2]; /* step % 2 */
     uint32_t in_flight;
     uint64_t result_step; /* whose result was taken last */
-    uint64_t next_step, steps, wasted, generated, preemptions;
+    uint64_t next_step, steps, wasted, generated, preemptions, replays;
     struct sim_report *report;
 };
 
@@ -137,9 +139,11 @@ static bool fits(const struct sim *m, uint32_t n_prompt, uint32_t max_new)
 static void check_terminal(struct sim *m, const struct sim_req *r, const struct sched_event *ev)
 {
     unsigned long long id = r->id;
-    if (ev->n_prompt != r->n_prompt || ev->n_new != r->n_out || ev->preemptions != r->preemptions)
-        sim_fail("request %llu: ended with %u + %u tokens, %u preemptions; expected %u + %u, %u", id, ev->n_prompt,
-                 ev->n_new, ev->preemptions, r->n_prompt, r->n_out, r->preemptions);
+    if (ev->n_prompt != r->n_prompt || ev->n_new != r->n_out || ev->preemptions != r->preemptions ||
+        ev->replays != r->replays)
+        sim_fail("request %llu: ended with %u + %u tokens, %u preemptions, %u replays; expected %u + %u, %u, %u", id,
+                 ev->n_prompt, ev->n_new, ev->preemptions, ev->replays, r->n_prompt, r->n_out, r->preemptions,
+                 r->replays);
     if (ev->arrived_us != r->arrived_us || (ev->started_us != 0) != r->started ||
         (ev->first_token_us != 0) != (r->n_out > 0) || ev->last_token_us < ev->first_token_us)
         sim_fail("request %llu: wrong times", id);
@@ -159,10 +163,12 @@ static void check_terminal(struct sim *m, const struct sim_req *r, const struct 
     }
     m->report->failed++;
     m->report->unfit += ev->code == ST_INVALID_ARGUMENT;
-    bool right = ev->code == ST_DEADLINE_EXCEEDED  ? r->deadline_us <= m->now_us
-                 : ev->code == ST_UNAVAILABLE      ? m->losing && r->started
-                 : ev->code == ST_INVALID_ARGUMENT ? m->joining && !r->started && !fits(m, r->n_prompt, r->max_new)
-                                                   : ev->code == r->cancelled && r->cancelled != ST_OK;
+    bool right = ev->code == ST_DEADLINE_EXCEEDED ? r->deadline_us <= m->now_us
+                 : ev->code == ST_UNAVAILABLE     ? m->losing && !m->replay && r->started
+                 : ev->code == ST_ABORTED         ? m->losing && m->replay && r->losses > m->cfg.replay_limit
+                 : ev->code == ST_INVALID_ARGUMENT
+                     ? m->joining && (m->replay || !r->started) && !fits(m, r->n_prompt, r->max_new)
+                     : ev->code == r->cancelled && r->cancelled != ST_OK;
     if (!right)
         sim_fail("request %llu: failed with %s for no reason", id, status_name(ev->code));
 }
@@ -224,6 +230,7 @@ static void take_events(struct sim *m)
             sim_fail("request %llu: token %u is %u, expected %u and %u in all", (unsigned long long)r->id, r->n_out,
                      ev.token, expected, r->n_expected);
         r->n_out++;
+        r->losses = 0;
     }
 }
 
@@ -371,18 +378,46 @@ static void cancel(struct sim *m)
         sim_fail("request %llu survived its cancel", (unsigned long long)id);
 }
 
+/* What was in flight is lost; all that the scheduler had said stands. */
+static void book_loss(struct sim *m, struct sim_req *r, uint64_t more_steps)
+{
+    if (r->stage == STAGE_RUNNING || r->stage == STAGE_DRAINING) {
+        r->replays++;
+        r->losses++;
+        m->report->replays++;
+    }
+    if (r->started)
+        r->stage = STAGE_PREEMPTED;
+    r->n_sampled = r->n_out;
+    r->n_scored_plans = r->n_scored;
+    r->max_steps += more_steps;
+}
+
 static void detach(struct sim *m)
 {
+    uint64_t replays = m->report->replays, more_steps = 0;
     m->losing = true;
     m->in_flight = 0;
     m->attached = false;
-    sched_detach(m->sched, m->now_us);
+    for (uint32_t i = 0; m->replay && i < m->n_live; i++)
+        more_steps += oldest_steps(m, m->live[i]);
+    for (uint32_t i = 0; m->replay && i < m->n_live; i++)
+        book_loss(m, m->live[i], more_steps);
+    if (m->replay)
+        sched_lose(m->sched, m->now_us);
+    else
+        sched_detach(m->sched, m->now_us);
     check(m);
     m->losing = false;
     for (uint32_t i = 0; i < m->n_live; i++) {
-        if (m->live[i]->started)
-            sim_fail("request %llu survived its group", (unsigned long long)m->live[i]->id);
+        struct sim_req *r = m->live[i];
+        if (r->started && (!m->replay || r->losses > m->cfg.replay_limit))
+            sim_fail("request %llu survived its group", (unsigned long long)r->id);
     }
+    m->replays += m->report->replays - replays;
+    if (sched_load(m->sched).replays != m->replays)
+        sim_fail("%llu replays counted, expected %llu", (unsigned long long)sched_load(m->sched).replays,
+                 (unsigned long long)m->replays);
     sim_ranks_fini(&m->ranks);
 }
 
@@ -619,7 +654,9 @@ static void draw_config(struct sim *m)
                                    .max_queued = between(m, 1, 40),
                                    .max_queued_tokens = between(m, m->o->context, 20 * m->o->context),
                                    .depth = between(m, 1, 2),
-                                   .prefix_cache = chance(m, 512)};
+                                   .prefix_cache = chance(m, 512),
+                                   .replay_limit = between(m, 0, 3)};
+    m->replay = chance(m, 768);
     m->max_context = m->o->context;
     m->budget = budget;
     m->min_budget = budget > 4 && chance(m, 300) ? budget / 2 : budget;

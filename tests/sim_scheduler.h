@@ -6,6 +6,7 @@
  *   - events: tokens of a request are the ones its seed says, in order; one terminal event, with right counts and reason
  *   - budget kept; decodes first; turns when the budget is less than the decodes; releases in the very next plan
  *   - admission by age; only the youngest running request is preempted, never the oldest
+ *   - a lost group's requests go on in the next, as if they were preempted, or fail, as the run was drawn
  *   - at most depth - 1 rows computed for nothing when a stop token ends a request, none when its length does
  *   - as long as a request lives there is a plan or a step in flight, and each ends within a number of steps that follows
  *     from the work of those before it
@@ -32,6 +33,7 @@ struct sim_report {
     uint64_t steps, submitted, finished, failed, rejected, groups;
     uint64_t unfit;      /* failed because the group that came could never run them */
     uint64_t cache_hits; /* of the last group */
+    uint64_t replays;
     uint64_t preemptions, generated, prompt, recomputed, wasted;
     double worst_wait; /* steps that a request took, as a part of its bound */
 };
