@@ -5,6 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* A generated token costs about as much as so many of a prompt: each has a step of its own. */
+#define DECODE_WEIGHT   2
+#define BACKLOG_FADE_US 5e6
+
 #define MAX_SLOTS       65536
 #define MAX_PAGE_BYTES  (1ull << 40)
 #define MAX_TOKEN_BYTES ((1ull << 31) - 1)
@@ -40,6 +44,11 @@ static enum status_code check_config(const struct sched_config *cfg, struct stat
         return status_set(st, ST_INVALID_ARGUMENT, "max_queued: 0, expected at least 1");
     if (cfg->max_queued_tokens < 1)
         return status_set(st, ST_INVALID_ARGUMENT, "max_queued_tokens: 0, expected at least 1");
+    if (cfg->policy > SCHED_PREFILL_FIRST)
+        return status_set(st, ST_INVALID_ARGUMENT, "policy: %d, expected 0 to %d", cfg->policy, SCHED_PREFILL_FIRST);
+    if (cfg->ttft_target_us < 0 || cfg->tbt_target_us < 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "targets: %lld and %lld us, expected none under 0",
+                          (long long)cfg->ttft_target_us, (long long)cfg->tbt_target_us);
     if (cfg->depth < 1 || cfg->depth > SCHED_MAX_DEPTH)
         return status_set(st, ST_INVALID_ARGUMENT, "depth: %u, expected 1 to %d", cfg->depth, SCHED_MAX_DEPTH);
     return ST_OK;
@@ -59,6 +68,7 @@ enum status_code sched_create(struct sched **out, const struct sched_config *cfg
     s->kv = cfg->kv;
     s->step_budget = cfg->step_token_budget;
     s->next_seq = 1;
+    cost_init(&s->cost, cfg->cost.pure.fixed_us > 0 ? &cfg->cost : &cost_default);
     s->plan_tokens = malloc(cfg->step_token_budget * sizeof *s->plan_tokens);
     if (!s->plan_tokens) {
         sched_destroy(s);
@@ -136,6 +146,7 @@ void sched_destroy(struct sched *s)
     cache_detach(s);
     free_slot_arrays(s);
     free(s->plan_tokens);
+    tenants_fini(s);
     req_pool_fini(&s->pool);
     free(s->map.cell);
     free(s->heap.item);
@@ -155,6 +166,11 @@ void req_drop_slot(struct sched *s, struct req *r)
     r->pages = 0;
     r->cap_tokens = 0;
     r->decoding = false;
+}
+
+static struct req_list *list_of(struct sched *s, const struct req *r)
+{
+    return r->state == REQ_RUNNING ? &s->run : r->state == REQ_PREEMPTED ? &s->preempted : &s->draining;
 }
 
 /* The last event of a request; the request is gone afterwards. */
@@ -182,13 +198,11 @@ static void end_request(struct sched *s, struct req *r, enum sched_event_kind ki
 
     if (r->state == REQ_RUNNING && !cache_park(s, r))
         req_drop_slot(s, r);
-    if (r->state == REQ_QUEUED) {
-        s->n_queued--;
-        s->queued_tokens -= r->n_prompt;
-    }
-    if (r == s->waiting)
-        s->waiting = r->next;
-    req_list_remove(r->state == REQ_DRAINING ? &s->draining : &s->age, r);
+    if (r->state == REQ_QUEUED)
+        queue_remove(s, r);
+    else
+        req_list_remove(list_of(s, r), r);
+    tenant_put(s, r->tenant);
     req_heap_remove(&s->heap, r);
     req_map_remove(&s->map, r);
     s->n_live--;
@@ -244,11 +258,12 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->in_flight = 0;
     s->rotate_seq = 0;
     s->attached = true;
-    for (struct req *r = s->age.head, *next; r; r = next) { /* none of them has a slot */
-        next = r->next;
-        if (check_fit(s, r->n_prompt, r->n_total - r->n_prompt, NULL) != ST_OK)
-            end_request(s, r, SCHED_FAILED, false, ST_INVALID_ARGUMENT);
-    }
+    for (int i = 0; i < 2; i++) /* nobody has a slot */
+        for (struct req *r = i ? s->queued.head : s->preempted.head, *next; r; r = next) {
+            next = r->next;
+            if (check_fit(s, r->n_prompt, r->n_total - r->n_prompt, NULL) != ST_OK)
+                end_request(s, r, SCHED_FAILED, false, ST_INVALID_ARGUMENT);
+        }
     return ST_OK;
 }
 
@@ -270,8 +285,10 @@ void sched_detach(struct sched *s, int64_t now_us)
     cache_detach(s);
     while (s->draining.head)
         end_request(s, s->draining.head, SCHED_FAILED, false, ST_UNAVAILABLE);
-    while (s->age.head && s->age.head->state != REQ_QUEUED) /* queued ones are younger than all others */
-        end_request(s, s->age.head, SCHED_FAILED, false, ST_UNAVAILABLE);
+    while (s->run.head)
+        end_request(s, s->run.head, SCHED_FAILED, false, ST_UNAVAILABLE);
+    while (s->preempted.head)
+        end_request(s, s->preempted.head, SCHED_FAILED, false, ST_UNAVAILABLE);
     forget_group(s);
 }
 
@@ -283,7 +300,11 @@ static void lose(struct sched *s, struct req *r)
         s->n_running--;
     }
     bool computed = r->state != REQ_PREEMPTED;
-    r->state = REQ_PREEMPTED;
+    if (computed) {
+        req_list_remove(list_of(s, r), r);
+        r->state = REQ_PREEMPTED;
+        run_insert(&s->preempted, r);
+    }
     r->slot = SCHED_NO_SLOT;
     r->pages = 0;
     r->cap_tokens = r->n_unknown = r->n_fed = r->n_indexed = r->n_match = 0;
@@ -298,39 +319,35 @@ static void lose(struct sched *s, struct req *r)
         end_request(s, r, SCHED_FAILED, false, ST_ABORTED);
 }
 
-/* Back to its place by age. */
-static void insert_by_age(struct sched *s, struct req *r)
-{
-    struct req *after = s->age.head;
-    while (after && after->seq < r->seq)
-        after = after->next;
-    req_list_insert(&s->age, r, after);
-}
-
 void sched_lose(struct sched *s, int64_t now_us)
 {
     (void)now_us;
     if (!s->attached)
         return;
     cache_detach(s);
-    for (struct req *r; (r = s->draining.head);) {
-        req_list_remove(&s->draining, r);
-        insert_by_age(s, r);
-    }
-    s->waiting = s->age.head;
-    for (struct req *r = s->age.head, *next; r && r->state != REQ_QUEUED; r = next) {
+    for (struct req *r = s->preempted.head, *next; r; r = next) { /* before others come to this list */
         next = r->next;
         lose(s, r);
     }
+    while (s->draining.head)
+        lose(s, s->draining.head);
+    while (s->run.head)
+        lose(s, s->run.head);
     forget_group(s);
 }
 
-static enum status_code check_request(const struct sched *s, const struct sched_request *req, struct status *st)
+static enum status_code check_request(const struct sched *s, int64_t now_us, const struct sched_request *req,
+                                      struct status *st)
 {
     if (req->n_prompt == 0)
         return status_set(st, ST_INVALID_ARGUMENT, "prompt: no tokens, expected at least 1");
     if (req->max_new == 0)
         return status_set(st, ST_INVALID_ARGUMENT, "max_tokens: 0, expected at least 1");
+    if (req->priority < -1 || req->priority > 1)
+        return status_set(st, ST_INVALID_ARGUMENT, "priority: %d, expected -1, 0 or 1", req->priority);
+    if (req->ttft_target_us < 0 || req->tbt_target_us < 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "targets: %lld and %lld us, expected none under 0",
+                          (long long)req->ttft_target_us, (long long)req->tbt_target_us);
     enum status_code rc = check_fit(s, req->n_prompt, req->max_new, st);
     if (rc != ST_OK)
         return rc;
@@ -339,20 +356,12 @@ static enum status_code check_request(const struct sched *s, const struct sched_
                           (unsigned long long)s->cfg.max_queued_tokens);
     if (req_map_find(&s->map, req->id))
         return status_set(st, ST_ALREADY_EXISTS, "request_id: a request with this id is running");
-    if (s->n_queued >= s->cfg.max_queued)
-        return status_set(st, ST_RESOURCE_EXHAUSTED, "the queue is full: %u requests wait (max_queued %u)", s->n_queued,
-                          s->cfg.max_queued);
-    if (s->queued_tokens + req->n_prompt > s->cfg.max_queued_tokens)
-        return status_set(st, ST_RESOURCE_EXHAUSTED,
-                          "the queue is full: %llu prompt tokens wait, %u more would pass max_queued_tokens %llu",
-                          (unsigned long long)s->queued_tokens, req->n_prompt,
-                          (unsigned long long)s->cfg.max_queued_tokens);
-    return ST_OK;
+    return queue_check(s, now_us, req, st);
 }
 
 enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sched_request *req, struct status *st)
 {
-    enum status_code rc = check_request(s, req, st);
+    enum status_code rc = check_request(s, now_us, req, st);
     if (rc != ST_OK)
         return rc;
     /* All memory that the request can ever need, now: nothing later can fail for want of it. */
@@ -363,7 +372,9 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
         !event_ring_reserve(&s->events, (uint64_t)s->n_live + 1) || !(r = req_pool_get(&s->pool)))
         return status_nomem(st, "tables of requests", sizeof *r);
     r->tokens = malloc(bytes);
-    if (!r->tokens) {
+    if (r->tokens)
+        r->tenant = tenant_get(s, req->tenant);
+    if (!r->tenant) {
         req_pool_put(&s->pool, r);
         return status_nomem(st, "tokens of a request", bytes);
     }
@@ -384,15 +395,14 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     r->cache_read = !req->no_cache_read && !req->scores;
     r->cache_write = !req->no_cache_write;
     r->match_version = UINT64_MAX;
-    req_list_append(&s->age, r);
-    if (!s->waiting)
-        s->waiting = r;
+    r->cls = (uint32_t)(1 - req->priority);
+    r->ttft_target_us = req->ttft_target_us ? req->ttft_target_us : s->cfg.ttft_target_us;
+    r->tbt_target_us = req->tbt_target_us ? req->tbt_target_us : s->cfg.tbt_target_us;
+    queue_add(s, r, now_us);
     req_map_add(&s->map, r);
     if (r->deadline_us != INT64_MAX)
         req_heap_add(&s->heap, r);
     s->n_live++;
-    s->n_queued++;
-    s->queued_tokens += r->n_prompt;
     return ST_OK;
 }
 
@@ -436,6 +446,7 @@ static void take_token(struct sched *s, struct req *r, uint32_t token, uint32_t 
         r->first_token_us = now_us;
     r->last_token_us = now_us;
     s->total.generated_tokens++;
+    queue_charge(r, DECODE_WEIGHT);
     struct sched_event *ev = event_ring_push(&s->events);
     ev->id = r->id;
     ev->kind = SCHED_TOKEN;
@@ -462,6 +473,26 @@ static void take_scores(struct sched *s, const struct flight *f)
     }
 }
 
+void sched_step_took(struct sched *s, uint64_t step, uint64_t took_us)
+{
+    uint64_t first = s->next_step - s->in_flight;
+    if (s->attached && step >= first && step < s->next_step)
+        cost_observe(&s->cost, &s->flight[step % SCHED_MAX_DEPTH].cost, (double)took_us);
+}
+
+/* What a backlog of prompts goes at, all that slows it down included: from the result before, or from the plan. */
+static void take_pace(struct sched *s, const struct flight *f, int64_t now_us)
+{
+    int64_t from_us = s->last_result_us > f->planned_us ? s->last_result_us : f->planned_us;
+    double took_us = now_us > from_us ? (double)(now_us - from_us) : 0;
+    s->last_result_us = now_us;
+    if (!f->backlog)
+        return;
+    double keep = took_us < BACKLOG_FADE_US / 2 ? 1 - took_us / BACKLOG_FADE_US : 0.5;
+    s->backlog_tokens = s->backlog_tokens * keep + f->cost.rows;
+    s->backlog_us = s->backlog_us * keep + took_us;
+}
+
 enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, const uint32_t *tokens, uint32_t n_tokens,
                               uint32_t n_scores, struct status *st)
 {
@@ -480,6 +511,7 @@ enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, co
                           (unsigned long long)step, n_scores, f->score_rows);
     if (!event_ring_reserve(&s->events, (uint64_t)n_tokens + f->n_scores + s->n_live))
         return status_nomem(st, "events", n_tokens * sizeof(struct sched_event));
+    take_pace(s, f, now_us);
     s->in_flight--;
     s->free_pages += s->fenced_pages; /* of the plan after this one: see scheduler.h, pipeline */
     s->fenced_pages = 0;
@@ -520,6 +552,11 @@ void sched_set_step_budget(struct sched *s, uint32_t rows)
 int64_t sched_next_deadline_us(const struct sched *s)
 {
     return s->heap.count ? s->heap.item[0]->deadline_us : INT64_MAX;
+}
+
+struct cost_profile sched_cost(const struct sched *s)
+{
+    return cost_get(&s->cost);
 }
 
 struct sched_load sched_load(const struct sched *s)

@@ -30,10 +30,18 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "coordinator/cost.h"
 #include "proto/kv_account.h"
 #include "proto/status.h"
 
 struct sched;
+
+/* What a step is made of. */
+enum sched_policy {
+    SCHED_CHUNKED,       /* all decodes, then chunks up to the budget: Sarathi-Serve's fixed chunk */
+    SCHED_TARGETS,       /* the same, but with a token-time target chunks are cut to what the target leaves them */
+    SCHED_PREFILL_FIRST, /* whole prompts before any decode, as vLLM began; to compare with */
+};
 
 struct sched_config {
     uint32_t max_slots;         /* running requests at most: 1 to 65536 */
@@ -44,7 +52,15 @@ struct sched_config {
     uint32_t depth;             /* plans in flight: 1 or 2 */
     struct kv_account kv;       /* page_bytes 0: not known before the first attach, requests are not measured by it */
     bool prefix_cache;          /* slots of ended requests stay for others that begin with the same tokens */
-    uint32_t replay_limit;      /* groups that a request may lose without a new token in between: sched_lose */
+    enum sched_policy policy;
+    struct cost_profile cost;  /* SCHED_TARGETS: where the fit of step times starts; all zero: cost_default */
+    int64_t ttft_target_us;    /* of requests that name none; 0: none */
+    int64_t tbt_target_us;     /* time between two tokens, the same */
+    bool refuse_late;          /* a request whose first token cannot come within its TTFT target is refused */
+    uint32_t age_us_per_token; /* a prompt shorter by a token may pass one that came so much earlier; 0: by age alone */
+    uint32_t max_queued_tenant; /* max_queued of each tenant; 0: none */
+    uint64_t max_queued_tokens_tenant;
+    uint32_t replay_limit; /* groups that a request may lose without a new token in between: sched_lose */
 };
 
 struct sched_sample {
@@ -62,7 +78,10 @@ struct sched_request {
     uint32_t max_new;         /* at least 1; n_prompt + max_new <= max_context */
     const uint32_t *stop_ids; /* copied; eos ids included by the caller */
     uint32_t n_stop;
-    int64_t deadline_us; /* INT64_MAX: none */
+    int64_t deadline_us;                   /* INT64_MAX: none */
+    int64_t ttft_target_us, tbt_target_us; /* 0: those of the configuration */
+    uint64_t tenant;                       /* tenants share what there is evenly, counted in tokens */
+    int32_t priority;                      /* 1 goes before 0, and 0 before -1, but lower ones keep a share */
     struct sched_sample sample;
     bool scores; /* of the prompt's tokens are wanted: rows are marked for it, each once whatever is computed again */
     /* with a prefix cache; requests with scores compute all rows in any case */
@@ -160,7 +179,8 @@ void sched_detach(struct sched *s, int64_t now_us);
  * token fails with ABORTED: it may be what kills them. */
 void sched_lose(struct sched *s, int64_t now_us);
 
-/* INVALID_ARGUMENT (names the field; also what can never fit), RESOURCE_EXHAUSTED (queue full), ALREADY_EXISTS (id). */
+/* INVALID_ARGUMENT (names the field; also what can never fit), RESOURCE_EXHAUSTED (a queue is full, or deadline or target
+ * cannot be met behind what waits: sched_retry_ms), ALREADY_EXISTS (id). */
 STATUS_MUST_CHECK enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sched_request *req,
                                                 struct status *st);
 /* Ends a request with a FAILED event of this code; the slot is released in the next plan. NOT_FOUND. */
@@ -168,6 +188,8 @@ STATUS_MUST_CHECK enum status_code sched_cancel(struct sched *s, int64_t now_us,
                                                 struct status *st);
 /* Ends a request with a FINISHED event, as a length reached; the slot is released in the next plan. NOT_FOUND. */
 STATUS_MUST_CHECK enum status_code sched_finish(struct sched *s, int64_t now_us, uint64_t id, struct status *st);
+/* How long the ranks took for plan `step`; before its sched_result. May be left out. */
+void sched_step_took(struct sched *s, uint64_t step, uint64_t took_us);
 /* The tokens of plan `step`, and how many scores came with them; steps come in order. INTERNAL when step or a count is not
  * what was planned. */
 STATUS_MUST_CHECK enum status_code sched_result(struct sched *s, int64_t now_us, uint64_t step, const uint32_t *tokens,
@@ -184,6 +206,13 @@ void sched_set_step_budget(struct sched *s, uint32_t rows);
 
 /* Takes one event, in order. Events are bounded by live requests plus tokens of one result: take them after each call. */
 bool sched_next_event(struct sched *s, struct sched_event *ev);
+
+/* When it is worth to ask again after RESOURCE_EXHAUSTED: until what waits now is mostly gone, 50 ms to 60 s. */
+uint32_t sched_retry_ms(const struct sched *s);
+/* Microseconds until a prompt of this tenant would have its first token, were it submitted now; 0: not known yet. */
+int64_t sched_predict_ttft_us(const struct sched *s, uint64_t tenant, int32_t priority, uint32_t n_prompt);
+/* What the fit of step times has come to. */
+struct cost_profile sched_cost(const struct sched *s);
 
 /* Earliest deadline of a live request; INT64_MAX: none. */
 int64_t sched_next_deadline_us(const struct sched *s);

@@ -80,33 +80,69 @@ static void check_request(const struct sched *s, const struct req *r, struct tal
     t->unknown += r->n_unknown;
 }
 
+static void check_list(const struct sched *s, const struct req_list *l, enum req_state state, bool by_age,
+                       struct tally *t)
+{
+    uint64_t seq = 0;
+    const struct req *prev = NULL;
+    for (const struct req *r = l->head; r; prev = r, r = r->next) {
+        unsigned long long id = r->id;
+        require(r->state == state, "request %llu: state %d in the list of %d", id, r->state, state);
+        require(r->prev == prev && (!by_age || r->seq > seq), "request %llu: out of order", id);
+        seq = r->seq;
+        check_request(s, r, t);
+    }
+    require(l->tail == prev, "list of state %d: wrong tail", state);
+}
+
+/* Requests of a heap; keys never less than their parent's. */
+static uint32_t check_heap(const struct tenant *t, uint32_t cls, const struct req *top)
+{
+    uint32_t n = 0;
+    for (const struct req *r = top; r; r = r->heap_next) {
+        n += 1;
+        require(r->tenant == t && r->cls == cls && r->state == REQ_QUEUED, "request %llu: in another's queue",
+                (unsigned long long)r->id);
+        for (const struct req *c = r->heap_child; c; c = c->heap_next)
+            require(c->key_us >= r->key_us && (c->heap_prev == r || c->heap_prev->heap_next == c),
+                    "request %llu: out of order in its queue", (unsigned long long)c->id);
+        n += r->heap_child ? check_heap(t, cls, r->heap_child) : 0;
+    }
+    return n;
+}
+
+static void check_tenants(const struct sched *s)
+{
+    uint32_t live = 0, queued = 0, of_class[SCHED_CLASSES] = {0};
+    uint64_t tokens = 0;
+    for (const struct tenant *t = s->tenants.active; t; t = t->next) {
+        uint32_t own = 0;
+        require(t->n_live > 0, "tenant %llu: active without a request", (unsigned long long)t->id);
+        for (uint32_t cls = 0; cls < SCHED_CLASSES; cls++) {
+            uint32_t n = check_heap(t, cls, t->queue[cls]);
+            of_class[cls] += n;
+            own += n;
+        }
+        require(own == t->n_queued, "tenant %llu: %u queued, %u found", (unsigned long long)t->id, t->n_queued, own);
+        live += t->n_live;
+        queued += own;
+        tokens += t->queued_tokens;
+    }
+    require(live == s->n_live && queued == s->n_queued && tokens == s->queued_tokens,
+            "tenants: %u live, %u queued, %llu tokens; %u, %u, %llu counted", live, queued, (unsigned long long)tokens,
+            s->n_live, s->n_queued, (unsigned long long)s->queued_tokens);
+    for (uint32_t cls = 0; cls < SCHED_CLASSES; cls++)
+        require(of_class[cls] == s->n_class_queued[cls] && (of_class[cls] || s->class_credit[cls] == 0),
+                "class %u: %u counted, %u found", cls, s->n_class_queued[cls], of_class[cls]);
+}
+
 static void check_lists(const struct sched *s, struct tally *t)
 {
-    enum req_state stage = REQ_RUNNING; /* by age: running, preempted, queued */
-    uint64_t seq = 0;
-    const struct req *prev = NULL, *first_waiting = NULL;
-    for (const struct req *r = s->age.head; r; prev = r, r = r->next) {
-        unsigned long long id = r->id;
-        require(r->prev == prev && r->seq > seq, "request %llu: out of order", id);
-        seq = r->seq;
-        if (r->state != stage) {
-            require((stage == REQ_RUNNING && (r->state == REQ_PREEMPTED || r->state == REQ_QUEUED)) ||
-                        (stage == REQ_PREEMPTED && r->state == REQ_QUEUED),
-                    "request %llu: state %d behind %d", id, r->state, stage);
-            stage = r->state;
-        }
-        if (r->state != REQ_RUNNING && !first_waiting)
-            first_waiting = r;
-        check_request(s, r, t);
-    }
-    require(s->age.tail == prev, "age list: wrong tail");
-    require(s->waiting == first_waiting, "age list: wrong boundary");
-    prev = NULL;
-    for (const struct req *r = s->draining.head; r; prev = r, r = r->next) {
-        require(r->prev == prev && r->state == REQ_DRAINING, "request %llu: not draining", (unsigned long long)r->id);
-        check_request(s, r, t);
-    }
-    require(s->draining.tail == prev, "draining list: wrong tail");
+    check_list(s, &s->run, REQ_RUNNING, true, t);
+    check_list(s, &s->preempted, REQ_PREEMPTED, true, t);
+    check_list(s, &s->queued, REQ_QUEUED, true, t);
+    check_list(s, &s->draining, REQ_DRAINING, false, t);
+    check_tenants(s);
 }
 
 /* Every slot is in exactly one place, every page is counted once. */

@@ -1,9 +1,13 @@
 /* scheduler_internal.h - what the scheduler's own files share: state of a request, lists, tables.
  *
- * All live requests but the draining ones stand in one list by age (submission). Admission is in that order, without
- * bypass, and only the youngest running request is ever preempted, so the running ones are always a prefix of the list:
+ * Every live request is in one list, by its state:
  *
- *     age.head = oldest ... running ... | waiting = first without a slot (preempted ones, then queued ones) ... youngest
+ *     queued --admit--> run --last sample planned--> draining          run, preempted: by age (submission)
+ *                        ^ '--preempt--> preempted                     queued: by age, and in the heap of its
+ *                        '--admit-----------'                                  tenant and class (scheduler_queue.c)
+ *
+ * Preempted ones are admitted before all queued ones, oldest first; who is next of the queued ones is scheduler_queue.c's.
+ * The oldest running request is never preempted.
  *
  * A request whose last token is sampled in a plan already sent needs no slot any more: it gives it back in the next plan
  * and waits in `draining` for its samples.
@@ -11,11 +15,13 @@
 #ifndef TANDEM_SCHEDULER_INTERNAL_H
 #define TANDEM_SCHEDULER_INTERNAL_H
 
+#include "coordinator/cost.h"
 #include "coordinator/prefix.h"
 #include "coordinator/scheduler.h"
 
 #define SCHED_MAX_DEPTH 2
 #define SCHED_NO_SLOT   UINT32_MAX
+#define SCHED_CLASSES   3 /* of priority: 0 is the highest */
 
 enum req_state {
     REQ_QUEUED,    /* never admitted; counted against max_queued */
@@ -31,8 +37,15 @@ enum req_state {
  *     0 ..................... n_fed                          length of the slot after all plans made so far
  */
 struct req {
-    struct req *next, *prev; /* age list, draining list, or free list (next only) */
-    uint64_t seq;            /* order of submission, from 1; 0: the struct is free */
+    struct req *next, *prev; /* the list of its state, or free list (next only) */
+    /* while it is queued: the heap of its tenant and class */
+    struct req *heap_child, *heap_next, *heap_prev; /* heap_prev: left sibling, or parent of the first child */
+    int64_t key_us;                                 /* the least goes first; see scheduler_queue.c */
+    struct tenant *tenant;
+    uint32_t cls;
+    int64_t ttft_target_us, tbt_target_us; /* 0: none */
+    uint64_t plan_seq;                     /* the last plan that has rows of it, or in which it waits for pages */
+    uint64_t seq;                          /* order of submission, from 1; 0: the struct is free */
     enum req_state state;
     uint32_t slot;
     uint32_t n_known;
@@ -67,6 +80,24 @@ struct req {
 
 struct req_list {
     struct req *head, *tail;
+};
+
+/* Whoever shares the server with others. It stays for a while after its last request, so that what it has used counts. */
+struct tenant {
+    struct tenant *hash_next;
+    struct tenant *next, *prev; /* of those with live requests */
+    uint64_t id;
+    uint64_t served; /* weighted tokens; the least is served next */
+    uint32_t n_live, n_queued;
+    uint64_t queued_tokens;
+    struct req *queue[SCHED_CLASSES]; /* tops of pairing heaps */
+};
+#define TENANT_BUCKETS 256
+
+struct tenant_table {
+    struct tenant *bucket[TENANT_BUCKETS];
+    struct tenant *active; /* with live requests */
+    uint32_t n;
 };
 
 /* Request structs in slabs, never moved. */
@@ -113,6 +144,9 @@ struct flight {
     uint32_t n_samples;
     struct score_ref *score; /* the same */
     uint32_t n_scores, score_rows;
+    struct cost_step cost;
+    int64_t planned_us;
+    bool backlog; /* more prompt tokens waited than it took */
 };
 
 /* What a slot's pages are counted at: scheduler_share.c. */
@@ -131,10 +165,18 @@ struct sched {
     uint32_t step_budget;
     bool attached;
 
-    struct req_list age, draining;
-    struct req *waiting; /* in age: the first without a slot; NULL: all have one */
+    struct req_list run, preempted, queued, draining;
     uint32_t n_live, n_queued, n_running;
     uint64_t queued_tokens;
+    uint32_t n_class_queued[SCHED_CLASSES];
+    uint64_t class_credit[SCHED_CLASSES]; /* tokens that a class may take before higher ones */
+    struct tenant_table tenants;
+    struct cost_model cost;
+    /* how fast prompts were computed while more of them waited; both fade */
+    double backlog_tokens, backlog_us;
+    int64_t last_result_us;
+    uint64_t last_victim_seq; /* preempted last */
+    uint64_t plan_seq;        /* calls of sched_plan */
     uint64_t next_seq;
     struct req_pool pool;
     struct req_map map;
@@ -192,6 +234,21 @@ struct sched_event *event_ring_push(struct event_ring *e); /* zeroed; room was r
 void req_list_append(struct req_list *l, struct req *r);
 void req_list_insert(struct req_list *l, struct req *r, struct req *before); /* NULL: at the end */
 void req_list_remove(struct req_list *l, struct req *r);
+
+/* scheduler_queue.c: queued requests, tenants, and who is next. */
+STATUS_MUST_CHECK enum status_code queue_check(const struct sched *s, int64_t now_us, const struct sched_request *req,
+                                               struct status *st);
+struct tenant *tenant_get(struct sched *s, uint64_t id); /* with one live request more; NULL: out of memory */
+void tenant_put(struct sched *s, struct tenant *t);      /* with one less */
+void tenants_fini(struct sched *s);
+void queue_add(struct sched *s, struct req *r, int64_t now_us);
+void queue_remove(struct sched *s, struct req *r);
+struct req *queue_next(const struct sched *s);      /* to be admitted, preempted ones first; NULL: nobody waits */
+void queue_admit(struct sched *s, struct req *r);   /* takes it out of queued or preempted, into run */
+void queue_charge(struct req *r, uint64_t tokens);  /* to its tenant */
+void run_insert(struct req_list *l, struct req *r); /* by age */
+/* The order among prefills: the least goes first. */
+int64_t prefill_key_us(const struct sched *s, const struct req *r, int64_t arrived_us, uint32_t tokens);
 
 /* scheduler_share.c. `tokens`, `shared`: of the account's; pages are the holder's own. */
 void holders_init(struct sched *s);

@@ -7,6 +7,16 @@
 /* While prefill waits, at least one row of so many is its own: a budget below the number of decodes would starve it. */
 #define PREFILL_SHARE 16
 
+/* Where a target leaves prefill no time, it gets so much of what the decodes take, and a few rows at least. */
+#define PREFILL_TIME 0.1
+#define MIN_ROWS     32
+/* Chunks cut to a target are multiples of TILE: products of other sizes take as long as the next one. A rest under TAIL rows
+ * goes with the chunk before it. */
+#define TILE 128
+#define TAIL 64
+/* Prefills that are begun and not done: each holds pages for its whole prompt. */
+#define MAX_PARTIAL 4
+
 /* An admission leaves free what the running requests need for so many tokens more, each. Without it a full pool admits
  * and preempts in turns: with 5000 pages of 16 tokens and prompts and completions of 16 to 1000, 23 % of all rows were
  * computed again; with 32 it is 0.3 %, and 2 % fewer requests run at a time (bench_scheduler, pressure). */
@@ -18,9 +28,14 @@ struct build {
     uint32_t n_decodable, n_prefilling; /* in s->decodable, s->prefilling */
     uint32_t left;                      /* of the budget */
     uint32_t n_decode, n_chunk, n_admit, n_tokens;
-    uint32_t n_reused; /* pending slots that this plan releases and admits again, from the first */
-    uint64_t growth;   /* tokens that the running requests may still add, HEADROOM_TOKENS each at most */
-    uint64_t owed;     /* pages that decodes, all older than those looked at next, wait for */
+    uint32_t n_reused;        /* pending slots that this plan releases and admits again, from the first */
+    uint64_t growth;          /* tokens that the running requests may still add, HEADROOM_TOKENS each at most */
+    uint64_t owed;            /* pages that decodes, all older than those looked at next, wait for */
+    struct cost_step cost;    /* what the plan holds */
+    struct cost_step settled; /* a step in which all that run, admitted ones too, decode */
+    int64_t target_us;        /* the least time between tokens that anybody wants kept; 0: none */
+    double limit_us;          /* what the step may take; 0: any time */
+    uint32_t n_partial;       /* prefills that go on in later plans */
     int64_t now_us;
 };
 
@@ -44,22 +59,32 @@ static uint32_t growth(const struct req *r)
     return r->n_total - r->n_known < HEADROOM_TOKENS ? r->n_total - r->n_known : HEADROOM_TOKENS;
 }
 
+/* It runs: its decodes are to come, or are there, and it has a target or not. */
+static void settle(struct build *b, const struct req *r)
+{
+    b->settled.decodes++;
+    b->settled.context += r->n_known;
+    if (r->tbt_target_us && (!b->target_us || r->tbt_target_us < b->target_us))
+        b->target_us = r->tbt_target_us;
+}
+
 /* Sorts the running requests. Those whose last token is sampled already give their slot back before its result is here:
  * the ranks take a plan after the one before, so the release cannot overtake the sample. */
 static void collect(struct sched *s, struct build *b)
 {
-    for (struct req *r = s->age.head, *next; r != s->waiting; r = next) {
+    for (struct req *r = s->run.head, *next; r; r = next) {
         next = r->next;
         cache_index(s, r);
         if (r->n_known + r->n_unknown == r->n_total) {
             if (!cache_park(s, r))
                 req_drop_slot(s, r);
-            req_list_remove(&s->age, r);
+            req_list_remove(&s->run, r);
             req_list_append(&s->draining, r);
             r->state = REQ_DRAINING;
             continue;
         }
         b->growth += growth(r);
+        settle(b, r);
         if (r->decoding) {
             s->decodable[b->n_decodable++] = r;
         } else {
@@ -79,11 +104,36 @@ static uint32_t admission_tokens(const struct req *r)
     return r->n_known + 1 < r->n_total ? r->n_known + 1 : r->n_total - 1;
 }
 
-/* Room for the head of the line, parked slots out of its way where that helps; the one that it begins as goes last. */
-static bool can_admit(struct sched *s, const struct build *b)
+static bool by_targets(const struct sched *s)
 {
-    struct req *r = s->waiting;
-    if (!r || r->n_unknown > 0 || b->owed > 0)
+    return s->cfg.policy == SCHED_TARGETS && cost_known(&s->cost);
+}
+
+/* A step is to be so much shorter than the target that the usual error does not pass it. */
+static double safe_us(const struct sched *s, int64_t target_us)
+{
+    double spread = 2 * cost_spread(&s->cost);
+    return (double)target_us * (spread < 0.03 ? 0.97 : spread > 0.3 ? 0.7 : 1 - spread);
+}
+
+/* Whether all that run and r could decode in one step within the least target, with a share left for prefill. */
+static bool keeps_target(const struct sched *s, const struct build *b, const struct req *r)
+{
+    if (!by_targets(s) || b->settled.decodes == 0)
+        return true;
+    int64_t target_us = b->target_us;
+    if (r->tbt_target_us && (!target_us || r->tbt_target_us < target_us))
+        target_us = r->tbt_target_us;
+    struct cost_step all = b->settled;
+    all.decodes++;
+    all.context += r->n_known;
+    return !target_us || cost_predict_us(&s->cost, &all) * (1 + PREFILL_TIME) <= safe_us(s, target_us);
+}
+
+/* Room for the head of the line, parked slots out of its way where that helps; the one that it begins as goes last. */
+static bool can_admit(struct sched *s, const struct build *b, struct req *r)
+{
+    if (!r || r->n_unknown > 0 || b->owed > 0 || !keeps_target(s, b, r))
         return false;
     cache_match(s, r);
     for (;;) {
@@ -109,8 +159,8 @@ static uint32_t decode_limit(struct sched *s, const struct build *b)
     uint32_t want = 0;
     if (b->n_prefilling > 0)
         want = s->prefilling[0]->n_known - s->prefilling[0]->n_fed;
-    else if (can_admit(s, b))
-        want = s->waiting->n_known;
+    else if (can_admit(s, b, queue_next(s)))
+        want = queue_next(s)->n_known;
     uint32_t share = b->left < PREFILL_SHARE ? 1 : b->left / PREFILL_SHARE;
     return b->left - (want < share ? want : share);
 }
@@ -118,12 +168,37 @@ static uint32_t decode_limit(struct sched *s, const struct build *b)
 static void preempt(struct sched *s, struct req *r)
 {
     req_drop_slot(s, r);
+    req_list_remove(&s->run, r);
     r->state = REQ_PREEMPTED;
+    run_insert(&s->preempted, r);
     r->preemptions++;
     r->n_fed = 0;
-    s->waiting = r; /* it was the last of the running ones */
+    s->last_victim_seq = r->seq;
     s->total.preemptions++;
     sched_settle_pending(s);
+}
+
+/* Whom it costs least: by the rows that are computed again, without those that another slot has; those that were twice
+ * preempted last. Not the oldest, nobody who has rows in this plan or waits for pages in it, and not the last victim, unless
+ * there is nobody else. */
+static struct req *victim_for(struct sched *s, struct req *r)
+{
+    struct req *best = NULL, *again = r;
+    uint64_t best_cost = 0;
+    for (struct req *v = s->run.head->next; v; v = v->next) {
+        if (v->plan_seq == s->plan_seq)
+            continue;
+        if (v->seq == s->last_victim_seq && v != r) {
+            again = v;
+            continue;
+        }
+        uint64_t cost = v->n_fed - s->slot_holder[v->slot]->shared + (v->preemptions >= 2 ? UINT64_C(1) << 32 : 0);
+        if (!best || cost <= best_cost) { /* of equals the youngest */
+            best = v;
+            best_cost = cost;
+        }
+    }
+    return best ? best : again;
 }
 
 /* Pages for one more token; false: not in this step (it waits for pages that come free, or was preempted itself). */
@@ -140,13 +215,14 @@ static bool grow(struct sched *s, struct build *b, struct req *r)
         }
         if (b->owed + need <= s->free_pages + s->pending_pages + s->fenced_pages) {
             b->owed += need;
+            r->plan_seq = s->plan_seq;
             return false;
         }
         if (cache_evict(s, SCHED_NO_SLOT))
             continue;
-        struct req *youngest = s->waiting ? s->waiting->prev : s->age.tail;
-        preempt(s, youngest);
-        if (youngest == r)
+        struct req *victim = victim_for(s, r);
+        preempt(s, victim);
+        if (victim == r)
             return false;
     }
 }
@@ -155,6 +231,7 @@ static bool grow(struct sched *s, struct build *b, struct req *r)
 static void feed(struct sched *s, struct build *b, struct req *r, uint32_t n, bool sample)
 {
     r->n_fed += n;
+    r->plan_seq = s->plan_seq;
     if (r->n_fed > r->n_fed_max) {
         uint32_t fresh = r->n_fed - r->n_fed_max;
         s->total.recomputed_tokens += n - fresh;
@@ -194,6 +271,8 @@ static void plan_decodes(struct sched *s, struct build *b)
         if (r->n_fed >= r->cap_tokens && !grow(s, b, r))
             continue;
         s->plan_decode[b->n_decode++] = r->slot;
+        b->cost.decodes++;
+        b->cost.context += r->n_fed + 1;
         feed(s, b, r, 1, true);
     }
 }
@@ -214,9 +293,30 @@ static void score_chunk(struct build *b, struct req *r, struct sched_chunk *chun
     b->flight->score_rows += end - first;
 }
 
-static void plan_chunk(struct sched *s, struct build *b, struct req *r)
+/* Rows of a chunk of r: what is left of the budget, and of the time. */
+static uint32_t chunk_rows(const struct sched *s, const struct build *b, const struct req *r)
 {
-    uint32_t n = r->n_known - r->n_fed < b->left ? r->n_known - r->n_fed : b->left;
+    uint32_t rest = r->n_known - r->n_fed, most = rest < b->left ? rest : b->left;
+    if (b->limit_us <= 0)
+        return most;
+    uint32_t n = cost_rows_within(&s->cost, &b->cost, r->n_fed, most, b->limit_us);
+    if (n >= TILE && n < rest)
+        n -= n % TILE;
+    if (n >= TAIL && rest - n < TAIL)
+        n = rest < most ? rest : most;
+    if (b->n_chunk == 0 && n < MIN_ROWS)
+        n = MIN_ROWS < most ? MIN_ROWS : most;
+    return n;
+}
+
+/* False: there is no time left for it. */
+static bool plan_chunk(struct sched *s, struct build *b, struct req *r)
+{
+    uint32_t n = chunk_rows(s, b, r);
+    if (n == 0)
+        return false;
+    b->cost.pairs += cost_pairs(r->n_fed, n);
+    b->cost.rows += n;
     uint32_t *tokens = s->plan_tokens + b->n_tokens;
     memcpy(tokens, r->tokens + r->n_fed, n * sizeof *tokens);
     b->n_tokens += n;
@@ -227,7 +327,9 @@ static void plan_chunk(struct sched *s, struct build *b, struct req *r)
     if (r->scores)
         score_chunk(b, r, chunk);
     r->decoding = sample;
+    b->n_partial += !sample;
     feed(s, b, r, n, sample);
+    return sample || b->limit_us <= 0; /* a part only: the time is up */
 }
 
 /* A free slot; else one that this very plan gives back, for releases come first. */
@@ -256,15 +358,12 @@ static void begin_as(struct sched *s, struct req *r)
     r->n_fed = n;
 }
 
-static void admit(struct sched *s, struct build *b)
+static void admit(struct sched *s, struct build *b, struct req *r)
 {
-    struct req *r = s->waiting;
-    s->waiting = r->next;
-    if (r->state == REQ_QUEUED) {
-        s->n_queued--;
-        s->queued_tokens -= r->n_prompt;
+    if (r->state == REQ_QUEUED)
         r->started_us = b->now_us;
-    }
+    queue_admit(s, r);
+    settle(b, r);
     r->state = REQ_RUNNING;
     r->slot = take_slot(s, b);
     s->owner[r->slot] = r;
@@ -297,6 +396,87 @@ static uint32_t plan_releases(struct sched *s, const struct build *b)
     return n;
 }
 
+/* Prefills that run already, the one with the least key first; without ageing by age, as they are. */
+static void sort_prefills(struct sched *s, uint32_t n)
+{
+    for (uint32_t i = 1; s->cfg.age_us_per_token && i < n; i++) {
+        struct req *r = s->prefilling[i];
+        int64_t key_us = prefill_key_us(s, r, r->arrived_us, r->n_known - r->n_fed);
+        uint32_t k = i;
+        for (; k > 0; k--) {
+            const struct req *o = s->prefilling[k - 1];
+            if (prefill_key_us(s, o, o->arrived_us, o->n_known - o->n_fed) <= key_us)
+                break;
+            s->prefilling[k] = s->prefilling[k - 1];
+        }
+        s->prefilling[k] = r;
+    }
+}
+
+/* Whether the one that waits goes before a prefill that runs: it is shorter, and few are begun. */
+static bool passes(const struct sched *s, const struct build *b, const struct req *waits, const struct req *runs)
+{
+    if (!waits || !s->cfg.age_us_per_token || b->n_prefilling + b->n_admit >= MAX_PARTIAL)
+        return false;
+    return prefill_key_us(s, waits, waits->arrived_us, waits->n_known) <
+           prefill_key_us(s, runs, runs->arrived_us, runs->n_known - runs->n_fed);
+}
+
+/* Chunks of what runs, then admissions with theirs; but shorter ones first. */
+static void plan_prefills(struct sched *s, struct build *b)
+{
+    sort_prefills(s, b->n_prefilling);
+    for (uint32_t i = 0; b->left > 0;) {
+        struct req *runs = i < b->n_prefilling ? s->prefilling[i] : NULL, *waits = queue_next(s);
+        if (runs && (runs->state != REQ_RUNNING || runs->plan_seq == s->plan_seq)) { /* preempted in this plan */
+            i++;
+            continue;
+        }
+        if (runs && !(passes(s, b, waits, runs) && can_admit(s, b, waits))) {
+            i++;
+            if (!plan_chunk(s, b, runs))
+                return;
+            continue;
+        }
+        if (!runs && !can_admit(s, b, waits))
+            return;
+        if (b->limit_us > 0 && b->n_chunk > 0 && chunk_rows(s, b, waits) == 0) /* slots are for those that begin */
+            return;
+        admit(s, b, waits);
+        if (!plan_chunk(s, b, waits))
+            return;
+    }
+}
+
+/* What the step may take: the least target of those that decode in it, but a share for prefill in any case. */
+static void set_limit(struct sched *s, struct build *b)
+{
+    if (!by_targets(s) || b->n_decode == 0 || b->target_us == 0)
+        return;
+    double decodes_us = cost_predict_us(&s->cost, &b->cost) * (1 + PREFILL_TIME), limit_us = safe_us(s, b->target_us);
+    b->limit_us = decodes_us > limit_us ? decodes_us : limit_us;
+}
+
+/* Decodes, then prefill; or the other way round, and then only one of both. */
+static void plan_rows(struct sched *s, struct build *b)
+{
+    if (s->cfg.policy == SCHED_PREFILL_FIRST) {
+        plan_prefills(s, b);
+        if (b->n_chunk == 0)
+            plan_decodes(s, b);
+        return;
+    }
+    plan_decodes(s, b);
+    set_limit(s, b);
+    plan_prefills(s, b);
+}
+
+/* Whether prompts are left behind. */
+static bool has_backlog(const struct sched *s, const struct build *b)
+{
+    return b->n_partial > 0 || s->n_queued > 0 || s->preempted.head;
+}
+
 bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
 {
     sched_expire(s, now_us);
@@ -304,23 +484,18 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
         return false;
     struct build b = {.flight = &s->flight[s->next_step % SCHED_MAX_DEPTH], .left = s->step_budget, .now_us = now_us};
     b.flight->n_samples = b.flight->n_scores = b.flight->score_rows = 0;
+    s->plan_seq++;
     collect(s, &b);
-    plan_decodes(s, &b);
-    for (uint32_t i = 0; i < b.n_prefilling && b.left > 0; i++) {
-        if (s->prefilling[i]->state == REQ_RUNNING)
-            plan_chunk(s, &b, s->prefilling[i]);
-    }
-    while (b.left > 0 && can_admit(s, &b)) {
-        struct req *r = s->waiting;
-        admit(s, &b);
-        plan_chunk(s, &b, r);
-    }
+    plan_rows(s, &b);
     uint32_t rows = b.n_decode + b.n_tokens;
     /* Releases alone wait for the step in flight: the ranks could not take them earlier anyhow, and a request that
      * arrives meanwhile finds the pipeline open. */
     if (rows == 0 && (s->n_pending == 0 || s->in_flight > 0))
         return false;
     uint32_t n_release = plan_releases(s, &b);
+    b.flight->cost = b.cost;
+    b.flight->planned_us = now_us;
+    b.flight->backlog = has_backlog(s, &b);
     *plan = (struct sched_plan){.step = s->next_step++,
                                 .release = s->plan_release,
                                 .n_release = n_release,

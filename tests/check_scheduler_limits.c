@@ -422,16 +422,17 @@ END_TEST
 START_TEST(check_aborts_when_a_sample_is_lost)
 {
     struct sched *s = running();
-    s->age.head->n_unknown = 0;
-    s->age.head->n_fed--;
+    s->run.head->n_unknown = 0;
+    s->run.head->n_fed--;
     sched_check(s);
 }
 END_TEST
 
-START_TEST(check_aborts_when_the_boundary_is_wrong)
+START_TEST(check_aborts_when_a_request_is_in_the_wrong_list)
 {
     struct sched *s = running();
-    s->waiting = s->age.tail;
+    s->preempted = s->run;
+    s->run = (struct req_list){0};
     sched_check(s);
 }
 END_TEST
@@ -462,6 +463,6 @@ TCase *scheduler_faults(void)
     tcase_add_test_raise_signal(faults, check_aborts_when_a_slot_is_lost, SIGABRT);
     tcase_add_test_raise_signal(faults, check_aborts_when_a_page_is_lost, SIGABRT);
     tcase_add_test_raise_signal(faults, check_aborts_when_a_sample_is_lost, SIGABRT);
-    tcase_add_test_raise_signal(faults, check_aborts_when_the_boundary_is_wrong, SIGABRT);
+    tcase_add_test_raise_signal(faults, check_aborts_when_a_request_is_in_the_wrong_list, SIGABRT);
     return faults;
 }

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "coordinator/scheduler_internal.h" /* who was preempted */
+
 #define MAX_LIVE    4096
 #define MAX_CONTEXT 512
 #define MAX_STOPS   2
@@ -31,6 +33,9 @@ struct sim_req {
     uint32_t n_scored;       /* prompt rows whose scores came */
     uint32_t n_scored_plans; /* in plans */
     uint64_t submit_step, max_steps;
+    uint64_t tenant;
+    int32_t priority;
+    int64_t ttft_target_us;
 };
 
 struct sim_flight {
@@ -55,6 +60,7 @@ struct sim {
     struct kv_account kv; /* what the scheduler counts with; page_bytes 0: nothing yet */
     uint32_t max_context;
     uint32_t budget, min_budget;
+    bool fair; /* tenants, classes, targets, short prompts first: who is next is not told from age alone */
     bool attached;
     bool replay;          /* the next group goes on with what the last one left */
     bool losing, joining; /* a detach or attach is under way: the failures it brings are expected */
@@ -176,11 +182,11 @@ static void check_terminal(struct sim *m, const struct sim_req *r, const struct 
 static void end(struct sim *m, struct sim_req *r)
 {
     uint64_t took = m->steps - r->submit_step;
-    if (took > r->max_steps)
+    if (took > r->max_steps && !m->fair)
         sim_fail("request %llu: starved: %llu steps, at most %llu expected", (unsigned long long)r->id,
                  (unsigned long long)took, (unsigned long long)r->max_steps);
     double part = (double)took / (double)r->max_steps;
-    if (part > m->report->worst_wait)
+    if (part > m->report->worst_wait && !m->fair)
         m->report->worst_wait = part;
     if (r->stage == STAGE_RUNNING)
         m->release_due[r->slot] = true;
@@ -304,7 +310,16 @@ static enum status_code expected_refusal(const struct sim *m, const struct sim_r
     if (find(m, r->id))
         return ST_ALREADY_EXISTS;
     struct sched_load l = sched_load(m->sched);
-    bool full = l.queued == m->cfg.max_queued || l.queued_tokens + r->n_prompt > m->cfg.max_queued_tokens;
+    uint32_t of_tenant = 0;
+    uint64_t tokens = r->n_prompt;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        bool waits = !m->live[i]->started && m->live[i]->tenant == r->tenant;
+        of_tenant += waits;
+        tokens += waits ? m->live[i]->n_prompt : 0;
+    }
+    bool full = l.queued == m->cfg.max_queued || l.queued_tokens + r->n_prompt > m->cfg.max_queued_tokens ||
+                (m->cfg.max_queued_tenant && of_tenant >= m->cfg.max_queued_tenant) ||
+                (m->cfg.max_queued_tokens_tenant && of_tenant && tokens > m->cfg.max_queued_tokens_tenant);
     return full ? ST_RESOURCE_EXHAUSTED : ST_OK;
 }
 
@@ -331,6 +346,11 @@ static void submit(struct sim *m)
         r->max_new = what == 1 ? 0 : r->max_new;
         r->id = what == 2 && m->n_live ? m->live[between(m, 0, m->n_live - 1)]->id : r->id;
     }
+    if (m->fair) {
+        r->tenant = (r->seed >> 50 & 7) % 5;
+        r->priority = (int32_t)((r->seed >> 53 & 7) % 3) - 1;
+        r->ttft_target_us = chance(m, 300) ? between(m, 1, 20000) : 0;
+    }
     uint32_t prompt[MAX_CONTEXT];
     for (uint32_t i = 0; i < r->n_prompt; i++)
         prompt[i] = sim_token(r->seed, i);
@@ -341,6 +361,10 @@ static void submit(struct sim *m)
                                 .stop_ids = r->stop,
                                 .n_stop = r->n_stop,
                                 .deadline_us = r->deadline_us,
+                                .ttft_target_us = r->ttft_target_us,
+                                .tbt_target_us = m->fair && chance(m, 300) ? between(m, 1, 3000) : 0,
+                                .tenant = r->tenant,
+                                .priority = r->priority,
                                 .sample = {.seed = r->seed},
                                 .scores = r->scores,
                                 .salt = sim_salt(r->seed),
@@ -349,7 +373,9 @@ static void submit(struct sim *m)
     enum status_code expected = expected_refusal(m, r);
     struct status st = STATUS_INIT;
     enum status_code rc = sched_submit(m->sched, m->now_us, &req, &st);
-    if (rc != expected)
+    bool late = rc == ST_RESOURCE_EXHAUSTED && strncmp(st.message, "overloaded: ", 12) == 0 &&
+                (r->deadline_us > m->now_us || m->cfg.refuse_late);
+    if (rc != expected && !(late && expected == ST_OK))
         sim_fail("submit: %s (%s), expected %s", status_name(rc), st.message, status_name(expected));
     if (rc == ST_OK) {
         if (m->n_live == MAX_LIVE)
@@ -451,27 +477,29 @@ static void attach(struct sim *m)
 
 /* ---- plans ---- */
 
-/* Books the preemptions of a call of sched_plan, which came with a plan or not: always the youngest running requests,
- * never the oldest. */
+/* Books the preemptions of a call of sched_plan, which came with a plan or not: never the oldest running request. */
 static uint32_t book_preemptions(struct sim *m)
 {
-    uint64_t total = sched_load(m->sched).preemptions;
-    uint32_t n = (uint32_t)(total - m->preemptions), left = n;
-    m->preemptions = total;
-    for (uint32_t i = m->n_live; i-- > 0 && left > 0;) {
+    uint32_t n = 0;
+    bool oldest = true;
+    for (uint32_t i = 0; i < m->n_live; i++) {
         struct sim_req *r = m->live[i];
         if (r->stage != STAGE_RUNNING)
             continue;
-        r->stage = STAGE_PREEMPTED;
-        r->preemptions++;
-        m->release_due[r->slot] = m->preempted[r->slot] = true;
-        left--;
+        if (req_map_find(&m->sched->map, r->id)->preemptions != r->preemptions) {
+            if (oldest)
+                sim_fail("request %llu: preempted, and it is the oldest that runs", (unsigned long long)r->id);
+            r->stage = STAGE_PREEMPTED;
+            r->preemptions++;
+            m->release_due[r->slot] = m->preempted[r->slot] = true;
+            n++;
+        }
+        oldest = false;
     }
-    bool oldest_runs = n == 0;
-    for (uint32_t i = 0; i < m->n_live && !oldest_runs; i++)
-        oldest_runs = m->live[i]->stage == STAGE_RUNNING;
-    if (left > 0 || !oldest_runs)
-        sim_fail("the oldest request was preempted");
+    m->preemptions += n;
+    if (sched_load(m->sched).preemptions != m->preemptions)
+        sim_fail("%llu preemptions counted, expected %llu", (unsigned long long)sched_load(m->sched).preemptions,
+                 (unsigned long long)m->preemptions);
     return n;
 }
 
@@ -530,17 +558,31 @@ static void check_decodes(struct sim *m, const struct sched_plan *p, uint32_t pr
         sim_fail("step %llu: pages went to a younger request while an older one waits", (unsigned long long)p->step);
 }
 
-/* Admissions by age: each takes the oldest that waits. */
+/* The preempted ones by age, then all others: by age, or nobody before another of his tenant and class that came earlier
+ * with no more tokens. */
+static struct sim_req *expect_admit(struct sim *m, uint64_t id)
+{
+    struct sim_req *r = find(m, id), *first = NULL;
+    if (!r || r->stage == STAGE_RUNNING || r->stage == STAGE_DRAINING)
+        sim_fail("request %llu is admitted, but does not wait", (unsigned long long)id);
+    for (uint32_t i = 0; i < m->n_live && !first; i++)
+        first = m->live[i]->stage == STAGE_PREEMPTED ? m->live[i] : NULL;
+    for (uint32_t i = 0; i < m->n_live && !first; i++) {
+        struct sim_req *o = m->live[i];
+        bool goes_first = !m->fair || (o->tenant == r->tenant && o->priority == r->priority &&
+                                       o->ttft_target_us == r->ttft_target_us && o->n_prompt <= r->n_prompt);
+        first = o->stage == STAGE_QUEUED && goes_first ? o : NULL;
+    }
+    if (first != r)
+        sim_fail("request %llu is admitted before request %llu", (unsigned long long)id,
+                 first ? (unsigned long long)first->id : 0);
+    return r;
+}
+
 static void check_admits(struct sim *m, const struct sched_plan *p)
 {
-    uint32_t at = 0;
     for (uint32_t i = 0; i < p->n_admit; i++) {
-        while (at < m->n_live && (m->live[at]->stage == STAGE_RUNNING || m->live[at]->stage == STAGE_DRAINING))
-            at++;
-        if (at == m->n_live || m->live[at]->id != p->admit[i].id)
-            sim_fail("step %llu: request %llu is admitted out of order", (unsigned long long)p->step,
-                     (unsigned long long)p->admit[i].id);
-        struct sim_req *r = m->live[at];
+        struct sim_req *r = expect_admit(m, p->admit[i].id);
         if (m->slot_id[p->admit[i].slot] != 0 || m->kept[p->admit[i].slot])
             sim_fail("step %llu: slot %u is taken", (unsigned long long)p->step, p->admit[i].slot);
         r->stage = STAGE_RUNNING;
@@ -604,7 +646,8 @@ static bool plan(struct sim *m)
         sim_fail("plan %llu with %u rows, budget %u, %u in flight", (unsigned long long)p.step, p.rows, m->budget,
                  in_flight);
     check_releases(m, &p);
-    check_decodes(m, &p, preempted);
+    if (m->cfg.policy != SCHED_PREFILL_FIRST)
+        check_decodes(m, &p, preempted);
     check_admits(m, &p);
     struct sim_flight *f = &m->flight[p.step % 2];
     sim_ranks_step(&m->ranks, &p, p.step - 1 - in_flight, f->tokens);
@@ -634,6 +677,8 @@ static void result(struct sim *m)
     for (uint32_t i = 0; i < f->n; i++)
         m->wasted += find(m, f->id[i]) == NULL;
     struct status st = STATUS_INIT;
+    if (m->fair && chance(m, 900))
+        sched_step_took(m->sched, step + chance(m, 10), chance(m, 10) ? draw(m) : 50 + f->n + between(m, 0, 20));
     m->result_step = step;
     if (sched_result(m->sched, m->now_us, step, f->tokens, f->n, f->score_rows, &st) != ST_OK)
         sim_fail("result: %s", st.message);
@@ -643,6 +688,20 @@ static void result(struct sim *m)
 }
 
 /* ---- the run ---- */
+
+static void draw_fairness(struct sim *m)
+{
+    struct sched_config *c = &m->cfg;
+    const struct cost_coef cost = {.fixed_us = 50, .decode_us = 1, .kv_us = 0.01, .row_us = 2, .pair_us = 0.01};
+    c->policy = chance(m, 700) ? SCHED_TARGETS : chance(m, 512) ? SCHED_CHUNKED : SCHED_PREFILL_FIRST;
+    c->cost = (struct cost_profile){.pure = cost, .hybrid = cost, .known = chance(m, 512)};
+    c->tbt_target_us = chance(m, 512) ? between(m, 20, 2000) : 0;
+    c->ttft_target_us = chance(m, 512) ? between(m, 20, 20000) : 0;
+    c->refuse_late = chance(m, 300);
+    c->age_us_per_token = chance(m, 700) ? between(m, 1, 30) : 0;
+    c->max_queued_tenant = chance(m, 300) ? between(m, 1, c->max_queued) : 0;
+    c->max_queued_tokens_tenant = chance(m, 300) ? between(m, 1, 10 * m->o->context) : 0;
+}
 
 static void draw_config(struct sim *m)
 {
@@ -657,6 +716,9 @@ static void draw_config(struct sim *m)
                                    .prefix_cache = chance(m, 512),
                                    .replay_limit = between(m, 0, 3)};
     m->replay = chance(m, 768);
+    m->fair = chance(m, 400);
+    if (m->fair)
+        draw_fairness(m);
     m->max_context = m->o->context;
     m->budget = budget;
     m->min_budget = budget > 4 && chance(m, 300) ? budget / 2 : budget;

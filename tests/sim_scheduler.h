@@ -5,7 +5,9 @@
  * aborts with a message:
  *   - events: tokens of a request are the ones its seed says, in order; one terminal event, with right counts and reason
  *   - budget kept; decodes first; turns when the budget is less than the decodes; releases in the very next plan
- *   - admission by age; only the youngest running request is preempted, never the oldest
+ *   - admission by age, preempted requests before all others; in some runs there are tenants, classes, targets and short
+ *     prompts that pass long ones: then by age among those of one tenant and class with no more tokens
+ *   - the oldest running request is never preempted
  *   - a lost group's requests go on in the next, as if they were preempted, or fail, as the run was drawn
  *   - at most depth - 1 rows computed for nothing when a stop token ends a request, none when its length does
  *   - as long as a request lives there is a plan or a step in flight, and each ends within a number of steps that follows
