@@ -10,9 +10,9 @@
  *
  * Memory: pages are counted with proto/kv_account.h, exactly as the ranks do. A request is accepted only if it can ever
  * fit alone. It is admitted when the pages of all its known tokens and the next are free, and some more for the running
- * requests to grow into. A decode that needs a page when none is free preempts the youngest running request (perhaps
+ * requests to grow into. A decode that needs a page when none is free preempts the running request with least to lose (perhaps
  * itself): its slot is released and its tokens, prompt and generated, are computed again later; it keeps its place in the
- * order. The oldest is never preempted, so every request finishes.
+ * order. The oldest running one is never preempted, so every request finishes.
  *
  * Pipeline: up to `depth` plans are in flight; a decode row's input may be the token of the step before, which only the
  * rank knows yet. Its stop is then seen one step late: one wasted row, whose result is dropped. Pages released in plan k
