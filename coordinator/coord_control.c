@@ -89,6 +89,12 @@ static void load(struct engine *e, struct control_call *cc)
         m.generated_tokens = l.generated_tokens;
         m.finished_requests = l.finished;
         m.preemptions = l.preemptions;
+        m.kept_pages = l.kept_pages;
+        m.kept_slots = l.kept_slots;
+        m.shared_pages = l.shared_pages;
+        m.cache_hits = l.cache_hits;
+        m.cached_tokens = l.cached_tokens;
+        m.cache_evictions = l.cache_evictions;
     }
     m.total_slots = e->group.serving ? e->group.slots : 0;
     m.last_step_us = e->group.last_step_us;

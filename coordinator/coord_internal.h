@@ -99,6 +99,7 @@ struct coord_options {
     const char *tls_cert, *tls_key, *tls_client_ca, *token_file; /* of public listeners; NULL: not given */
     const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
     bool reflection;
+    bool prefix_cache;
     uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms;
     uint32_t max_connection_idle_ms, max_connection_age_ms, max_connection_age_grace_ms; /* 0: none */
     uint32_t tp; /* 0: whatever size the first group has */

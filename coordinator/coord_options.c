@@ -70,6 +70,8 @@ static const struct option options[] = {
     {"--default-max-tokens", U32, AT(default_max_tokens), 1, UINT32_MAX, "N", "where a request sets none; default 256"},
     {"", TEXT, 0, 0, 0, NULL, "Batching"},
     {"--step-tokens", U32, AT(step_tokens), 1, 65536, "N", "rows of a step at most; default 512"},
+    {"--prefix-cache", SWITCH, AT(prefix_cache), 0, 0, "on|off",
+     "prompts that begin alike are computed once; experimental, default off"},
     {"--pipeline-depth", U32, AT(pipeline_depth), 1, 2, "N", "plans in flight, 1 or 2; default 2"},
     {"", TEXT, 0, 0, 0, NULL, "Time limits, in milliseconds"},
     {"--heartbeat-interval-ms", U32, AT(heartbeat_interval_ms), 10, 60000, "T", "ranks report this often; default 500"},

@@ -225,6 +225,7 @@ static void fill_finish(const struct choice *c, struct finish_parts *f)
         f->finish.stop_token_id = end->token;
     }
     f->usage.prompt_tokens = end->n_prompt;
+    f->usage.cached_prompt_tokens = end->n_cached;
     f->usage.completion_tokens = c->n_new;
     f->timing.queue_us = span_us(r->arrived_us, end->started_us);
     f->timing.prefill_us = span_us(end->started_us, end->first_token_us);

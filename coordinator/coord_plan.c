@@ -70,6 +70,8 @@ static void fill(struct plan_scratch *p, const struct sched_plan *plan, Tandem__
         tandem__v1__admit_slot__init(&p->admit[i]);
         p->admit[i].slot = a->slot;
         p->admit[i].sample = &p->sample[i];
+        p->admit[i].from_slot = a->from_tokens ? a->from : 0;
+        p->admit[i].from_tokens = a->from_tokens;
         p->admit_ptr[i] = &p->admit[i];
     }
     m->n_admits = plan->n_admit;

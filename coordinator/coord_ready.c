@@ -95,7 +95,8 @@ static enum status_code make_scheduler(struct engine *e, struct status *st)
                                .max_queued = o->max_queued,
                                .max_queued_tokens = o->max_queued_tokens,
                                .depth = o->pipeline_depth,
-                               .kv = g->kv};
+                               .kv = g->kv,
+                               .prefix_cache = o->prefix_cache};
     return sched_create(&e->sched, &cfg, st);
 }
 

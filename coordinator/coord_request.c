@@ -391,6 +391,13 @@ uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now
 
 /* ---- mail ---- */
 
+/* They look at all tokens of the slot, and a rank knows only those that it was sent. */
+static bool has_penalties(const Tandem__V1__SampleParams *p)
+{
+    bool repetition = p->repetition_penalty != 0.0f && p->repetition_penalty != 1.0f;
+    return repetition || p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
+}
+
 static enum status_code submit_choice(struct engine *e, struct choice *c, int64_t now_us, struct status *st)
 {
     const struct request *r = c->request;
@@ -409,7 +416,8 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, int64_
                                                  .top_p = r->params.top_p,
                                                  .seed = choice_seed(r->params.seed, c->index),
                                                  .options = &r->params},
-                                      .scores = c->index == 0 && r->prompt_top >= 0};
+                                      .scores = c->index == 0 && r->prompt_top >= 0,
+                                      .no_cache_read = has_penalties(&r->params)};
     rc = sched_submit(e->sched, now_us, &req, st);
     c->live = rc == ST_OK;
     return rc;

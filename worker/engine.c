@@ -300,10 +300,15 @@ static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *adm
     const Tandem__V1__SampleParams *p = admit->sample;
     s->live = true;
     s->has_token = false;
-    s->length = 0;
+    s->length = admit->from_tokens;
     s->sample = engine_sample_params(p);
     s->logprobs = p && p->logprobs;
     s->top_logprobs = p ? p->top_logprobs : 0;
+    if (admit->from_tokens) { /* the steps that wrote these tokens are over */
+        enum status_code rc = kv_slot_share(e->kv, admit->slot, admit->from_slot, admit->from_tokens, st);
+        if (rc != ST_OK)
+            return rc;
+    }
     return engine_options_create(&s->options, p, e->info.vocab_size, st);
 }
 

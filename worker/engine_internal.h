@@ -27,6 +27,7 @@ struct engine_slot {
     uint32_t top_logprobs;
     /* number of the check that saw the slot last in this role: finds what a plan names twice, and needs no clearing */
     uint64_t released_by, admitted_by, run_by;
+    uint32_t begins; /* of the check that admitted it: tokens that it begins with */
 };
 
 struct engine {

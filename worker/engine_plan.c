@@ -7,7 +7,9 @@ struct check {
     uint64_t step;
     uint64_t number; /* of this check */
     uint64_t rows;
-    uint64_t pages; /* in use after the plan */
+    /* In use after the plan; less, perhaps below 0, when a slot is released whose pages others share: then the pool itself
+     * refuses what is too much, as the plan is carried out. */
+    int64_t pages;
 };
 
 /* NULL and INVALID_ARGUMENT when there is no such slot. */
@@ -43,8 +45,26 @@ static enum status_code check_releases(struct check *c, const Tandem__V1__StepPl
         if (s->released_by == c->number)
             return contradiction(c, "release of", slot, "named twice", st);
         s->released_by = c->number;
-        c->pages -= kv_pages_for(&c->e->info.kv, s->length);
+        c->pages -= (int64_t)kv_pages_for(&c->e->info.kv, s->length);
     }
+    return ST_OK;
+}
+
+/* What the slot begins with must be there, from before this plan. */
+static enum status_code check_begin(struct check *c, const Tandem__V1__AdmitSlot *a, struct engine_slot *s,
+                                    struct status *st)
+{
+    s->begins = a->from_tokens;
+    if (a->from_tokens == 0)
+        return ST_OK;
+    const struct engine_slot *from = find_slot(c, "beginning as", a->from_slot, st);
+    if (!from)
+        return ST_INVALID_ARGUMENT;
+    if (!from->live || from->released_by == c->number || from->admitted_by == c->number ||
+        from->length < a->from_tokens)
+        return contradiction(c, "beginning as", a->from_slot, "it has not so many tokens, or is released", st);
+    const struct kv_account *kv = &c->e->info.kv;
+    c->pages += (int64_t)kv_pages_added(kv, a->from_tokens, a->from_tokens);
     return ST_OK;
 }
 
@@ -60,8 +80,10 @@ static enum status_code check_admits(struct check *c, const Tandem__V1__StepPlan
         if (live_after_admits(c, s))
             return contradiction(c, "admission to", slot, "it is taken", st);
         s->admitted_by = c->number;
-        enum status_code rc =
-            engine_options_check(plan->admits[i]->sample, c->e->info.vocab_size, c->e->ops->options, st);
+        enum status_code rc = check_begin(c, plan->admits[i], s, st);
+        if (rc != ST_OK)
+            return rc;
+        rc = engine_options_check(plan->admits[i]->sample, c->e->info.vocab_size, c->e->ops->options, st);
         if (rc != ST_OK) {
             status_prefix(st, "step %llu: admission to slot %u", (unsigned long long)c->step, slot);
             return rc;
@@ -84,13 +106,13 @@ static enum status_code check_rows(struct check *c, const char *what, uint32_t s
     if (c->rows > info->max_step_tokens)
         return status_set(st, ST_INVALID_ARGUMENT, "step %llu: more than %u rows", (unsigned long long)c->step,
                           info->max_step_tokens);
-    uint64_t length = s->admitted_by == c->number ? 0 : s->length;
+    uint64_t length = s->admitted_by == c->number ? s->begins : s->length;
     if (length + n > info->max_context)
         return status_set(st, ST_INVALID_ARGUMENT,
                           "step %llu: %s slot %u: %llu tokens and %llu more, expected at most %u",
                           (unsigned long long)c->step, what, slot, (unsigned long long)length, (unsigned long long)n,
                           info->max_context);
-    c->pages += kv_pages_for(&info->kv, length + n) - kv_pages_for(&info->kv, length);
+    c->pages += (int64_t)(kv_pages_for(&info->kv, length + n) - kv_pages_for(&info->kv, length));
     return ST_OK;
 }
 
@@ -142,7 +164,7 @@ static enum status_code check_prefill(struct check *c, const Tandem__V1__Prefill
     enum status_code rc = check_rows(c, "prefill of", chunk->slot, s, chunk->n_token_ids, st);
     if (rc != ST_OK)
         return rc;
-    uint32_t length = s->admitted_by == c->number ? 0 : s->length;
+    uint32_t length = s->admitted_by == c->number ? s->begins : s->length;
     if (chunk->position != length)
         return status_set(st, ST_INTERNAL, "step %llu: prefill of slot %u: position %u, but the slot has %u tokens",
                           (unsigned long long)c->step, chunk->slot, chunk->position, length);
@@ -156,7 +178,7 @@ static enum status_code check_prefill(struct check *c, const Tandem__V1__Prefill
 
 enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
 {
-    struct check c = {e, plan->step, ++e->checks, 0, kv_pool_stats(e->kv).mapped_pages};
+    struct check c = {e, plan->step, ++e->checks, 0, (int64_t)kv_pool_stats(e->kv).mapped_pages};
     if (plan->step != e->step + 1)
         return status_set(st, ST_INTERNAL, "step %llu, but the last one done is %llu", (unsigned long long)plan->step,
                           (unsigned long long)e->step);
@@ -167,7 +189,7 @@ enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan 
     for (size_t i = 0; i < plan->n_prefills; i++)
         if ((rc = check_prefill(&c, plan->prefills[i], st)) != ST_OK)
             return rc;
-    if (c.pages > e->info.kv.total_pages)
+    if (c.pages > (int64_t)e->info.kv.total_pages)
         return status_set(st, ST_RESOURCE_EXHAUSTED, "step %llu: %llu KV pages needed, but the pool has %llu",
                           (unsigned long long)plan->step, (unsigned long long)c.pages,
                           (unsigned long long)e->info.kv.total_pages);
