@@ -65,6 +65,8 @@ STATUS_MUST_CHECK enum status_code engine_plan_check(struct engine *e, const Tan
 
 /* Absent: greedy. */
 struct sample_params engine_sample_params(const Tandem__V1__SampleParams *p);
+/* Whether the choice of a token looks at all tokens before it: each must have been fed. */
+bool engine_options_history(const Tandem__V1__SampleParams *p);
 /* supported: enum sample_option. INVALID_ARGUMENT and UNIMPLEMENTED name the field. */
 STATUS_MUST_CHECK enum status_code engine_options_check(const Tandem__V1__SampleParams *p, uint32_t vocab,
                                                         uint32_t supported, struct status *st);

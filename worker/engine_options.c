@@ -40,15 +40,17 @@ static enum status_code check_ids(const char *field, const uint32_t *ids, size_t
     return ST_OK;
 }
 
-static bool has_penalties(const Tandem__V1__SampleParams *p)
+bool engine_options_history(const Tandem__V1__SampleParams *p)
 {
+    if (!p)
+        return false;
     bool repetition = p->repetition_penalty != 0.0f && p->repetition_penalty != 1.0f;
     return repetition || p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
 }
 
 static bool is_adjusted(const Tandem__V1__SampleParams *p)
 {
-    return has_penalties(p) || p->n_allowed_ids || p->n_bias_ids || (p->n_banned_ids && p->min_tokens);
+    return engine_options_history(p) || p->n_allowed_ids || p->n_bias_ids || (p->n_banned_ids && p->min_tokens);
 }
 
 static enum status_code check_support(const Tandem__V1__SampleParams *p, uint32_t supported, struct status *st)
@@ -130,7 +132,7 @@ enum status_code engine_options_create(struct engine_options **out, const Tandem
         engine_options_destroy(o);
         return status_nomem(st, "sampling options of a slot", sizeof *o);
     }
-    o->penalties = has_penalties(p);
+    o->penalties = engine_options_history(p);
     o->output_at = p->output_at;
     o->min_tokens = p->min_tokens;
     o->adjust = (struct sample_adjust){
