@@ -173,7 +173,7 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     copy_facts(c, &facts);
     enum status_code rc;
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
-        (rc = take_options(r, m, &facts, st)) != ST_OK)
+        (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK)
         return rc;
     /* last, because it can take long */
     if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||
@@ -294,6 +294,8 @@ enum status_code intake_start(struct coord *c, struct status *st)
     pthread_mutex_init(&in->mu, NULL);
     atomic_init(&in->counter, 0);
     enum status_code rc = draw_seed(&in->name_seed, st);
+    for (int i = 0; i < 4 && rc == ST_OK; i++)
+        rc = draw_seed(&in->salt_key[i], st);
     if (rc != ST_OK)
         return rc;
     for (int i = 0; i < 2; i++) {

@@ -263,6 +263,8 @@ struct request {
     Tandem__V1__SampleParams params; /* of all answers; but output_at, scores and the seed, which each has of its own */
     struct stop_set *stop_strings;   /* NULL: none */
     bool include_stop, echo;
+    uint64_t salt; /* of the prefix cache */
+    bool no_cache_read, no_cache_write;
     int top, prompt_top; /* likeliest tokens beside the log probability; -1: no log probabilities */
     struct choice *choice;
     uint32_t n_choices;
@@ -309,12 +311,16 @@ struct intake {
     unsigned n_threads;
     atomic_uint_least64_t counter; /* of names that we make */
     uint64_t name_seed;
+    uint64_t salt_key[4]; /* of this process: nobody can find two salts that give the same number */
 };
 
 /* coord_sampling.c. INVALID_ARGUMENT and UNIMPLEMENTED name the field. Takes the allowed ids out of the message. */
 STATUS_MUST_CHECK enum status_code take_options(struct request *r, Tandem__V1__GenerateRequest *m,
                                                 const struct model_facts *facts, struct status *st);
 void options_fini(struct request *r);
+/* INVALID_ARGUMENT names the field; m NULL: not given. */
+STATUS_MUST_CHECK enum status_code take_prefix_cache(const struct coord *c, struct request *r,
+                                                     const Tandem__V1__PrefixCache *m, struct status *st);
 STATUS_MUST_CHECK enum status_code draw_seed(uint64_t *seed, struct status *st);
 uint64_t choice_seed(uint64_t seed, uint32_t index);
 

@@ -417,7 +417,9 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, int64_
                                                  .seed = choice_seed(r->params.seed, c->index),
                                                  .options = &r->params},
                                       .scores = c->index == 0 && r->prompt_top >= 0,
-                                      .no_cache_read = has_penalties(&r->params)};
+                                      .salt = r->salt,
+                                      .no_cache_read = r->no_cache_read || has_penalties(&r->params),
+                                      .no_cache_write = r->no_cache_write};
     rc = sched_submit(e->sched, now_us, &req, st);
     c->live = rc == ST_OK;
     return rc;

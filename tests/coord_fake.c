@@ -229,9 +229,14 @@ static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
             *s = (struct slot){0};
     }
     for (size_t i = 0; i < p->n_admits; i++) {
-        struct slot *s = slot_of(r, p->admits[i]->slot, false, "admit");
+        const Tandem__V1__AdmitSlot *a = p->admits[i];
+        const struct slot *from = a->from_tokens ? slot_of(r, a->from_slot, true, "beginning as") : NULL;
+        if (from && from->length < a->from_tokens)
+            broke(r, "admit: begins with %u tokens of slot %u, which has %u", a->from_tokens, a->from_slot,
+                  from->length);
+        struct slot *s = slot_of(r, a->slot, false, "admit");
         if (s)
-            *s = (struct slot){.used = true, .seed = p->admits[i]->sample ? p->admits[i]->sample->seed : 0};
+            *s = (struct slot){.used = true, .seed = a->sample ? a->sample->seed : 0, .length = a->from_tokens};
     }
     uint32_t used = 0;
     for (uint32_t i = 0; r->slots && i < r->group->o.max_slots; i++)

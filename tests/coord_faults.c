@@ -17,7 +17,7 @@ START_TEST(cancel_frees_the_slot_within_a_step)
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
     o.step_us = 20000;
-    struct fake_group *g = start_ready(&p, &o, NULL);
+    struct fake_group *g = start_ready(&p, &o, (const char *[]){"--prefix-cache", "off", NULL}); /* else it is kept */
     struct proc_reply r = {0};
     struct ask a;
     for (int i = 0; i < 3; i++) {
