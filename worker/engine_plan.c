@@ -64,9 +64,10 @@ static enum status_code check_begin(struct check *c, const Tandem__V1__AdmitSlot
         from->length < a->from_tokens)
         return contradiction(c, "beginning as", a->from_slot, "it has not so many tokens, or is released", st);
     if (engine_options_history(a->sample))
-        return status_set(st, ST_INVALID_ARGUMENT,
-                          "step %llu: admission to slot %u: penalties look at all tokens, but %u of them were never sent",
-                          (unsigned long long)c->step, a->slot, a->from_tokens);
+        return status_set(
+            st, ST_INVALID_ARGUMENT,
+            "step %llu: admission to slot %u: penalties look at all tokens, but %u of them were never sent",
+            (unsigned long long)c->step, a->slot, a->from_tokens);
     const struct kv_account *kv = &c->e->info.kv;
     c->pages += (int64_t)kv_pages_added(kv, a->from_tokens, a->from_tokens);
     return ST_OK;
