@@ -122,13 +122,16 @@ static enum status_code take_tokens(struct chat *c, const json_t *config, struct
     return ST_OK;
 }
 
+/* dir NULL: only what config says. */
 static enum status_code load_own(struct chat *c, const char *dir, const json_t *config, struct status *st)
 {
     char path[4096];
     bool found = false;
-    if (snprintf(path, sizeof path, "%s/chat_template.jinja", dir) >= (int)sizeof path)
+    enum status_code rc = ST_OK;
+    if (dir && snprintf(path, sizeof path, "%s/chat_template.jinja", dir) >= (int)sizeof path)
         return status_set(st, ST_INVALID_ARGUMENT, "model: a path of %zu bytes", strlen(dir));
-    enum status_code rc = load_file(c, path, &found, st);
+    if (dir)
+        rc = load_file(c, path, &found, st);
     if (rc == ST_OK && !found)
         rc = load_from_config(c, config, st);
     if (rc == ST_OK && !c->plain)
@@ -137,21 +140,15 @@ static enum status_code load_own(struct chat *c, const char *dir, const json_t *
     return rc;
 }
 
-enum status_code chat_load(struct chat **out, const char *dir, const char *choice, struct status *st)
+static enum status_code make(struct chat **out, const char *dir, const json_t *config, const char *choice,
+                             struct status *st)
 {
-    char path[4096];
-    json_error_t error;
     struct chat *c = calloc(1, sizeof *c);
-    json_t *config = NULL;
     enum status_code rc = ST_OK;
     if (!c || !(c->tokens = json_object())) {
         rc = status_nomem(st, "chat template", sizeof *c);
         goto fail;
     }
-    if (gguf_is_file(dir))
-        config = chat_gguf_config(dir);
-    else if (snprintf(path, sizeof path, "%s/tokenizer_config.json", dir) < (int)sizeof path)
-        config = json_load_file(path, JSON_ALLOW_NUL, &error); /* the tokenizer says what is wrong with it */
     if ((rc = take_tokens(c, config, st)) != ST_OK)
         goto fail;
     if (choice) {
@@ -161,12 +158,30 @@ enum status_code chat_load(struct chat **out, const char *dir, const char *choic
         jinja_free(c->plain);
         c->plain = NULL;
     }
-    json_decref(config);
     *out = c;
     return ST_OK;
 fail:
-    json_decref(config);
     chat_free(c);
+    return rc;
+}
+
+enum status_code chat_from_config(struct chat **out, const json_t *config, struct status *st)
+{
+    return make(out, NULL, config, NULL, st);
+}
+
+enum status_code chat_load(struct chat **out, const char *dir, const char *choice, struct status *st)
+{
+    char path[4096];
+    json_error_t error;
+    json_t *config = NULL;
+    if (gguf_is_file(dir))
+        config = chat_gguf_load(dir);
+    else if (snprintf(path, sizeof path, "%s/tokenizer_config.json", dir) < (int)sizeof path)
+        /* The tokenizer says what is wrong with it. Whole numbers as reals, as it does: model_max_length may be 1e30. */
+        config = json_load_file(path, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
+    enum status_code rc = make(out, dir, config, choice, st);
+    json_decref(config);
     return rc;
 }
 

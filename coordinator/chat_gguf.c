@@ -17,18 +17,15 @@ static json_t *token_text(const struct gguf *g, uint32_t id)
     return json_stringn(text.at, text.bytes); /* NULL where it is no UTF-8 */
 }
 
-json_t *chat_gguf_config(const char *path)
+json_t *chat_gguf_config(const struct gguf *g)
 {
     static const char *const names[][2] = {
         {"tokenizer.ggml.bos_token_id", "bos_token"},
         {"tokenizer.ggml.eos_token_id", "eos_token"},
         {"tokenizer.ggml.unknown_token_id", "unk_token"},
     };
-    struct gguf *g;
     struct gguf_string chat = {"", 0};
     json_t *config = json_object();
-    if (!config || gguf_open(&g, path, NULL) != ST_OK)
-        return config;
     if (gguf_read_string(g, "tokenizer.chat_template", &chat, NULL) == ST_OK && chat.bytes)
         json_object_set_new(config, "chat_template", json_stringn(chat.at, chat.bytes));
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
@@ -36,6 +33,15 @@ json_t *chat_gguf_config(const char *path)
         if (gguf_read_uint(g, names[i][0], 0, UINT32_MAX - 1, &id, NULL) == ST_OK && id != UINT32_MAX)
             json_object_set_new(config, names[i][1], token_text(g, id));
     }
+    return config;
+}
+
+json_t *chat_gguf_load(const char *path)
+{
+    struct gguf *g;
+    if (gguf_open(&g, path, NULL) != ST_OK)
+        return NULL;
+    json_t *config = chat_gguf_config(g);
     gguf_close(g);
     return config;
 }

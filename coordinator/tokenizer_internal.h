@@ -406,7 +406,10 @@ size_t tok_bound(const struct tokenizer *t);
 /* From what tokenizer.json holds; root may go afterwards. */
 STATUS_MUST_CHECK enum status_code tok_create(struct tokenizer **out, const json_t *root, struct status *st);
 
-/* tokenizer_gguf.c: the same from the metadata of a GGUF file. */
+/* tokenizer_config.json lists the added tokens once more, by id: the two files must mean the same tokens. DATA_LOSS. */
+STATUS_MUST_CHECK enum status_code tok_check_config(const struct tokenizer *t, json_t *root, struct status *st);
+
+/* tokenizer_gguf.c: a tokenizer from the metadata of a GGUF file. */
 struct gguf;
 STATUS_MUST_CHECK enum status_code tok_gguf_create(struct tokenizer **out, const struct gguf *g, struct status *st);
 STATUS_MUST_CHECK enum status_code tok_gguf_load(struct tokenizer **out, const char *path, struct status *st);

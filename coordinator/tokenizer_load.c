@@ -38,8 +38,7 @@ static enum status_code load_parts(struct tokenizer *t, const json_t *root, stru
     return rc;
 }
 
-/* tokenizer_config.json lists the added tokens once more, by id: the two files must mean the same tokens. */
-static enum status_code check_config(const struct tokenizer *t, json_t *root, struct status *st)
+enum status_code tok_check_config(const struct tokenizer *t, json_t *root, struct status *st)
 {
     json_t *map = json_object_get(root, "added_tokens_decoder");
     if (!map || json_is_null(map))
@@ -118,7 +117,7 @@ enum status_code tok_load(struct tokenizer **out, const char *dir, struct status
     } else if (rc != ST_OK) {
         status_set(st, rc, "%s", local.message);
     } else {
-        rc = check_config(t, config, st);
+        rc = tok_check_config(t, config, st);
         if (rc != ST_OK)
             status_prefix(st, "%s", config_path);
     }

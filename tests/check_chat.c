@@ -131,7 +131,8 @@ END_TEST
 
 START_TEST(the_models_own_template_is_found)
 {
-    static const char config[] = CONFIG ",\"chat_template\":\"{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    static const char config[] = CONFIG ",\"model_max_length\":1000000000000000019884624838656,\"chat_template\":\"{{ "
+                                        "bos_token }}{{ messages[0].content }}{{ eos_token }}"
                                         "{{ tools is none }}{{ pad_token is defined }}\"}";
     static const char list[] = "{\"chat_template\":[{\"name\":\"tool_use\",\"template\":\"T{{ tools|length }}\"},"
                                "{\"name\":\"other\",\"template\":\"{% include %}\"},"

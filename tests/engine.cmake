@@ -30,15 +30,9 @@ if(TANDEM_TESTS)
 
   tandem_check(gguf tandem_engine)
   target_sources(check_gguf PRIVATE gguf_build.c temp_dir.c)
-  add_executable(fuzz_gguf fuzz/fuzz_gguf.c gguf_build.c)
-  target_link_libraries(fuzz_gguf PRIVATE tandem_engine)
-  add_test(NAME fuzz_gguf COMMAND fuzz_gguf)
-  set_tests_properties(fuzz_gguf PROPERTIES TIMEOUT 300 ENVIRONMENT "${SANITIZER_ENV}")
-
-  add_executable(fuzz_safetensors fuzz/fuzz_safetensors.c)
-  target_link_libraries(fuzz_safetensors PRIVATE tandem_engine)
-  add_test(NAME fuzz_safetensors COMMAND fuzz_safetensors)
-  set_tests_properties(fuzz_safetensors PROPERTIES TIMEOUT 300 ENVIRONMENT "${SANITIZER_ENV}")
+  tandem_fuzz(gguf 300000 gguf_build.c tandem_engine)
+  tandem_fuzz(safetensors 100000 tandem_engine)
+  tandem_fuzz(model_config 30000 tandem_engine)
 
   add_executable(engine_run engine_run.c)
   target_link_libraries(engine_run PRIVATE tandem_engine_group PkgConfig::JANSSON)

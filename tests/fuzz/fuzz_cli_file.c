@@ -1,18 +1,12 @@
 /* fuzz_cli_file.c - any bytes as a configuration file.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: damaged and spliced pieces of small files, the same on every run.
- *
- *     fuzz_cli_file [RUNS]
- *
  * What must hold: an error has a message that names file; what was read, written again, reads the same. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "coordinator/cli.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "tests/fuzz/fuzz.h"
 
 static void require(bool holds, const char *what)
 {
@@ -97,7 +91,7 @@ static uint32_t draw(uint64_t *state)
 
 int main(int argc, char **argv)
 {
-    long runs = argc > 1 ? atol(argv[1]) : 100000;
+    long runs = fuzz_start(argc, argv, 100000);
     uint64_t state = 7;
     for (long r = 0; r < runs; r++) {
         uint8_t text[512];
@@ -110,7 +104,7 @@ int main(int argc, char **argv)
         }
         for (uint32_t k = draw(&state) % 4; n && k; k--)
             text[draw(&state) % n] = (uint8_t)draw(&state);
-        LLVMFuzzerTestOneInput(text, n);
+        fuzz_one(text, n);
     }
     return 0;
 }

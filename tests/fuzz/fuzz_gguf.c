@@ -1,10 +1,5 @@
 /* fuzz_gguf.c - arbitrary bytes as a GGUF file: its header, the configuration of a model, every value and tensor.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: a fixed sequence of damaged copies of small valid files, the same on every run.
- *
- *     fuzz_gguf [RUNS]
- *
  * What must hold: no read outside of the input (the address sanitizer looks), an error has a message, every tensor lies
  * within the file, and what is accepted as a model is sane.
  */
@@ -13,11 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/fuzz/fuzz.h"
 #include "tests/gguf_build.h"
 #include "worker/model_config.h"
 #include "worker/quant.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static void require(int holds, const char *what)
 {
@@ -144,7 +138,8 @@ static size_t damage(uint8_t *data, size_t n, size_t header, uint64_t *state)
 
 int main(int argc, char **argv)
 {
-    uint64_t runs = argc > 1 ? strtoull(argv[1], NULL, 10) : 300000, state = 2026;
+    long runs = fuzz_start(argc, argv, 300000);
+    uint64_t state = 2026;
     struct build b = seed();
     struct gguf *g = NULL;
     struct model_config m;
@@ -154,19 +149,15 @@ int main(int argc, char **argv)
     gguf_close(g);
     size_t header = b.bytes > 2400 ? b.bytes - 2400 : b.bytes;
     uint8_t *work = malloc(b.bytes);
-    for (uint64_t i = 0; i < runs; i++) {
+    for (long i = 0; i < runs; i++) {
         size_t n = b.bytes;
         memcpy(work, b.data, n);
         for (uint64_t changes = i ? 1 + next_random(&state) % 3 : 0; changes > 0 && n > 1; changes--)
             n = damage(work, n, header, &state);
-        uint8_t *exact = malloc(n); /* so that a read behind the end is seen */
-        memcpy(exact, work, n);
-        LLVMFuzzerTestOneInput(exact, n);
-        free(exact);
+        fuzz_one(work, n);
     }
     free(work);
     build_free(&b);
-    printf("%llu inputs\n", (unsigned long long)runs);
     return 0;
 }
 #endif

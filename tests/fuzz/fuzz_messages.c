@@ -1,10 +1,5 @@
 /* fuzz_messages.c - arbitrary bytes as each message type that crosses a process boundary.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: it replays files, then damaged copies of random valid messages, the same on every run.
- *
- *     fuzz_messages [RUNS [FILE...]]
- *
  * What must hold: no read outside of the input (the address sanitizer looks); what rpc_unpack accepts can be packed, the
  * result is accepted again and packs to the same bytes; a valid message is accepted.
  */
@@ -19,8 +14,7 @@
 #include "tandem/v1/control.pb-c.h"
 #include "tandem/v1/inference.pb-c.h"
 #include "tandem/v1/worker_control.pb-c.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "tests/fuzz/fuzz.h"
 
 /* All others are parts of these. */
 static const ProtobufCMessageDescriptor *const types[] = {
@@ -234,28 +228,13 @@ static void damage(struct bytes *b)
     }
 }
 
-static void replay(const char *path)
-{
-    static uint8_t bytes[1 << 17];
-    FILE *f = fopen(path, "rb");
-    if (!f) {
-        perror(path);
-        exit(EXIT_FAILURE);
-    }
-    size_t n = fread(bytes, 1, sizeof bytes, f);
-    fclose(f);
-    LLVMFuzzerTestOneInput(bytes, n);
-}
-
 int main(int argc, char **argv)
 {
-    long runs = argc > 1 ? atol(argv[1]) : 500000;
+    long runs = fuzz_start(argc, argv, 500000);
     long accepted = 0;
     struct bytes *b = calloc(1, sizeof *b);
     if (!b)
         return EXIT_FAILURE;
-    for (int i = 2; i < argc; i++)
-        replay(argv[i]);
     for (long i = 0; i < runs; i++) {
         const ProtobufCMessageDescriptor *d = types[(size_t)i % N_TYPES];
         b->n = 0;
@@ -271,8 +250,7 @@ int main(int argc, char **argv)
         accepted += try_one(d, copy, b->n);
         free(copy);
     }
-    printf("fuzz_messages: %d files, %ld messages, %ld accepted after damage\n", argc > 2 ? argc - 2 : 0, runs,
-           accepted);
+    printf("%ld accepted after damage\n", accepted);
     free(b);
     return EXIT_SUCCESS;
 }

@@ -1,9 +1,4 @@
-/* fuzz_safetensors.c - arbitrary bytes as a safetensors file and as config.json.
- *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: a fixed sequence of damaged copies of small valid files, the same on every run.
- *
- *     fuzz_safetensors [RUNS]
+/* fuzz_safetensors.c - arbitrary bytes as a safetensors file.
  *
  * What must hold: no read outside of the input (the address sanitizer looks), an error has a message, and every tensor
  * that is given out lies within the file and has the bytes that its shape says.
@@ -13,10 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/model_config.h"
+#include "tests/fuzz/fuzz.h"
 #include "worker/safetensors.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static void require(int holds, const char *what)
 {
@@ -52,23 +45,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct status st = STATUS_INIT;
     if (size == 0)
         return 0;
-    if (data[0] & 1) {
-        struct model_config m;
-        const char *text = (const char *)data + 1, *both = data[0] & 2 ? memchr(text, '\n', size - 1) : NULL;
-        size_t first = both ? (size_t)(both - text) : size - 1; /* two files stand on two lines */
-        if (model_config_parse(&m, text, first, both ? both + 1 : NULL, both ? size - 2 - first : 0, &st) != ST_OK)
-            require(st.message[0], "an error has a message");
-        else
-            require(m.hidden && m.heads && m.heads % m.kv_heads == 0 && m.n_eos <= MODEL_MAX_EOS,
-                    "what is accepted is sane");
-        return 0;
-    }
     struct safetensors *s = NULL;
-    if (safetensors_open_memory(&s, data + 1, size - 1, "input", &st) != ST_OK) {
+    if (safetensors_open_memory(&s, data, size, "input", &st) != ST_OK) {
         require(st.message[0] && !s, "an error has a message and no handle");
         return 0;
     }
-    check_tensors(s, data + 1, size - 1);
+    check_tensors(s, data, size);
     safetensors_close(s);
     return 0;
 }
@@ -88,13 +70,6 @@ static const char *const headers[] = {
     "\"b\":{\"dtype\":\"BF16\",\"shape\":[4],\"data_offsets\":[16,24]}}",
     "{\"a\":{\"dtype\":\"F16\",\"shape\":[0,9],\"data_offsets\":[0,0]},"
     "\"b\":{\"dtype\":\"I64\",\"shape\":[3],\"data_offsets\":[0,24]}}",
-};
-static const char *const configs[] = {
-    "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64,\"intermediate_size\":172,\"num_hidden_layers\":5,"
-    "\"num_attention_heads\":8,\"num_key_value_heads\":4,\"vocab_size\":512,\"rms_norm_eps\":1e-5,\"rope_scaling\":"
-    "null,"
-    "\"eos_token_id\":[1,2]}",
-    "{\"eos_token_id\":2,\"do_sample\":true,\"temperature\":0.8,\"top_p\":0.95,\"top_k\":40}",
 };
 static const char *const pieces[] = {
     "\"",
@@ -121,19 +96,8 @@ static const char *const pieces[] = {
 
 static size_t seed(uint8_t *out, uint64_t *state)
 {
-    size_t n = 1;
-    uint64_t pick = next_random(state);
-    out[0] = (uint8_t)(pick >> 8 & 3);
-    if (out[0] & 1) {
-        for (size_t i = 0; i < (out[0] & 2 ? 2u : 1u); i++) {
-            memcpy(out + n, configs[i], strlen(configs[i]));
-            n += strlen(configs[i]);
-            if (i == 0)
-                out[n++] = '\n';
-        }
-        return n;
-    }
-    const char *header = headers[pick & 1];
+    size_t n = 0;
+    const char *header = headers[next_random(state) & 1];
     uint64_t length = strlen(header);
     for (int i = 0; i < 8; i++)
         out[n++] = (uint8_t)(length >> 8 * i);
@@ -144,7 +108,7 @@ static size_t seed(uint8_t *out, uint64_t *state)
 
 static size_t damage(uint8_t *data, size_t n, uint64_t *state)
 {
-    size_t at = 1 + next_random(state) % (n > 1 ? n - 1 : 1);
+    size_t at = next_random(state) % n;
     const char *piece = pieces[next_random(state) % (sizeof pieces / sizeof *pieces)];
     switch (next_random(state) % 6) {
     case 0: /* a bit */
@@ -178,18 +142,15 @@ static size_t damage(uint8_t *data, size_t n, uint64_t *state)
 
 int main(int argc, char **argv)
 {
-    uint64_t runs = argc > 1 ? strtoull(argv[1], NULL, 10) : 100000, state = 2026;
+    long runs = fuzz_start(argc, argv, 100000);
+    uint64_t state = 2026;
     static uint8_t work[4096];
-    for (uint64_t i = 0; i < runs; i++) {
+    for (long i = 0; i < runs; i++) {
         size_t n = seed(work, &state);
         for (uint64_t changes = next_random(&state) % 6; changes > 0 && n > 1; changes--)
             n = damage(work, n, &state);
-        uint8_t *exact = malloc(n); /* so that a read behind the end is seen */
-        memcpy(exact, work, n);
-        LLVMFuzzerTestOneInput(exact, n);
-        free(exact);
+        fuzz_one(work, n);
     }
-    printf("%llu inputs\n", (unsigned long long)runs);
     return 0;
 }
 #endif

@@ -1,10 +1,5 @@
 /* fuzz_tokenizer.c - damaged tokenizer.json files, and texts and ids through what is accepted of them.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: a fixed sequence of damaged copies of small valid files, the same on every run.
- *
- *     fuzz_tokenizer [RUNS]
- *
  * An input is a tokenizer.json, a NUL and a text. What must hold: an error has a message and no handle; ids lie in the
  * vocabulary; decoded text is UTF-8; a stream gives what tok_decode gives; encoding again gives the same ids.
  */
@@ -14,8 +9,7 @@
 #include <string.h>
 
 #include "coordinator/tokenizer_internal.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "tests/fuzz/fuzz.h"
 
 static void require(bool holds, const char *what)
 {
@@ -289,7 +283,7 @@ static size_t damage(char *buf, size_t n, size_t max, uint64_t *seed)
 
 int main(int argc, char **argv)
 {
-    unsigned long runs = argc > 1 ? strtoul(argv[1], NULL, 10) : 20000;
+    unsigned long runs = (unsigned long)fuzz_start(argc, argv, 20000);
     static char buf[8192];
     for (unsigned long run = 0; run < runs; run++) {
         uint64_t seed = run * 7919 + 1;
@@ -303,14 +297,8 @@ int main(int argc, char **argv)
             memcpy(buf + n, word, strlen(word));
             n += strlen(word);
         }
-        uint8_t *exact = malloc(n); /* so that the sanitizer sees a read behind the end */
-        if (!exact)
-            return 1;
-        memcpy(exact, buf, n);
-        LLVMFuzzerTestOneInput(exact, n);
-        free(exact);
+        fuzz_one(buf, n);
     }
-    printf("fuzz_tokenizer: %lu inputs\n", runs);
     return 0;
 }
 
