@@ -280,7 +280,8 @@ static enum status_code encode_word(const struct tokenizer *t, struct tok_ctx *c
         for (size_t i = 0; i < n; i++)
             ctx->ids.data[ctx->ids.len++] = ctx->syms[i].id;
     }
-    if (slot)
+    if (slot &&
+        ctx->ids.len > first) /* a word of nothing but unknown characters may have no ids, and no memory for them */
         remember(slot, hash, s, len, ctx->ids.data + first, ctx->ids.len - first);
     return ST_OK;
 }
