@@ -269,7 +269,8 @@ static enum status_code place_tensors(struct reader *r, uint32_t alignment)
         if (t->offset % alignment)
             return status_set(r->st, ST_DATA_LOSS, "%s: tensor %s: its offset is no multiple of %u", g->path, t->name,
                               alignment);
-        if (t->offset > room || t->bytes > room - t->offset)
+        /* a type that is not known has no bytes here, but its tensor begins within the file all the same */
+        if (start > r->file_bytes || t->offset > room || t->bytes > room - t->offset)
             return status_set(r->st, ST_DATA_LOSS, "%s: tensor %s lies beyond the end of the file", g->path, t->name);
         if (t->offset < end)
             return status_set(r->st, ST_DATA_LOSS, "%s: tensor %s overlaps %s", g->path, t->name, t[-1].name);
