@@ -208,4 +208,24 @@ void rpc_stream_cancel(struct rpc_stream *s);
 const char *rpc_stream_trailer(const struct rpc_stream *s, const char *key);
 void rpc_stream_close(struct rpc_stream *s); /* cancels what is under way; NULL is fine */
 
+/* ---- many calls at once (server streaming): load generators ---- */
+
+struct rpc_many;
+struct rpc_many_event {
+    void *user;          /* as given to rpc_many_start */
+    const void *message; /* valid until the next rpc_many_next; NULL: the call has ended, as `status` says */
+    size_t len;
+    struct status status;
+};
+
+/* One thread calls all four. */
+STATUS_MUST_CHECK enum status_code rpc_many_create(struct rpc_many **out, struct status *st);
+/* Opens a call and sends the request; does not wait. ch outlives the call, deadline_ms 0: none. */
+STATUS_MUST_CHECK enum status_code rpc_many_start(struct rpc_many *m, struct rpc_channel *ch, const char *path,
+                                                  const ProtobufCMessage *request, uint64_t deadline_ms, void *user,
+                                                  struct status *st);
+/* The next event of any call; false: none within timeout_us. Each call has one event that ends it, its last. */
+bool rpc_many_next(struct rpc_many *m, struct rpc_many_event *event, int64_t timeout_us);
+void rpc_many_destroy(struct rpc_many *m); /* cancels what is under way; NULL is fine */
+
 #endif
