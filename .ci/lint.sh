@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ "${1:-}" = tidy ]; then
     run-clang-tidy-14 -clang-tidy-binary clang-tidy-14 -p build/release -quiet -j "$(nproc)" \
-        "$(pwd)/(proto|coordinator|worker|comm|memory|attention)/[^/]*\\.c\$" >build/tidy.log 2>&1 || {
+        "$(pwd)/(proto|coordinator|worker|comm|memory|attention|k8s)/[^/]*\\.c\$" >build/tidy.log 2>&1 || {
         grep -E 'warning:|error:' build/tidy.log | sort -u >&2
         echo "lint: clang-tidy found something; all of it is in build/tidy.log" >&2
         exit 1
