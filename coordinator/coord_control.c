@@ -95,6 +95,7 @@ static void load(struct engine *e, struct control_call *cc)
         m.cache_hits = l.cache_hits;
         m.cached_tokens = l.cached_tokens;
         m.cache_evictions = l.cache_evictions;
+        m.replays = l.replays;
     }
     m.total_slots = e->group.serving ? e->group.slots : 0;
     m.last_step_us = e->group.last_step_us;

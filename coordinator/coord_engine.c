@@ -22,6 +22,8 @@ void engine_publish(struct engine *e, int state, const char *reason)
     pthread_mutex_unlock(&c->pub_mu);
     atomic_store_explicit(&c->state, state, memory_order_release);
     bool ready = state == TANDEM__V1__SERVER_INFO__STATE__READY;
+    bool waits = state == TANDEM__V1__SERVER_INFO__STATE__RECOVERING && e->wait_until_us != 0;
+    atomic_store_explicit(&c->accepting, ready || waits, memory_order_release);
     rpc_health_set(c->health, "tandem.v1.Inference", ready);
     rpc_health_set(c->health, "readiness", ready);
     if (state != old)
@@ -161,6 +163,7 @@ static void take_mail(struct engine *e, struct mail *m, uint32_t flags, int64_t 
 static void check_times(struct engine *e, int64_t now_us)
 {
     group_check(e, now_us);
+    replay_check(e, now_us);
     if (e->sched && sched_next_deadline_us(e->sched) <= now_us)
         sched_expire(e->sched, now_us);
     requests_check_slow(e, now_us);
@@ -173,6 +176,7 @@ static int64_t next_wake_us(const struct engine *e, int64_t now_us)
 {
     int64_t next = now_us + (e->draining ? DRAIN_TURN_US : TURN_MAX_US);
     next = min_i64(next, group_next_us(e));
+    next = min_i64(next, replay_next_us(e));
     if (e->sched)
         next = min_i64(next, sched_next_deadline_us(e->sched));
     if (!list_empty(&e->stalled)) {

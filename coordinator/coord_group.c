@@ -65,6 +65,7 @@ void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fm
     log_line(&c->log, LOG_ERROR, "the worker group of epoch %" PRIu64 " is lost: %s", g->epoch, e->lost_reason);
     bool served = g->serving;
     dissolve(e, e->lost_reason, true, now_us);
+    replay_prepare(e, now_us, served, permanent);
     char reason[320];
     snprintf(reason, sizeof reason, "%s; waiting for a new worker group", e->lost_reason);
     if (e->draining)
@@ -73,10 +74,7 @@ void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fm
         engine_publish(
             e, g->had_one ? TANDEM__V1__SERVER_INFO__STATE__RECOVERING : TANDEM__V1__SERVER_INFO__STATE__STARTING,
             reason);
-    if (served) {
-        sched_detach(e->sched, now_us);
-        engine_events(e, now_us);
-    }
+    replay_group_lost(e, now_us, served, permanent);
     supervisor_line(c, "group-lost epoch=%" PRIu64 " permanent=%d reason=%s", g->epoch, permanent, e->lost_reason);
 }
 

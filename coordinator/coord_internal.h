@@ -116,6 +116,8 @@ struct coord_options {
     uint32_t load_timeout_ms;
     uint32_t slow_client_timeout_ms;
     uint32_t drain_timeout_ms;
+    bool replay;
+    uint32_t replay_timeout_ms, replay_limit;
     int supervisor_fd; /* -1: none */
     enum log_level log_level;
 };
@@ -393,6 +395,7 @@ struct group {
     /* what Ready said, worst of all ranks */
     struct kv_account kv;
     uint32_t slots, context, step_tokens, vocab_size, sample_options;
+    uint64_t model_digest;          /* of the last that served; 0: none did */
     Tandem__V1__RankMessage *ready; /* of rank 0; kept after the group is gone, for GetModelInfo */
 };
 
@@ -450,6 +453,8 @@ struct engine {
     int64_t stop_until_us;
     bool quit;
     int64_t planned_wake_us;
+    bool replays;          /* the group that was lost last: its requests wait for the next */
+    int64_t wait_until_us; /* for a group, new requests too; 0: nobody waits for one, or it is there */
     char lost_reason[256]; /* why the last group went; empty before that */
 };
 
@@ -468,7 +473,8 @@ struct coord {
     int64_t started_us;
     int done_fd; /* eventfd: the engine has stopped serving */
     /* published by the engine */
-    atomic_int state; /* Tandem__V1__ServerInfo__State */
+    atomic_int state;      /* Tandem__V1__ServerInfo__State */
+    atomic_bool accepting; /* requests are taken: a group is ready, or soon will be */
     atomic_int_least64_t alive_us;
     atomic_uint max_live;
     pthread_mutex_t pub_mu;
@@ -537,6 +543,13 @@ void group_end_conn(struct rank_conn *conn, const struct status *st, int64_t now
 void group_shutdown(struct engine *e, int64_t now_us, const char *reason);
 /* After a pause of this whole process, silence of the ranks says nothing. */
 void group_forgive_silence(struct engine *e, int64_t now_us);
+
+/* coord_replay.c: engine thread */
+void replay_prepare(struct engine *e, int64_t now_us, bool served, bool permanent);
+void replay_group_lost(struct engine *e, int64_t now_us, bool served, bool permanent);
+void replay_group_ready(struct engine *e, int64_t now_us); /* before the scheduler is attached */
+void replay_check(struct engine *e, int64_t now_us);
+int64_t replay_next_us(const struct engine *e);
 
 /* coord_ready.c: what a Ready must hold, and what it makes of the group */
 STATUS_MUST_CHECK enum status_code group_take_ready(struct engine *e, struct rank_conn *conn,

@@ -231,6 +231,7 @@ static void fill_finish(const struct choice *c, struct finish_parts *f)
     f->timing.prefill_us = span_us(end->started_us, end->first_token_us);
     f->timing.decode_us = span_us(end->first_token_us, end->last_token_us);
     f->timing.preemptions = end->preemptions;
+    f->timing.replays = end->replays;
     f->finish.usage = &f->usage;
     f->finish.timing = &f->timing;
 }

@@ -96,7 +96,8 @@ static enum status_code make_scheduler(struct engine *e, struct status *st)
                                .max_queued_tokens = o->max_queued_tokens,
                                .depth = o->pipeline_depth,
                                .kv = g->kv,
-                               .prefix_cache = o->prefix_cache};
+                               .prefix_cache = o->prefix_cache,
+                               .replay_limit = o->replay_limit};
     return sched_create(&e->sched, &cfg, st);
 }
 
@@ -106,6 +107,7 @@ enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st
     struct coord *c = e->coord;
     if (c->opt.max_running)
         g->slots = min_u32(g->slots, c->opt.max_running);
+    replay_group_ready(e, now_us);
     enum status_code rc = make_scheduler(e, st);
     if (rc == ST_OK)
         rc = sched_attach(e->sched, now_us, g->slots, g->context, &g->kv, st);

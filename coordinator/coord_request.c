@@ -336,6 +336,12 @@ static void take_failed(struct engine *e, struct choice *c, const struct sched_e
         status_set(&st, ST_UNAVAILABLE, "%s", e->lost_reason[0] ? e->lost_reason : "the worker group is gone");
         retry = retry_after_ms(e);
         break;
+    case ST_ABORTED:
+        status_set(&st, ST_INTERNAL,
+                   "%u worker groups in a row were lost while this request ran, without a new token "
+                   "(--replay-limit %u): %s",
+                   e->coord->opt.replay_limit + 1, e->coord->opt.replay_limit, e->lost_reason);
+        break;
     case ST_DEADLINE_EXCEEDED:
         status_set(&st, ev->code, "the deadline passed %s, after %u of %u tokens",
                    ev->started_us ? "while running" : "in the queue", ev->n_new, r->max_new);
@@ -431,7 +437,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
     uint32_t retry = COORD_RETRY_AFTER_MS;
     struct coord *c = e->coord;
     int state = atomic_load(&c->state);
-    if (state != TANDEM__V1__SERVER_INFO__STATE__READY) {
+    if (!atomic_load(&c->accepting)) {
         if (state == TANDEM__V1__SERVER_INFO__STATE__DRAINING)
             retry = 0;
         status_set(&st, ST_UNAVAILABLE, "%s", c->reason); /* only this thread writes it */

@@ -27,9 +27,9 @@ void request_unref(struct request *r)
 /* Why no request can be taken now; ST_OK when one can. */
 static enum status_code check_state(struct coord *c, uint32_t *retry_after_ms, struct status *st)
 {
-    int state = atomic_load_explicit(&c->state, memory_order_acquire);
-    if (state == TANDEM__V1__SERVER_INFO__STATE__READY)
+    if (atomic_load_explicit(&c->accepting, memory_order_acquire))
         return ST_OK;
+    int state = atomic_load_explicit(&c->state, memory_order_acquire);
     *retry_after_ms = state == TANDEM__V1__SERVER_INFO__STATE__DRAINING ? 0 : COORD_RETRY_AFTER_MS;
     pthread_mutex_lock(&c->pub_mu);
     status_set(st, ST_UNAVAILABLE, "%s", c->reason);

@@ -15,6 +15,7 @@ struct slot {
     bool used;
     uint64_t seed;
     uint32_t length;
+    uint32_t output_at; /* where its answer begins */
 };
 
 struct fake_rank {
@@ -180,12 +181,26 @@ static struct slot *slot_of(struct fake_rank *r, uint32_t i, bool used, const ch
     return &r->slots[i];
 }
 
-static uint32_t sample(struct fake_rank *r, const struct slot *s)
+static uint32_t token_at(const struct fake_rank *r, const struct slot *s, uint32_t position)
 {
     const struct fake_options *o = &r->group->o;
-    if (o->eos_at && s->length == o->eos_at)
+    if (o->eos_at && position == o->eos_at)
         return o->eos_id;
-    return fake_token(s->seed, s->length, o->vocab_size);
+    return fake_token(s->seed, position, o->vocab_size);
+}
+
+static uint32_t sample(struct fake_rank *r, const struct slot *s)
+{
+    return token_at(r, s, s->length);
+}
+
+/* What of an answer is computed again is what ranks sampled before. */
+static void check_replay(struct fake_rank *r, const struct slot *s, const Tandem__V1__PrefillChunk *c)
+{
+    for (uint32_t i = 0; i < c->n_token_ids; i++)
+        if (c->position + i >= s->output_at && c->token_ids[i] != token_at(r, s, c->position + i))
+            broke(r, "prefill: token %u at %u of an answer that begins at %u, sampled was %u", c->token_ids[i],
+                  c->position + i, s->output_at, token_at(r, s, c->position + i));
 }
 
 static uint32_t run_rows(struct fake_rank *r, const Tandem__V1__StepPlan *p)
@@ -207,6 +222,7 @@ static uint32_t run_rows(struct fake_rank *r, const Tandem__V1__StepPlan *p)
             return n;
         if (c->position != s->length || c->n_token_ids == 0)
             broke(r, "prefill: %zu tokens at %u, the slot has %u", c->n_token_ids, c->position, s->length);
+        check_replay(r, s, c);
         rows += c->n_token_ids;
         s->length += (uint32_t)c->n_token_ids;
         if (s->length > o->max_context)
@@ -236,7 +252,10 @@ static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
                   from->length);
         struct slot *s = slot_of(r, a->slot, false, "admit");
         if (s)
-            *s = (struct slot){.used = true, .seed = a->sample ? a->sample->seed : 0, .length = a->from_tokens};
+            *s = (struct slot){.used = true,
+                               .seed = a->sample ? a->sample->seed : 0,
+                               .output_at = a->sample ? a->sample->output_at : UINT32_MAX,
+                               .length = a->from_tokens};
     }
     uint32_t used = 0;
     for (uint32_t i = 0; r->slots && i < r->group->o.max_slots; i++)
