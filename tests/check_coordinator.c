@@ -258,6 +258,7 @@ static Suite *suite(void)
     suite_add_tcase(s, core);
     suite_add_tcase(s, coord_limits());
     suite_add_tcase(s, coord_faults());
+    suite_add_tcase(s, coord_replays());
     return s;
 }
 

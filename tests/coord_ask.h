@@ -42,5 +42,6 @@ enum status_code abort_call(struct proc *p, const char *const *names, size_t n, 
 /* The cases of the suite. */
 TCase *coord_limits(void);
 TCase *coord_faults(void);
+TCase *coord_replays(void);
 
 #endif

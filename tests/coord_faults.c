@@ -246,7 +246,7 @@ START_TEST(options_that_the_ranks_lack_are_refused_by_name)
 }
 END_TEST
 
-START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_serves)
+START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_goes_on)
 {
     const struct loss *l = &losses[_i];
     const char *args[] = {
@@ -259,26 +259,27 @@ START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_serves)
     struct proc_reply r = {0};
     struct ask a;
     ck_assert(proc_event(&p, line, sizeof line, WAIT_MS)); /* ready */
-    ask_ids(&a, 8, 1, 1000);
+    ask_ids(&a, 8, 1, 150);
     struct rpc_stream *s = proc_open(&p, &a.m, 0);
     ck_assert(proc_read(s, &r, WAIT_MS));
     int64_t t = proc_now_ms();
     fake_group_mood(g, l->rank, l->mood);
-    proc_drain(s, &r);
-    t = proc_now_ms() - t;
-    ck_assert_msg(r.code == ST_UNAVAILABLE, "%s: %s", status_name(r.code), r.message);
-    ck_assert_msg(strstr(r.message, l->reason) != NULL, "%s", r.message);
-    ck_assert_uint_gt(r.retry_after_ms, 0);
-    ck_assert_int_lt(t, 4000);
     ck_assert(proc_event(&p, line, sizeof line, WAIT_MS));
+    t = proc_now_ms() - t;
+    ck_assert_int_lt(t, 4000);
     snprintf(want, sizeof want, "group-lost epoch=1 permanent=%d reason=", l->permanent);
     ck_assert_msg(strncmp(line, want, strlen(want)) == 0 && strstr(line, l->reason), "%s", line);
-    rpc_stream_close(s);
     ck_assert(proc_wait_state(&p, STATE(RECOVERING), WAIT_MS));
-    proc_reply_free(&r);
-    proc_generate(&p, &a.m, 0, &r);
-    ck_assert_int_eq(r.code, ST_UNAVAILABLE);
-    ck_assert_msg(strstr(r.message, "waiting for a new worker group") != NULL, "%s", r.message);
+    if (l->permanent) { /* the next would fail, too: nobody waits for it */
+        struct proc_reply late = {0};
+        proc_drain(s, &r);
+        ck_assert_msg(r.code == ST_UNAVAILABLE && strstr(r.message, l->reason), "%s", r.message);
+        ck_assert_uint_gt(r.retry_after_ms, 0);
+        proc_generate(&p, &a.m, 0, &late);
+        ck_assert_int_eq(late.code, ST_UNAVAILABLE);
+        ck_assert_msg(strstr(late.message, "waiting for a new worker group") != NULL, "%s", late.message);
+        proc_reply_free(&late);
+    }
     /* the survivor was told to make room */
     if (l->mood != FAKE_HOLD) {
         struct status st = STATUS_INIT;
@@ -291,6 +292,13 @@ START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_serves)
     g = fake_group_start(p.control, &o);
     ck_assert(proc_wait_state(&p, STATE(READY), WAIT_MS));
     ck_assert_uint_eq(fake_group_epoch(g), 2);
+    if (!l->permanent) {
+        proc_drain(s, &r);
+        check_ids(&r, 8, 1, 150);
+        ck_assert_uint_eq(r.replays, 1);
+    }
+    rpc_stream_close(s);
+    proc_reply_free(&r);
     ask_ids(&a, 8, 7, 20);
     proc_generate(&p, &a.m, 0, &r);
     check_ids(&r, 8, 7, 20);
@@ -299,12 +307,15 @@ START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_serves)
 }
 END_TEST
 
+/* What a client of the lost group hears, and who stays. */
+static const char *const no_replay[] = {"--replay", "off", NULL};
+
 START_TEST(queued_requests_outlive_the_group)
 {
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
     o.max_slots = 1;
-    struct fake_group *g = start_ready(&p, &o, NULL);
+    struct fake_group *g = start_ready(&p, &o, no_replay);
     struct proc_reply r = {0};
     struct ask a;
     fake_group_mood(g, 0, FAKE_HOLD);
@@ -337,7 +348,7 @@ START_TEST(a_stop_without_a_group_keeps_nobody_waiting)
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
     o.max_slots = 1;
-    struct fake_group *g = start_ready(&p, &o, NULL);
+    struct fake_group *g = start_ready(&p, &o, no_replay);
     struct proc_reply r = {0}, q = {0};
     struct ask a;
     fake_group_mood(g, 0, FAKE_HOLD);
@@ -379,7 +390,7 @@ START_TEST(a_rank_that_attaches_twice_ends_its_group)
     char line[512];
     struct status st = STATUS_INIT;
     struct fake_options o = FAKE_OPTIONS;
-    struct fake_group *g = start_ready(&p, &o, NULL);
+    struct fake_group *g = start_ready(&p, &o, no_replay);
     struct proc_reply r = {0};
     struct ask a;
     bool shutdown = false, relaunch = false;
@@ -627,7 +638,7 @@ TCase *coord_faults(void)
     tcase_add_test(faults, abort_ends_by_name_and_all);
     tcase_add_test(faults, drain_lets_live_requests_end);
     tcase_add_test(faults, sigterm_waits_for_clients_and_a_second_does_not);
-    tcase_add_loop_test(faults, a_lost_rank_ends_the_epoch_and_the_next_group_serves, 0,
+    tcase_add_loop_test(faults, a_lost_rank_ends_the_epoch_and_the_next_group_goes_on, 0,
                         (int)(sizeof losses / sizeof *losses));
     tcase_add_test(faults, queued_requests_outlive_the_group);
     tcase_add_loop_test(faults, a_stop_without_a_group_keeps_nobody_waiting, 0, 2);

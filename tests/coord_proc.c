@@ -193,6 +193,7 @@ static void append(struct proc_reply *r, const Tandem__V1__GenerateResponse *m)
         r->completion_tokens = m->finish->usage->completion_tokens;
     }
     if (m->finish->timing) {
+        r->replays = m->finish->timing->replays;
         r->queue_us = m->finish->timing->queue_us;
         r->prefill_us = m->finish->timing->prefill_us;
         r->decode_us = m->finish->timing->decode_us;

@@ -47,7 +47,7 @@ struct proc_reply {
     Tandem__V1__Finish__Reason reason;
     bool has_stop;
     uint32_t stop_id;
-    uint32_t prompt_tokens, completion_tokens;
+    uint32_t prompt_tokens, completion_tokens, replays;
     uint64_t queue_us, prefill_us, decode_us;
 };
 
