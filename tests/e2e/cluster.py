@@ -101,10 +101,13 @@ class Result:
 
     def __init__(self, stream):
         self.ids, self.text, self.messages, self.finish, self.request_id = [], "", 0, None, ""
+        self.answers = {}  # of each answer: ids, text
         for m in stream:
             self.messages += 1
             self.ids.extend(m.token_ids)
             self.text += m.text
+            ids, text = self.answers.get(m.index, ([], ""))
+            self.answers[m.index] = (ids + list(m.token_ids), text + m.text)
             if m.request_id:
                 self.request_id = m.request_id
             if m.HasField("finish"):

@@ -1,0 +1,354 @@
+"""Faults at random moments under random load, by hand: every answer must be the one of a quiet run.
+
+    fault_campaign.py --faults 1000 --seed 1        # environment as in cluster.py
+
+A coordinator and mpirun as `tandem serve` starts them, but launched again at once and for ever. Clients repeat a fixed set
+of requests: greedy, sampled, log probabilities, stop strings, penalties, several answers; some read slowly, some vanish.
+Faults: a rank is killed, stopped, cut off from the coordinator; the whole mpirun is killed. Exit status 0 when
+  - no token, text, log probability or reason differs from the quiet run, and no call failed
+  - no stream paused for more than --hang seconds, the time without a group not counted
+  - at the end no request, page or process is left, and the coordinator has no more descriptors than at the start
+"""
+import argparse
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import grpc
+
+from cluster import BIN, DEMO, children, control_pb2, free_port, inference_pb2, process_name, request
+
+STORY = ["Once upon a time", "One day, a little girl", "The dog ran", "Tom and his mother went to the park"]
+MPI = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", "--mca", "plm", "isolated", "--mca",
+       "mpi_yield_when_idle", "1"]
+
+
+def requests():
+    """[(request, whether it is read slowly)]: the same in every run."""
+    sets = [dict(temperature=0), dict(temperature=1.0, seed=11), dict(temperature=0.8, top_p=0.9, seed=12, logprobs=3),
+            dict(temperature=0, stop=["."], min_tokens=20), dict(temperature=1.0, seed=13, n=3, top_k=40),
+            dict(temperature=0.9, seed=14, repetition_penalty=1.3, frequency_penalty=0.2),
+            dict(temperature=1.0, seed=15, echo=True, prompt_logprobs=2, logprobs=1)]
+    return [request(text, max_tokens=60 + 17 * (i + 3 * k) % 70, ignore_eos=True, **options)
+            for i, text in enumerate(STORY) for k, options in enumerate(sets)]
+
+
+def score(t):
+    return (t.token_id, t.rank, tuple(t.top_token_ids)), (t.logprob, *t.top_logprobs)
+
+
+class Answer:
+    def __init__(self):
+        self.ids, self.text, self.scores, self.values, self.end = {}, {}, {}, {}, {}
+        self.replays = 0
+
+    def add(self, m):
+        self.ids.setdefault(m.index, []).extend(m.token_ids)
+        self.text[m.index] = self.text.get(m.index, "") + m.text
+        for t in [*m.prompt_logprobs, *m.logprobs]:
+            what, values = score(t)
+            self.scores.setdefault(m.index, []).append(what)
+            self.values.setdefault(m.index, []).extend(values)
+        if m.HasField("finish"):
+            f = m.finish
+            self.end[m.index] = (f.reason, f.stop_index, f.usage.prompt_tokens, f.usage.completion_tokens)
+            self.replays += f.timing.replays
+
+    def same(self, other):
+        return (self.ids, self.text, self.scores, self.end) == (other.ids, other.text, other.scores, other.end)
+
+    def apart(self, other):
+        """Largest difference of two log probabilities; those of a different number are found by same()."""
+        pairs = ((a, b) for i in self.values for a, b in zip(self.values[i], other.values.get(i, [])))
+        return max((abs(a - b) for a, b in pairs if a != b), default=0.0)
+
+
+class Proxy:
+    """Between ranks and coordinator: a stream can be cut. All streams of a killed rank end by themselves."""
+
+    def __init__(self, path, target):
+        self.target, self.pairs, self.lock = target, [], threading.Lock()
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind(path)
+        self.server.listen(64)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            rank, _ = self.server.accept()
+            coordinator = socket.socket(socket.AF_UNIX)
+            coordinator.connect(self.target)
+            with self.lock:
+                self.pairs.append((rank, coordinator))
+            for a, b in ((rank, coordinator), (coordinator, rank)):
+                threading.Thread(target=self.pump, args=(a, b, (rank, coordinator)), daemon=True).start()
+
+    def pump(self, source, sink, pair):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass
+        with self.lock:
+            if pair not in self.pairs:  # the other pump was first
+                return
+            self.pairs.remove(pair)
+        self.end(pair)
+
+    @staticmethod
+    def end(pair):
+        for s in pair:
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            s.close()
+
+    def cut(self, rng):
+        with self.lock:
+            pair = rng.choice(self.pairs) if self.pairs else None
+        if pair:
+            for s in pair:
+                try:
+                    s.shutdown(socket.SHUT_RDWR)  # the pumps close it
+                except OSError:
+                    pass
+
+
+class Server:
+    """The part of `tandem serve` that matters here, without its pauses and without giving up."""
+
+    def __init__(self, folder, log):
+        self.log, self.folder, self.stopping = log, folder, False
+        self.address = f"127.0.0.1:{free_port()}"
+        self.env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        self.down, self.down_since, self.ready = [], time.monotonic(), threading.Event()
+        self.lock = threading.Lock()
+        read, write = os.pipe()
+        self.coordinator = subprocess.Popen(
+            [f"{BIN}/tandem-coordinator", "--model", DEMO, "--tp", "2", "--listen", self.address, "--control-listen",
+             f"unix:{folder}/control", "--supervisor-fd", str(write), "--heartbeat-interval-ms", "100",
+             "--heartbeat-timeout-ms", "700", "--replay-limit", "50"], pass_fds=[write], stdout=log, stderr=log)
+        os.close(write)
+        self.events = os.fdopen(read)
+        self.expect("listening")
+        self.proxy = Proxy(f"{folder}/proxy", f"{folder}/control")
+        self.ranks = None
+        threading.Thread(target=self.watch, daemon=True).start()
+        threading.Thread(target=self.launch, daemon=True).start()
+
+    def expect(self, word):
+        line = self.events.readline()
+        if not line.startswith(word):
+            raise SystemExit(f"the coordinator said {line!r}, expected {word}")
+
+    def watch(self):
+        for line in self.events:
+            if line.startswith("ready"):
+                with self.lock:
+                    self.down.append((self.down_since, time.monotonic()))
+                    self.down_since = None
+                self.ready.set()
+            elif line.startswith("group-lost"):
+                self.lost()
+                self.end_ranks()
+
+    def lost(self):
+        with self.lock:
+            self.ready.clear()
+            self.down_since = self.down_since or time.monotonic()
+
+    def launch(self):
+        while not self.stopping:
+            self.ranks = subprocess.Popen([*MPI, f"{BIN}/tandem-worker", "--model", DEMO, "--coordinator",
+                                           f"unix:{self.folder}/proxy", "--threads", "1", "--kv-memory", "64M"],
+                                          env=self.env, stdout=self.log, stderr=self.log, start_new_session=True)
+            self.ranks.wait()
+
+    def workers(self):
+        return [p for p in children(self.ranks.pid) if process_name(p) == "tandem-worker"] if self.ranks else []
+
+    def end_ranks(self):
+        for p in [*self.workers(), self.ranks.pid]:
+            try:
+                os.kill(p, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def down_within(self, start, end):
+        with self.lock:
+            spans = [*self.down, *([(self.down_since, end)] if self.down_since else [])]
+        return sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.coordinator.pid}/fd"))
+
+    def memory_kb(self):
+        with open(f"/proc/{self.coordinator.pid}/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmRSS"))
+
+    def stop(self):
+        self.stopping = True
+        self.coordinator.terminate()
+        status = self.coordinator.wait(60)
+        try:
+            self.ranks.wait(10)
+        except subprocess.TimeoutExpired:
+            self.end_ranks()
+            self.ranks.wait()
+        return status
+
+
+class Campaign:
+    def __init__(self, options, server):
+        self.o, self.server = options, server
+        self.rng = random.Random(options.seed)
+        self.channel = grpc.insecure_channel(server.address)
+        self.generate = self.channel.unary_stream(
+            "/tandem.v1.Inference/Generate", inference_pb2.GenerateRequest.SerializeToString,
+            inference_pb2.GenerateResponse.FromString)
+        self.requests, self.quiet = requests(), []
+        self.lock, self.done = threading.Lock(), False
+        self.errors, self.answers, self.vanished, self.replays, self.tokens = [], 0, 0, 0, 0
+        self.longest, self.apart = 0.0, 0.0
+
+    def load(self):
+        call = self.channel.unary_unary("/tandem.v1.Control/GetLoad", control_pb2.GetLoadRequest.SerializeToString,
+                                        control_pb2.Load.FromString)
+        return call(control_pb2.GetLoadRequest(), timeout=10)
+
+    def fail(self, text):
+        with self.lock:
+            self.errors.append(text)
+        print("FAILED:", text, flush=True)
+
+    def ask(self, r, slow=0.0, leave_after=None):
+        """The answer, or None when this client vanished."""
+        call, answer, last = self.generate(r, timeout=300), Answer(), time.monotonic()
+        for n, m in enumerate(call):
+            now = time.monotonic()
+            pause = now - last - self.server.down_within(last, now)
+            with self.lock:
+                self.longest = max(self.longest, pause)
+            if pause > self.o.hang:
+                self.fail(f"a stream paused for {pause:.1f} s while a group served")
+            answer.add(m)
+            if leave_after is not None and n >= leave_after:
+                call.cancel()
+                return None
+            time.sleep(slow)
+            last = time.monotonic()
+        return answer
+
+    def client(self, seed):
+        rng = random.Random(seed)
+        while not self.done:
+            i = rng.randrange(len(self.requests))
+            try:
+                answer = self.ask(self.requests[i], slow=rng.choice([0, 0, 0, 0.02]),
+                                  leave_after=rng.randrange(30) if rng.random() < 0.15 else None)
+            except grpc.RpcError as e:
+                self.fail(f"request {i}: {e.code().name}: {e.details()}")
+                continue
+            with self.lock:
+                if answer is None:
+                    self.vanished += 1
+                    continue
+                self.answers += 1
+                self.replays += answer.replays
+                self.tokens += sum(map(len, answer.ids.values()))
+                self.apart = max(self.apart, answer.apart(self.quiet[i]))
+            if not answer.same(self.quiet[i]):
+                self.fail(f"request {i} after {answer.replays} replays: {answer.ids} {answer.end}, quiet: "
+                          f"{self.quiet[i].ids} {self.quiet[i].end}")
+
+    def fault(self):
+        workers = self.server.workers()
+        kind = self.rng.choice(["kill", "stop", "mpirun", "cut"])
+        self.server.lost()  # what follows is the fault's, not a hang
+        if kind == "cut":
+            self.server.proxy.cut(self.rng)
+        elif kind == "mpirun":
+            os.kill(self.server.ranks.pid, signal.SIGKILL)
+            for p in workers:
+                os.kill(p, signal.SIGKILL)
+        elif workers:
+            os.kill(self.rng.choice(workers), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        return kind
+
+    def run(self):
+        if not self.server.ready.wait(60):
+            raise SystemExit("no group became ready")
+        self.quiet = [self.ask(r) for r in self.requests]
+        clients = [threading.Thread(target=self.client, args=(self.o.seed * 1000 + i,)) for i in range(self.o.clients)]
+        for c in clients:
+            c.start()
+        time.sleep(1)
+        fds, memory, kinds, start = self.server.descriptors(), None, {}, time.monotonic()
+        for k in range(self.o.faults):
+            if not self.server.ready.wait(30):
+                self.fail("no group came back within 30 s")
+                break
+            time.sleep(self.rng.uniform(0, 0.6))
+            kind = self.fault()
+            kinds[kind] = kinds.get(kind, 0) + 1
+            if k == min(20, self.o.faults // 2):
+                memory = self.server.memory_kb()
+            if self.errors and len(self.errors) > 10:
+                break
+        seconds = time.monotonic() - start
+        self.done = True
+        for c in clients:
+            c.join()
+        self.settle(fds, memory)
+        print(f"{sum(kinds.values())} faults {kinds} in {seconds:.0f} s; {self.answers} answers of {self.tokens} tokens, "
+              f"{self.vanished} clients vanished, {self.replays} replays (server: {self.load().replays}); longest pause "
+              f"beside the restarts {self.longest:.2f} s; log probabilities apart {self.apart:.1e}; coordinator "
+              f"{memory} kB, at the end {self.server.memory_kb()} kB, {fds} and {self.server.descriptors()} descriptors; "
+              f"{len(self.errors)} errors")
+
+    def settle(self, fds, memory):
+        if not self.server.ready.wait(60):
+            self.fail("no group at the end")
+        for _ in range(100):
+            load = self.load()
+            left = (load.running_requests, load.queued_requests, load.used_pages)
+            if left == (0, 0, 0) and self.server.descriptors() <= fds:
+                break
+            time.sleep(0.1)
+        if left != (0, 0, 0):
+            self.fail(f"left at the end: {left} running, queued, pages")
+        if self.server.descriptors() > fds:
+            self.fail(f"{self.server.descriptors()} descriptors, {fds} at the start")
+        if memory and self.server.memory_kb() > 1.2 * memory + 8192:
+            self.fail(f"{self.server.memory_kb()} kB of memory, {memory} after the first faults")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--hang", type=float, default=5.0)
+    parser.add_argument("--log", default=os.devnull, help="file for what the programs say")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, open(options.log, "w") as log:
+        server = Server(folder, log)
+        campaign = Campaign(options, server)
+        try:
+            campaign.run()
+        finally:
+            status = server.stop()
+        if status:
+            campaign.fail(f"the coordinator ended with status {status}")
+    return 1 if campaign.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
