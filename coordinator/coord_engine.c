@@ -11,6 +11,7 @@
 #define DRAIN_TURN_US   10000   /* while draining: live requests may end outside of this thread */
 #define PAUSE_US        1000000 /* a turn this much late: the whole process was stopped or starved */
 #define MAIL_BATCH      256     /* nodes taken between two looks at the clock */
+#define PUBLISH_US      20000   /* between two looks at the scheduler for whoever scrapes */
 #define CLIENTS_WAIT_US 1000000 /* for calls that were failed at the end of a drain */
 
 void engine_publish(struct engine *e, int state, const char *reason)
@@ -26,6 +27,9 @@ void engine_publish(struct engine *e, int state, const char *reason)
     atomic_store_explicit(&c->accepting, ready || waits, memory_order_release);
     rpc_health_set(c->health, "tandem.v1.Inference", ready);
     rpc_health_set(c->health, "readiness", ready);
+    if (ready || state == TANDEM__V1__SERVER_INFO__STATE__STARTING)
+        rpc_health_set(c->health, "startup", ready); /* once started, always */
+    metrics_set(&c->metrics.ready, ready);
     if (state != old)
         log_line(&c->log, LOG_DEBUG, "state %d: %s", state, reason);
 }
@@ -63,9 +67,14 @@ void engine_pump(struct engine *e, int64_t now_us)
     struct status st = STATUS_INIT;
     uint32_t bad = 0;
     /* plans first: ranks compute while we write to clients */
+    bool sent = false;
     while (may_send(g) && sched_plan(e->sched, now_us, &plan)) {
         g->last_sent = plan.step;
+        sent = true;
         g->sent_us[plan.step % COORD_STEP_RING] = now_us;
+        metrics_tokens(&e->coord->metrics.step_rows, plan.rows);
+        if (plan.rows > plan.n_decode)
+            metrics_tokens(&e->coord->metrics.step_chunk, plan.rows - plan.n_decode);
         if (plan_send(e->scratch, g, &plan, &bad, &st) != ST_OK) {
             /* The end of its stream shows here or in its mail, whichever comes first: one wording for one fact. */
             if (st.code == ST_CANCELLED)
@@ -74,7 +83,37 @@ void engine_pump(struct engine *e, int64_t now_us)
                 group_lost(e, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
         }
     }
+    if (sent && e->result)
+        metrics_step_time(&e->coord->metrics.host, coord_now_us() - now_us);
     engine_events(e, now_us);
+}
+
+/* What a scrape reads of the scheduler and the group. */
+static void publish_load(struct engine *e, int64_t now_us)
+{
+    struct metrics *m = &e->coord->metrics;
+    const struct group *g = &e->group;
+    if (now_us - e->published_us < PUBLISH_US)
+        return;
+    e->published_us = now_us;
+    metrics_set(&m->ranks, g->live ? g->n_attached : 0);
+    metrics_set(&m->slots, g->serving ? g->slots : 0);
+    if (!e->sched)
+        return;
+    struct sched_load l = sched_load(e->sched);
+    metrics_set(&m->running, l.running);
+    metrics_set(&m->waiting, l.queued);
+    metrics_set(&m->waiting_tokens, l.queued_tokens);
+    metrics_set(&m->pages_used, l.used_pages);
+    metrics_set(&m->pages_total, l.total_pages);
+    metrics_set(&m->pages_shared, l.shared_pages);
+    metrics_set(&m->pages_kept, l.kept_pages);
+    metrics_set(&m->steps, l.steps);
+    metrics_set(&m->prompt_tokens, l.prompt_tokens);
+    metrics_set(&m->generation_tokens, l.generated_tokens);
+    metrics_set(&m->preemptions, l.preemptions);
+    metrics_set(&m->recomputed_tokens, l.recomputed_tokens);
+    metrics_set(&m->wasted_rows, l.wasted_rows);
 }
 
 /* ---- the end ---- */
@@ -170,6 +209,7 @@ static void check_times(struct engine *e, int64_t now_us)
     engine_pump(e, now_us);
     control_check_drains(e, now_us);
     stop_advance(e, now_us);
+    publish_load(e, now_us);
 }
 
 static int64_t next_wake_us(const struct engine *e, int64_t now_us)

@@ -64,6 +64,7 @@ void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fm
     va_end(ap);
     log_line(&c->log, LOG_ERROR, "the worker group of epoch %" PRIu64 " is lost: %s", g->epoch, e->lost_reason);
     bool served = g->serving;
+    metrics_add(&c->metrics.groups_lost, 1);
     dissolve(e, e->lost_reason, true, now_us);
     replay_prepare(e, now_us, served, permanent);
     char reason[320];
@@ -266,6 +267,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
     }
     g->last_step_us = r->compute_us;
     e->result = r; /* the events of its tokens are taken before pump returns */
+    metrics_step_time(&e->coord->metrics.step, (int64_t)r->compute_us);
     engine_pump(e, now_us);
     e->result = NULL;
 }

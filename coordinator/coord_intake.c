@@ -203,6 +203,7 @@ static void work(struct coord *c, struct request *r)
     }
     if (rc != ST_OK) {
         log_line(&c->log, LOG_DEBUG, "refused %s: %s", r->name, st.message);
+        metrics_error(&c->metrics, rc);
         r->ops->finish(r->sink, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
         return;
     }
@@ -247,6 +248,7 @@ static void *intake_main(void *p)
         if (stopping) {
             struct status st = STATUS_INIT;
             status_set(&st, ST_UNAVAILABLE, "the server is stopping");
+            metrics_error(&arg.c->metrics, st.code);
             r->ops->finish(r->sink, &st, 0);
         } else {
             work(arg.c, r);

@@ -25,6 +25,7 @@
 #include "coordinator/chat.h"
 #include "coordinator/coord_sink.h"
 #include "coordinator/coord_stop.h"
+#include "coordinator/metrics.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/tokenizer.h"
 #include "proto/rpc.h"
@@ -34,6 +35,7 @@
 #include "tandem/v1/worker_control.pb-c.h"
 
 #define COORD_MAX_LISTEN     16
+#define COORD_MAX_HEALTH     4
 #define COORD_MAX_RANKS      64
 #define COORD_MAX_CONNS      256  /* streams on the control listener, refused and ending ones included */
 #define COORD_MAX_CONN_MAIL  64   /* messages of one rank that wait for the engine; two results are in flight at most */
@@ -93,9 +95,14 @@ struct coord_options {
     char served_name[COORD_MAX_NAME + 1];
     const char *listen[COORD_MAX_LISTEN]; /* as given; from listeners_resolve on the addresses */
     struct coord_listener listeners[COORD_MAX_LISTEN];
-    size_t n_listen;
+    size_t n_listen; /* those for health are the last of them */
+    char health_listen[COORD_MAX_HEALTH][192];
+    size_t n_health;
     char control_listen[192]; /* as given */
     struct coord_listener control;
+    const char *http_listen; /* as given; NULL: no HTTP */
+    struct coord_listener http;
+    uint32_t http_connections;
     const char *tls_cert, *tls_key, *tls_client_ca, *token_file; /* of public listeners; NULL: not given */
     const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
     bool reflection;
@@ -232,6 +239,7 @@ struct choice {
     struct tok_stream *decoder;
     struct stop_match match;
     uint32_t n_new;
+    int64_t token_us;  /* of its last token; 0: none yet */
     uint32_t n_echoed; /* of the prompt's ids */
     char *text;        /* unsent; bounded by max_new tokens and the echoed prompt */
     size_t text_len, text_cap;
@@ -452,7 +460,7 @@ struct engine {
     enum stop_phase stop;
     int64_t stop_until_us;
     bool quit;
-    int64_t planned_wake_us;
+    int64_t planned_wake_us, published_us;
     bool replays;          /* the group that was lost last: its requests wait for the next */
     int64_t wait_until_us; /* for a group, new requests too; 0: nobody waits for one, or it is there */
     char lost_reason[256]; /* why the last group went; empty before that */
@@ -466,12 +474,14 @@ struct coord {
     struct rpc_health *health;
     struct rpc_reflection *reflection; /* NULL: switched off */
     struct rpc_server *public_server, *control_server;
+    struct http *http; /* NULL: switched off */
+    struct metrics metrics;
     struct mailbox box;
     struct intake intake;
     struct engine engine;
     struct mail stop_mail;
-    int64_t started_us;
-    int done_fd; /* eventfd: the engine has stopped serving */
+    int64_t started_us, started_s; /* the latter since 1970 */
+    int done_fd;                   /* eventfd: the engine has stopped serving */
     /* published by the engine */
     atomic_int state;      /* Tandem__V1__ServerInfo__State */
     atomic_bool accepting; /* requests are taken: a group is ready, or soon will be */

@@ -112,6 +112,15 @@ enum status_code listeners_resolve(struct coord_options *o, struct status *st)
             return status_prefix(st, "--listen");
         o->listen[i] = o->listeners[i].address;
     }
+    if (o->http_listen) {
+        rc = parse(&o->http, o->http_listen, &public, st);
+        if (rc == ST_OK && o->http.security.cert_file)
+            rc = status_set(st, ST_INVALID_ARGUMENT,
+                            "%s: no TLS there yet: say \"%s,plain\" and put a proxy that ends TLS before it",
+                            o->http.address, o->http.address);
+        if (rc != ST_OK)
+            return status_prefix(st, "--http");
+    }
     rc = parse(&o->control, o->control_listen, &control, st);
     if (rc == ST_OK && o->control.security.health_only)
         rc = status_set(st, ST_INVALID_ARGUMENT, "%s: \"health\" is for --listen", o->control.address);
@@ -136,5 +145,7 @@ void listeners_warn(const struct coord_options *o, const struct coord_log *log)
 {
     for (size_t i = 0; i < o->n_listen; i++)
         warn_of(log, "--listen", &o->listeners[i]);
+    if (o->http_listen)
+        warn_of(log, "--http", &o->http);
     warn_of(log, "--control-listen", &o->control);
 }

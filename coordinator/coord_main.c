@@ -8,8 +8,10 @@
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "coordinator/coord_http.h"
 #include "coordinator/coord_internal.h"
 
 #define ALIVE_CHECK_MS    500
@@ -29,7 +31,7 @@ static void bound_address(char *out, size_t cap, const char *asked, uint16_t por
 
 static void announce(const struct coord *c)
 {
-    char list[COORD_MAX_LISTEN * 128] = "", control[208];
+    char list[COORD_MAX_LISTEN * 128] = "", control[208], http[208] = "";
     size_t n = 0;
     for (size_t i = 0; i < c->opt.n_listen; i++) {
         char one[128];
@@ -44,7 +46,11 @@ static void announce(const struct coord *c)
     if (chat_status(c->chat)->code != ST_OK)
         log_line(&c->log, LOG_INFO, "no chats are served: %s", chat_status(c->chat)->message);
     listeners_warn(&c->opt, &c->log);
-    supervisor_line(c, "listening public=%s control=%s", list, control);
+    if (c->http) {
+        bound_address(http, sizeof http, c->opt.http.address, http_port(c->http));
+        log_line(&c->log, LOG_INFO, "OpenAI's API on http://%s/v1", http);
+    }
+    supervisor_line(c, "listening public=%s control=%s%s%s", list, control, http[0] ? " http=" : "", http);
 }
 
 /* From a thread of the rpc library. */
@@ -101,7 +107,9 @@ static enum status_code start_servers(struct coord *c, struct rpc_method *public
     struct rpc_listen_security security[COORD_MAX_LISTEN];
     cfg = public_config(c, public_methods, security);
     rc = rpc_server_start(&c->public_server, &cfg, st);
-    return rc == ST_OK ? rc : status_prefix(st, "--listen");
+    if (rc != ST_OK)
+        return status_prefix(st, "--listen");
+    return c->opt.http_listen ? http_start(&c->http, c, st) : ST_OK;
 }
 
 /* Liveness is a verdict on the engine from outside of it. */
@@ -150,6 +158,7 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
                               struct status *st)
 {
     c->started_us = coord_now_us();
+    c->started_s = time(NULL);
     c->log.level = c->opt.log_level;
     c->stop_mail.kind = MAIL_STOP;
     atomic_init(&c->alive_us, c->started_us);
@@ -208,6 +217,7 @@ static void stop(struct coord *c, bool served)
         rpc_server_shutdown(c->public_server, SHUTDOWN_GRACE_MS);
     if (c->control_server)
         rpc_server_shutdown(c->control_server, 0);
+    http_stop(c->http, SHUTDOWN_GRACE_MS);
     if (c->intake.n_threads)
         intake_stop(c);
     engine_stop(c); /* last: it takes the mail that the others left */

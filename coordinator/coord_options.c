@@ -8,7 +8,7 @@
 
 #include "coordinator/coord_internal.h"
 
-enum kind { TEXT, LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, SWITCH };
+enum kind { TEXT, LISTEN, HEALTH_LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, SWITCH };
 
 struct option {
     const char *name;
@@ -32,6 +32,10 @@ static const struct option options[] = {
      "public address, may be given again: 127.0.0.1:50051 (the default), [::]:50051, unix:/path; port 0: any free"},
     {"--control-listen", CONTROL_LISTEN, 0, 0, 0, "ADDR",
      "where ranks attach; default unix:$XDG_RUNTIME_DIR/tandem-control.sock"},
+    {"--http", TEXT, AT(http_listen), 0, 0, "ADDR",
+     "OpenAI's HTTP API, health and metrics, as in 127.0.0.1:8000; default: none"},
+    {"--health-listen", HEALTH_LISTEN, 0, 0, 0, "ADDR",
+     "grpc.health.v1 alone, in plaintext and for everyone: for probes"},
     {"--tp", U32, AT(tp), 1, COORD_MAX_RANKS, "R", "size of the worker group; default: that of the first to attach"},
     {"--reflection", SWITCH, AT(reflection), 0, 0, "on|off", "answer grpc.reflection (v1, v1alpha); default on"},
     {"", TEXT, 0, 0, 0, NULL,
@@ -67,6 +71,7 @@ static const struct option options[] = {
      "requests at once; default: as many as the ranks have slots"},
     {"--max-message-bytes", U32, AT(max_message_bytes), 1024, RPC_MAX_MESSAGE_BYTES, "N",
      "of one call; default and at most 16777216"},
+    {"--http-connections", U32, AT(http_connections), 1, 100000, "N", "over HTTP at once; default 10240"},
     {"--default-max-tokens", U32, AT(default_max_tokens), 1, UINT32_MAX, "N", "where a request sets none; default 256"},
     {"", TEXT, 0, 0, 0, NULL, "Batching"},
     {"--step-tokens", U32, AT(step_tokens), 1, 65536, "N", "rows of a step at most; default 512"},
@@ -155,6 +160,19 @@ static enum status_code parse_name(struct coord_options *o, const char *text, st
     return ST_OK;
 }
 
+/* A listener like any other, with the words that probes need. */
+static enum status_code add_health_listener(struct coord_options *o, const char *text, struct status *st)
+{
+    if (o->n_health == COORD_MAX_HEALTH)
+        return status_set(st, ST_INVALID_ARGUMENT, "--health-listen: more than %d addresses", COORD_MAX_HEALTH);
+    char *at = o->health_listen[o->n_health];
+    if (strchr(text, ',') ||
+        snprintf(at, sizeof o->health_listen[0], "%s,plain,open,health", text) >= (int)sizeof o->health_listen[0])
+        return status_set(st, ST_INVALID_ARGUMENT, "--health-listen: \"%.60s\", expected an address alone", text);
+    o->n_health++;
+    return ST_OK;
+}
+
 static enum status_code parse_value(struct coord_options *o, const struct option *opt, const char *text,
                                     struct status *st)
 {
@@ -172,6 +190,8 @@ static enum status_code parse_value(struct coord_options *o, const struct option
             return status_set(st, ST_INVALID_ARGUMENT, "--listen: more than %d addresses", COORD_MAX_LISTEN);
         o->listen[o->n_listen++] = text;
         return ST_OK;
+    case HEALTH_LISTEN:
+        return add_health_listener(o, text, st);
     case CONTROL_LISTEN:
         if (snprintf(o->control_listen, sizeof o->control_listen, "%s", text) >= (int)sizeof o->control_listen)
             return status_set(st, ST_INVALID_ARGUMENT, "--control-listen: %zu bytes, expected at most %zu",
@@ -242,6 +262,11 @@ static enum status_code check_together(struct coord_options *o, struct status *s
     }
     if (o->n_listen == 0)
         o->listen[o->n_listen++] = "127.0.0.1:50051";
+    if (o->n_listen + o->n_health > COORD_MAX_LISTEN)
+        return status_set(st, ST_INVALID_ARGUMENT, "--health-listen: more than %d addresses with those of --listen",
+                          COORD_MAX_LISTEN);
+    for (size_t i = 0; i < o->n_health; i++)
+        o->listen[o->n_listen++] = o->health_listen[i];
     if (!o->control_listen[0])
         default_control_listen(o);
     enum status_code rc = listeners_resolve(o, st);
@@ -266,6 +291,7 @@ enum status_code options_parse(struct coord_options *o, int argc, char **argv, b
         .max_queued_tokens = 4u << 20,
         .step_tokens = 512,
         .default_max_tokens = 256,
+        .http_connections = 10240,
         .max_message_bytes = RPC_MAX_MESSAGE_BYTES,
         .pipeline_depth = 2,
         .heartbeat_interval_ms = 500,

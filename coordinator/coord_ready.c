@@ -118,6 +118,7 @@ enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st
     set_facts(e);
     g->serving = true;
     g->had_one = true;
+    metrics_add(&c->metrics.groups, 1);
     g->last_sent = 0;
     /* a slot's worth of requests may have ended and wait for their clients to read the rest */
     atomic_store(&c->max_live, c->opt.max_queued + 2 * g->slots + 64);

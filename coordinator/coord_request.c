@@ -155,6 +155,7 @@ static void fail(struct engine *e, struct request *r, const struct status *st, u
 {
     if (!r->closed)
         r->ops->finish(r->sink, st, retry_after_ms);
+    metrics_error(&e->coord->metrics, st->code);
     log_line(&e->coord->log, LOG_DEBUG, "%s: %s: %s", r->name, status_name(st->code), st->message);
     to_closing(e, r, st->code, now_us);
 }
@@ -281,6 +282,11 @@ static void take_token(struct engine *e, struct choice *c, const struct sched_ev
     bool ended = false;
     if (c->matched || r->nothing_new)
         return;
+    if (c->token_us)
+        metrics_time(&e->coord->metrics.inter_token, now_us - c->token_us);
+    else
+        metrics_time(&e->coord->metrics.first_token, now_us - r->arrived_us);
+    c->token_us = now_us;
     if (take_logprob(e, c, ev, &st) != ST_OK || choice_add(c, &ev->token, &ended, &st) != ST_OK) {
         request_end(e, r, &st, now_us);
         return;
@@ -303,6 +309,22 @@ static void take_scores(struct engine *e, struct choice *c, const struct sched_e
     mark_dirty(e, c->request);
 }
 
+static void count_finished(struct metrics *m, const struct choice *c, const struct sched_event *ev, int64_t now_us)
+{
+    metrics_add(ev->stopped || c->matched ? &m->finished_stop : &m->finished_length, 1);
+    metrics_tokens(&m->generation_length, c->n_new);
+    metrics_time(&m->whole, now_us - c->request->arrived_us);
+    if (ev->started_us)
+        metrics_time(&m->queue, ev->started_us - c->request->arrived_us);
+    if (ev->first_token_us) {
+        metrics_time(&m->prefill, ev->first_token_us - ev->started_us);
+        metrics_time(&m->decode, ev->last_token_us - ev->first_token_us);
+    }
+    if (c->index == 0)
+        metrics_tokens(&m->prompt_length, ev->n_prompt);
+    metrics_add(&m->cached_tokens, ev->n_cached);
+}
+
 static void take_finished(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
 {
     struct request *r = c->request;
@@ -317,6 +339,7 @@ static void take_finished(struct engine *e, struct choice *c, const struct sched
     c->matched = c->matched || ended;
     c->end = *ev;
     c->finish_ready = true;
+    count_finished(&e->coord->metrics, c, ev, now_us);
     if (r->n_live == 0)
         r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
     mark_dirty(e, r);
@@ -466,6 +489,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
     }
     return;
 refuse:
+    metrics_error(&c->metrics, st.code);
     r->ops->finish(r->sink, &st, st.code == ST_UNAVAILABLE || st.code == ST_RESOURCE_EXHAUSTED ? retry : 0);
     r->state = REQUEST_GONE;
 }

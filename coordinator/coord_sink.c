@@ -75,17 +75,19 @@ enum status_code request_open(struct coord *c, const struct sink_ops *ops, void 
 {
     *retry_after_ms = COORD_RETRY_AFTER_MS;
     enum status_code rc = check_state(c, retry_after_ms, st);
-    if (rc != ST_OK)
+    struct request *r = rc == ST_OK ? request_create(c, raw, len, st) : NULL;
+    if (!r) {
+        rc = rc == ST_OK ? ST_RESOURCE_EXHAUSTED : rc;
+        metrics_error(&c->metrics, rc);
         return rc;
-    struct request *r = request_create(c, raw, len, st);
-    if (!r)
-        return ST_RESOURCE_EXHAUSTED;
+    }
     r->ops = ops;
     r->sink = sink;
     r->deadline_us = deadline_us;
     *out = r; /* before others can see it: they may answer at once */
     rc = intake_push(c, r, st);
     if (rc != ST_OK) {
+        metrics_error(&c->metrics, rc);
         *out = NULL;
         r->ops = NULL;
         request_unref(r);

@@ -6,6 +6,7 @@
 #include <grpc/grpc_security.h>
 
 #include "proto/rpc_internal.h"
+#include "proto/rpc_token.h"
 
 /* ---- files that change (rpc_file.c) ---- */
 
@@ -21,27 +22,10 @@ bool rpc_file_same(const struct rpc_file_stamp *a, const struct rpc_file_stamp *
 STATUS_MUST_CHECK enum status_code rpc_file_read(const char *role, const char *path, char **text, struct status *st);
 void rpc_file_forget(char *text, size_t len); /* wipes len bytes and frees; NULL is fine */
 
-/* Where a reload is reported to; fn may be NULL. */
-struct rpc_report {
-    void (*fn)(void *ctx, bool failed, const char *message);
-    void *ctx;
-};
 void rpc_report(const struct rpc_report *to, bool failed, const char *fmt, ...) STATUS_PRINTF(3, 4);
 
-/* ---- bearer tokens (rpc_token.c) ---- */
+/* ---- bearer tokens (rpc_token.c): rpc_token.h, and for clients: ---- */
 
-#define RPC_TOKENS_MAX      32 /* in a file */
-#define RPC_TOKEN_MIN_BYTES 16
-#define RPC_TOKEN_MAX_BYTES 512
-
-/* The tokens that a server takes, one a line; blank lines and those that begin with # are skipped. Thread-safe. */
-struct rpc_tokens;
-STATUS_MUST_CHECK enum status_code rpc_tokens_create(struct rpc_tokens **out, const char *path,
-                                                     struct rpc_report report, struct status *st);
-void rpc_tokens_destroy(struct rpc_tokens *t); /* NULL is fine */
-/* Is this value of "authorization" "Bearer " and one of them? The time it takes says nothing about them. Reads the file
- * again first when it has changed. */
-bool rpc_tokens_accept(struct rpc_tokens *t, const void *value, size_t len);
 /* "Bearer <the first token of the file>" for a client. */
 STATUS_MUST_CHECK enum status_code rpc_token_header(const char *path, char out[RPC_TOKEN_MAX_BYTES + 16],
                                                     struct status *st);
