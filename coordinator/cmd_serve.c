@@ -59,6 +59,7 @@ struct serve {
     int stopping; /* signals seen, or a fatal error */
     int exit_code;
     char public_address[512];
+    char http_address[192]; /* empty: none */
 };
 
 static int64_t now_ms(void)
@@ -183,15 +184,22 @@ static void plan_launch(struct serve *s)
 
 /* ---- the coordinator's lines ---- */
 
+/* The word behind key, up to the next blank. */
+static void copy_word(char *out, size_t cap, const char *line, const char *key)
+{
+    const char *p = strstr(line, key);
+    if (p) {
+        p += strlen(key);
+        snprintf(out, cap, "%.*s", (int)strcspn(p, " "), p);
+    }
+}
+
 static void on_listening(struct serve *s, const char *rest)
 {
     s->listening = true;
     s->listen_by_ms = INT64_MAX;
-    const char *p = strstr(rest, "public=");
-    if (p) {
-        p += strlen("public=");
-        snprintf(s->public_address, sizeof s->public_address, "%.*s", (int)strcspn(p, " "), p);
-    }
+    copy_word(s->public_address, sizeof s->public_address, rest, "public=");
+    copy_word(s->http_address, sizeof s->http_address, rest, " http=");
     if (!s->ranks.pid && s->launch_at_ms == INT64_MAX && !s->stopping)
         s->launch_at_ms = now_ms();
 }
@@ -206,7 +214,8 @@ static void on_ready(struct serve *s)
         return;
     }
     s->announced = true;
-    fprintf(stderr, "tandem serve: ready on %s after %.2f s, %llu rank%s; Ctrl-C stops\n", s->public_address,
+    fprintf(stderr, "tandem serve: ready on %s%s%s%s after %.2f s, %llu rank%s; Ctrl-C stops\n", s->public_address,
+            s->http_address[0] ? " and http://" : "", s->http_address, s->http_address[0] ? "/v1" : "",
             (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s");
 }
 

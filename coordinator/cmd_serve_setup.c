@@ -40,6 +40,14 @@ static const struct cli_option own_options[] = {
      .flags = CLI_REPEAT,
      .help = "where clients connect, host:port or unix:/path; words behind it say what the listener demands, as in "
              "0.0.0.0:50052,plain,health (see tandem-coordinator --help)"},
+    {.name = "http",
+     .id = OPT_FORWARD,
+     .arg = "ADDR",
+     .help = "OpenAI's HTTP API, health and metrics, as in 127.0.0.1:8000 (default: none); words as for --listen"},
+    {.name = "health-listen",
+     .id = OPT_FORWARD,
+     .arg = "ADDR",
+     .help = "grpc.health.v1 alone, in plaintext and for everyone: for probes (default: none)"},
     {.name = "served-name",
      .id = OPT_FORWARD,
      .arg = "NAME",
@@ -207,6 +215,8 @@ void arguments_cut(struct argument_list *a, int n)
 static const struct forward {
     const char *name, *to_coordinator, *to_worker;
 } forwards[] = {
+    {"http", "--http", NULL},
+    {"health-listen", "--health-listen", NULL},
     {"served-name", "--served-name", NULL},
     {"chat-template", "--chat-template", NULL},
     {"max-queued", "--max-queued", NULL},

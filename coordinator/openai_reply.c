@@ -188,7 +188,8 @@ static bool add_score(struct openai_reply *r, struct answer *a, uint32_t id, con
         if (m)
             json_text_put(&s->top, "}");
     }
-    a->offset += characters(text, len);
+    if (!tok_is_special(r->ctx.tok, id)) /* these have no text in an answer */
+        a->offset += characters(text, len);
     free(part);
     return ok && !s->a.failed && !s->values.failed && !s->top.failed && !s->offsets.failed;
 }
