@@ -15,6 +15,12 @@ struct openai_taker {
     long long best_of;
 };
 
+/* jansson found no memory; it does not always say so. */
+static inline bool openai_no_memory(const json_error_t *e)
+{
+    return json_error_code(e) == json_error_out_of_memory || !e->text[0];
+}
+
 /* A string as bytes, malloc'ed; *to is empty before. */
 STATUS_MUST_CHECK enum status_code openai_bytes(ProtobufCBinaryData *to, const json_t *v, const char *name,
                                                 struct status *st);

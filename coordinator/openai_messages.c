@@ -94,7 +94,21 @@ static enum status_code content_of(ProtobufCBinaryData *to, const json_t *m, siz
     return status_set(st, ST_INVALID_ARGUMENT, "messages[%zu].content: expected a string or an array of parts", i);
 }
 
-/* Clients send the arguments of a call as a text, templates expect an object. */
+/* Clients send the arguments of a call as a text, templates expect an object. False: out of memory. */
+static bool object_arguments(json_t *function)
+{
+    json_error_t error;
+    const json_t *text = json_object_get(function, "arguments");
+    if (!json_is_string(text))
+        return true;
+    json_t *object = json_loadb(json_string_value(text), json_string_length(text), 0, &error);
+    if (!object)
+        return !openai_no_memory(&error);
+    bool ok = !json_is_object(object) || json_object_set(function, "arguments", object) == 0;
+    json_decref(object);
+    return ok;
+}
+
 static enum status_code calls_of(char **to, const json_t *m, size_t i, struct status *st)
 {
     const json_t *v = json_object_get(m, "tool_calls");
@@ -107,15 +121,11 @@ static enum status_code calls_of(char **to, const json_t *m, size_t i, struct st
     json_t *calls = json_deep_copy(v);
     if (!calls)
         return status_nomem(st, field, 0);
-    for (size_t k = 0; k < json_array_size(calls); k++) {
-        json_t *function = json_object_get(json_array_get(calls, k), "function");
-        const json_t *text = json_object_get(function, "arguments");
-        json_t *object =
-            json_is_string(text) ? json_loadb(json_string_value(text), json_string_length(text), 0, NULL) : NULL;
-        if (json_is_object(object))
-            (void)json_object_set(function, "arguments", object); /* without memory it stays a text */
-        json_decref(object);
-    }
+    for (size_t k = 0; k < json_array_size(calls); k++)
+        if (!object_arguments(json_object_get(json_array_get(calls, k), "function"))) {
+            json_decref(calls);
+            return status_nomem(st, field, 0);
+        }
     enum status_code rc = openai_dump(to, calls, field, st);
     json_decref(calls);
     return rc;

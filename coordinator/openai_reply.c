@@ -84,8 +84,14 @@ static bool token_text(const struct openai_reply *r, uint32_t id, char **part, c
 {
     uint32_t ids[2] = {(uint32_t)r->anchor, id};
     size_t skip = r->anchor >= 0 ? r->anchor_len : 0;
+    bool anchored = r->anchor >= 0;
     *part = NULL;
-    if (tok_decode(r->ctx.tok, r->anchor >= 0 ? ids : ids + 1, r->anchor >= 0 ? 2 : 1, 0, part, len, NULL) != ST_OK)
+    *text = "";
+    *len = 0;
+    enum status_code rc = tok_decode(r->ctx.tok, anchored ? ids : ids + 1, anchored ? 2 : 1, 0, part, len, NULL);
+    if (rc == ST_OUT_OF_RANGE) /* a model may have more ids than its tokenizer: these have no text */
+        return true;
+    if (rc != ST_OK)
         return false;
     *text = *part + (*len < skip ? *len : skip);
     *len -= *len < skip ? *len : skip;

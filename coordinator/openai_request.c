@@ -511,9 +511,13 @@ enum status_code openai_parse(enum openai_kind kind, const void *body, size_t le
     const char *key;
     json_t *v;
     json_t *root = json_loadb(body, len, JSON_ALLOW_NUL, &error);
-    if (!root)
-        return status_set(st, ST_INVALID_ARGUMENT, "the body is not valid JSON: %s (byte %d)", error.text,
-                          error.position);
+    if (!root && openai_no_memory(&error))
+        return status_nomem(st, "request", len);
+    if (!root) {
+        char why[80]; /* it may quote bytes of the body */
+        snprintf(why, sizeof why, "%.*s", (int)strcspn(error.text, "'"), error.text);
+        return status_set(st, ST_INVALID_ARGUMENT, "the body is not valid JSON: %s(byte %d)", why, error.position);
+    }
     t.m = empty_request(kind, &t);
     if (!t.m)
         rc = status_nomem(st, "request", sizeof *t.m);
