@@ -371,16 +371,19 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     if (!req_map_reserve(&s->map) || !req_heap_reserve(&s->heap) ||
         !event_ring_reserve(&s->events, (uint64_t)s->n_live + 1) || !(r = req_pool_get(&s->pool)))
         return status_nomem(st, "tables of requests", sizeof *r);
-    r->tokens = malloc(bytes);
-    if (r->tokens)
-        r->tenant = tenant_get(s, req->tenant);
-    if (!r->tenant) {
+    struct tenant *tenant = tenant_get(s, req->tenant);
+    uint32_t *tokens = tenant ? malloc(bytes) : NULL;
+    if (!tokens) {
+        if (tenant)
+            tenant_put(s, tenant);
         req_pool_put(&s->pool, r);
         return status_nomem(st, "tokens of a request", bytes);
     }
-    memcpy(r->tokens, req->prompt, req->n_prompt * sizeof(uint32_t));
+    r->tokens = tokens;
+    r->tenant = tenant;
+    memcpy(tokens, req->prompt, req->n_prompt * sizeof(uint32_t));
     if (req->n_stop)
-        memcpy(r->tokens + n_total, req->stop_ids, req->n_stop * sizeof(uint32_t));
+        memcpy(tokens + n_total, req->stop_ids, req->n_stop * sizeof(uint32_t));
     r->id = req->id;
     r->seq = s->next_seq++;
     r->state = REQ_QUEUED;
