@@ -232,11 +232,11 @@ static enum status_code open_socket(struct http *h, struct status *st)
         return status_set(st, ST_ALREADY_EXISTS, "%s: in use by another process", address);
     if (err)
         return status_errno(st, err == EACCES ? ST_PERMISSION_DENIED : ST_INVALID_ARGUMENT, err, "%s", address);
-    struct sockaddr_storage at;
+    struct sockaddr_in6 at = {0};
     socklen_t len = sizeof at;
+    static_assert(offsetof(struct sockaddr_in, sin_port) == offsetof(struct sockaddr_in6, sin6_port), "one place");
     if (getsockname(h->listen_fd, (struct sockaddr *)&at, &len) == 0)
-        h->port = ntohs(at.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&at)->sin6_port
-                                                 : ((struct sockaddr_in *)&at)->sin_port);
+        h->port = ntohs(at.sin6_port);
     return ST_OK;
 }
 

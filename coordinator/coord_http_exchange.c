@@ -317,7 +317,7 @@ static enum MHD_Result begin(struct exchange *x)
         request_open(x->http->c, &exchange_ops, x, x->body, x->body_len, INT64_MAX, &x->request, &retry, &st);
     drop_body(x);
     if (rc != ST_OK) {
-        exchange_unref(x);
+        atomic_fetch_sub_explicit(&x->refs, 1, memory_order_relaxed); /* never the last: ours is left */
         return refuse(x, 0, &st, retry);
     }
     suspend(x);

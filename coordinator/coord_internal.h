@@ -267,17 +267,15 @@ struct request {
     uint32_t *prompt;
     uint32_t n_prompt;
     uint32_t max_new;
-    bool nothing_new; /* max_tokens was 0: the one new token is dropped */
-    uint32_t *stop;   /* the model's own included */
-    uint32_t n_stop;
+    uint32_t *stop; /* the model's own included */
+    uint32_t n_stop, n_choices;
+    int top, prompt_top; /* likeliest tokens beside the log probability; -1: no log probabilities */
+    bool nothing_new;    /* max_tokens was 0: the one new token is dropped */
+    bool include_stop, echo, no_cache_read, no_cache_write;
     Tandem__V1__SampleParams params; /* of all answers; but output_at, scores and the seed, which each has of its own */
     struct stop_set *stop_strings;   /* NULL: none */
-    bool include_stop, echo;
-    uint64_t salt; /* of the prefix cache */
-    bool no_cache_read, no_cache_write;
-    int top, prompt_top; /* likeliest tokens beside the log probability; -1: no log probabilities */
+    uint64_t salt;                   /* of the prefix cache */
     struct choice *choice;
-    uint32_t n_choices;
     /* engine */
     enum request_state state;
     bool closed;     /* request_closed was called: the sink takes nothing more */

@@ -253,12 +253,12 @@ static void put_head(struct openai_reply *r, const char *object)
 
 static void put_usage(struct openai_reply *r)
 {
+    uint64_t total = r->prompt_tokens + r->completion_tokens;
     json_text_format(&r->out,
                      "\"usage\":{\"prompt_tokens\":%llu,\"completion_tokens\":%llu,\"total_tokens\":%llu,"
                      "\"prompt_tokens_details\":{\"cached_tokens\":%llu}}",
                      (unsigned long long)r->prompt_tokens, (unsigned long long)r->completion_tokens,
-                     (unsigned long long)(r->prompt_tokens + r->completion_tokens),
-                     (unsigned long long)r->cached_tokens);
+                     (unsigned long long)total, (unsigned long long)r->cached_tokens);
 }
 
 static void put_finish(struct json_text *t, const char *finish)

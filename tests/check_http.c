@@ -16,6 +16,7 @@
 #define STREAMS     64
 
 static const char *const WITH_HTTP[] = {"--http", "127.0.0.1:0", "--chat-template", "chatml", NULL};
+static const char *const no_replay[] = {"--http", "127.0.0.1:0", "--replay", "off", NULL};
 
 /* A completion of n ids, as ask_ids makes them. */
 static void ids_body(char *out, size_t cap, uint32_t n, uint64_t seed, uint32_t max_tokens, const char *more)
@@ -487,7 +488,7 @@ START_TEST(a_lost_group_ends_streams_with_an_error)
 {
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
-    struct fake_group *g = start_ready(&p, &o, WITH_HTTP);
+    struct fake_group *g = start_ready(&p, &o, no_replay);
     char body[512];
     int fd[3];
     struct http_answer a;
