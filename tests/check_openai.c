@@ -268,7 +268,12 @@ static char *taken(struct openai_reply *r)
     const char *text;
     size_t len;
     openai_reply_take(r, &text, &len);
-    return strndup(len ? text : "", len);
+    char *copy = calloc(len + 1, 1);
+    ck_assert_ptr_nonnull(copy);
+    if (len) {
+        memcpy(copy, text, len);
+    }
+    return copy;
 }
 
 START_TEST(whole_answers_are_one_body)
