@@ -99,6 +99,11 @@ uint32_t comm_local_size(const struct comm *c)
     return c->local_size;
 }
 
+uint32_t comm_local_rank(const struct comm *c)
+{
+    return c->local_rank;
+}
+
 void comm_abort(struct comm *c)
 {
     atomic_store(&c->aborted, true);

@@ -7,12 +7,14 @@
  *     comm_create(&c, &(struct comm_config){ .ops = &comm_ops_mpi, .timeout_ms = 60000 }, st);
  *     comm_all_reduce(c, x, n, st);                       // x += x of all other ranks
  *
- * Back ends: MPI (host memory), self (R = 1, no library at all). NCCL comes with CUDA.
+ * Back ends: MPI (host memory), self (R = 1, no library at all). Ranks on GPUs have a second part, at the end of this
+ * header, for what their kernels add and gather.
  * Threads: one calls the operations; comm_abort may be called from any thread.
  */
 #ifndef TANDEM_COMM_H
 #define TANDEM_COMM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -36,6 +38,8 @@ uint32_t comm_rank(const struct comm *c);
 uint32_t comm_size(const struct comm *c);
 /* Ranks on this machine, this one included: to share its cores. */
 uint32_t comm_local_size(const struct comm *c);
+/* Of these, how many have a lower rank: which of its devices is ours. */
+uint32_t comm_local_rank(const struct comm *c);
 
 /* Sum over ranks in place, n floats. The result is bit-identical on all ranks. */
 STATUS_MUST_CHECK enum status_code comm_all_reduce(struct comm *c, float *x, size_t n, struct status *st);
@@ -51,5 +55,95 @@ STATUS_MUST_CHECK enum status_code comm_barrier(struct comm *c, struct status *s
 
 /* Makes the operation under way, and all later ones, on this rank return ST_ABORTED soon. Any thread. */
 void comm_abort(struct comm *c);
+
+/* ---- ranks on GPUs (library tandem_comm_cuda) ----
+ *
+ * Each rank has a device. Between the products of a forward it needs the sum over ranks of bf16 rows, added to the residual
+ * stream and normed in the same kernel; and at the end rows of logits whose columns are spread over the ranks, put together.
+ *
+ *     comm_gpu_create(&g, &cfg, st);              this rank's memory, nobody is asked
+ *     comm_gpu_connect(g, st);                    collective, once
+ *     per step, on a stream, captured in a graph or not:
+ *       (a product writes this rank's part of a sum to comm_gpu_part(g, 0))
+ *       comm_gpu_sum(g, &(struct comm_gpu_sum){.part = 0, ...}, st);      x += sum;  h = norm(x)
+ *       (the LM head writes this rank's columns to comm_gpu_share(g))
+ *       comm_gpu_gather(g, &(struct comm_gpu_gather){...}, st);           all columns of all rows
+ *     comm_gpu_finish(g, event, st);              waits for it, with a bound
+ *
+ * Two ways. PEER: kernels read the other ranks' memory over NVLink or PCIe, for ranks of one machine; after a handshake per
+ * block every rank reads all parts and adds them in rank order, so all have the same bits. NCCL: its all-reduce and
+ * all-gather, and a kernel of ours behind it; any placement of ranks. Which one a sum of so many rows takes is measured in
+ * connect, rank 0 decides. No way uses NVLink multicast.
+ *
+ * All ranks launch the same operations with the same numbers in the same order. A part is written again only after two
+ * more sums of other parts (0, 1, 2 in turn): by then every rank has read it. A peer that does not come within the comm's
+ * timeout, or comm_abort, ends the kernels that wait, and comm_gpu_finish says so; as with the comm, that is final.
+ */
+struct comm_gpu;
+
+#define COMM_GPU_MAX_RANKS 8
+#define COMM_GPU_PARTS     3
+
+enum comm_gpu_way { COMM_GPU_AUTO, COMM_GPU_PEER, COMM_GPU_NCCL };
+
+struct comm_gpu_config {
+    struct comm *comm;    /* outlives it; carries what connect exchanges */
+    int device;           /* of the CUDA runtime; current for the calling thread in all calls */
+    uint32_t max_rows;    /* of a sum */
+    uint32_t hidden;      /* elements of a row, a multiple of 4 */
+    uint32_t gather_rows; /* at a time */
+    uint32_t cols_first;  /* this rank's columns of gathered rows; all ranks together have 0 .. cols_total - 1 */
+    uint32_t cols_count;
+    uint32_t cols_total;
+    enum comm_gpu_way
+        way;          /* AUTO: what is there, and by measurement; else FAILED_PRECONDITION where it cannot be had */
+    const char *nccl; /* the library, as dlopen takes it; NULL: libnccl.so.2 */
+};
+
+/* Device memory that create and connect take, NCCL's own guessed. */
+uint64_t comm_gpu_bytes(const struct comm_gpu_config *cfg);
+STATUS_MUST_CHECK enum status_code comm_gpu_create(struct comm_gpu **out, const struct comm_gpu_config *cfg,
+                                                   struct status *st);
+void comm_gpu_destroy(
+    struct comm_gpu *g); /* NULL is fine; the peers may still read our memory: all ranks have finished */
+
+/* FAILED_PRECONDITION: two ranks on one device, no way between the devices. May take seconds (NCCL). */
+STATUS_MUST_CHECK enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st);
+bool comm_gpu_connected(const struct comm_gpu *g);
+/* "peer memory", "NCCL 2.28.9", "peer memory up to 1024 rows, then NCCL 2.28.9". Valid as long as g. */
+const char *comm_gpu_text(const struct comm_gpu *g);
+
+void *comm_gpu_part(struct comm_gpu *g, uint32_t part); /* bf16 [max_rows][hidden] */
+float *comm_gpu_share(struct comm_gpu *g);              /* [gather_rows][cols_count] */
+
+struct comm_gpu_sum {
+    uint32_t part; /* 0 .. COMM_GPU_PARTS - 1 */
+    uint32_t rows;
+    bool set;            /* x = sum, not x += sum */
+    float *x;            /* [rows][hidden] */
+    const float *bias;   /* [hidden], added once; NULL: none */
+    const float *weight; /* [hidden] of the norm; NULL: none, h is left alone */
+    float eps;
+    void *h;      /* bf16 [rows][hidden] = x / sqrt(mean(x^2) + eps) * weight */
+    void *stream; /* cudaStream_t */
+};
+
+struct comm_gpu_gather {
+    uint32_t rows;
+    float *out; /* [rows][cols_total] */
+    void *stream;
+};
+
+/* Both only launch; INTERNAL with the launch's error. Sums of the same rows take the same way always. */
+STATUS_MUST_CHECK enum status_code comm_gpu_sum(struct comm_gpu *g, const struct comm_gpu_sum *s, struct status *st);
+STATUS_MUST_CHECK enum status_code comm_gpu_gather(struct comm_gpu *g, const struct comm_gpu_gather *s,
+                                                   struct status *st);
+
+/* Waits for the event (cudaEvent_t). DEADLINE_EXCEEDED names the rank that did not come; ABORTED after comm_abort, at most
+ * COMM_GPU_ABORT_MS later. */
+#define COMM_GPU_ABORT_MS 2000
+STATUS_MUST_CHECK enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status *st);
+/* Whether the event has come, without waiting; the same errors. */
+STATUS_MUST_CHECK enum status_code comm_gpu_poll(struct comm_gpu *g, void *event, bool *done, struct status *st);
 
 #endif

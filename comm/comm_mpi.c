@@ -293,9 +293,12 @@ static enum status_code count_local(struct comm *c, struct status *st)
         status_prefix(st, "waiting for all ranks of the job");
         goto out; /* receives may be open on names: it stays */
     }
-    c->local_size = 0;
-    for (uint32_t r = 0; r < c->size; r++)
-        c->local_size += memcmp(names + (size_t)r * NAME_BYTES, own, NAME_BYTES) == 0;
+    c->local_size = c->local_rank = 0;
+    for (uint32_t r = 0; r < c->size; r++) {
+        bool here = memcmp(names + (size_t)r * NAME_BYTES, own, NAME_BYTES) == 0;
+        c->local_size += here;
+        c->local_rank += here && r < c->rank;
+    }
     free(names);
     m->names = NULL;
 out:

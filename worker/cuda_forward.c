@@ -129,6 +129,8 @@ static enum status_code create_attentions(struct attn_gpu *out[2], const struct 
 {
     enum status_code rc = ST_OK;
     uint32_t window = window_of(c->model);
+    if (c->shard->heads.count == 0)
+        return ST_OK; /* more ranks than heads */
     if (any_layer_sees_all(c->model))
         rc = create_attention(&out[0], c, 0, st);
     if (rc == ST_OK && window)
@@ -141,10 +143,9 @@ static enum status_code create_attentions(struct attn_gpu *out[2], const struct 
 static enum status_code check_model(const struct forward_config *c, struct status *st)
 {
     const struct model_config *m = c->model;
-    uint32_t ranks = comm_size(c->comm);
-    if (ranks != 1)
-        return status_set(st, ST_UNIMPLEMENTED, "%u ranks on CUDA devices: this version joins no devices; use --tp 1",
-                          ranks);
+    if (comm_size(c->comm) > COMM_GPU_MAX_RANKS)
+        return status_set(st, ST_UNIMPLEMENTED, "%u ranks on CUDA devices, at most %d are joined", comm_size(c->comm),
+                          COMM_GPU_MAX_RANKS);
     const struct {
         const char *name;
         uint32_t value, unit, max;
@@ -161,6 +162,35 @@ static enum status_code check_model(const struct forward_config *c, struct statu
     return ST_OK;
 }
 
+/* ---- the ranks ---- */
+
+static struct comm_gpu_config group_config(const struct forward_config *c)
+{
+    return (struct comm_gpu_config){
+        .comm = c->comm,
+        .max_rows = c->max_rows,
+        .hidden = c->model->hidden,
+        .gather_rows = head_rows(c),
+        .cols_first = c->shard->vocab.first,
+        .cols_count = c->shard->vocab.count,
+        .cols_total = c->model->vocab_size,
+    };
+}
+
+static enum status_code create_group(struct comm_gpu **out, const struct forward_config *c, struct status *st)
+{
+    struct comm_gpu_config cfg = group_config(c);
+    if (comm_size(c->comm) == 1)
+        return ST_OK;
+    enum status_code rc = cuda_check(cudaGetDevice(&cfg.device), st, "cudaGetDevice");
+    return rc == ST_OK ? comm_gpu_create(out, &cfg, st) : rc;
+}
+
+static enum status_code forward_connect(struct forward *f, struct status *st)
+{
+    return f->group && !comm_gpu_connected(f->group) ? comm_gpu_connect(f->group, st) : ST_OK;
+}
+
 static enum status_code forward_bytes(uint64_t *out, const struct forward_config *cfg, struct status *st)
 {
     struct forward f = {.cfg = *cfg, .head_rows = head_rows(cfg)};
@@ -175,6 +205,10 @@ static enum status_code forward_bytes(uint64_t *out, const struct forward_config
     lay_out(&f, &a);
     lay_out_step(cfg, &a, &row, &counts, &seq, &sample);
     uint64_t bytes = a.at + CUDA_GEMM_WORKSPACE_BYTES;
+    if (comm_size(cfg->comm) > 1) {
+        const struct comm_gpu_config group = group_config(cfg);
+        bytes += comm_gpu_bytes(&group);
+    }
     rc = create_attentions(f.attn, cfg, st); /* only its back end knows what it takes */
     for (int i = 0; i < 2; i++) {
         if (f.attn[i])
@@ -256,6 +290,9 @@ static void forward_destroy(struct forward *f)
         for (int v = 0; v < 2; v++)
             if (f->bucket[i].graph[v])
                 cudaGraphExecDestroy(f->bucket[i].graph[v]);
+    comm_gpu_destroy(f->group);
+    if (f->finished)
+        cudaEventDestroy(f->finished);
     attn_gpu_destroy(f->attn[0]);
     attn_gpu_destroy(f->attn[1]);
     cuda_gemm_destroy(f->gemm);
@@ -286,6 +323,8 @@ static enum status_code forward_create(struct forward **out, const struct forwar
         (rc = cuda_check(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
         (rc = cuda_gemm_create(&f->gemm, f->stream, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
         (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
+        (rc = create_group(&f->group, cfg, st)) != ST_OK ||
+        (rc = cuda_check(cudaEventCreateWithFlags(&f->finished, cudaEventDisableTiming), st, "event")) != ST_OK ||
         (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK) {
         forward_destroy(f);
         return rc;
@@ -296,7 +335,8 @@ static enum status_code forward_create(struct forward **out, const struct forwar
 
 static enum status_code forward_logits(struct forward *f, float *out, struct status *st)
 {
-    return cuda_check(cudaMemcpy(out, f->logits, f->cfg.model->vocab_size * sizeof *out, cudaMemcpyDeviceToHost), st,
+    const float *logits = f->group ? comm_gpu_share(f->group) : f->logits;
+    return cuda_check(cudaMemcpy(out, logits, f->cfg.shard->vocab.count * sizeof *out, cudaMemcpyDeviceToHost), st,
                       "logits");
 }
 
@@ -305,6 +345,7 @@ const struct forward_ops forward_ops_cuda = {
     .bytes = forward_bytes,
     .create = forward_create,
     .destroy = forward_destroy,
+    .connect = forward_connect,
     .run = cuda_forward_run,
     .logits = forward_logits,
 };

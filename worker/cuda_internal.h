@@ -12,6 +12,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attention/attention.h"
+#include "comm/comm.h"
 #include "worker/cuda_kernels.h"
 #include "worker/forward.h"
 
@@ -65,6 +66,8 @@ struct forward {
     cudaStream_t stream;
     struct cuda_gemm *gemm;
     struct attn_gpu *attn[2]; /* whole context; window. NULL: no such layers */
+    struct comm_gpu *group;   /* NULL: one rank */
+    cudaEvent_t finished;
     bool graphs;
     uint32_t n_buckets;
     struct cuda_bucket bucket[CUDA_BUCKETS_MAX];
@@ -76,7 +79,7 @@ struct forward {
     void *h, *qkv, *att, *gate_up, *act; /* [T][...] bf16; gate_up is scratch of cuda_gemm_prepare, too */
     float *cosine, *sine;                /* [max_context][D / 2] */
     void *picked;                        /* [head_rows][hidden] bf16 */
-    float *logits;                       /* [head_rows][V] */
+    float *logits;                       /* [head_rows][V], of all ranks */
     struct cuda_choice *choice;          /* [max_samples] */
 
     /* of the step under way: once in the device's memory, once pinned; the same layout */

@@ -42,6 +42,9 @@ struct cuda_choice {
 /* x = embedding of the row's token, tokens first .. first + count - 1 being ours, others 0. */
 cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_row *row, const void *embed, uint32_t first,
                        uint32_t count, uint32_t rows, uint32_t hidden);
+/* The same in bf16, this rank's part of a sum: out [rows][hidden]. */
+cudaError_t cuda_embed_part(cudaStream_t stream, void *out, const struct cuda_row *row, const void *embed,
+                            uint32_t first, uint32_t count, uint32_t rows, uint32_t hidden);
 /* x += bias (may be NULL), then h = x / sqrt(mean(x^2) + eps) * weight. With pick, h row i is made of x row pick[i].row,
  * and x is left as it is. */
 cudaError_t cuda_norm(cudaStream_t stream, void *h, float *x, const float *bias, const float *weight, float eps,

@@ -57,6 +57,16 @@ __global__ void embed_kernel(float *x, const cuda_row *row, const bf16x4 *embed,
         out[i] = local < count ? to_float(embed[(uint64_t)local * quads + i]) : make_float4(0, 0, 0, 0);
 }
 
+/* One block per row. */
+__global__ void embed_part_kernel(bf16x4 *out, const cuda_row *row, const bf16x4 *embed, uint32_t first, uint32_t count,
+                                  uint32_t quads)
+{
+    uint32_t local = row[blockIdx.x].token - first;
+    for (uint32_t i = threadIdx.x; i < quads; i += blockDim.x)
+        out[(uint64_t)blockIdx.x * quads + i] =
+            local < count ? embed[(uint64_t)local * quads + i] : to_bf16(make_float4(0, 0, 0, 0));
+}
+
 __device__ float4 plus(float4 a, float4 b)
 {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -204,6 +214,14 @@ cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_row *row
 {
     embed_kernel<<<rows, norm_threads(hidden / 4), 0, stream>>>(x, row, (const bf16x4 *)embed, first, count,
                                                                 hidden / 4);
+    return cudaGetLastError();
+}
+
+cudaError_t cuda_embed_part(cudaStream_t stream, void *out, const struct cuda_row *row, const void *embed,
+                            uint32_t first, uint32_t count, uint32_t rows, uint32_t hidden)
+{
+    embed_part_kernel<<<rows, norm_threads(hidden / 4), 0, stream>>>((bf16x4 *)out, row, (const bf16x4 *)embed, first,
+                                                                     count, hidden / 4);
     return cudaGetLastError();
 }
 

@@ -116,6 +116,8 @@ static enum status_code attention(struct forward *f, const struct attn_gpu_step 
         .v_offset = half,
         .head_stride = head_bytes,
     };
+    if (s->heads.count == 0)
+        return ST_OK;
     enum status_code rc = cuda_check(cuda_rope_kv(f->stream, &rope, step->max_rows), st, "rotation");
     if (rc != ST_OK)
         return rc;
@@ -144,33 +146,87 @@ static enum status_code gated(struct forward *f, const struct layer_weights *w, 
                : rc;
 }
 
-/* x += attention, x += MLP; the bias of a product is added by the norm that comes next. */
+enum { PART_ATTENTION, PART_MLP, PART_EMBEDDING }; /* in turn, as comm.h wants it */
+
+static enum status_code add_parts(struct forward *f, uint32_t part, bool set, const float *bias, const float *weight,
+                                  uint32_t rows, struct status *st)
+{
+    const struct comm_gpu_sum sum = {
+        .part = part,
+        .rows = rows,
+        .set = set,
+        .x = f->x,
+        .bias = bias,
+        .weight = weight,
+        .eps = f->cfg.model->norm_eps,
+        .h = f->h,
+        .stream = f->stream,
+    };
+    return comm_gpu_sum(f->group, &sum, st);
+}
+
+/* The products whose results are added to x: by themselves, or as this rank's part of a sum. */
+static struct cuda_product adding(struct forward *f, const struct mat *w, const void *in, uint32_t part, uint32_t rows)
+{
+    if (!f->group)
+        return product(w, in, f->x, CUDA_OUT_F32_ADD, rows);
+    return product(w, in, comm_gpu_part(f->group, part), CUDA_OUT_BF16, rows);
+}
+
+static enum status_code run_adding(struct forward *f, const struct cuda_product *p, struct status *st)
+{
+    if (f->group && p->w->cols == 0) /* more ranks than heads: nothing of the sum is ours */
+        return cuda_check(cudaMemsetAsync(p->y, 0, (uint64_t)p->rows * p->w->rows * 2, f->stream), st, "empty part");
+    return cuda_gemm_run(f->gemm, p, st);
+}
+
+/* From f->h, the normed x, on: x += attention, x += MLP. One rank: the product adds, the bias and the norm of what comes
+ * next are a kernel of their own. Several: sum, bias and norm are one. last_bias is what the layer in front has left. */
 static enum status_code layer(struct forward *f, const struct attn_gpu_step *step, uint32_t l, struct status *st)
 {
     const struct model_config *m = f->cfg.model;
-    const struct layer_weights *w = &f->cfg.weights->layer[l];
-    const float *bias = l ? f->cfg.weights->layer[l - 1].down_bias : NULL;
+    const struct layer_weights *w = &f->cfg.weights->layer[l], *next = l + 1 < m->layers ? w + 1 : NULL;
+    const float *last_bias = l ? w[-1].down_bias : NULL;
     uint32_t rows = step->max_rows;
     const struct cuda_product qkv = product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, rows),
-                              o = product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, rows),
-                              down = product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, rows);
-    enum status_code rc;
-    rc = cuda_check(cuda_norm(f->stream, f->h, f->x, bias, w->attn_norm, m->norm_eps, NULL, rows, m->hidden), st,
-                    "norm");
+                              o = adding(f, &w->o, f->att, PART_ATTENTION, rows),
+                              down = adding(f, &w->down, f->act, PART_MLP, rows);
+    enum status_code rc = ST_OK;
+    if (!f->group)
+        rc = cuda_check(cuda_norm(f->stream, f->h, f->x, last_bias, w->attn_norm, m->norm_eps, NULL, rows, m->hidden),
+                        st, "norm");
     if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &qkv, st)) != ST_OK || (rc = attention(f, step, l, st)) != ST_OK ||
-        (rc = cuda_gemm_run(f->gemm, &o, st)) != ST_OK)
+        (rc = run_adding(f, &o, st)) != ST_OK)
         return rc;
-    rc = cuda_check(cuda_norm(f->stream, f->h, f->x, w->o_bias, w->mlp_norm, m->norm_eps, NULL, rows, m->hidden), st,
-                    "norm");
-    if (rc != ST_OK || (rc = gated(f, w, rows, st)) != ST_OK)
+    if (f->group)
+        rc = add_parts(f, PART_ATTENTION, false, w->o_bias, w->mlp_norm, rows, st);
+    else
+        rc = cuda_check(cuda_norm(f->stream, f->h, f->x, w->o_bias, w->mlp_norm, m->norm_eps, NULL, rows, m->hidden),
+                        st, "norm");
+    if (rc != ST_OK || (rc = gated(f, w, rows, st)) != ST_OK || (rc = run_adding(f, &down, st)) != ST_OK || !f->group)
         return rc;
-    return cuda_gemm_run(f->gemm, &down, st);
+    return add_parts(f, PART_MLP, false, w->down_bias, next ? next->attn_norm : NULL, rows, st);
+}
+
+static enum status_code embed(struct forward *f, uint32_t rows, struct status *st)
+{
+    const struct model_config *m = f->cfg.model;
+    const struct shard_span vocab = f->cfg.shard->vocab;
+    const void *table = f->cfg.weights->embed.data;
+    if (!f->group)
+        return cuda_check(cuda_embed(f->stream, f->x, f->row, table, vocab.first, vocab.count, rows, m->hidden), st,
+                          "embedding");
+    enum status_code rc = cuda_check(cuda_embed_part(f->stream, comm_gpu_part(f->group, PART_EMBEDDING), f->row, table,
+                                                     vocab.first, vocab.count, rows, m->hidden),
+                                     st, "embedding");
+    if (rc != ST_OK)
+        return rc;
+    return add_parts(f, PART_EMBEDDING, true, NULL, f->cfg.weights->layer[0].attn_norm, rows, st);
 }
 
 static enum status_code launch_layers(struct forward *f, uint32_t rows, bool decodes, struct status *st)
 {
     const struct model_config *m = f->cfg.model;
-    const struct shard_span vocab = f->cfg.shard->vocab;
     uint32_t max_seqs = cuda_forward_max_seqs(&f->cfg);
     const struct attn_gpu_step step = {
         .seq = f->seq,
@@ -184,9 +240,7 @@ static enum status_code launch_layers(struct forward *f, uint32_t rows, bool dec
     for (int i = 0; i < 2; i++)
         if (f->attn[i] && (rc = attn_gpu_plan(f->attn[i], &step, st)) != ST_OK)
             return rc;
-    rc = cuda_check(
-        cuda_embed(f->stream, f->x, f->row, f->cfg.weights->embed.data, vocab.first, vocab.count, rows, m->hidden), st,
-        "embedding");
+    rc = embed(f, rows, st);
     for (uint32_t l = 0; rc == ST_OK && l < m->layers; l++)
         if ((rc = layer(f, &step, l, st)) != ST_OK)
             status_prefix(st, "layer %u", l);
@@ -205,9 +259,9 @@ static enum status_code prepare(struct forward *f, struct cuda_bucket *b, struct
     } all[] = {
 #define TURNS(field) {turn[0]->field.data, turn[1]->field.data, turn[2]->field.data, turn[3]->field.data}
         {product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, b->rows), TURNS(qkv)},
-        {product(&w->o, f->att, f->x, CUDA_OUT_F32_ADD, b->rows), TURNS(o)},
+        {adding(f, &w->o, f->att, PART_ATTENTION, b->rows), TURNS(o)},
         {product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, b->rows), TURNS(gate_up)},
-        {product(&w->down, f->act, f->x, CUDA_OUT_F32_ADD, b->rows), TURNS(down)},
+        {adding(f, &w->down, f->act, PART_MLP, b->rows), TURNS(down)},
 #undef TURNS
     };
     _Static_assert(CUDA_GEMM_TURNS == 4, "TURNS lists them");
@@ -266,6 +320,15 @@ static bool on_host(const struct forward_sample *s)
     return s->adjust || s->given || s->scored || typical;
 }
 
+/* Until everything on the stream is done, bounded where peers take part in it. */
+static enum status_code wait_for_stream(struct forward *f, struct status *st)
+{
+    if (!f->group)
+        return cuda_check(cudaStreamSynchronize(f->stream), st, "step");
+    enum status_code rc = cuda_check(cudaEventRecord(f->finished, f->stream), st, "step");
+    return rc == ST_OK ? comm_gpu_finish(f->group, f->finished, st) : rc;
+}
+
 /* Row i of f->logits, which is sample s. */
 static enum status_code sample_on_host(struct forward *f, const struct forward_sample *s, uint32_t i, uint32_t *token,
                                        struct status *st)
@@ -276,7 +339,7 @@ static enum status_code sample_on_host(struct forward *f, const struct forward_s
                                                      vocab * sizeof(float), cudaMemcpyDeviceToHost, f->stream),
                                      st, "logits");
     if (rc == ST_OK)
-        rc = cuda_check(cudaStreamSynchronize(f->stream), st, "step");
+        rc = wait_for_stream(f, st);
     if (rc != ST_OK)
         return rc;
     *token = s->token;
@@ -303,16 +366,23 @@ static enum status_code head_block(struct forward *f, const struct forward_batch
     uint32_t padded = bucket_for(f, n)->rows; /* rows n .. are what was there before: nobody looks at them */
     if (padded > f->head_rows)
         padded = f->head_rows;
-    const struct cuda_product head = product(&w->head, f->picked, f->logits, CUDA_OUT_F32, padded);
+    float *logits = f->group ? comm_gpu_share(f->group) : f->logits;
+    const float *bias = f->group ? NULL : w->layer[m->layers - 1].down_bias; /* the sum has added it */
+    const struct cuda_product head = product(&w->head, f->picked, logits, CUDA_OUT_F32, padded);
     enum status_code rc;
     const void *const turns[CUDA_GEMM_TURNS] = {w->head.data, w->head.data, w->head.data, w->head.data};
     if ((rc = cuda_gemm_prepare(f->gemm, &head, turns, f->logits, st)) != ST_OK)
         return rc;
-    rc = cuda_check(cuda_norm(f->stream, f->picked, f->x, w->layer[m->layers - 1].down_bias, w->final_norm, m->norm_eps,
-                              f->sample + first, n, m->hidden),
-                    st, "norm");
+    rc = cuda_check(
+        cuda_norm(f->stream, f->picked, f->x, bias, w->final_norm, m->norm_eps, f->sample + first, n, m->hidden), st,
+        "norm");
     if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &head, st)) != ST_OK)
         return rc;
+    if (f->group) {
+        const struct comm_gpu_gather gather = {.rows = n, .out = f->logits, .stream = f->stream};
+        if ((rc = comm_gpu_gather(f->group, &gather, st)) != ST_OK)
+            return rc;
+    }
     rc = cuda_check(cuda_sample_rows(f->stream, f->choice + first, f->logits, f->sample + first, n, m->vocab_size), st,
                     "sampling");
     for (uint32_t i = 0; rc == ST_OK && i < n; i++)
@@ -345,7 +415,7 @@ static enum status_code receive(struct forward *f, const struct forward_batch *b
         rc = cuda_check(cudaMemcpyAsync(f->host_choice, f->choice, b->samples * sizeof *f->choice,
                                         cudaMemcpyDeviceToHost, f->stream),
                         st, "tokens");
-    if (rc != ST_OK || (rc = cuda_check(cudaStreamSynchronize(f->stream), st, "step")) != ST_OK)
+    if (rc != ST_OK || (rc = wait_for_stream(f, st)) != ST_OK)
         return rc;
     for (int i = 0; i < 2; i++)
         if (f->host_fault[i])

@@ -214,8 +214,9 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
     e->parts = cfg->parts;
     e->ops = cfg->parts ? cfg->parts->forward : &forward_ops_host;
     shard_heads(&e->shard.heads, &e->shard.kv_heads, e->model.heads, e->model.kv_heads, rank, ranks);
-    e->shard.inner = shard_even(e->model.inner, rank, ranks);
-    e->shard.vocab = shard_even(e->model.vocab_size, rank, ranks);
+    uint32_t unit = cfg->parts ? SHARD_DEVICE_UNIT : 1;
+    e->shard.inner = shard_units(e->model.inner, unit, rank, ranks);
+    e->shard.vocab = shard_units(e->model.vocab_size, unit, rank, ranks);
     if ((rc = threads_create(&e->pool, threads, st)) != ST_OK || (rc = create_buffers(e, st)) != ST_OK)
         return rc;
     struct forward_config forward = {
@@ -276,6 +277,46 @@ void engine_destroy(struct engine *e)
     free(e->prompt_score);
     threads_destroy(e->pool);
     free(e);
+}
+
+/* What ranks must have alike; more of it is compared where devices connect. */
+struct rank_kind {
+    char back_end[32]; /* "host", or the device's without its number */
+    uint32_t max_slots, max_context, max_step_tokens;
+};
+
+static enum status_code compare_kinds(struct engine *e, struct status *st)
+{
+    struct rank_kind own = {
+        .max_slots = e->info.max_slots, .max_context = e->info.max_context, .max_step_tokens = e->info.max_step_tokens};
+    struct rank_kind all[SHARD_MAX_RANKS];
+    size_t bytes[SHARD_MAX_RANKS];
+    uint32_t ranks = comm_size(e->comm);
+    const char *device = e->parts ? e->parts->text : "host";
+    snprintf(own.back_end, sizeof own.back_end, "%.*s", (int)strcspn(device, ":"), device);
+    for (uint32_t r = 0; r < ranks; r++)
+        bytes[r] = sizeof own;
+    enum status_code rc = comm_all_gather(e->comm, &own, all, bytes, st);
+    for (uint32_t r = 1; rc == ST_OK && r < ranks; r++)
+        if (memcmp(&all[r], &all[0], sizeof own) != 0)
+            return status_set(
+                st, ST_FAILED_PRECONDITION,
+                "ranks differ: rank 0 computes on %s with %u slots, context %u, %u rows a step; rank %u on "
+                "%s with %u, %u, %u. Give all the same options, and --backend where machines differ",
+                all[0].back_end, all[0].max_slots, all[0].max_context, all[0].max_step_tokens, r, all[r].back_end,
+                all[r].max_slots, all[r].max_context, all[r].max_step_tokens);
+    return rc;
+}
+
+enum status_code engine_connect(struct engine *e, struct status *st)
+{
+    enum status_code rc = ST_OK;
+    if (comm_size(e->comm) > 1)
+        rc = compare_kinds(e, st);
+    if (rc == ST_OK && e->ops->connect)
+        rc = e->ops->connect(e->forward, st);
+    e->connected = rc == ST_OK;
+    return rc;
 }
 
 struct engine_info engine_info(const struct engine *e)
@@ -410,6 +451,8 @@ enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan,
                              struct status *st)
 {
     enum status_code rc = engine_plan_check(e, plan, st);
+    if (rc == ST_OK && e->ops->connect && !e->connected)
+        rc = engine_connect(e, st);
     if (rc != ST_OK)
         return rc;
     struct forward_batch b = {.token = e->row_token, .seq = e->seq, .sample = e->sample};

@@ -80,11 +80,16 @@ struct engine_result {
 
 /* NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED (names the architecture, dtype or option), DATA_LOSS (damaged file: names the
  * file and the tensor), RESOURCE_EXHAUSTED (with the arithmetic). Uses comm for rank and size only: nothing is exchanged
- * before the first step, so a rank that fails here leaves nobody waiting. */
+ * before engine_connect, so a rank that fails here leaves nobody waiting. */
 STATUS_MUST_CHECK enum status_code engine_create(struct engine **out, const struct engine_config *cfg,
                                                  struct status *st);
 void engine_destroy(struct engine *e); /* NULL is fine */
 struct engine_info engine_info(const struct engine *e);
+
+/* Collective: the ranks find out whether they fit together (all on the same kind of back end), and their devices find each
+ * other, which may take seconds. The first step does it where nobody has. FAILED_PRECONDITION names ranks and facts; else
+ * what comm says. */
+STATUS_MUST_CHECK enum status_code engine_connect(struct engine *e, struct status *st);
 
 /* Forgets all slots; the next plan is step 1. */
 void engine_reset(struct engine *e);

@@ -42,6 +42,8 @@ struct engine {
     const struct forward_ops *ops;
     struct forward *forward;
 
+    bool connected;
+
     uint64_t step; /* last done */
     uint64_t checks;
     struct engine_slot *slot; /* [max_slots] */

@@ -236,11 +236,11 @@ static void bias_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
         forward_add_row(j->f->h + (uint64_t)r * hidden, j->bias, hidden);
 }
 
-/* h += bias, on the rank that has it: the sum over the ranks takes it up once. */
+/* h += bias, on rank 0: the sum over the ranks takes it up once. */
 static void add_bias(struct forward *f, const struct forward_batch *b, const float *bias)
 {
     struct row_job job = {.f = f, .b = b, .bias = bias};
-    if (bias)
+    if (bias && f->rank == 0)
         forward_rows(f->cfg.pool, b->rows, f->cfg.model->hidden, bias_rows, &job);
 }
 

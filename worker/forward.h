@@ -76,6 +76,8 @@ struct forward_ops {
     /* Everything a step needs is allocated here. The config's pointers outlive the forward. */
     enum status_code (*create)(struct forward **out, const struct forward_config *cfg, struct status *st);
     void (*destroy)(struct forward *f); /* NULL is fine */
+    /* Collective, once before the first run: devices find each other. NULL: nothing to do. */
+    enum status_code (*connect)(struct forward *f, struct status *st);
     /* Slots have grown to position + rows tokens. tokens: [samples], given ones too. INTERNAL when logits are no
      * numbers; what comm says. */
     enum status_code (*run)(struct forward *f, const struct forward_batch *batch, uint32_t *tokens, struct status *st);

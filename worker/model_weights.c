@@ -180,8 +180,7 @@ static enum status_code plan_layer_vectors(struct model_loader *l, struct layer_
     struct shard_span q = times(l->shard->heads, m->head_dim), kv = times(l->shard->kv_heads, m->head_dim);
     const struct part qkv[] = {{name[Q], q_rows, q}, {name[K], kv_rows, kv}, {name[V], kv_rows, kv}};
     const struct part gate_up[] = {{name[GATE], m->inner, l->shard->inner}, {name[UP], m->inner, l->shard->inner}};
-    struct shard_span first_rank = {0, l->shard->vocab.first == 0 ? m->hidden : 0}; /* no other starts at row 0 */
-    const struct part o = {name[O], m->hidden, first_rank}, down = {name[DOWN], m->hidden, first_rank};
+    const struct part o = {name[O], m->hidden, whole(m->hidden)}, down = {name[DOWN], m->hidden, whole(m->hidden)};
     enum status_code rc = ST_OK;
     if (m->qkv_bias)
         rc = plan_vector(l, &w->qkv_bias, qkv, 3, st);

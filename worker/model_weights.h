@@ -31,9 +31,9 @@ struct layer_weights {
     struct mat down;
     /* NULL where the model has none */
     const float *qkv_bias;        /* [(H_loc + 2 HK_loc) * D] */
-    const float *o_bias;          /* [hidden], rank 0 */
+    const float *o_bias;          /* [hidden], whole on each rank; added once to the sum over ranks */
     const float *gate_up_bias;    /* [2 * inner_loc] */
-    const float *down_bias;       /* [hidden], rank 0 */
+    const float *down_bias;       /* [hidden], the same */
     const float *q_norm, *k_norm; /* [D] */
 };
 

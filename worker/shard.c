@@ -9,6 +9,13 @@ struct shard_span shard_even(uint32_t n, uint32_t rank, uint32_t ranks)
     };
 }
 
+struct shard_span shard_units(uint32_t n, uint32_t unit, uint32_t rank, uint32_t ranks)
+{
+    struct shard_span s = shard_even((n + unit - 1) / unit, rank, ranks);
+    uint32_t first = s.first * unit < n ? s.first * unit : n, end = (s.first + s.count) * unit;
+    return (struct shard_span){first, (end < n ? end : n) - first};
+}
+
 void shard_heads(struct shard_span *heads, struct shard_span *kv_heads, uint32_t n_heads, uint32_t n_kv_heads,
                  uint32_t rank, uint32_t ranks)
 {

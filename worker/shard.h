@@ -8,6 +8,7 @@
  *                    among them, the remainder to the first. A rank may be left without heads: then it has no KV either.
  *                                                        H 6, HK 1, R 4:  q 2+2+1+1, kv 0 on each
  *   columns, rows    evenly, the remainder to the first ranks.              512 on 3: 171+171+170
+ *                    on devices in units of SHARD_DEVICE_UNIT                         176+168+168
  *
  * So on each rank every KV head has the same number of query heads, as attention.h wants it.
  */
@@ -16,7 +17,8 @@
 
 #include <stdint.h>
 
-#define SHARD_MAX_RANKS 8
+#define SHARD_MAX_RANKS   8
+#define SHARD_DEVICE_UNIT 8 /* of columns and vocabulary rows: 16 bytes of bf16 */
 
 /* Items first .. first + count - 1. */
 struct shard_span {
@@ -33,6 +35,8 @@ struct shard {
 
 /* rank < ranks. */
 struct shard_span shard_even(uint32_t n, uint32_t rank, uint32_t ranks);
+/* In units of `unit` items, the last of which may be short: what a device wants aligned. */
+struct shard_span shard_units(uint32_t n, uint32_t unit, uint32_t rank, uint32_t ranks);
 /* Bytes of one element of K and V, by back end. */
 #define SHARD_KV_HOST_BYTES 4 /* float32: greedy ids then equal those of a float32 reference */
 #define SHARD_KV_CUDA_BYTES 2 /* bfloat16 */

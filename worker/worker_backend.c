@@ -90,7 +90,7 @@ enum status_code worker_backend_device(uint32_t *device, const char *list, uint3
 }
 
 /* The devices, and whether the back end serves on ours. The error of a refusal names ours only, as all are alike. */
-static enum status_code try_serve(struct worker_backend *b, const char *list, int rank, struct status *st)
+static enum status_code try_serve(struct worker_backend *b, const struct worker_backend_config *cfg, struct status *st)
 {
     uint32_t count = 0, device;
     enum status_code rc = b->api->devices(&count, st);
@@ -98,8 +98,11 @@ static enum status_code try_serve(struct worker_backend *b, const char *list, in
         return rc;
     if (count == 0)
         return status_set(st, ST_FAILED_PRECONDITION, "the driver finds no device");
-    device = rank > 0 ? (uint32_t)rank % count : 0;
-    if (list && (rc = worker_backend_device(&device, list, rank > 0 ? (uint32_t)rank : 0, count, st)) != ST_OK)
+    if (cfg->local_ranks > count)
+        return status_set(st, ST_FAILED_PRECONDITION, "%u ranks on this machine, but %u device%s", cfg->local_ranks,
+                          count, count == 1 ? "" : "s");
+    device = cfg->local_rank % count;
+    if (cfg->devices && (rc = worker_backend_device(&device, cfg->devices, cfg->local_rank, count, st)) != ST_OK)
         return rc;
     struct backend_device d;
     if ((rc = b->api->describe(device, &d, st)) != ST_OK)
@@ -126,7 +129,7 @@ enum status_code worker_backend_open(struct worker_backend *b, const struct work
     if (rc == ST_OK)
         rc = load_plugin(b, cfg->plugin, &why);
     if (rc == ST_OK)
-        rc = try_serve(b, cfg->devices, log->rank, &why);
+        rc = try_serve(b, cfg, &why);
     if (rc == ST_OK)
         return ST_OK;
     worker_backend_close(b);

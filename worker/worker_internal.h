@@ -222,10 +222,11 @@ struct backend_session;
 struct backend_parts;
 
 struct worker_backend_config {
-    uint32_t kind;              /* enum worker_backend_kind */
-    const char *devices;        /* "0,2": rank r takes the r-th, counted round; NULL: all that the driver finds */
-    const char *plugin;         /* path of backend_cuda.so; NULL: beside the executable */
-    const char *driver_library; /* NULL: libcuda.so.1 */
+    uint32_t kind;       /* enum worker_backend_kind */
+    const char *devices; /* "0,2": local rank r takes the r-th, counted round; NULL: all that the driver finds */
+    uint32_t local_rank, local_ranks; /* of this machine's */
+    const char *plugin;               /* path of backend_cuda.so; NULL: beside the executable */
+    const char *driver_library;       /* NULL: libcuda.so.1 */
 };
 
 struct worker_backend {

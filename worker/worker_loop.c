@@ -57,7 +57,10 @@ static void on_progress(void *ctx, uint64_t done, uint64_t total)
 static enum status_code load(struct worker *w, struct status *st)
 {
     const struct worker_options *o = &w->options;
-    const struct worker_backend_config backend = {.kind = o->backend, .devices = o->devices};
+    const struct worker_backend_config backend = {.kind = o->backend,
+                                                  .devices = o->devices,
+                                                  .local_rank = comm_local_rank(w->comm),
+                                                  .local_ranks = comm_local_size(w->comm)};
     enum status_code rc = worker_backend_open(&w->backend, &backend, &w->log, st);
     if (rc != ST_OK)
         return rc;
@@ -88,6 +91,8 @@ static enum status_code load(struct worker *w, struct status *st)
         *st = (struct status)STATUS_INIT;
         rc = engine_create(&w->engine, &cfg, st);
     }
+    if (rc == ST_OK)
+        rc = engine_connect(w->engine, st);
     if (rc != ST_OK)
         return rc;
     const struct engine_info info = engine_info(w->engine);

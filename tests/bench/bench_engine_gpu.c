@@ -1,6 +1,7 @@
 /* bench_engine_gpu.c - steps of an engine on a device: decodes of a batch at a context, prefill, and both in one step.
  *
  *     bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH]     random weights; 77 where there is no GPU
+ *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
  * was measured at (--rate GB/s, default 4300: H200). Times are of the whole engine_step, host work included.
@@ -22,6 +23,9 @@ struct bench {
     uint32_t *ids, slots[MAX_BATCH];
     double rate, weight_bytes, token_bytes;
 };
+
+/* Of several ranks the first. */
+#define say(...) (comm_rank(gpu_comm()) == 0 ? (void)printf(__VA_ARGS__) : (void)0)
 
 static int by_value(const void *a, const void *b)
 {
@@ -50,8 +54,8 @@ static void decode(struct bench *b, uint32_t batch, uint32_t context)
     }
     qsort(s, STEPS, sizeof *s, by_value);
     double limit = (b->weight_bytes + (double)batch * context * b->token_bytes) / b->rate;
-    printf("decode, batch %3u at %5u: median %7.3f ms, best %7.3f ms; limit %7.3f ms, %.0f %%; %8.0f tokens/s\n", batch,
-           context, s[STEPS / 2] * 1e3, s[0] * 1e3, limit * 1e3, 100 * limit / s[STEPS / 2], batch / s[STEPS / 2]);
+    say("decode, batch %3u at %5u: median %7.3f ms, best %7.3f ms; limit %7.3f ms, %.0f %%; %8.0f tokens/s\n", batch,
+        context, s[STEPS / 2] * 1e3, s[0] * 1e3, limit * 1e3, 100 * limit / s[STEPS / 2], batch / s[STEPS / 2]);
     fflush(stdout);
     for (uint32_t i = 0; i < batch; i++)
         gpu_release(&b->run, i);
@@ -67,8 +71,8 @@ static void prefill(struct bench *b, uint32_t tokens)
         best = t < best ? t : best;
         gpu_release(&b->run, 0);
     }
-    printf("prefill of %5u:          best %7.3f ms; %8.0f tokens/s; %.0f TFLOP/s in products\n", tokens, best * 1e3,
-           tokens / best, b->weight_bytes * tokens / best / 1e12);
+    say("prefill of %5u:          best %7.3f ms; %8.0f tokens/s; %.0f TFLOP/s in products\n", tokens, best * 1e3,
+        tokens / best, b->weight_bytes * tokens / best / 1e12);
     fflush(stdout);
 }
 
@@ -86,7 +90,7 @@ static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t cont
         best = t < best ? t : best;
         gpu_release(&b->run, batch);
     }
-    printf("chunk of %u at %u with %u decodes at %u: best %.3f ms\n", rows, context, batch, context, best * 1e3);
+    say("chunk of %u at %u with %u decodes at %u: best %.3f ms\n", rows, context, batch, context, best * 1e3);
     fflush(stdout);
     for (uint32_t i = 0; i < batch; i++)
         gpu_release(&b->run, i);
@@ -123,9 +127,9 @@ int main(int argc, char **argv)
     if (w->embed.data != w->head.data)
         b.weight_bytes -= 2.0 * w->embed.rows * w->embed.cols;
     b.token_bytes = (double)info.kv.token_bytes;
-    printf("%s, %s: %u layers, hidden %u; a step reads %.2f GB of weights; KV cache %.1f GiB; ready in %.2f s\n",
-           info.device, cfg.eager ? "launched one by one" : "graphs", info.layers, info.hidden, b.weight_bytes / 1e9,
-           (double)(info.kv.total_pages * info.kv.page_bytes) / 0x1p30, load_s);
+    say("%s, %s: %u layers, hidden %u; a step reads %.2f GB of weights; KV cache %.1f GiB; ready in %.2f s\n",
+        info.device, cfg.eager ? "launched one by one" : "graphs", info.layers, info.hidden, b.weight_bytes / 1e9,
+        (double)(info.kv.total_pages * info.kv.page_bytes) / 0x1p30, load_s);
     b.ids = malloc(info.max_context * sizeof *b.ids);
     for (uint32_t i = 0; i < info.max_context; i++)
         b.ids[i] = (i * 7919u + 3) % info.vocab_size;

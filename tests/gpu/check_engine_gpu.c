@@ -3,6 +3,7 @@
  *
  *     check_engine_gpu MODEL [PLUGIN [NAME]]  MODEL: tests/data/demo-model; NAME: of the random models, or "demo", this one
  *                                             alone. Ends with 77 where there is no GPU
+ *     mpirun -np 2 check_engine_gpu MODEL     two ranks on two devices against two on the host
  *
  * Tolerance: the device rounds activations and KV to bf16 (2^-9), some ten times per layer, with signs that are as good as
  * random: ||device - host|| <= LOGITS_OFF ||host||. Ids may part where the host's two best logits are closer than the
@@ -23,21 +24,15 @@
 
 static unsigned failures;
 
+/* What all ranks find alike, one says. */
+#define say(...) (comm_rank(gpu_comm()) == 0 ? (void)printf(__VA_ARGS__) : (void)0)
+
 static void expect(bool ok, const char *what, const char *name, uint32_t at, double value)
 {
     if (ok)
         return;
     failures++;
     printf("FAILED %s: %s, at %u: %g\n", name, what, at, value);
-}
-
-static void read_logits(struct gpu_run *r, float *out)
-{
-    struct status st = STATUS_INIT;
-    if (r->e->ops->logits(r->e->forward, out, &st) != ST_OK) {
-        fprintf(stderr, "logits: %s\n", st.message);
-        exit(1);
-    }
 }
 
 struct difference {
@@ -80,8 +75,8 @@ static double parity(const char *name, struct gpu_run *host, struct gpu_run *dev
     }
     for (;; same++) {
         uint32_t h = host->result.tokens[0], d = device->result.tokens[0];
-        read_logits(host, a);
-        read_logits(device, b);
+        gpu_logits(host, a);
+        gpu_logits(device, b);
         struct difference off = compare(a, b, vocab);
         worst = off.relative > worst ? off.relative : worst;
         largest = off.largest > largest ? off.largest : largest;
@@ -94,8 +89,8 @@ static double parity(const char *name, struct gpu_run *host, struct gpu_run *dev
         gpu_decode(host, &slot, 1);
         gpu_decode(device, &slot, 1);
     }
-    printf("%-28s prompt %4u in chunks of %4u: %2u ids alike, logits off by at most %.4f\n", name, prompt, chunk, same,
-           worst);
+    say("%-28s prompt %4u in chunks of %4u: %2u ids alike, logits off by at most %.4f\n", name, prompt, chunk, same,
+        worst);
     gpu_release(host, slot);
     gpu_release(device, slot);
     free(b);
@@ -139,7 +134,7 @@ static void draws(const char *name, struct gpu_run *device)
         gpu_prefill(device, slot, ids, 5, 0, true, &p);
         for (uint32_t at = 5; at < 5 + NEW_TOKENS; at++) {
             uint32_t token, d = device->result.tokens[0];
-            read_logits(device, logits);
+            gpu_logits(device, logits);
             if (sampler_draw(sampler, &token, logits, &q, at, 0, NULL) != ST_OK)
                 exit(1);
             expect(token == d, "drew another token than the host on the same logits", name, i, d);
@@ -151,7 +146,7 @@ static void draws(const char *name, struct gpu_run *device)
         gpu_release(device, slot);
     }
     expect(odd > all / 10, "draws that are not the best token", name, 0, odd);
-    printf("%-28s %u of %u draws differ from the host's\n", name, others, all);
+    say("%-28s %u of %u draws differ from the host's\n", name, others, all);
     sampler_destroy(sampler);
     free(logits);
 }
@@ -234,8 +229,8 @@ static void batches(const char *name, struct gpu_run *host, struct gpu_run *othe
         if (at < NEW_TOKENS)
             expect(a->margin[s][at] <= 2 * close, "text parts at a clear margin", name, s, a->margin[s][at]);
     }
-    printf("%-28s %u of %u texts part from the host's within %u ids, all where two logits are within %.3f\n", name,
-           parted, MANY, NEW_TOKENS, 2 * close);
+    say("%-28s %u of %u texts part from the host's within %u ids, all where two logits are within %.3f\n", name, parted,
+        MANY, NEW_TOKENS, 2 * close);
     free(b);
     free(a);
 }
@@ -300,7 +295,7 @@ int main(int argc, char **argv)
     const struct backend_parts *parts = gpu_parts(argc > 2 ? argv[2] : NULL);
     if (!parts)
         return GPU_SKIP;
-    printf("%s\n", parts->text);
+    say("%u ranks, %s\n", comm_size(gpu_comm()), parts->text);
     const char *only = argc > 3 ? argv[3] : NULL;
     if (!only || strcmp(only, "demo") == 0)
         check_model("demo", argv[1], false, parts);
@@ -323,6 +318,6 @@ int main(int argc, char **argv)
         unlink(path);
         rmdir(dir);
     }
-    printf("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
+    say("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
     return failures != 0;
 }

@@ -1,4 +1,5 @@
 #include "tests/gpu/gpu_parts.h"
+#include "worker/engine_internal.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -11,6 +12,16 @@ static _Noreturn void die(const char *what, const char *why)
 {
     fprintf(stderr, "%s: %s\n", what, why);
     exit(1);
+}
+
+struct comm *gpu_comm(void)
+{
+    static struct comm *comm;
+    struct status st = STATUS_INIT;
+    const struct comm_config cfg = {.ops = getenv("OMPI_COMM_WORLD_SIZE") ? &comm_ops_mpi : &comm_ops_self};
+    if (!comm && comm_create(&comm, &cfg, &st) != ST_OK)
+        die("comm", st.message);
+    return comm;
 }
 
 const struct backend_parts *gpu_parts(const char *path)
@@ -37,12 +48,12 @@ const struct backend_parts *gpu_parts(const char *path)
     const struct backend_api *api = entry(BACKEND_ABI);
     uint32_t count = 0;
     struct status st = STATUS_INIT;
-    if (!api || api->devices(&count, &st) != ST_OK || count == 0) {
-        printf("no device: skipped (%s)\n", st.message);
+    if (!api || api->devices(&count, &st) != ST_OK || count < comm_local_size(gpu_comm())) {
+        printf("%u devices for %u ranks: skipped (%s)\n", count, comm_local_size(gpu_comm()), st.message);
         return NULL;
     }
     struct backend_session *session;
-    if (api->open(&session, 0, &st) != ST_OK)
+    if (api->open(&session, comm_local_rank(gpu_comm()), &st) != ST_OK)
         die("device 0", st.message);
     return api->parts(session);
 }
@@ -51,8 +62,7 @@ void gpu_create(struct gpu_run *r, const struct engine_config *cfg)
 {
     struct status st = STATUS_INIT;
     struct engine_config c = *cfg;
-    if (comm_create(&c.comm, &(struct comm_config){.ops = &comm_ops_self}, &st) != ST_OK)
-        die("comm", st.message);
+    c.comm = gpu_comm();
     *r = (struct gpu_run){0};
     if (engine_create(&r->e, &c, &st) != ST_OK)
         die(cfg->model_dir, st.message);
@@ -61,7 +71,10 @@ void gpu_create(struct gpu_run *r, const struct engine_config *cfg)
 
 void gpu_destroy(struct gpu_run *r)
 {
-    engine_destroy(r->e); /* the comm of one rank is left: it holds nothing that counts */
+    struct status st = STATUS_INIT;
+    if (comm_barrier(gpu_comm(), &st) != ST_OK) /* nobody reads our memory any more */
+        die("barrier", st.message);
+    engine_destroy(r->e);
 }
 
 static void step(struct gpu_run *r, Tandem__V1__StepPlan *plan)
@@ -124,6 +137,22 @@ void gpu_release(struct gpu_run *r, uint32_t slot)
     plan.release_slots = &slot;
     plan.n_release_slots = 1;
     step(r, &plan);
+}
+
+void gpu_logits(struct gpu_run *r, float *out)
+{
+    struct status st = STATUS_INIT;
+    struct comm *comm = gpu_comm();
+    size_t each[SHARD_MAX_RANKS], bytes[SHARD_MAX_RANKS];
+    for (uint32_t i = 0; i < comm_size(comm); i++)
+        each[i] = sizeof *bytes;
+    size_t own = r->e->shard.vocab.count * sizeof(float);
+    float *share = malloc(own + 1);
+    if (!share || r->e->ops->logits(r->e->forward, share, &st) != ST_OK ||
+        comm_all_gather(comm, &own, bytes, each, &st) != ST_OK ||
+        comm_all_gather(comm, share, out, bytes, &st) != ST_OK)
+        die("logits", st.message);
+    free(share);
 }
 
 double gpu_now_s(void)

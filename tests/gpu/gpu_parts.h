@@ -7,7 +7,10 @@
 
 #define GPU_SKIP 77
 
-/* Opens device 0. NULL, and what is missing on stdout, when there is no driver or device; ends the program when the plugin
+/* The group: the ranks of mpirun where it started us, else one. Made at the first call, and never ended: the process is. */
+struct comm *gpu_comm(void);
+
+/* Opens the device of this rank. NULL, and what is missing on stdout, when there is no driver or device; ends the program when the plugin
  * is not usable. path NULL: backend_cuda.so beside the program. Stays open. */
 const struct backend_parts *gpu_parts(const char *path);
 
@@ -29,6 +32,8 @@ void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n);
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position);
 void gpu_release(struct gpu_run *r, uint32_t slot);
+/* Logits that the first sample of the last step was drawn from, of all ranks: out [vocab]. Collective. */
+void gpu_logits(struct gpu_run *r, float *out);
 double gpu_now_s(void);
 
 #endif

@@ -1,0 +1,90 @@
+/* comm_gpu_internal.h - the ranks on GPUs of comm.h, shared by comm_gpu.c (memory, set-up, launches, waits),
+ * comm_gpu_nccl.c (the library) and comm_gpu_kernels.cu.
+ *
+ * What peers read and write stands in one allocation of each rank, laid out alike on all:
+ *
+ *   signals [BLOCKS][MAX_RANKS] uint32   what each peer's block of this number has reached
+ *   parts   [PARTS][max_rows][hidden] bf16
+ *   share   [gather_rows][cols_max] float, rows at this rank's own stride of cols_count
+ */
+#ifndef TANDEM_COMM_GPU_INTERNAL_H
+#define TANDEM_COMM_GPU_INTERNAL_H
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#define COMM_GPU_BLOCKS 264 /* of a launch: two of 1024 threads on each of Hopper's 132 SMs */
+#define COMM_GPU_RANKS  8   /* COMM_GPU_MAX_RANKS */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Pinned memory of the host that kernels see: the host writes abort, a kernel that gave up writes the rest. */
+struct comm_gpu_watch {
+    uint32_t abort;
+    uint32_t fault; /* 0; 1: told to abort; 2: too late */
+    uint32_t peer;  /* whom it waited for */
+};
+
+/* The handshake of a launch: block b of every rank meets block b of all others. ranks 0: there is none. */
+struct comm_gpu_meet {
+    uint32_t *signal[COMM_GPU_RANKS]; /* of each rank */
+    uint32_t rank, ranks;
+    uint32_t *count;  /* [COMM_GPU_BLOCKS], own: how often the block of this number has met */
+    uint32_t *broken; /* own: a kernel gave up, nobody waits any more */
+    struct comm_gpu_watch *watch;
+    uint64_t timeout_ns;
+};
+
+struct comm_gpu_sum_job {
+    struct comm_gpu_meet meet;
+    const void *part[COMM_GPU_RANKS]; /* bf16 [rows][hidden], added in this order */
+    uint32_t parts;
+    uint32_t rows, hidden;
+    int set;
+    float *x;
+    const float *bias, *weight;
+    float eps;
+    void *h;
+};
+
+struct comm_gpu_gather_job {
+    struct comm_gpu_meet meet;
+    const float *share[COMM_GPU_RANKS]; /* [rows][count] */
+    uint32_t first[COMM_GPU_RANKS], count[COMM_GPU_RANKS];
+    uint32_t ranks, rows, total;
+    float *out; /* [rows][total] */
+};
+
+cudaError_t comm_gpu_launch_sum(cudaStream_t stream, const struct comm_gpu_sum_job *job);
+cudaError_t comm_gpu_launch_gather(cudaStream_t stream, const struct comm_gpu_gather_job *job);
+
+#ifdef __cplusplus
+}
+#endif
+
+#ifndef __cplusplus
+#include "comm/comm.h"
+
+/* ---- NCCL, opened at run time (comm_gpu_nccl.c) ---- */
+
+struct comm_nccl;
+
+/* Whether this build can, and the machine has the library; the reason in st. Exchanges nothing. */
+STATUS_MUST_CHECK enum status_code comm_nccl_open(struct comm_nccl **out, const char *library, struct status *st);
+void comm_nccl_close(struct comm_nccl *n);             /* NULL is fine. Collective unless aborted */
+uint32_t comm_nccl_version(const struct comm_nccl *n); /* 22809 */
+/* Collective. */
+STATUS_MUST_CHECK enum status_code comm_nccl_connect(struct comm_nccl *n, struct comm *c, struct status *st);
+/* n bf16 elements, in place. */
+STATUS_MUST_CHECK enum status_code comm_nccl_sum(struct comm_nccl *n, void *x, uint64_t count, cudaStream_t stream,
+                                                 struct status *st);
+/* out[r][count] = in of rank r. */
+STATUS_MUST_CHECK enum status_code comm_nccl_gather(struct comm_nccl *n, const float *in, float *out, uint64_t count,
+                                                    cudaStream_t stream, struct status *st);
+/* Ends what is under way; the group is of no use any more. */
+void comm_nccl_abort(struct comm_nccl *n);
+#endif
+
+#endif
