@@ -2,9 +2,11 @@
  * after a handshake, or local memory that NCCL has filled without one.
  *
  * Handshake: block b writes its count to signal[b] of every peer and waits until all peers' blocks b have written theirs
- * here. What a peer's product wrote is visible then: that kernel has ended before this one wrote (release), and all reads
- * here come behind the wait (acquire, then the barrier of the block). Blocks of one launch need not run at the same time,
- * as each waits for the block of its own number alone, and these run in the order of their numbers everywhere.
+ * here. What is read behind it was written by kernels in front of this one, which have ended: it stands in the memory (L2) of
+ * its device, where peers' reads go. So the flags need no fence, and parts are read past L1, which a kernel in front may have
+ * left old lines in. Release and acquire at system scope instead were bistable: with 64 blocks and more about 1 us for each
+ * block, one after the other (264 us instead of 12 for 256 blocks), or none, by chance. Blocks of one launch need not run at
+ * the same time, as each waits for the block of its own number alone, and these run in the order of their numbers everywhere.
  */
 #include <cuda_bf16.h>
 
@@ -32,16 +34,42 @@ __device__ float4 plus(float4 a, float4 b)
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-__device__ uint32_t load_acquire(const uint32_t *p)
+__device__ uint32_t load_flag(const uint32_t *p)
 {
     uint32_t v;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
 
-__device__ void store_release(uint32_t *p, uint32_t v)
+__device__ void store_flag(uint32_t *p, uint32_t v)
 {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+/* Of a rank's memory, past L1. */
+__device__ bf16x4 load_part(const bf16x4 *p)
+{
+    uint2 v;
+    asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    bf16x4 out;
+    *(uint2 *)&out = v;
+    return out;
+}
+
+__device__ float4 load_share(const float4 *p)
+{
+    float4 v;
+    asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ float load_share(const float *p)
+{
+    float v;
+    asm volatile("ld.relaxed.sys.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
 }
 
 __device__ uint64_t now_ns()
@@ -69,7 +97,7 @@ __device__ void wait_for_previous()
 __device__ void wait_for(const comm_gpu_meet &m, const uint32_t *p, uint32_t value, uint32_t peer)
 {
     uint64_t start = 0;
-    for (uint32_t polls = 1; (int32_t)(load_acquire(p) - value) < 0; polls++) {
+    for (uint32_t polls = 1; (int32_t)(load_flag(p) - value) < 0; polls++) {
         if (polls % POLLS)
             continue;
         if (*(volatile uint32_t *)m.broken)
@@ -97,7 +125,7 @@ __device__ void meet(const comm_gpu_meet &m, uint32_t value)
     __syncthreads(); /* what this block has read, is read */
     if (threadIdx.x < m.ranks) {
         uint32_t row = blockIdx.x * COMM_GPU_RANKS;
-        store_release(m.signal[threadIdx.x] + row + m.rank, value);
+        store_flag(m.signal[threadIdx.x] + row + m.rank, value);
         wait_for(m, m.signal[m.rank] + row + threadIdx.x, value, threadIdx.x);
     }
     __syncthreads();
@@ -128,7 +156,7 @@ __device__ float4 summed(const comm_gpu_sum_job &j, uint64_t row, uint32_t i, ui
 #pragma unroll
     for (uint32_t r = 0; r < COMM_GPU_RANKS; r++)
         if (r < j.parts)
-            add = plus(add, to_float(((const bf16x4 *)j.part[r])[at]));
+            add = plus(add, to_float(load_part((const bf16x4 *)j.part[r] + at)));
     v = plus(v, add);
     return j.bias ? plus(v, ((const float4 *)j.bias)[i]) : v;
 }
@@ -194,10 +222,10 @@ __global__ void __launch_bounds__(THREADS_MAX) gather_kernel(const __grid_consta
         float *out = j.out + (uint64_t)row * j.total + j.first[r];
         if (WIDE)
             for (uint32_t i = begin + 4 * threadIdx.x; i < end; i += 4 * blockDim.x)
-                *(float4 *)(out + i) = *(const float4 *)(in + i);
+                *(float4 *)(out + i) = load_share((const float4 *)(in + i));
         else
             for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x)
-                out[i] = in[i];
+                out[i] = load_share(in + i);
     }
     if (j.meet.ranks == 0)
         return;

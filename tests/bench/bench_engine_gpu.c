@@ -147,5 +147,6 @@ int main(int argc, char **argv)
         hybrid(&b, 1024, 32, 16384 - 64);
     free(b.ids);
     gpu_destroy(&b.run);
+    comm_destroy(gpu_comm());
     return 0;
 }

@@ -319,5 +319,6 @@ int main(int argc, char **argv)
         rmdir(dir);
     }
     say("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
+    comm_destroy(gpu_comm());
     return failures != 0;
 }
