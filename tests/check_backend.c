@@ -13,7 +13,8 @@ static const struct worker_log quiet = {.level = WORKER_LOG_ERROR, .rank = 1};
 
 static enum status_code choose(uint32_t kind, const char *plugin, const char *driver, struct status *st)
 {
-    const struct worker_backend_config cfg = {.kind = kind, .plugin = plugin, .driver_library = driver};
+    const struct worker_backend_config cfg = {
+        .kind = kind, .plugin = plugin, .driver_library = driver, .local_rank = 1, .local_ranks = 2};
     struct worker_backend b;
     enum status_code rc = worker_backend_open(&b, &cfg, &quiet, st);
     if (rc == ST_OK) {
@@ -38,6 +39,20 @@ START_TEST(devices_are_named_when_the_plugin_refuses)
     ck_assert_int_eq(choose(WORKER_BACKEND_CUDA, TEST_FAKE_PLUGIN, SOME_LIBRARY, &st), ST_UNIMPLEMENTED);
     ck_assert_str_eq(st.message, "--backend cuda: 2 x Fake 9000, 80.0 GiB, compute capability 9.0: refuses to serve on "
                                  "device 1");
+}
+END_TEST
+
+START_TEST(more_ranks_than_devices_are_refused)
+{
+    struct status st = STATUS_INIT;
+    struct worker_backend b;
+    const struct worker_backend_config cfg = {.kind = WORKER_BACKEND_CUDA,
+                                              .plugin = TEST_FAKE_PLUGIN,
+                                              .driver_library = SOME_LIBRARY,
+                                              .local_rank = 0,
+                                              .local_ranks = 3};
+    ck_assert_int_eq(worker_backend_open(&b, &cfg, &quiet, &st), ST_FAILED_PRECONDITION);
+    ck_assert_str_eq(st.message, "--backend cuda: 3 ranks on this machine, but 2 devices");
 }
 END_TEST
 
@@ -160,6 +175,7 @@ int main(void)
     tcase_set_timeout(limits, 60); /* a driver may take long to open */
     tcase_add_test(core, host_looks_for_no_driver);
     tcase_add_test(core, devices_are_named_when_the_plugin_refuses);
+    tcase_add_test(core, more_ranks_than_devices_are_refused);
     tcase_add_test(core, a_back_end_that_serves_gives_its_parts);
     tcase_add_test(limits, device_lists_are_numbers_of_devices);
     tcase_add_test(limits, a_wrong_device_list_is_said_at_auto_too);

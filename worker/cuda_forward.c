@@ -69,6 +69,7 @@ static void lay_out(struct forward *f, struct arena *a)
     f->picked = take(a, f->head_rows, hidden_bytes / 2);
     f->logits = take(a, (uint64_t)f->head_rows * m->vocab_size, sizeof(float));
     f->choice = take(a, rows, sizeof *f->choice);
+    f->last = take(a, c->max_slots, sizeof *f->last);
 }
 
 /* The same on both sides of the bus. */
@@ -234,6 +235,33 @@ static void make_buckets(struct forward *f)
     f->bucket[f->n_buckets++].rows = max;
 }
 
+static enum status_code allocate_flight(struct cuda_flight *l, const struct forward_config *c, uint64_t step_bytes,
+                                        struct status *st)
+{
+    enum status_code rc;
+    if ((rc = cuda_check(cudaMallocHost(&l->host_step, step_bytes), st, "pinned batch")) != ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&l->choice, c->max_rows * sizeof *l->choice), st, "pinned tokens")) !=
+            ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&l->drawn, c->max_rows * sizeof *l->drawn), st, "pinned tokens")) !=
+            ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&l->fault, 2 * sizeof *l->fault), st, "pinned faults")) != ST_OK ||
+        (rc = cuda_check(cudaEventCreateWithFlags(&l->done, cudaEventDisableTiming), st, "event")) != ST_OK)
+        return rc;
+    struct arena a = {l->host_step, 0};
+    lay_out_step(c, &a, &l->row, &l->counts, &l->seq, &l->sample);
+    return ST_OK;
+}
+
+static void free_flight(struct cuda_flight *l)
+{
+    if (l->done)
+        cudaEventDestroy(l->done);
+    cudaFreeHost(l->fault);
+    cudaFreeHost(l->drawn);
+    cudaFreeHost(l->choice);
+    cudaFreeHost(l->host_step);
+}
+
 static enum status_code allocate(struct forward *f, struct status *st)
 {
     enum status_code rc;
@@ -244,14 +272,13 @@ static enum status_code allocate(struct forward *f, struct status *st)
     if ((rc = cuda_check(cudaMalloc(&f->arena, a.at), st, "activations")) != ST_OK ||
         (rc = cuda_check(cudaMemset(f->arena, 0, a.at), st, "activations")) != ST_OK ||
         (rc = cuda_check(cudaMalloc(&f->step, step.at), st, "batch")) != ST_OK ||
-        (rc = cuda_check(cudaMallocHost(&f->host_step, step.at), st, "pinned batch")) != ST_OK ||
-        (rc = cuda_check(cudaMallocHost((void **)&f->host_choice, f->cfg.max_rows * sizeof *f->host_choice), st,
-                         "pinned tokens")) != ST_OK ||
-        (rc = cuda_check(cudaMallocHost((void **)&f->host_fault, 2 * sizeof *f->host_fault), st, "pinned faults")) !=
-            ST_OK ||
+        (rc = cuda_check(cudaEventCreateWithFlags(&f->waited, cudaEventDisableTiming), st, "event")) != ST_OK ||
         (rc = cuda_check(cudaMallocHost((void **)&f->host_logits, f->cfg.model->vocab_size * sizeof(float)), st,
                          "pinned logits")) != ST_OK)
         return rc;
+    for (uint32_t i = 0; i < CUDA_FLIGHTS; i++)
+        if ((rc = allocate_flight(&f->flight[i], &f->cfg, step.at, st)) != ST_OK)
+            return rc;
     f->host_adjusted = malloc(f->cfg.model->vocab_size * sizeof(float));
     if (!f->host_adjusted)
         return status_nomem(st, "logits", f->cfg.model->vocab_size * sizeof(float));
@@ -259,8 +286,6 @@ static enum status_code allocate(struct forward *f, struct status *st)
     lay_out(f, &a);
     step = (struct arena){f->step, 0};
     lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample);
-    step = (struct arena){f->host_step, 0};
-    lay_out_step(&f->cfg, &step, &f->host_row, &f->host_counts, &f->host_seq, &f->host_sample);
     return sampler_create(&f->sampler, f->cfg.model->vocab_size, st);
 }
 
@@ -291,17 +316,16 @@ static void forward_destroy(struct forward *f)
             if (f->bucket[i].graph[v])
                 cudaGraphExecDestroy(f->bucket[i].graph[v]);
     comm_gpu_destroy(f->group);
-    if (f->finished)
-        cudaEventDestroy(f->finished);
+    if (f->waited)
+        cudaEventDestroy(f->waited);
+    for (uint32_t i = 0; i < CUDA_FLIGHTS; i++)
+        free_flight(&f->flight[i]);
     attn_gpu_destroy(f->attn[0]);
     attn_gpu_destroy(f->attn[1]);
     cuda_gemm_destroy(f->gemm);
     sampler_destroy(f->sampler);
     free(f->host_adjusted);
     cudaFreeHost(f->host_logits);
-    cudaFreeHost(f->host_fault);
-    cudaFreeHost(f->host_choice);
-    cudaFreeHost(f->host_step);
     cudaFree(f->step);
     cudaFree(f->arena);
     if (f->stream)
@@ -324,7 +348,6 @@ static enum status_code forward_create(struct forward **out, const struct forwar
         (rc = cuda_gemm_create(&f->gemm, f->stream, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
         (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
         (rc = create_group(&f->group, cfg, st)) != ST_OK ||
-        (rc = cuda_check(cudaEventCreateWithFlags(&f->finished, cudaEventDisableTiming), st, "event")) != ST_OK ||
         (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK) {
         forward_destroy(f);
         return rc;
@@ -347,5 +370,8 @@ const struct forward_ops forward_ops_cuda = {
     .destroy = forward_destroy,
     .connect = forward_connect,
     .run = cuda_forward_run,
+    .start = cuda_forward_start,
+    .poll = cuda_forward_poll,
+    .finish = cuda_forward_finish,
     .logits = forward_logits,
 };

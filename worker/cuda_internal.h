@@ -61,13 +61,30 @@ struct cuda_bucket {
     bool ran[2];
 };
 
+#define CUDA_FLIGHTS 2
+
+/* A step from its start to its finish: what the host writes for it and gets from it, in pinned memory of its own. */
+struct cuda_flight {
+    struct forward_batch batch;
+    uint32_t *tokens;
+    cudaEvent_t done;
+    void *host_step;            /* as step below */
+    struct cuda_row *row;       /* [T] */
+    uint32_t *counts;           /* [1] sequences */
+    struct attn_seq *seq;       /* [max_seqs] */
+    struct cuda_sample *sample; /* [T] */
+    struct cuda_choice *choice; /* [T] */
+    uint32_t *fault;            /* [2] of attn */
+    uint32_t *drawn;            /* [T] tokens that the host has drawn, on their way to last */
+};
+
 struct forward {
     struct forward_config cfg;
     cudaStream_t stream;
     struct cuda_gemm *gemm;
     struct attn_gpu *attn[2]; /* whole context; window. NULL: no such layers */
     struct comm_gpu *group;   /* NULL: one rank */
-    cudaEvent_t finished;
+    cudaEvent_t waited;       /* of waits within a step */
     bool graphs;
     uint32_t n_buckets;
     struct cuda_bucket bucket[CUDA_BUCKETS_MAX];
@@ -82,17 +99,18 @@ struct forward {
     float *logits;                       /* [head_rows][V], of all ranks */
     struct cuda_choice *choice;          /* [max_samples] */
 
-    /* of the step under way: once in the device's memory, once pinned; the same layout */
-    void *step, *host_step;
-    uint64_t step_bytes;
-    struct cuda_row *row, *host_row;          /* [T] */
-    struct attn_seq *seq, *host_seq;          /* [max_seqs] */
-    uint32_t *counts, *host_counts;           /* [1] sequences */
-    struct cuda_sample *sample, *host_sample; /* [max_samples] */
+    uint32_t *last; /* [slots] token sampled last */
 
-    /* pinned */
-    struct cuda_choice *host_choice; /* [max_samples] */
-    uint32_t *host_fault;            /* [2] of attn */
+    /* of the step that the device works at; the host's copy, laid out alike, is the flight's */
+    void *step;
+    uint64_t step_bytes;
+    struct cuda_row *row;
+    struct attn_seq *seq;
+    uint32_t *counts;
+    struct cuda_sample *sample;
+
+    struct cuda_flight flight[CUDA_FLIGHTS];
+    uint32_t first_flight, flights; /* under way */
 
     /* rows whose options the device does not know: sampled on the host */
     struct sampler *sampler;
@@ -100,6 +118,10 @@ struct forward {
 };
 
 uint32_t cuda_forward_max_seqs(const struct forward_config *cfg);
+enum status_code cuda_forward_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
+                                    struct status *st);
+enum status_code cuda_forward_poll(struct forward *f, bool *done, struct status *st);
+enum status_code cuda_forward_finish(struct forward *f, struct status *st);
 enum status_code cuda_forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
                                   struct status *st);
 

@@ -15,10 +15,13 @@
 extern "C" {
 #endif
 
+#define CUDA_TOKEN_OF_SLOT (1u << 31) /* FORWARD_TOKEN_OF_SLOT */
+#define CUDA_NO_SLOT       0xFFFFFFFFu
+
 /* What changes from step to step, one per row. */
 struct cuda_row {
-    uint64_t k; /* address of this row's K in layer 0; 0: padding */
-    uint32_t token;
+    uint64_t k;     /* address of this row's K in layer 0; 0: padding */
+    uint32_t token; /* an id, or CUDA_TOKEN_OF_SLOT | slot: what was sampled for the slot last */
     uint32_t position;
 };
 
@@ -28,6 +31,7 @@ struct cuda_sample {
     float temperature, top_p, min_p; /* as in sample.h */
     uint32_t top_k;
     uint64_t seed;
+    uint32_t slot; /* whose last token it becomes; CUDA_NO_SLOT */
 };
 
 enum cuda_fault { CUDA_FAULT_NONE, CUDA_FAULT_NAN, CUDA_FAULT_INFINITE, CUDA_FAULT_MINUS_INFINITE };
@@ -39,12 +43,16 @@ struct cuda_choice {
 
 /* ---- rows (cuda_rows.cu); hidden and inner are multiples of 4 ---- */
 
-/* x = embedding of the row's token, tokens first .. first + count - 1 being ours, others 0. */
-cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_row *row, const void *embed, uint32_t first,
-                       uint32_t count, uint32_t rows, uint32_t hidden);
-/* The same in bf16, this rank's part of a sum: out [rows][hidden]. */
-cudaError_t cuda_embed_part(cudaStream_t stream, void *out, const struct cuda_row *row, const void *embed,
-                            uint32_t first, uint32_t count, uint32_t rows, uint32_t hidden);
+struct cuda_embedding {
+    const struct cuda_row *row;
+    const uint32_t *last; /* [slots] sampled last */
+    const void *table;    /* [count][hidden] bf16: tokens first .. first + count - 1; of others the embedding is 0 */
+    uint32_t first, count, rows, hidden;
+};
+/* x [rows][hidden] = embeddings of the rows' tokens. */
+cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_embedding *e);
+/* The same in bf16, this rank's part of a sum. */
+cudaError_t cuda_embed_part(cudaStream_t stream, void *out, const struct cuda_embedding *e);
 /* x += bias (may be NULL), then h = x / sqrt(mean(x^2) + eps) * weight. With pick, h row i is made of x row pick[i].row,
  * and x is left as it is. */
 cudaError_t cuda_norm(cudaStream_t stream, void *h, float *x, const float *bias, const float *weight, float eps,
@@ -88,8 +96,8 @@ cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const
 
 /* choice[i] from logits row i, as sample.h has it: greedy, temperature, top_k, min_p, top_p. Weights are the host's to the
  * bit, but sums are formed in units of 2^-44, exact and in any order: a draw differs from the host's only where u falls
- * within about 1e-12 of a token's edge. vocab: at most 2^18. */
-cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, const float *logits,
+ * within about 1e-12 of a token's edge. vocab: at most 2^18. The token also goes to last[slot]. */
+cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *logits,
                              const struct cuda_sample *sample, uint32_t rows, uint32_t vocab);
 
 #ifdef __cplusplus

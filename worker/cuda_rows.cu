@@ -47,24 +47,29 @@ __device__ float block_sum(float v)
     return warp_sum(v);
 }
 
-/* One block per row. */
-__global__ void embed_kernel(float *x, const cuda_row *row, const bf16x4 *embed, uint32_t first, uint32_t count,
-                             uint32_t quads)
+/* Of the row's token within the table; wraps to a large number below its first. */
+__device__ uint32_t place_of(const cuda_embedding &e, uint32_t row)
 {
-    uint32_t local = row[blockIdx.x].token - first; /* wraps to a large number below first */
-    float4 *out = (float4 *)x + (uint64_t)blockIdx.x * quads;
-    for (uint32_t i = threadIdx.x; i < quads; i += blockDim.x)
-        out[i] = local < count ? to_float(embed[(uint64_t)local * quads + i]) : make_float4(0, 0, 0, 0);
+    uint32_t token = e.row[row].token;
+    return (token & CUDA_TOKEN_OF_SLOT ? e.last[token & ~CUDA_TOKEN_OF_SLOT] : token) - e.first;
 }
 
 /* One block per row. */
-__global__ void embed_part_kernel(bf16x4 *out, const cuda_row *row, const bf16x4 *embed, uint32_t first, uint32_t count,
-                                  uint32_t quads)
+__global__ void embed_kernel(float4 *x, cuda_embedding e)
 {
-    uint32_t local = row[blockIdx.x].token - first;
+    const uint32_t place = place_of(e, blockIdx.x), quads = e.hidden / 4;
+    const bf16x4 *in = (const bf16x4 *)e.table + (uint64_t)place * quads;
     for (uint32_t i = threadIdx.x; i < quads; i += blockDim.x)
-        out[(uint64_t)blockIdx.x * quads + i] =
-            local < count ? embed[(uint64_t)local * quads + i] : to_bf16(make_float4(0, 0, 0, 0));
+        x[(uint64_t)blockIdx.x * quads + i] = place < e.count ? to_float(in[i]) : make_float4(0, 0, 0, 0);
+}
+
+/* One block per row. */
+__global__ void embed_part_kernel(bf16x4 *out, cuda_embedding e)
+{
+    const uint32_t place = place_of(e, blockIdx.x), quads = e.hidden / 4;
+    const bf16x4 *in = (const bf16x4 *)e.table + (uint64_t)place * quads;
+    for (uint32_t i = threadIdx.x; i < quads; i += blockDim.x)
+        out[(uint64_t)blockIdx.x * quads + i] = place < e.count ? in[i] : to_bf16(make_float4(0, 0, 0, 0));
 }
 
 __device__ float4 plus(float4 a, float4 b)
@@ -209,19 +214,15 @@ uint32_t norm_threads(uint32_t quads)
 }
 } // namespace
 
-cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_row *row, const void *embed, uint32_t first,
-                       uint32_t count, uint32_t rows, uint32_t hidden)
+cudaError_t cuda_embed(cudaStream_t stream, float *x, const struct cuda_embedding *e)
 {
-    embed_kernel<<<rows, norm_threads(hidden / 4), 0, stream>>>(x, row, (const bf16x4 *)embed, first, count,
-                                                                hidden / 4);
+    embed_kernel<<<e->rows, norm_threads(e->hidden / 4), 0, stream>>>((float4 *)x, *e);
     return cudaGetLastError();
 }
 
-cudaError_t cuda_embed_part(cudaStream_t stream, void *out, const struct cuda_row *row, const void *embed,
-                            uint32_t first, uint32_t count, uint32_t rows, uint32_t hidden)
+cudaError_t cuda_embed_part(cudaStream_t stream, void *out, const struct cuda_embedding *e)
 {
-    embed_part_kernel<<<rows, norm_threads(hidden / 4), 0, stream>>>((bf16x4 *)out, row, (const bf16x4 *)embed, first,
-                                                                     count, hidden / 4);
+    embed_part_kernel<<<e->rows, norm_threads(e->hidden / 4), 0, stream>>>((bf16x4 *)out, *e);
     return cudaGetLastError();
 }
 

@@ -23,12 +23,12 @@ static struct cuda_bucket *bucket_for(struct forward *f, uint32_t rows)
     return b;
 }
 
-static void fill_rows(struct forward *f, const struct forward_batch *b, uint32_t padded)
+static void fill_rows(struct forward *f, struct cuda_flight *l, const struct forward_batch *b, uint32_t padded)
 {
     for (uint32_t i = 0; i < b->seqs; i++) {
         const struct forward_seq *s = &b->seq[i];
         const struct kv_view view = kv_slot_view(f->cfg.kv, s->slot, 0);
-        f->host_seq[i] = (struct attn_seq){
+        l->seq[i] = (struct attn_seq){
             .k = view.k,
             .v = view.v,
             .first_row = s->first_row,
@@ -37,7 +37,7 @@ static void fill_rows(struct forward *f, const struct forward_batch *b, uint32_t
         };
         for (uint32_t r = 0; r < s->rows; r++) {
             uint32_t position = s->position + r;
-            f->host_row[s->first_row + r] = (struct cuda_row){
+            l->row[s->first_row + r] = (struct cuda_row){
                 .k = (uint64_t)(uintptr_t)view.k + position * view.token_stride,
                 .token = b->token[s->first_row + r],
                 .position = position,
@@ -45,15 +45,15 @@ static void fill_rows(struct forward *f, const struct forward_batch *b, uint32_t
         }
     }
     for (uint32_t r = b->rows; r < padded; r++)
-        f->host_row[r] = (struct cuda_row){0};
-    *f->host_counts = b->seqs;
+        l->row[r] = (struct cuda_row){0};
+    *l->counts = b->seqs;
 }
 
-static void fill_samples(struct forward *f, const struct forward_batch *b)
+static void fill_samples(struct cuda_flight *l, const struct forward_batch *b)
 {
     for (uint32_t i = 0; i < b->samples; i++) {
         const struct forward_sample *s = &b->sample[i];
-        f->host_sample[i] = (struct cuda_sample){
+        l->sample[i] = (struct cuda_sample){
             .row = s->row,
             .position = s->position,
             .temperature = s->params.temperature,
@@ -61,24 +61,28 @@ static void fill_samples(struct forward *f, const struct forward_batch *b)
             .min_p = s->params.min_p,
             .top_k = s->params.top_k,
             .seed = s->params.seed,
+            .slot = s->slot,
         };
     }
 }
 
-static enum status_code send_batch(struct forward *f, const struct forward_batch *b, uint32_t padded, struct status *st)
+_Static_assert(CUDA_NO_SLOT == FORWARD_NO_SLOT && CUDA_TOKEN_OF_SLOT == FORWARD_TOKEN_OF_SLOT, "travel as they are");
+
+static enum status_code send_batch(struct forward *f, struct cuda_flight *l, const struct forward_batch *b,
+                                   uint32_t padded, struct status *st)
 {
-    fill_rows(f, b, padded);
-    fill_samples(f, b);
+    fill_rows(f, l, b, padded);
+    fill_samples(l, b);
     /* counts stands right in front of seq */
-    uint64_t seq_bytes = (uint64_t)((uint8_t *)(f->host_seq + b->seqs) - (uint8_t *)f->host_counts);
+    uint64_t seq_bytes = (uint64_t)((uint8_t *)(l->seq + b->seqs) - (uint8_t *)l->counts);
     const struct {
         void *to;
         const void *from;
         uint64_t bytes;
     } copy[] = {
-        {f->row, f->host_row, padded * sizeof *f->row},
-        {f->counts, f->host_counts, seq_bytes},
-        {f->sample, f->host_sample, b->samples * sizeof *f->sample},
+        {f->row, l->row, padded * sizeof *f->row},
+        {f->counts, l->counts, seq_bytes},
+        {f->sample, l->sample, b->samples * sizeof *f->sample},
     };
     for (size_t i = 0; i < sizeof copy / sizeof *copy; i++) {
         if (copy[i].bytes == 0)
@@ -210,15 +214,19 @@ static enum status_code layer(struct forward *f, const struct attn_gpu_step *ste
 
 static enum status_code embed(struct forward *f, uint32_t rows, struct status *st)
 {
-    const struct model_config *m = f->cfg.model;
-    const struct shard_span vocab = f->cfg.shard->vocab;
-    const void *table = f->cfg.weights->embed.data;
+    const struct cuda_embedding e = {
+        .row = f->row,
+        .last = f->last,
+        .table = f->cfg.weights->embed.data,
+        .first = f->cfg.shard->vocab.first,
+        .count = f->cfg.shard->vocab.count,
+        .rows = rows,
+        .hidden = f->cfg.model->hidden,
+    };
     if (!f->group)
-        return cuda_check(cuda_embed(f->stream, f->x, f->row, table, vocab.first, vocab.count, rows, m->hidden), st,
-                          "embedding");
-    enum status_code rc = cuda_check(cuda_embed_part(f->stream, comm_gpu_part(f->group, PART_EMBEDDING), f->row, table,
-                                                     vocab.first, vocab.count, rows, m->hidden),
-                                     st, "embedding");
+        return cuda_check(cuda_embed(f->stream, f->x, &e), st, "embedding");
+    enum status_code rc =
+        cuda_check(cuda_embed_part(f->stream, comm_gpu_part(f->group, PART_EMBEDDING), &e), st, "embedding");
     if (rc != ST_OK)
         return rc;
     return add_parts(f, PART_EMBEDDING, true, NULL, f->cfg.weights->layer[0].attn_norm, rows, st);
@@ -325,8 +333,8 @@ static enum status_code wait_for_stream(struct forward *f, struct status *st)
 {
     if (!f->group)
         return cuda_check(cudaStreamSynchronize(f->stream), st, "step");
-    enum status_code rc = cuda_check(cudaEventRecord(f->finished, f->stream), st, "step");
-    return rc == ST_OK ? comm_gpu_finish(f->group, f->finished, st) : rc;
+    enum status_code rc = cuda_check(cudaEventRecord(f->waited, f->stream), st, "step");
+    return rc == ST_OK ? comm_gpu_finish(f->group, f->waited, st) : rc;
 }
 
 /* Row i of f->logits, which is sample s. */
@@ -357,9 +365,20 @@ static enum status_code sample_on_host(struct forward *f, const struct forward_s
     return sample_score(s->scores, f->host_logits, vocab, *token, s->top < vocab ? s->top : vocab, s->row, st);
 }
 
+/* What the host has drawn for sample i becomes its slot's last token on the device, too. */
+static enum status_code keep_drawn(struct forward *f, struct cuda_flight *l, uint32_t i, struct status *st)
+{
+    uint32_t slot = l->batch.sample[i].slot;
+    if (slot == FORWARD_NO_SLOT)
+        return ST_OK;
+    l->drawn[i] = l->tokens[i];
+    return cuda_check(cudaMemcpyAsync(f->last + slot, l->drawn + i, sizeof *f->last, cudaMemcpyHostToDevice, f->stream),
+                      st, "token");
+}
+
 /* Samples first .. first + n - 1. */
-static enum status_code head_block(struct forward *f, const struct forward_batch *b, uint32_t first, uint32_t n,
-                                   uint32_t *tokens, struct status *st)
+static enum status_code head_block(struct forward *f, struct cuda_flight *l, uint32_t first, uint32_t n,
+                                   struct status *st)
 {
     const struct model_config *m = f->cfg.model;
     const struct model_weights *w = f->cfg.weights;
@@ -383,13 +402,21 @@ static enum status_code head_block(struct forward *f, const struct forward_batch
         if ((rc = comm_gpu_gather(f->group, &gather, st)) != ST_OK)
             return rc;
     }
-    rc = cuda_check(cuda_sample_rows(f->stream, f->choice + first, f->logits, f->sample + first, n, m->vocab_size), st,
-                    "sampling");
-    for (uint32_t i = 0; rc == ST_OK && i < n; i++)
-        if (on_host(&b->sample[first + i]))
-            rc = sample_on_host(f, &b->sample[first + i], i, &tokens[first + i], st);
+    rc = cuda_check(
+        cuda_sample_rows(f->stream, f->choice + first, f->last, f->logits, f->sample + first, n, m->vocab_size), st,
+        "sampling");
+    for (uint32_t i = 0; rc == ST_OK && i < n; i++) {
+        const struct forward_sample *s = &l->batch.sample[first + i];
+        if (!on_host(s))
+            continue;
+        rc = sample_on_host(f, s, i, &l->tokens[first + i], st);
+        if (rc == ST_OK)
+            rc = keep_drawn(f, l, first + i, st);
+    }
     return rc;
 }
+
+/* ---- halves of a step ---- */
 
 static enum status_code refuse(const struct forward_sample *s, struct cuda_choice c, struct status *st)
 {
@@ -399,50 +426,89 @@ static enum status_code refuse(const struct forward_sample *s, struct cuda_choic
                       c.fault == CUDA_FAULT_MINUS_INFINITE ? "minus " : "");
 }
 
-static enum status_code receive(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
+/* Faults and tokens on their way back. */
+static enum status_code send_results(struct forward *f, struct cuda_flight *l, struct status *st)
 {
     enum status_code rc = ST_OK;
-    for (int i = 0; i < 2; i++) {
-        f->host_fault[i] = 0;
+    for (int i = 0; rc == ST_OK && i < 2; i++) {
+        l->fault[i] = 0;
         if (f->attn[i])
-            rc = cuda_check(cudaMemcpyAsync(&f->host_fault[i], attn_gpu_fault(f->attn[i]), sizeof *f->host_fault,
+            rc = cuda_check(cudaMemcpyAsync(&l->fault[i], attn_gpu_fault(f->attn[i]), sizeof *l->fault,
                                             cudaMemcpyDeviceToHost, f->stream),
                             st, "tokens");
-        if (rc != ST_OK)
-            return rc;
     }
-    if (b->samples)
-        rc = cuda_check(cudaMemcpyAsync(f->host_choice, f->choice, b->samples * sizeof *f->choice,
+    if (rc == ST_OK && l->batch.samples)
+        rc = cuda_check(cudaMemcpyAsync(l->choice, f->choice, l->batch.samples * sizeof *f->choice,
                                         cudaMemcpyDeviceToHost, f->stream),
                         st, "tokens");
-    if (rc != ST_OK || (rc = wait_for_stream(f, st)) != ST_OK)
-        return rc;
+    return rc;
+}
+
+enum status_code cuda_forward_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
+                                    struct status *st)
+{
+    if (f->flights == CUDA_FLIGHTS)
+        return status_set(st, ST_INTERNAL, "%u steps are under way already", f->flights);
+    struct cuda_flight *l = &f->flight[(f->first_flight + f->flights) % CUDA_FLIGHTS];
+    enum status_code rc = ST_OK;
+    l->batch = *b;
+    l->tokens = tokens;
+    if (b->rows) {
+        struct cuda_bucket *bucket = bucket_for(f, b->rows);
+        if ((rc = send_batch(f, l, b, bucket->rows, st)) != ST_OK ||
+            (rc = run_layers(f, bucket, b->rows == b->seqs, st)) != ST_OK)
+            return rc;
+        for (uint32_t first = 0; rc == ST_OK && first < b->samples; first += f->head_rows)
+            rc = head_block(f, l, first, b->samples - first < f->head_rows ? b->samples - first : f->head_rows, st);
+        if (rc != ST_OK || (rc = send_results(f, l, st)) != ST_OK)
+            return rc;
+    }
+    rc = cuda_check(cudaEventRecord(l->done, f->stream), st, "step");
+    if (rc == ST_OK)
+        f->flights++;
+    return rc;
+}
+
+enum status_code cuda_forward_poll(struct forward *f, bool *done, struct status *st)
+{
+    struct cuda_flight *l = &f->flight[f->first_flight];
+    if (f->group)
+        return comm_gpu_poll(f->group, l->done, done, st);
+    cudaError_t err = cudaEventQuery(l->done);
+    *done = err == cudaSuccess;
+    return err == cudaErrorNotReady ? ST_OK : cuda_check(err, st, "step");
+}
+
+static enum status_code take_tokens(struct forward *f, const struct cuda_flight *l, struct status *st)
+{
+    const struct forward_batch *b = &l->batch;
     for (int i = 0; i < 2; i++)
-        if (f->host_fault[i])
-            return status_set(st, ST_INTERNAL, "attention refuses sequence %u of %u", f->host_fault[i] - 1, b->seqs);
+        if (f->attn[i] && l->fault[i])
+            return status_set(st, ST_INTERNAL, "attention refuses sequence %u of %u", l->fault[i] - 1, b->seqs);
     for (uint32_t i = 0; i < b->samples; i++) {
         if (on_host(&b->sample[i]))
             continue;
-        if (f->host_choice[i].fault)
-            return refuse(&b->sample[i], f->host_choice[i], st);
-        tokens[i] = f->host_choice[i].token;
+        if (l->choice[i].fault)
+            return refuse(&b->sample[i], l->choice[i], st);
+        l->tokens[i] = l->choice[i].token;
     }
     return ST_OK;
 }
 
+enum status_code cuda_forward_finish(struct forward *f, struct status *st)
+{
+    struct cuda_flight *l = &f->flight[f->first_flight];
+    enum status_code rc =
+        f->group ? comm_gpu_finish(f->group, l->done, st) : cuda_check(cudaEventSynchronize(l->done), st, "step");
+    f->first_flight = (f->first_flight + 1) % CUDA_FLIGHTS;
+    f->flights--;
+    if (rc != ST_OK || l->batch.rows == 0)
+        return rc;
+    return take_tokens(f, l, st);
+}
+
 enum status_code cuda_forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens, struct status *st)
 {
-    if (b->rows == 0)
-        return ST_OK;
-    struct cuda_bucket *bucket = bucket_for(f, b->rows);
-    bool decodes = b->rows == b->seqs;
-    enum status_code rc;
-    if ((rc = send_batch(f, b, bucket->rows, st)) != ST_OK || (rc = run_layers(f, bucket, decodes, st)) != ST_OK)
-        return rc;
-    for (uint32_t first = 0; first < b->samples; first += f->head_rows) {
-        uint32_t n = b->samples - first < f->head_rows ? b->samples - first : f->head_rows;
-        if ((rc = head_block(f, b, first, n, tokens, st)) != ST_OK)
-            return rc;
-    }
-    return receive(f, b, tokens, st);
+    enum status_code rc = cuda_forward_start(f, b, tokens, st);
+    return rc == ST_OK ? cuda_forward_finish(f, st) : rc;
 }

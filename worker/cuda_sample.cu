@@ -278,7 +278,7 @@ __device__ uint32_t draw(row_state &r, shared_state *s, const cuda_sample &p, ui
 
 /* One block per row. Sums over ids in order: warp w has the ids of the w-th of WARPS equal spans. */
 __global__ void __launch_bounds__(THREADS)
-    sample_kernel(cuda_choice *choice, const float *logits, const cuda_sample *sample, uint32_t vocab)
+    sample_kernel(cuda_choice *choice, uint32_t *last, const float *logits, const cuda_sample *sample, uint32_t vocab)
 {
     __shared__ shared_state s;
     const uint32_t warp = threadIdx.x / WARP, span = (vocab + WARPS - 1) / WARPS;
@@ -291,16 +291,19 @@ __global__ void __launch_bounds__(THREADS)
     uint32_t token = find_best(r, &s), fault = fault_of(r.logits[token]);
     if (fault == CUDA_FAULT_NONE && p.temperature != 0.0f && p.top_k != 1)
         token = draw(r, &s, p, token);
-    if (threadIdx.x == 0)
-        choice[blockIdx.x] = {token, fault};
+    if (threadIdx.x)
+        return;
+    choice[blockIdx.x] = {token, fault};
+    if (p.slot != CUDA_NO_SLOT)
+        last[p.slot] = fault == CUDA_FAULT_NONE ? token : 0;
 }
 } // namespace
 
-cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, const float *logits,
+cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *logits,
                              const struct cuda_sample *sample, uint32_t rows, uint32_t vocab)
 {
     if (rows == 0)
         return cudaSuccess;
-    sample_kernel<<<rows, THREADS, 0, stream>>>(choice, logits, sample, vocab);
+    sample_kernel<<<rows, THREADS, 0, stream>>>(choice, last, logits, sample, vocab);
     return cudaGetLastError();
 }

@@ -14,7 +14,6 @@
 #define MAX_STEP_TOKENS     65536u
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
 #define DEFAULT_KV_PAGES_MAX 32768u
-#define NO_SLOT              UINT32_MAX
 
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
 
@@ -135,22 +134,40 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
     return kv_pool_create(&e->kv, &kv, st);
 }
 
+static enum status_code create_flight(struct engine_flight *f, uint64_t rows, struct status *st)
+{
+    f->row_token = calloc(rows, sizeof *f->row_token);
+    f->seq = calloc(rows, sizeof *f->seq);
+    f->sample = calloc(rows, sizeof *f->sample);
+    f->sampled_slot = calloc(rows, sizeof *f->sampled_slot);
+    f->token = calloc(rows, sizeof *f->token);
+    f->sample_score = calloc(rows, sizeof *f->sample_score);
+    f->prompt_score = calloc(rows, sizeof *f->prompt_score);
+    if (!f->row_token || !f->seq || !f->sample || !f->sampled_slot || !f->token || !f->sample_score || !f->prompt_score)
+        return status_nomem(st, "a step of the engine", rows * (sizeof *f->seq + 2 * sizeof *f->sample_score));
+    return ST_OK;
+}
+
+static void free_flight(struct engine_flight *f)
+{
+    free(f->row_token);
+    free(f->seq);
+    free(f->sample);
+    free(f->sampled_slot);
+    free(f->token);
+    free(f->sample_score);
+    free(f->prompt_score);
+}
+
 static enum status_code create_buffers(struct engine *e, struct status *st)
 {
-    uint64_t slots = e->info.max_slots, rows = e->info.max_step_tokens;
-    e->slot = calloc(slots, sizeof *e->slot);
-    e->row_token = calloc(rows, sizeof *e->row_token);
-    e->seq = calloc(rows, sizeof *e->seq);
-    e->sample = calloc(rows, sizeof *e->sample);
-    e->sampled_slot = calloc(rows, sizeof *e->sampled_slot);
-    e->token = calloc(rows, sizeof *e->token);
-    e->sample_score = calloc(rows, sizeof *e->sample_score);
-    e->prompt_score = calloc(rows, sizeof *e->prompt_score);
-    if (!e->slot || !e->row_token || !e->seq || !e->sample || !e->sampled_slot || !e->token || !e->sample_score ||
-        !e->prompt_score)
-        return status_nomem(st, "slots of the engine",
-                            slots * sizeof *e->slot + rows * (sizeof *e->seq + 2 * sizeof *e->sample_score));
-    return ST_OK;
+    e->slot = calloc(e->info.max_slots, sizeof *e->slot);
+    if (!e->slot)
+        return status_nomem(st, "slots of the engine", e->info.max_slots * sizeof *e->slot);
+    enum status_code rc = ST_OK;
+    for (uint32_t i = 0; rc == ST_OK && i < e->info.depth; i++)
+        rc = create_flight(&e->flight[i], e->info.max_step_tokens, st);
+    return rc;
 }
 
 static void fill_info(struct engine *e)
@@ -213,6 +230,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
     e->comm = cfg->comm;
     e->parts = cfg->parts;
     e->ops = cfg->parts ? cfg->parts->forward : &forward_ops_host;
+    e->info.depth = e->ops->start ? ENGINE_DEPTH_MAX : 1;
     shard_heads(&e->shard.heads, &e->shard.kv_heads, e->model.heads, e->model.kv_heads, rank, ranks);
     uint32_t unit = cfg->parts ? SHARD_DEVICE_UNIT : 1;
     e->shard.inner = shard_units(e->model.inner, unit, rank, ranks);
@@ -225,6 +243,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .shard = &e->shard,
         .comm = cfg->comm,
         .pool = e->pool,
+        .max_slots = e->info.max_slots,
         .max_rows = e->info.max_step_tokens,
         .max_samples = e->info.max_slots < e->info.max_step_tokens ? e->info.max_slots : e->info.max_step_tokens,
         .max_context = e->info.max_context,
@@ -268,13 +287,8 @@ void engine_destroy(struct engine *e)
     kv_pool_destroy(e->kv);
     drop_options(e);
     free(e->slot);
-    free(e->row_token);
-    free(e->seq);
-    free(e->sample);
-    free(e->sampled_slot);
-    free(e->token);
-    free(e->sample_score);
-    free(e->prompt_score);
+    for (uint32_t i = 0; i < ENGINE_DEPTH_MAX; i++)
+        free_flight(&e->flight[i]);
     threads_destroy(e->pool);
     free(e);
 }
@@ -326,160 +340,10 @@ struct engine_info engine_info(const struct engine *e)
 
 void engine_reset(struct engine *e)
 {
+    engine_drop_flights(e);
     kv_pool_reset(e->kv);
     drop_options(e);
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
-    e->step = 0;
+    e->step = e->done = 0;
     e->checks = 0;
-}
-
-/* ---- step ---- */
-
-static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *admit, struct status *st)
-{
-    struct engine_slot *s = &e->slot[admit->slot];
-    const Tandem__V1__SampleParams *p = admit->sample;
-    s->live = true;
-    s->has_token = false;
-    s->length = admit->from_tokens;
-    s->sample = engine_sample_params(p);
-    s->logprobs = p && p->logprobs;
-    s->top_logprobs = p ? p->top_logprobs : 0;
-    if (admit->from_tokens) { /* the steps that wrote these tokens are over */
-        enum status_code rc = kv_slot_share(e->kv, admit->slot, admit->from_slot, admit->from_tokens, st);
-        if (rc != ST_OK)
-            return rc;
-    }
-    return engine_options_create(&s->options, p, e->info.vocab_size, st);
-}
-
-static enum status_code release_and_admit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
-{
-    /* Steps run one after the other here: what the step before read is free at once. */
-    for (size_t i = 0; i < plan->n_release_slots; i++) {
-        kv_slot_release(e->kv, plan->release_slots[i], plan->step - 1);
-        struct engine_slot *s = &e->slot[plan->release_slots[i]];
-        s->live = false;
-        engine_options_destroy(s->options);
-        s->options = NULL;
-    }
-    kv_pool_complete(e->kv, plan->step - 1);
-    for (size_t i = 0; i < plan->n_admits; i++) {
-        enum status_code rc = admit(e, plan->admits[i], st);
-        if (rc != ST_OK)
-            return rc;
-    }
-    return ST_OK;
-}
-
-static void add_sample(struct engine *e, struct forward_batch *b, uint32_t slot)
-{
-    struct engine_slot *s = &e->slot[slot];
-    struct engine_score *score = &e->sample_score[e->n_sample_scores];
-    e->sampled_slot[b->samples] = slot;
-    e->sample[b->samples++] = (struct forward_sample){
-        .row = b->rows - 1,
-        .position = s->length,
-        .params = s->sample,
-        .adjust = engine_options_at(s->options, s->length),
-        .scored = s->logprobs,
-        .top = s->top_logprobs,
-        .scores = &score->scores,
-    };
-    if (s->logprobs) {
-        score->index = e->n_tokens;
-        e->n_sample_scores++;
-    }
-    e->n_tokens++;
-}
-
-/* Rows first .. first + n - 1 of a chunk, whose following tokens are known. Before its own rows are added to the batch. */
-static void add_scores(struct engine *e, struct forward_batch *b, const Tandem__V1__PrefillChunk *chunk)
-{
-    for (uint32_t i = chunk->score_first; i < chunk->score_first + chunk->score_rows; i++) {
-        e->sampled_slot[b->samples] = NO_SLOT;
-        e->sample[b->samples++] = (struct forward_sample){
-            .row = b->rows + i,
-            .given = true,
-            .token = i + 1 < chunk->n_token_ids ? chunk->token_ids[i + 1] : chunk->next_token,
-            .scored = true,
-            .top = e->slot[chunk->slot].top_logprobs,
-            .scores = &e->prompt_score[e->n_prompt_scores++].scores,
-        };
-    }
-}
-
-/* Adds a sequence of n rows; its tokens stand in row_token already. */
-static enum status_code add_seq(struct engine *e, struct forward_batch *b, uint32_t slot, uint32_t n, bool sample,
-                                struct status *st)
-{
-    struct engine_slot *s = &e->slot[slot];
-    enum status_code rc = kv_slot_grow(e->kv, slot, s->length + n, st);
-    if (rc == ST_OK)
-        rc = engine_options_feed(s->options, e->row_token + b->rows, n, s->length, st);
-    if (rc != ST_OK)
-        return rc;
-    e->seq[b->seqs++] = (struct forward_seq){.slot = slot, .first_row = b->rows, .rows = n, .position = s->length};
-    b->rows += n;
-    s->length += n;
-    s->has_token = false;
-    if (sample)
-        add_sample(e, b, slot);
-    return ST_OK;
-}
-
-static enum status_code add_all(struct engine *e, struct forward_batch *b, const Tandem__V1__StepPlan *plan,
-                                struct status *st)
-{
-    enum status_code rc;
-    for (size_t i = 0; i < plan->n_decode_slots; i++) {
-        e->row_token[b->rows] = e->slot[plan->decode_slots[i]].last_token;
-        if ((rc = add_seq(e, b, plan->decode_slots[i], 1, true, st)) != ST_OK)
-            return rc;
-    }
-    for (size_t i = 0; i < plan->n_prefills; i++) {
-        const Tandem__V1__PrefillChunk *chunk = plan->prefills[i];
-        memcpy(e->row_token + b->rows, chunk->token_ids, chunk->n_token_ids * sizeof *chunk->token_ids);
-        add_scores(e, b, chunk);
-        if ((rc = add_seq(e, b, chunk->slot, (uint32_t)chunk->n_token_ids, chunk->sample, st)) != ST_OK)
-            return rc;
-    }
-    return ST_OK;
-}
-
-enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan, struct engine_result *result,
-                             struct status *st)
-{
-    enum status_code rc = engine_plan_check(e, plan, st);
-    if (rc == ST_OK && e->ops->connect && !e->connected)
-        rc = engine_connect(e, st);
-    if (rc != ST_OK)
-        return rc;
-    struct forward_batch b = {.token = e->row_token, .seq = e->seq, .sample = e->sample};
-    e->n_tokens = e->n_sample_scores = e->n_prompt_scores = 0;
-    if ((rc = release_and_admit(e, plan, st)) != ST_OK || (rc = add_all(e, &b, plan, st)) != ST_OK ||
-        (rc = e->ops->run(e->forward, &b, e->token, st)) != ST_OK) {
-        status_prefix(st, "step %llu", (unsigned long long)plan->step);
-        return rc;
-    }
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < b.samples; i++) {
-        if (e->sampled_slot[i] == NO_SLOT)
-            continue;
-        struct engine_slot *s = &e->slot[e->sampled_slot[i]];
-        s->last_token = e->token[n++] = e->token[i];
-        s->has_token = true;
-    }
-    bool reports = comm_rank(e->comm) == 0;
-    e->step = plan->step;
-    *result = (struct engine_result){
-        .tokens = e->token,
-        .n_tokens = n,
-        .sample_scores = e->sample_score,
-        .prompt_scores = e->prompt_score,
-        .n_sample_scores = reports ? e->n_sample_scores : 0,
-        .n_prompt_scores = reports ? e->n_prompt_scores : 0,
-        .used_pages = kv_pool_stats(e->kv).mapped_pages,
-    };
-    return ST_OK;
 }

@@ -6,6 +6,11 @@
  *     engine_create(&e, &cfg, st);  engine_reset(e);
  *     engine_step(e, plan, &result, st);          // plan->step is 1, 2, 3 ... since the reset
  *
+ * A step is two halves, so that a device has the next one before it has finished this one:
+ *
+ *     engine_submit(e, plan1, st);  engine_submit(e, plan2, st);       // up to info.depth
+ *     engine_collect(e, &result1, st);  engine_submit(e, plan3, st);  ...
+ *
  * Threads: one, the step loop. Errors of engine_step mean that the rank cannot go on (a plan that contradicts its state,
  * a lost peer): the state is undefined then.
  */
@@ -47,6 +52,7 @@ struct engine_config {
 };
 
 struct engine_info {
+    uint32_t depth; /* steps under way at most: 1 on the host, which works in engine_submit */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     struct kv_account kv;
     uint64_t weight_bytes;   /* of this rank, in memory */
@@ -69,8 +75,9 @@ struct engine_score {
 };
 
 /* tokens: of all samples of the plan in order; the scores as StepResult has them (worker_control.proto), on rank 0 only.
- * Valid until the next step. */
+ * Valid until the next submission. */
 struct engine_result {
+    uint64_t step;
     const uint32_t *tokens;
     uint32_t n_tokens;
     const struct engine_score *sample_scores, *prompt_scores;
@@ -93,6 +100,13 @@ STATUS_MUST_CHECK enum status_code engine_connect(struct engine *e, struct statu
 
 /* Forgets all slots; the next plan is step 1. */
 void engine_reset(struct engine *e);
+STATUS_MUST_CHECK enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st);
+uint32_t engine_in_flight(const struct engine *e);
+/* Whether engine_collect would not wait. */
+STATUS_MUST_CHECK enum status_code engine_poll(struct engine *e, bool *done, struct status *st);
+/* The result of the oldest step under way. */
+STATUS_MUST_CHECK enum status_code engine_collect(struct engine *e, struct engine_result *result, struct status *st);
+/* Both, for one at a time. */
 STATUS_MUST_CHECK enum status_code engine_step(struct engine *e, const Tandem__V1__StepPlan *plan,
                                                struct engine_result *result, struct status *st);
 

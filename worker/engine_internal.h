@@ -1,4 +1,5 @@
-/* engine_internal.h - the state of an engine, shared by engine.c (create, step) and engine_plan.c (is the plan right?). */
+/* engine_internal.h - the state of an engine, shared by engine.c (create), engine_plan.c (is the plan right?) and engine_step.c
+ * (carried out). */
 #ifndef TANDEM_ENGINE_INTERNAL_H
 #define TANDEM_ENGINE_INTERNAL_H
 
@@ -18,8 +19,10 @@ struct engine_options; /* engine_options.c */
 
 struct engine_slot {
     bool live;
-    bool has_token;  /* last_token was sampled at position length and not fed yet */
-    uint32_t length; /* tokens in the KV pool */
+    bool has_token; /* a token was sampled at position length, or will be by a step under way, and is not fed yet */
+    bool pending;   /* by a step under way: last_token is not known yet */
+    uint64_t sampled_by; /* the last step that samples for it */
+    uint32_t length;     /* tokens in the KV pool, those of steps under way included */
     uint32_t last_token;
     struct sample_params sample;
     struct engine_options *options; /* NULL: none */
@@ -28,6 +31,21 @@ struct engine_slot {
     /* number of the check that saw the slot last in this role: finds what a plan names twice, and needs no clearing */
     uint64_t released_by, admitted_by, run_by;
     uint32_t begins; /* of the check that admitted it: tokens that it begins with */
+};
+
+#define ENGINE_DEPTH_MAX 2
+
+/* A step from its submission until its result is collected. All arrays [max_step_tokens]. */
+struct engine_flight {
+    uint64_t step;
+    bool finished; /* tokens are known */
+    uint32_t *row_token;
+    struct forward_seq *seq;
+    struct forward_sample *sample;
+    uint32_t *sampled_slot; /* FORWARD_NO_SLOT: a given token */
+    uint32_t *token;        /* of samples; once finished of slots alone */
+    struct engine_score *sample_score, *prompt_score;
+    uint32_t samples, n_tokens, n_sample_scores, n_prompt_scores;
 };
 
 struct engine {
@@ -44,24 +62,21 @@ struct engine {
 
     bool connected;
 
-    uint64_t step; /* last done */
+    uint64_t step; /* last submitted */
+    uint64_t done; /* last whose tokens are known */
     uint64_t checks;
-    struct engine_slot *slot; /* [max_slots] */
-
-    /* of the step under way */
-    uint32_t *row_token;                              /* [max_step_tokens] */
-    struct forward_seq *seq;                          /* [max_step_tokens] */
-    struct forward_sample *sample;                    /* [max_step_tokens] */
-    uint32_t *sampled_slot;                           /* [max_step_tokens] */
-    uint32_t *token;                                  /* [max_step_tokens] */
-    struct engine_score *sample_score, *prompt_score; /* [max_step_tokens] each */
-    uint32_t n_tokens, n_sample_scores, n_prompt_scores;
+    struct engine_slot *slot;                      /* [max_slots] */
+    struct engine_flight flight[ENGINE_DEPTH_MAX]; /* the first info.depth are used */
+    uint32_t first_flight, in_flight;
 };
 
 /* Whether the plan fits the state; changes nothing that counts. INVALID_ARGUMENT: a value that no state allows.
  * INTERNAL: it contradicts the state. RESOURCE_EXHAUSTED: more pages than there are. */
 STATUS_MUST_CHECK enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan,
                                                      struct status *st);
+
+/* Waits for the steps under way and forgets them. */
+void engine_drop_flights(struct engine *e);
 
 /* ---- options of a slot (engine_options.c) ---- */
 

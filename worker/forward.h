@@ -30,6 +30,7 @@ struct forward_config {
     struct comm *comm;
     struct thread_pool *pool;
     struct kv_pool *kv;
+    uint32_t max_slots;
     uint32_t max_rows;    /* T */
     uint32_t max_samples; /* rows of one step whose token is chosen; given ones, of which there may be T, come on top */
     uint32_t max_context; /* of a sequence */
@@ -44,10 +45,15 @@ struct forward_seq {
     uint32_t position;
 };
 
+#define FORWARD_NO_SLOT UINT32_MAX
+#define FORWARD_TOKEN_OF_SLOT                                                                                          \
+    (1u << 31) /* in a batch's token: not an id, but the slot whose last sampled token it is */
+
 /* The token that follows `row`; it will stand at `position`. */
 struct forward_sample {
     uint32_t row;
     uint32_t position;
+    uint32_t slot; /* whose token it becomes; FORWARD_NO_SLOT: a given one */
     struct sample_params params;
     const struct sample_adjust *adjust; /* NULL: none */
     bool given;                         /* the token is known, nothing is chosen */
@@ -59,7 +65,8 @@ struct forward_sample {
 
 struct forward_batch {
     uint32_t rows;
-    const uint32_t *token; /* [rows], each below vocab_size */
+    const uint32_t
+        *token; /* [rows], each below vocab_size; of a back end with start also FORWARD_TOKEN_OF_SLOT | slot */
     uint32_t seqs;
     const struct forward_seq *seq; /* in the order of rows, without gaps */
     uint32_t samples;
@@ -81,6 +88,12 @@ struct forward_ops {
     /* Slots have grown to position + rows tokens. tokens: [samples], given ones too. INTERNAL when logits are no
      * numbers; what comm says. */
     enum status_code (*run)(struct forward *f, const struct forward_batch *batch, uint32_t *tokens, struct status *st);
+    /* Optional, all three or none: a run in halves, two of which may be under way. start launches; what batch points to, and
+     * tokens, stay until finish, which waits for the oldest and fills tokens. poll: whether finish would not wait. */
+    enum status_code (*start)(struct forward *f, const struct forward_batch *batch, uint32_t *tokens,
+                              struct status *st);
+    enum status_code (*poll)(struct forward *f, bool *done, struct status *st);
+    enum status_code (*finish)(struct forward *f, struct status *st);
     /* For tests: this rank's share of the logits that the first sample of the last run was drawn from. */
     enum status_code (*logits)(struct forward *f, float *out, struct status *st);
 };

@@ -339,7 +339,7 @@ void worker_control_detach(struct worker_control *c)
 
 /* ---- the step loop's side ---- */
 
-enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__CoordinatorMessage **message)
+static enum worker_event next(struct worker_control *c, bool wait, Tandem__V1__CoordinatorMessage **message)
 {
     enum worker_event event;
     pthread_mutex_lock(&c->lock);
@@ -349,12 +349,12 @@ enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__Coor
             *message = c->queue[c->head];
             c->head = (c->head + 1) % WORKER_QUEUE_MAX;
             c->count--;
-            c->in_step = true;
+            c->in_step++;
             event = WORKER_PLAN;
             break;
         }
         if (ending) {
-            if (c->draining)
+            if (c->draining && wait)
                 worker_control_await_sender(c, 0);
             event = WORKER_EXIT;
             break;
@@ -367,10 +367,24 @@ enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__Coor
             event = WORKER_BROKEN;
             break;
         }
+        if (!wait) {
+            event = WORKER_NOTHING;
+            break;
+        }
         pthread_cond_wait(&c->changed, &c->lock);
     }
     pthread_mutex_unlock(&c->lock);
     return event;
+}
+
+enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__CoordinatorMessage **message)
+{
+    return next(c, true, message);
+}
+
+enum worker_event worker_control_poll(struct worker_control *c, Tandem__V1__CoordinatorMessage **message)
+{
+    return next(c, false, message);
 }
 
 void worker_control_step_end(struct worker_control *c, Tandem__V1__CoordinatorMessage *message, bool done)
@@ -379,6 +393,6 @@ void worker_control_step_end(struct worker_control *c, Tandem__V1__CoordinatorMe
         atomic_store_explicit(&c->last_step, message->plan->step, memory_order_relaxed);
     free_message(message);
     pthread_mutex_lock(&c->lock);
-    c->in_step = false;
+    c->in_step--;
     pthread_mutex_unlock(&c->lock);
 }

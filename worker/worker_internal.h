@@ -167,9 +167,9 @@ struct worker_control {
     struct worker_result results[WORKER_QUEUE_MAX]; /* to be sent; full: the main thread waits */
     uint32_t result_head, result_count;             /* an entry counts, and is the sender's, until it is sent */
     bool flushing;                                  /* the main thread waits for the sender */
-    bool in_step;
-    bool draining; /* Shutdown without relaunch: end after the queue */
-    bool closing;  /* a Fault was sent: no more heartbeats */
+    uint32_t in_step;                               /* plans given to the main thread whose step is not over */
+    bool draining;                                  /* Shutdown without relaunch: end after the queue */
+    bool closing;                                   /* a Fault was sent: no more heartbeats */
 
     /* of one attachment: written by the main thread while the other threads of it do not run */
     struct rpc_channel *channel;
@@ -181,6 +181,7 @@ struct worker_control {
 
 enum worker_event {
     WORKER_PLAN,
+    WORKER_NOTHING,   /* of worker_control_poll */
     WORKER_BROKEN,    /* attach again; control.broken says why */
     WORKER_VIOLATION, /* control.violation */
     WORKER_EXIT,      /* worker_guard_exit_code */
@@ -196,6 +197,8 @@ STATUS_MUST_CHECK enum status_code worker_control_attach(struct worker_control *
 void worker_control_detach(struct worker_control *c); /* fine when not attached */
 /* Waits. *plan belongs to *message, which the caller frees with worker_control_step_end. */
 enum worker_event worker_control_next(struct worker_control *c, Tandem__V1__CoordinatorMessage **message);
+/* The same without waiting. */
+enum worker_event worker_control_poll(struct worker_control *c, Tandem__V1__CoordinatorMessage **message);
 /* The step of this message is over; frees it. */
 void worker_control_step_end(struct worker_control *c, Tandem__V1__CoordinatorMessage *message, bool done);
 /* Sends a message of this epoch. A failure breaks the link (worker_control_next reports it) and is otherwise ignored. */

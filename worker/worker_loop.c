@@ -1,5 +1,6 @@
 #include "worker/worker_internal.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -9,6 +10,8 @@
 #define SHOW_BAR_US  100000
 #define SHOW_LINE_US 2000000
 #define BAR_CELLS    30
+
+#define WORKER_STEPS_MAX 2 /* info.depth is at most so much */
 
 /* ---- loading ---- */
 
@@ -152,20 +155,85 @@ static void send_ready(struct worker *w)
 
 /* ---- steps ---- */
 
-static enum status_code run_step(struct worker *w, Tandem__V1__CoordinatorMessage *message, struct status *st)
+/* Steps under way: a plan each, oldest first. */
+struct steps {
+    Tandem__V1__CoordinatorMessage *message[WORKER_STEPS_MAX];
+    int64_t submitted_us[WORKER_STEPS_MAX];
+    uint32_t first, count;
+    int64_t ended_us; /* the last one */
+};
+
+static enum status_code submit(struct worker *w, struct steps *s, Tandem__V1__CoordinatorMessage *message,
+                               struct status *st)
+{
+    uint32_t at = (s->first + s->count++) % WORKER_STEPS_MAX;
+    s->message[at] = message;
+    s->submitted_us[at] = worker_now_us();
+    return engine_submit(w->engine, message->plan, st);
+}
+
+/* Waits for the oldest step and sends its result. A step's time begins when the one in front has ended. */
+static enum status_code collect(struct worker *w, struct steps *s, struct status *st)
 {
     struct engine_result result = {0};
+    Tandem__V1__CoordinatorMessage *message = s->message[s->first];
     uint64_t step = message->plan->step;
-    int64_t start_us = worker_now_us();
-    enum status_code rc = engine_step(w->engine, message->plan, &result, st);
-    int64_t compute_us = worker_now_us() - start_us;
+    enum status_code rc = engine_collect(w->engine, &result, st);
+    int64_t now_us = worker_now_us(), start_us = s->submitted_us[s->first];
+    if (s->ended_us > start_us)
+        start_us = s->ended_us;
+    s->ended_us = now_us;
+    s->first = (s->first + 1) % WORKER_STEPS_MAX;
+    s->count--;
     worker_control_step_end(&w->control, message, rc == ST_OK);
     if (rc != ST_OK)
         return rc;
     worker_log(&w->log, WORKER_LOG_DEBUG, "step %llu: %u tokens, %lld us", (unsigned long long)step, result.n_tokens,
-               (long long)compute_us);
-    worker_control_result(&w->control, step, (uint64_t)compute_us, &result);
+               (long long)(now_us - start_us));
+    worker_control_result(&w->control, step, (uint64_t)(now_us - start_us), &result);
     return ST_OK;
+}
+
+static void forget(struct worker *w, struct steps *s)
+{
+    for (; s->count; s->count--) {
+        worker_control_step_end(&w->control, s->message[s->first], false);
+        s->first = (s->first + 1) % WORKER_STEPS_MAX;
+    }
+}
+
+#define SPIN_US  2000 /* of a wait for a device; then it sleeps between looks */
+#define SLEEP_US 20
+
+/* The next thing to do: a plan, if there is room for its step; WORKER_NOTHING: the oldest step is to be collected; else
+ * what ends this attachment, once no step is under way. */
+static enum status_code next_event(struct worker *w, struct steps *s, enum worker_event *event,
+                                   Tandem__V1__CoordinatorMessage **message, struct status *st)
+{
+    int64_t since_us = worker_now_us();
+    if (s->count == 0) {
+        *event = worker_control_next(&w->control, message);
+        return ST_OK;
+    }
+    for (;;) {
+        bool done = true;
+        *event = WORKER_NOTHING;
+        if (s->count < engine_info(w->engine).depth)
+            *event = worker_control_poll(&w->control, message);
+        if (*event == WORKER_PLAN)
+            return ST_OK;
+        bool ending = *event != WORKER_NOTHING;
+        *event = WORKER_NOTHING;
+        if (ending || s->count == engine_info(w->engine).depth)
+            return ST_OK;
+        enum status_code rc = engine_poll(w->engine, &done, st);
+        if (rc != ST_OK || done)
+            return rc;
+        if (worker_now_us() - since_us > SPIN_US)
+            usleep(SLEEP_US);
+        else
+            sched_yield();
+    }
 }
 
 /* Tells log and coordinator; returns the exit status. */
@@ -180,16 +248,21 @@ static int fault(struct worker *w, const struct status *st, bool permanent)
 }
 
 /* One attachment with a loaded engine. Returns -1 when the link broke and the rank may attach again. */
-static int serve(struct worker *w)
+static int serve_steps(struct worker *w, struct steps *s)
 {
     struct status st = STATUS_INIT;
     Tandem__V1__CoordinatorMessage *message;
-    engine_reset(w->engine);
-    send_ready(w);
+    enum worker_event event;
     for (;;) {
-        switch (worker_control_next(&w->control, &message)) {
+        if (next_event(w, s, &event, &message, &st) != ST_OK)
+            return fault(w, &st, false);
+        switch (event) {
         case WORKER_PLAN:
-            if (run_step(w, message, &st) != ST_OK)
+            if (submit(w, s, message, &st) != ST_OK)
+                return fault(w, &st, false);
+            break;
+        case WORKER_NOTHING:
+            if (collect(w, s, &st) != ST_OK)
                 return fault(w, &st, false);
             break;
         case WORKER_VIOLATION:
@@ -202,6 +275,16 @@ static int serve(struct worker *w)
             return worker_guard_exit_code(&w->guard);
         }
     }
+}
+
+static int serve(struct worker *w)
+{
+    struct steps s = {.count = 0};
+    engine_reset(w->engine);
+    send_ready(w);
+    int code = serve_steps(w, &s);
+    forget(w, &s);
+    return code;
 }
 
 /* ---- life of the rank ---- */

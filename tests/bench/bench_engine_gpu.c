@@ -1,10 +1,12 @@
 /* bench_engine_gpu.c - steps of an engine on a device: decodes of a batch at a context, prefill, and both in one step.
  *
  *     bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH]     random weights; 77 where there is no GPU
+ *                  [--one-at-a-time]                            without a second step under way
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
- * was measured at (--rate GB/s, default 4300: H200). Times are of the whole engine_step, host work included.
+ * was measured at (--rate GB/s, default 4300: H200). Times are from result to result, host work included,
+ * two steps being under way as in the worker; prefill is one step alone.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +24,7 @@ struct bench {
     struct gpu_run run;
     uint32_t *ids, slots[MAX_BATCH];
     double rate, weight_bytes, token_bytes;
+    bool one_at_a_time;
 };
 
 /* Of several ranks the first. */
@@ -46,11 +49,21 @@ static void decode(struct bench *b, uint32_t batch, uint32_t context)
     double s[STEPS];
     for (uint32_t i = 0; i < batch; i++)
         fill(b, i, context);
-    for (uint32_t i = 0; i < WARM_UP + STEPS; i++) {
-        double t0 = gpu_now_s();
+    for (uint32_t i = 0; i < WARM_UP; i++)
         gpu_decode(&b->run, b->slots, batch);
-        if (i >= WARM_UP)
-            s[i - WARM_UP] = gpu_now_s() - t0;
+    double t0 = gpu_now_s();
+    for (uint32_t n = 0; n < STEPS;) {
+        if (b->one_at_a_time)
+            gpu_decode(&b->run, b->slots, batch);
+        else if (!gpu_decode_ahead(&b->run, b->slots, batch))
+            continue;
+        double t = gpu_now_s();
+        s[n++] = t - t0;
+        t0 = t;
+    }
+    if (!b->one_at_a_time) {
+        gpu_collect(&b->run);
+        s[0] = s[1]; /* the first interval began with an idle device */
     }
     qsort(s, STEPS, sizeof *s, by_value);
     double limit = (b->weight_bytes + (double)batch * context * b->token_bytes) / b->rate;
@@ -104,6 +117,8 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--eager"))
             cfg.eager = true;
+        else if (!strcmp(argv[i], "--one-at-a-time"))
+            b.one_at_a_time = true;
         else if (!strcmp(argv[i], "--plugin") && i + 1 < argc)
             plugin = argv[++i];
         else if (!strcmp(argv[i], "--rate") && i + 1 < argc)

@@ -112,6 +112,28 @@ void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n)
     step(r, &plan);
 }
 
+bool gpu_decode_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n)
+{
+    struct status st = STATUS_INIT;
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.decode_slots = slots;
+    plan.n_decode_slots = n;
+    plan.step = ++r->step;
+    if (engine_submit(r->e, &plan, &st) != ST_OK)
+        die("step", st.message);
+    if (engine_in_flight(r->e) < engine_info(r->e).depth)
+        return false;
+    gpu_collect(r);
+    return true;
+}
+
+void gpu_collect(struct gpu_run *r)
+{
+    struct status st = STATUS_INIT;
+    if (engine_collect(r->e, &r->result, &st) != ST_OK)
+        die("step", st.message);
+}
+
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position)
 {

@@ -28,6 +28,9 @@ void gpu_destroy(struct gpu_run *r);
 void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
                  Tandem__V1__SampleParams *params);
 void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n);
+/* The same with two steps under way: the result is that of the step before; false: there is none yet. */
+bool gpu_decode_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n);
+void gpu_collect(struct gpu_run *r); /* of the last one */
 /* Decodes of slots, and a chunk of another one. */
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position);
