@@ -4,9 +4,12 @@
  * Handshake: block b writes its count to signal[b] of every peer and waits until all peers' blocks b have written theirs
  * here. What is read behind it was written by kernels in front of this one, which have ended: it stands in the memory (L2) of
  * its device, where peers' reads go. So the flags need no fence, and parts are read past L1, which a kernel in front may have
- * left old lines in. Release and acquire at system scope instead were bistable: with 64 blocks and more about 1 us for each
- * block, one after the other (264 us instead of 12 for 256 blocks), or none, by chance. Blocks of one launch need not run at
- * the same time, as each waits for the block of its own number alone, and these run in the order of their numbers everywhere.
+ * left old lines in. Blocks of one launch need not run at the same time, as each waits for the block of its own number alone,
+ * and these run in the order of their numbers everywhere.
+ *
+ * Who waits looks at the host's memory for an abort, but only after CHECK_NS: such a read takes about 1 us, one after the
+ * other for all blocks. With a look each 128 polls, 256 blocks that once waited for 50 us took 240 us for it, which made the
+ * peer wait for them in the next sum, and so on: 240 us a sum instead of 12, for as long as the ranks kept in step.
  */
 #include <cuda_bf16.h>
 
@@ -15,9 +18,10 @@
 namespace
 {
 constexpr uint32_t WARP = 32;
-constexpr uint32_t THREADS_MAX = 1024; /* one quad each for a hidden size of 4096 */
-constexpr uint32_t POLLS = 128;        /* between looks at the clock and at the host's memory */
-constexpr uint32_t CHUNK = 4096;       /* columns that a block copies at a time: 16 bytes a thread */
+constexpr uint32_t THREADS_MAX = 1024;  /* one quad each for a hidden size of 4096 */
+constexpr uint32_t POLLS = 64;          /* between looks at the clock */
+constexpr uint64_t CHECK_NS = 10000000; /* between looks at the host's memory */
+constexpr uint32_t CHUNK = 4096;        /* columns that a block copies at a time: 16 bytes a thread */
 
 struct alignas(8) bf16x4 {
     __nv_bfloat162 lo, hi;
@@ -96,15 +100,20 @@ __device__ void wait_for_previous()
 /* Until *p has reached value; counts may wrap. */
 __device__ void wait_for(const comm_gpu_meet &m, const uint32_t *p, uint32_t value, uint32_t peer)
 {
-    uint64_t start = 0;
+    uint64_t start = 0, check = 0;
     for (uint32_t polls = 1; (int32_t)(load_flag(p) - value) < 0; polls++) {
         if (polls % POLLS)
             continue;
-        if (*(volatile uint32_t *)m.broken)
+        if (load_flag(m.broken))
             return;
         uint64_t now = now_ns();
-        if (!start)
+        if (!start) {
             start = now;
+            check = now + CHECK_NS;
+        }
+        if (now < check)
+            continue;
+        check = now + CHECK_NS;
         bool abort = *(volatile uint32_t *)&m.watch->abort;
         if (!abort && now - start < m.timeout_ns)
             continue;

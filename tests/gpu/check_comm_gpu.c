@@ -168,6 +168,7 @@ static void check_sums(struct bench *b, uint32_t rows)
     }
     cuda(cudaMemcpy(b->bias, bias, b->hidden * sizeof *bias, cudaMemcpyHostToDevice), "bias");
     cuda(cudaMemcpy(b->weight, weight, b->hidden * sizeof *weight, cudaMemcpyHostToDevice), "weight");
+    cuda(cudaDeviceSynchronize(), "bias and weight"); /* a copy from pageable memory returns before it has arrived */
     for (uint32_t turn = 0; turn < SUMS; turn++) {
         struct comm_gpu_sum s = {
             .part = turn % COMM_GPU_PARTS,
@@ -204,7 +205,10 @@ static void check_gather(struct bench *b, uint32_t rows, uint32_t turn)
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t i = 0; i < b->cols_count; i++)
             b->got[(size_t)r * b->cols_count + i] = float_at(turn + r, b->cols_first + i);
-    cuda(cudaMemcpy(comm_gpu_share(b->g), b->got, (size_t)rows * b->cols_count * 4, cudaMemcpyHostToDevice), "share");
+    cuda(cudaMemcpyAsync(comm_gpu_share(b->g), b->got, (size_t)rows * b->cols_count * 4, cudaMemcpyHostToDevice,
+                         b->stream),
+         "share");
+    finish(b); /* got is written again below */
     const struct comm_gpu_gather gather = {.rows = rows, .out = b->out, .stream = b->stream};
     must(comm_gpu_gather(b->g, &gather, &st) == ST_OK, "gather", st.message);
     finish(b);
