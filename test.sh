@@ -21,12 +21,28 @@ started=$SECONDS second_tries='' timed='^(e2e_|coordinator|worker|comm|rpc|clien
 one_thread='^(agent|bench|trace|openai|cost|engine_share|engine_flights|e2e_sampling|e2e_chat|status|coord_stop|prefix|scheduler|fuzz_.*|shard|sample.*|safetensors|model_config|gguf|chat|jinja|tokenizer.*|cmd_tokenize|cli)$'
 say() { printf '== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
-build() { # build PRESET
+configure() { # configure PRESET
     local bench=OFF
     [ "$1" != release ] || bench=ON # built, so that they do not rot; not run
-    say "build $1"
     cmake --preset "$1" -DTANDEM_TESTS=ON -DTANDEM_BENCH=$bench -DTANDEM_WERROR=ON >/dev/null
+}
+build() { # build PRESET
+    say "build $1"
+    configure "$1"
     cmake --build --preset "$1" 2>&1 | tail -n 1
+}
+
+# Many tests wait most of the time: what comes next is made meanwhile, at the lowest priority.
+beside='' beside_log=build/beside.log
+trap '[ -z "$beside" ] || kill -- "-$beside" 2>/dev/null || kill "$beside" 2>/dev/null || true' EXIT
+start_beside() { # start_beside COMMAND ...
+    setsid nice -n 19 bash -c '(echo 19 >/proc/self/autogroup) 2>/dev/null; exec "$@"' beside "$@" >$beside_log 2>&1 &
+    beside=$!
+}
+finish_beside() { # finish_beside WHAT
+    say "$1, begun beside the tests"
+    wait "$beside" || { beside=''; grep -vE '^\[[0-9]+/' $beside_log >&2; echo "test.sh: $1 failed" >&2; exit 1; }
+    beside=''
 }
 run_tests() { # run_tests PRESET
     local preset=$1 skip=''
@@ -50,13 +66,19 @@ if [ "$quick" = 0 ]; then
     .ci/lint.sh
 fi
 build release
-run_tests release
 if [ "$quick" = 0 ]; then
-    for preset in asan tsan; do
-        build "$preset"
-        run_tests "$preset"
-    done
-    say "clang-tidy"
-    .ci/lint.sh tidy
+    configure asan
+    start_beside cmake --build --preset asan
+    run_tests release
+    finish_beside "build asan"
+    configure tsan
+    start_beside cmake --build --preset tsan
+    run_tests asan
+    finish_beside "build tsan"
+    start_beside .ci/lint.sh tidy
+    run_tests tsan
+    finish_beside "clang-tidy"
+else
+    run_tests release
 fi
 say "all passed${second_tries:+; at the second try:$second_tries}"

@@ -43,6 +43,6 @@ for name in tandem tandem-coordinator tandem-worker mpirun; do
 done
 cp "$here/check.sh" "$dest/check"
 chmod 755 "$dest"/tandem* "$dest/mpirun" "$dest/check"
-cp "$here/README.md" "$here/../LICENSE" "$dest/"
+cp "$here/README.md" "$here/../../LICENSE" "$dest/"
 echo "bundle: $(du -sh "$dest" | cut -f1) in $dest; C library needed: $(
     find "$dest" -type f -name '*.so*' -exec objdump -T {} + 2>/dev/null | grep -o 'GLIBC_2\.[0-9]*' | sort -uV | tail -n 1)"
