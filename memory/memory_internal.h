@@ -110,8 +110,8 @@ struct range_list {
 struct kv_slot {
     struct kv_range *range; /* NULL: holds no page */
     uint32_t tokens;
-    uint32_t saved_tokens; /* suspended: what `saved` holds */
-    void **saved;          /* suspended: a block of host memory for each position */
+    uint32_t saved_tokens; /* suspended, with so many tokens; 0: it is not */
+    uint32_t first_block;  /* suspended: of host memory, one for each position */
 };
 
 /* What calls into the back end have cost. */
@@ -180,10 +180,12 @@ struct kv_pool {
     bool any_completed; /* since create or reset */
     uint64_t completed; /* this step and all before it have finished */
 
-    uint64_t suspend_bytes; /* limit */
-    void **extents;         /* of host memory, EXTENT_PAGES pages each */
-    void **blocks;          /* free ones */
-    uint32_t n_extents, n_blocks;
+    /* host memory for suspended slots, memory_suspend.c */
+    uint64_t suspend_bytes;
+    uint64_t suspend_pages, suspended_pages; /* blocks: there are; taken */
+    void **extents;                          /* EXTENT_PAGES blocks each */
+    uint64_t n_extents;
+    uint32_t *next_block, free_block;
 };
 
 uint64_t kv_now_ns(void);
@@ -243,7 +245,8 @@ void kv_mapper_tend(struct kv_pool *p);
 
 /* --- memory_suspend.c --- */
 
-void kv_saved_free(struct kv_pool *p, struct kv_slot *s);
-void kv_extents_free(struct kv_pool *p);
+enum status_code kv_blocks_create(struct kv_pool *p, struct status *st);
+void kv_blocks_destroy(struct kv_pool *p);                /* a half-built one is fine */
+void kv_saved_free(struct kv_pool *p, struct kv_slot *s); /* of a slot that is not suspended: nothing */
 
 #endif
