@@ -91,6 +91,11 @@ static const struct cli_option own_options[] = {
      .arg = "SIZE",
      .help = "KV memory of each rank, such as 512M or 8G (default: computed)"},
     {.name = "page-size", .id = OPT_FORWARD, .arg = "SIZE", .fallback = "2M", .help = "size of a KV page"},
+    {.name = "suspend-memory",
+     .id = OPT_FORWARD,
+     .arg = "SIZE",
+     .help =
+         "host memory of each rank for preempted requests, so that they need not be computed again (default: none)"},
     {.name = "prefix-cache",
      .id = OPT_FORWARD,
      .arg = "on|off",
@@ -241,6 +246,7 @@ static const struct forward {
     {"max-context", NULL, "--max-context"},
     {"kv-memory", NULL, "--kv-memory"},
     {"page-size", NULL, "--page-size"},
+    {"suspend-memory", NULL, "--suspend-memory"},
 };
 
 static bool take_option(struct serve_setup *s, int opt, bool *ok)

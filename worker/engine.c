@@ -130,8 +130,13 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
         .page_bytes = a.page_bytes,
         .total_pages = a.total_pages,
         .device = e->parts ? e->parts->device : 0,
+        .suspend_bytes = cfg->suspend_bytes,
     };
-    return kv_pool_create(&e->kv, &kv, st);
+    enum status_code rc = kv_pool_create(&e->kv, &kv, st);
+    if (rc != ST_OK)
+        return rc;
+    e->info.suspend_pages = kv_pool_suspend_pages(e->kv);
+    return kv_pool_suspend_rate(e->kv, &e->info.suspend_bytes_per_s, st);
 }
 
 static enum status_code create_flight(struct engine_flight *f, uint64_t rows, struct status *st)
@@ -346,4 +351,5 @@ void engine_reset(struct engine *e)
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
     e->step = e->done = 0;
     e->checks = 0;
+    e->suspended_pages = 0;
 }

@@ -46,6 +46,7 @@ struct engine_config {
                                  device: memory_fraction of it less what is in use, the weights and the workspace */
     double memory_fraction;   /* of a device's memory, for all that this rank holds there; 0: 0.9 */
     uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
+    uint64_t suspend_bytes;   /* host memory for suspended slots; 0: none can be suspended */
     /* Called now and then while weights load, on the calling thread. Optional. */
     void (*progress)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_ctx;
@@ -55,9 +56,10 @@ struct engine_info {
     uint32_t depth; /* steps under way at most: 1 on the host, which works in engine_submit */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     struct kv_account kv;
-    uint64_t weight_bytes;   /* of this rank, in memory */
-    uint32_t sample_options; /* enum sample_option that this back end has */
-    char device[64];         /* "host, 2 threads" */
+    uint64_t suspend_pages, suspend_bytes_per_s; /* as Ready has them */
+    uint64_t weight_bytes;                       /* of this rank, in memory */
+    uint32_t sample_options;                     /* enum sample_option that this back end has */
+    char device[64];                             /* "host, 2 threads" */
     /* of the model, the same on all ranks */
     char architecture[64];
     uint32_t layers, hidden, heads, kv_heads, head_dim;

@@ -54,6 +54,8 @@ static const struct option_spec specs[] = {
     {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
      "1: the folder needs no weights, only config.json; for benchmarks of any shape"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
+    {"suspend-memory", "SIZE", OPTION_SIZE, AT(suspend_bytes), 1, UINT64_MAX, NULL,
+     "host memory of this rank for preempted requests, which then go on without being computed again; default: none"},
     {"comm-timeout-ms", "N", OPTION_NUMBER, AT(comm_timeout_ms), 1, 3600000, NULL,
      "bound of one exchange between ranks; default 60000"},
     {"attach-timeout-ms", "N", OPTION_NUMBER, AT(attach_timeout_ms), 1, 86400000, NULL,
