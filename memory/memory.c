@@ -98,7 +98,7 @@ static enum status_code open_backend(struct kv_pool *p, const struct kv_pool_con
                                     .device = cfg->device,
                                     .driver = cfg->driver};
     for (uint64_t page = 0; page < p->total_pages; page++) {
-        p->page[page].dirty = cfg->ops->new_pages_are_zero ? 0 : (uint32_t)cfg->page_bytes;
+        p->page[page].dirty = cfg->ops->new_pages_are_zero || p->no_clear ? 0 : (uint32_t)cfg->page_bytes;
         kv_cold_put(p, (uint32_t)page);
     }
     enum status_code rc = p->ops->open(&p->be, &geo, st);
@@ -122,6 +122,7 @@ enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_confi
     p->ahead_tokens = cfg->ahead_tokens;
     p->arrival_tokens = cfg->arrival_tokens < cfg->max_tokens ? cfg->arrival_tokens : cfg->max_tokens;
     p->suspend_bytes = cfg->suspend_bytes;
+    p->no_clear = cfg->no_clear;
     rc = set_geometry(p, cfg, st);
     if (rc != ST_OK)
         goto fail;

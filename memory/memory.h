@@ -20,7 +20,7 @@
  *     kv_pool_complete(pool, step);               // plan `step` has finished: its pages are free
  *
  * A page-group is FREE, or MAPPED in one slot or several, or FENCED: released, but a step in flight may still read it.
- * Content of memory that a slot gets anew is zero: stale NaNs never reach a result. A shared page is full of tokens that
+ * Content of memory that a slot gets anew is zero: stale NaNs never reach a result; or, with `no_clear`, anything. A shared page is full of tokens that
  * all its slots have in common, so nobody writes to it.
  *
  * Threads: one, the step loop, calls every function here. With `background` a second thread of the pool's own maps and
@@ -62,7 +62,9 @@ struct kv_pool_config {
     bool apart;            /* K and V in lanes of their own */
 
     /* work ahead of time */
-    bool background;         /* a thread that maps and clears what will be needed; without it grow does everything */
+    bool background; /* a thread that maps and clears what will be needed; without it grow does everything */
+    bool
+        no_clear; /* nobody reads past a slot's length, not even to multiply by 0: memory is given as earlier owners left it */
     uint32_t ahead_tokens;   /* background: every slot has pages ready for so many tokens more */
     uint32_t arrival_tokens; /* background: an empty range has pages ready for a slot of so many tokens */
 

@@ -97,7 +97,8 @@ struct kv_range {
     uint8_t *base;
     uint64_t fence; /* FENCED: the step that may read it last */
     enum range_state state;
-    bool job;         /* the mapper works on it */
+    bool job; /* the mapper works on it: on positions from job_from on */
+    uint32_t job_from;
     uint32_t used;    /* positions below are held; 0 when IDLE or SUSPENDED */
     uint32_t mapped;  /* no position from here on is mapped */
     uint32_t pages[]; /* pages_per_slot entries: what is mapped at each position, or NO_PAGE */
@@ -129,6 +130,8 @@ struct kv_job {
     struct kv_cost cost;
 };
 
+#define LONGEST_ONE 16384 /* each release takes that part of `longest`, or lifts it */
+
 #define JOBS 256 /* a full ring: the step loop does the work itself, or leaves it for the next step */
 
 struct kv_mapper; /* the thread and its ring, memory_mapper.c */
@@ -148,10 +151,13 @@ struct kv_pool {
     uint32_t max_tokens;
     uint32_t layers;
     uint32_t pages_per_slot;
+    bool no_clear;
     uint32_t ahead_tokens;
     uint32_t arrival_tokens;
     uint64_t mappings; /* limit of the back end */
     struct kv_mapper *mapper;
+    uint64_t longest;      /* positions of the longest slots released of late, times LONGEST_ONE */
+    uint32_t spread_range; /* whose turn it is to be mapped so far */
 
     struct kv_slot *slot;
     struct kv_range **ranges; /* all that exist, to free them */

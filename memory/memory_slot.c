@@ -10,7 +10,7 @@ uint64_t kv_free_pages(const struct kv_pool *p)
 
 void kv_page_soil(struct kv_pool *p, uint32_t page, uint64_t bytes)
 {
-    if (bytes > p->page[page].dirty)
+    if (bytes > p->page[page].dirty && !p->no_clear)
         p->page[page].dirty = (uint32_t)bytes;
 }
 

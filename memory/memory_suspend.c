@@ -307,7 +307,7 @@ enum status_code kv_pool_extend(struct kv_pool *p, uint64_t pages, struct status
         if (rc != ST_OK)
             return rc;
         p->page[i].gone = false;
-        p->page[i].dirty = p->ops->new_pages_are_zero ? 0 : (uint32_t)p->account.page_bytes;
+        p->page[i].dirty = p->ops->new_pages_are_zero || p->no_clear ? 0 : (uint32_t)p->account.page_bytes;
         set_total(p, p->total_pages + 1);
         kv_cold_put(p, i);
         pages--;

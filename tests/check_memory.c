@@ -442,6 +442,71 @@ START_TEST(steady_state_makes_no_calls)
 }
 END_TEST
 
+/* Sequences of many lengths come and go; after a while every range has all that any of them needs. */
+START_TEST(steady_arrivals_make_no_calls)
+{
+    enum { SEQS = 32, WARM = 200, STEPS = 300 };
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    cfg.slots = SEQS;
+    cfg.max_tokens = 256;
+    cfg.kv_heads = 1;
+    cfg.head_dim = 16 * be->scale; /* 16 tokens in a page */
+    cfg.total_pages = 12 * (SEQS + 3);
+    cfg.background = cfg.no_clear = true;
+    cfg.ahead_tokens = 16;
+    cfg.arrival_tokens = 32;
+    struct kv_pool *pool = make(&cfg);
+    struct kv_stats from = kv_pool_stats(pool);
+    uint32_t length[SEQS] = {0}, end[SEQS] = {0}, arrivals = 0, before = 0;
+    for (uint32_t step = 1; step <= WARM + STEPS; step++) {
+        kv_pool_complete(pool, step - 1);
+        kv_pool_settle(pool); /* a step is longer than what the thread does in it */
+        if (step == WARM + 1) {
+            from = kv_pool_stats(pool);
+            before = arrivals;
+        }
+        for (uint32_t i = 0; i < SEQS; i++) {
+            if (length[i] == end[i]) {
+                kv_slot_release(pool, i, step - 1);
+                length[i] = 8 + 16 * (arrivals % 4);
+                end[i] = length[i] + 16 + 28 * (arrivals++ % 3);
+            } else {
+                length[i]++;
+            }
+            grow(pool, i, length[i]);
+        }
+    }
+    kv_pool_settle(pool);
+    struct kv_stats to = kv_pool_stats(pool);
+    ck_assert_uint_gt(arrivals - before, 2 * SEQS);
+    ck_assert_uint_eq(to.map_calls, from.map_calls);
+    ck_assert_uint_eq(to.clear_calls, 0);
+    struct status st = STATUS_INIT;
+    ck_assert_msg(kv_pool_check(pool, &st) == ST_OK, "%s", st.message);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+START_TEST(uncleared_memory_is_as_it_was)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    cfg.no_clear = true;
+    cfg.total_pages = 5; /* slot 1 takes what slot 0 had */
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 40);
+    fill(be, pool, 0, 0x5a);
+    kv_slot_release(pool, 0, 0);
+    kv_pool_complete(pool, 0);
+    uint64_t clears = kv_pool_stats(pool).clear_calls;
+    grow(pool, 1, 30);
+    expect_bytes(be, kv_slot_view(pool, 1, 0).k, 30 * TOKEN, 0x5a);
+    ck_assert_uint_eq(kv_pool_stats(pool).clear_calls, clears);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
 START_TEST(neighbouring_pages_take_one_call)
 {
     struct kv_pool_config cfg = small_config(&back_ends[_i]);
@@ -1349,6 +1414,8 @@ static Suite *memory_suite(int first, int end)
     EACH(core, step_in_flight_still_reads_a_slot_that_was_grown_again);
     EACH(core, stale_content_is_never_visible);
     EACH(core, steady_state_makes_no_calls);
+    EACH(core, steady_arrivals_make_no_calls);
+    EACH(core, uncleared_memory_is_as_it_was);
     EACH(core, neighbouring_pages_take_one_call);
     EACH(core, reset_forgets_slots_fences_and_steps);
     EACH(core, rank_without_heads_has_no_pages);
