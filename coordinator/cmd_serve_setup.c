@@ -91,6 +91,11 @@ static const struct cli_option own_options[] = {
      .arg = "SIZE",
      .help = "KV memory of each rank, such as 512M or 8G (default: computed)"},
     {.name = "page-size", .id = OPT_FORWARD, .arg = "SIZE", .fallback = "2M", .help = "size of a KV page"},
+    {.name = "kv-ahead",
+     .id = OPT_FORWARD,
+     .arg = "auto|on|off",
+     .fallback = "auto",
+     .help = "a thread maps KV pages before they are needed (auto: on CUDA)"},
     {.name = "suspend-memory",
      .id = OPT_FORWARD,
      .arg = "SIZE",
@@ -246,6 +251,7 @@ static const struct forward {
     {"max-context", NULL, "--max-context"},
     {"kv-memory", NULL, "--kv-memory"},
     {"page-size", NULL, "--page-size"},
+    {"kv-ahead", NULL, "--kv-ahead"},
     {"suspend-memory", NULL, "--suspend-memory"},
 };
 

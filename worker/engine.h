@@ -31,6 +31,10 @@ struct backend_parts; /* backend.h */
 
 #define ENGINE_MAX_EOS 16
 
+/* Whether a thread of the KV pool maps pages before steps need them. AUTO: on a device; on the host it has no core of its own,
+ * and mapping a warm page is nothing there (memory/README.md). */
+enum engine_ahead { ENGINE_AHEAD_AUTO, ENGINE_AHEAD_ON, ENGINE_AHEAD_OFF };
+
 struct engine_config {
     const char *model_dir;
     struct comm *comm;                 /* owned by the caller, outlives the engine */
@@ -47,6 +51,7 @@ struct engine_config {
     double memory_fraction;   /* of a device's memory, for all that this rank holds there; 0: 0.9 */
     uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
     uint64_t suspend_bytes;   /* host memory for suspended slots; 0: none can be suspended */
+    enum engine_ahead kv_ahead;
     /* Called now and then while weights load, on the calling thread. Optional. */
     void (*progress)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_ctx;

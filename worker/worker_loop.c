@@ -81,6 +81,7 @@ static enum status_code load(struct worker *w, struct status *st)
         .kv_bytes = o->kv_bytes,
         .page_bytes = o->page_bytes,
         .suspend_bytes = o->suspend_bytes,
+        .kv_ahead = (enum engine_ahead)o->kv_ahead,
         .memory_fraction = o->memory_percent / 100.0,
         .progress = on_progress,
         .progress_ctx = w,
