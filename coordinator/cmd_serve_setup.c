@@ -91,6 +91,16 @@ static const struct cli_option own_options[] = {
      .arg = "SIZE",
      .help = "KV memory of each rank, such as 512M or 8G (default: computed)"},
     {.name = "page-size", .id = OPT_FORWARD, .arg = "SIZE", .fallback = "2M", .help = "size of a KV page"},
+    {.name = "kv-ahead",
+     .id = OPT_FORWARD,
+     .arg = "auto|on|off",
+     .fallback = "auto",
+     .help = "a thread maps KV pages before they are needed (auto: on CUDA)"},
+    {.name = "suspend-memory",
+     .id = OPT_FORWARD,
+     .arg = "SIZE",
+     .help =
+         "host memory of each rank for preempted requests, so that they need not be computed again (default: none)"},
     {.name = "prefix-cache",
      .id = OPT_FORWARD,
      .arg = "on|off",
@@ -241,6 +251,8 @@ static const struct forward {
     {"max-context", NULL, "--max-context"},
     {"kv-memory", NULL, "--kv-memory"},
     {"page-size", NULL, "--page-size"},
+    {"kv-ahead", NULL, "--kv-ahead"},
+    {"suspend-memory", NULL, "--suspend-memory"},
 };
 
 static bool take_option(struct serve_setup *s, int opt, bool *ok)

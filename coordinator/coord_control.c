@@ -96,6 +96,11 @@ static void load(struct engine *e, struct control_call *cc)
         m.cached_tokens = l.cached_tokens;
         m.cache_evictions = l.cache_evictions;
         m.replays = l.replays;
+        m.suspended_slots = l.suspended_slots;
+        m.suspended_pages = l.suspended_pages;
+        m.suspend_pages = l.suspend_pages;
+        m.suspensions = l.suspensions;
+        m.resumptions = l.resumptions;
     }
     m.total_slots = e->group.serving ? e->group.slots : 0;
     m.last_step_us = e->group.last_step_us;

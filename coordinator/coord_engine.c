@@ -112,6 +112,8 @@ static void publish_load(struct engine *e, int64_t now_us)
     metrics_set(&m->prompt_tokens, l.prompt_tokens);
     metrics_set(&m->generation_tokens, l.generated_tokens);
     metrics_set(&m->preemptions, l.preemptions);
+    metrics_set(&m->suspensions, l.suspensions);
+    metrics_set(&m->suspended_pages, l.suspended_pages);
     metrics_set(&m->recomputed_tokens, l.recomputed_tokens);
     metrics_set(&m->wasted_rows, l.wasted_rows);
 }

@@ -401,8 +401,9 @@ struct group {
     /* what Ready said, worst of all ranks */
     struct kv_account kv;
     uint32_t slots, context, step_tokens, vocab_size, sample_options;
-    uint64_t model_digest;          /* of the last that served; 0: none did */
-    Tandem__V1__RankMessage *ready; /* of rank 0; kept after the group is gone, for GetModelInfo */
+    uint64_t suspend_pages, suspend_bytes_per_s; /* the least of all ranks */
+    uint64_t model_digest;                       /* of the last that served; 0: none did */
+    Tandem__V1__RankMessage *ready;              /* of rank 0; kept after the group is gone, for GetModelInfo */
 };
 
 /* ---- Control calls ---- */

@@ -61,6 +61,10 @@ static void fill(struct plan_scratch *p, const struct sched_plan *plan, Tandem__
     m->step = plan->step;
     m->n_release_slots = plan->n_release;
     m->release_slots = (uint32_t *)plan->release; /* protobuf-c has no const; packing only reads */
+    m->n_suspend_slots = plan->n_suspend;
+    m->suspend_slots = (uint32_t *)plan->suspend;
+    m->n_resume_slots = plan->n_resume;
+    m->resume_slots = (uint32_t *)plan->resume;
     m->n_decode_slots = plan->n_decode;
     m->decode_slots = (uint32_t *)plan->decode;
     for (uint32_t i = 0; i < plan->n_admit; i++) {

@@ -42,6 +42,8 @@ enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, cons
         g->step_tokens = r->max_step_tokens;
         g->vocab_size = r->vocab_size;
         g->sample_options = r->sample_options;
+        g->suspend_pages = r->suspend_pages;
+        g->suspend_bytes_per_s = r->suspend_bytes_per_s;
     } else {
         if (kv.page_bytes != g->kv.page_bytes)
             return status_set(st, ST_FAILED_PRECONDITION, "page_bytes: %llu here, %llu on another rank",
@@ -54,6 +56,11 @@ enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, cons
         g->context = min_u32(g->context, r->max_context_tokens);
         g->sample_options &= r->sample_options;
         g->step_tokens = min_u32(g->step_tokens, r->max_step_tokens);
+        if (r->suspend_pages < g->suspend_pages)
+            g->suspend_pages = r->suspend_pages;
+        /* a rank without KV heads has no rate and needs none */
+        if (g->suspend_bytes_per_s == 0 || (r->suspend_bytes_per_s && r->suspend_bytes_per_s < g->suspend_bytes_per_s))
+            g->suspend_bytes_per_s = r->suspend_bytes_per_s;
     }
     conn->ready = true;
     g->n_ready++;
@@ -113,6 +120,7 @@ enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st
         rc = sched_attach(e->sched, now_us, g->slots, g->context, &g->kv, st);
     if (rc != ST_OK)
         return rc;
+    sched_set_suspension(e->sched, g->suspend_pages, g->suspend_bytes_per_s);
     g->step_tokens = min_u32(g->step_tokens, c->opt.step_tokens);
     sched_set_step_budget(e->sched, g->step_tokens);
     set_facts(e);

@@ -29,10 +29,11 @@ struct metrics_histogram {
 struct metrics {
     /* gauges */
     metrics_counter running, waiting, waiting_tokens;
-    metrics_counter pages_used, pages_total, pages_shared, pages_kept;
+    metrics_counter pages_used, pages_total, pages_shared, pages_kept, suspended_pages;
     metrics_counter slots, ranks, ready;
     /* counters of the scheduler, copied */
-    metrics_counter steps, prompt_tokens, generation_tokens, preemptions, recomputed_tokens, wasted_rows, cached_tokens;
+    metrics_counter steps, prompt_tokens, generation_tokens, preemptions, suspensions, recomputed_tokens, wasted_rows,
+        cached_tokens;
     /* counters */
     metrics_counter finished_stop, finished_length, groups, groups_lost;
     metrics_counter errors[METRICS_CODES]; /* several threads */

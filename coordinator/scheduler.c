@@ -85,6 +85,9 @@ static void free_slot_arrays(struct sched *s)
     free(s->free_slot);
     free(s->pending);
     free(s->plan_release);
+    free(s->plan_suspend);
+    free(s->plan_resume);
+    free(s->suspending);
     free(s->plan_decode);
     free(s->plan_admit);
     free(s->plan_chunk);
@@ -98,6 +101,7 @@ static void free_slot_arrays(struct sched *s)
     s->source_step = NULL;
     s->owner = s->decodable = s->prefilling = NULL;
     s->free_slot = s->pending = s->plan_release = s->plan_decode = NULL;
+    s->suspending = s->plan_suspend = s->plan_resume = NULL;
     s->plan_admit = NULL;
     s->plan_chunk = NULL;
     for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
@@ -115,6 +119,9 @@ static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct 
     s->free_slot = malloc(slots * sizeof *s->free_slot);
     s->pending = malloc(slots * sizeof *s->pending);
     s->plan_release = malloc(slots * sizeof *s->plan_release);
+    s->plan_suspend = malloc(slots * sizeof *s->plan_suspend);
+    s->plan_resume = malloc(slots * sizeof *s->plan_resume);
+    s->suspending = malloc(slots * sizeof *s->suspending);
     s->plan_decode = malloc(slots * sizeof *s->plan_decode);
     s->plan_admit = malloc(slots * sizeof *s->plan_admit);
     s->plan_chunk = malloc(slots * sizeof *s->plan_chunk);
@@ -124,7 +131,8 @@ static enum status_code alloc_slot_arrays(struct sched *s, size_t slots, struct 
     s->slot_holder = calloc(slots, sizeof(struct holder *));
     s->source_step = calloc(slots, sizeof *s->source_step);
     bool ok = s->holders && s->slot_holder && s->source_step && s->owner && s->free_slot && s->pending &&
-              s->plan_release && s->plan_decode && s->plan_admit && s->plan_chunk && s->decodable && s->prefilling;
+              s->plan_release && s->plan_suspend && s->plan_resume && s->suspending && s->plan_decode &&
+              s->plan_admit && s->plan_chunk && s->decodable && s->prefilling;
     for (int i = 0; i < SCHED_MAX_DEPTH; i++) {
         s->flight[i].sample = malloc(slots * sizeof *s->flight[i].sample);
         s->flight[i].score = malloc(slots * sizeof *s->flight[i].score);
@@ -198,6 +206,8 @@ static void end_request(struct sched *s, struct req *r, enum sched_event_kind ki
 
     if (r->state == REQ_RUNNING && !cache_park(s, r))
         req_drop_slot(s, r);
+    if (r->host_pages)
+        suspend_drop(s, r);
     if (r->state == REQ_QUEUED)
         queue_remove(s, r);
     else
@@ -254,6 +264,7 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->n_pending = 0;
     s->free_pages = kv->total_pages;
     s->pending_pages = s->fenced_pages = 0;
+    suspend_forget_all(s);
     s->next_step = 1;
     s->in_flight = 0;
     s->rotate_seq = 0;
@@ -275,6 +286,7 @@ static void forget_group(struct sched *s)
     s->pending_pages = s->fenced_pages = 0;
     s->free_pages = s->kv.total_pages;
     s->held_pages = 0;
+    suspend_forget_all(s);
 }
 
 void sched_detach(struct sched *s, int64_t now_us)
@@ -306,7 +318,7 @@ static void lose(struct sched *s, struct req *r)
         run_insert(&s->preempted, r);
     }
     r->slot = SCHED_NO_SLOT;
-    r->pages = 0;
+    r->pages = r->host_pages = 0;
     r->cap_tokens = r->n_unknown = r->n_fed = r->n_indexed = r->n_match = 0;
     r->match_version = UINT64_MAX;
     r->n_scored = r->n_scores_known;
@@ -573,6 +585,9 @@ struct sched_load sched_load(const struct sched *s)
     l.kept_pages = s->attached ? s->held_pages - holders_running(s) : 0;
     l.used_pages = s->attached ? s->kv.total_pages - s->free_pages - l.kept_pages : 0;
     l.shared_pages = holders_shared(s);
+    l.suspended_slots = s->n_suspended;
+    l.suspended_pages = s->suspended_pages;
+    l.suspend_pages = s->suspend_pages;
     if (s->prefix) {
         struct prefix_stats c = prefix_stats(s->prefix);
         l.kept_slots = c.parked;

@@ -11,8 +11,8 @@
  * Memory: pages are counted with proto/kv_account.h, exactly as the ranks do. A request is accepted only if it can ever
  * fit alone. It is admitted when the pages of all its known tokens and the next are free, and some more for the running
  * requests to grow into. A decode that needs a page when none is free preempts the running request with least to lose (perhaps
- * itself): its slot is released and its tokens, prompt and generated, are computed again later; it keeps its place in the
- * order. The oldest running one is never preempted, so every request finishes.
+ * itself): its slot is released and its tokens, prompt and generated, are computed again later, or the ranks move the slot to
+ * host memory and back (sched_set_suspension); it keeps its place in the order. The oldest running one is never preempted, so every request finishes.
  *
  * Pipeline: up to `depth` plans are in flight; a decode row's input may be the token of the step before, which only the
  * rank knows yet. Its stop is then seen one step late: one wasted row, whose result is dropped. Pages released in plan k
@@ -134,6 +134,11 @@ struct sched_plan {
     uint64_t step; /* 1, 2, 3 ... since sched_attach */
     const uint32_t *release;
     uint32_t n_release;
+    const uint32_t
+        *suspend; /* slots to host memory, after the releases; their pages come free as those of released ones */
+    uint32_t n_suspend;
+    const uint32_t *resume; /* slots back from there, before the admissions; they have no rows in this plan */
+    uint32_t n_resume;
     const struct sched_admit *admit;
     uint32_t n_admit;
     const uint32_t *decode; /* slots */
@@ -155,9 +160,14 @@ struct sched_load {
     uint64_t kept_pages;   /* only held for requests to come: free as soon as they are needed */
     uint64_t shared_pages; /* held by two slots or more, each counted once */
     uint32_t kept_slots;
+    uint32_t suspended_slots;                            /* of requests among the running: in the ranks' host memory */
+    uint64_t suspended_pages;                            /* of host memory that these take */
+    uint64_t suspend_pages;                              /* of host memory that there are */
     uint64_t cache_hits, cached_tokens, cache_evictions; /* since the group came; replays hit, too */
     /* since sched_create; prompt tokens count once, however often they are computed */
     uint64_t steps, prompt_tokens, generated_tokens, finished, failed, preemptions, replays;
+    uint64_t suspensions,
+        resumptions;            /* of the preemptions, those that went to host memory; and those that came back */
     uint64_t recomputed_tokens; /* rows spent again on what preemption or a lost group threw away */
     uint64_t wasted_rows;       /* samples dropped because their request had ended */
 };
@@ -170,6 +180,10 @@ void sched_destroy(struct sched *s); /* NULL is fine */
  * requests queue up. */
 STATUS_MUST_CHECK enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, uint32_t max_context,
                                                 const struct kv_account *kv, struct status *st);
+/* What the ranks of the attached group can hold in host memory: `pages` pages each, moved at so many bytes a second in each
+ * direction (0: not known). Preempted requests go there while there is room and it is cheaper than computing their rows
+ * again. Until the group is gone; without this call nobody is suspended. */
+void sched_set_suspension(struct sched *s, uint64_t pages, uint64_t bytes_per_s);
 /* The group is gone: admitted requests fail with UNAVAILABLE, those that wait for their first admission stay. Nothing is
  * planned until the next sched_attach. */
 void sched_detach(struct sched *s, int64_t now_us);

@@ -25,7 +25,8 @@ static void broken(const char *fmt, ...)
 
 struct tally {
     uint32_t live, queued, running, timed;
-    uint64_t queued_tokens, pages, unknown;
+    uint32_t suspended;
+    uint64_t queued_tokens, pages, unknown, host_pages;
 };
 
 static void check_running(const struct sched *s, const struct req *r)
@@ -47,6 +48,18 @@ static void check_running(const struct sched *s, const struct req *r)
                 r->n_fed, r->n_known, r->n_unknown);
 }
 
+static void check_suspended(const struct sched *s, const struct req *r)
+{
+    unsigned long long id = r->id;
+    require(r->state == REQ_PREEMPTED && r->pages == 0 && r->slot < s->slots && !s->owner[r->slot] &&
+                !s->slot_holder[r->slot],
+            "request %llu: suspended in state %d, slot %u", id, (int)r->state, r->slot);
+    require(r->host_pages == kv_pages_for(&s->kv, r->n_fed), "request %llu: %llu pages of host memory for %u tokens",
+            id, (unsigned long long)r->host_pages, r->n_fed);
+    require(r->decoding ? r->n_fed == r->n_known + r->n_unknown - 1 : r->n_fed < r->n_known && r->n_unknown == 0,
+            "request %llu: suspended at %u, knows %u and %u", id, r->n_fed, r->n_known, r->n_unknown);
+}
+
 static void check_request(const struct sched *s, const struct req *r, struct tally *t)
 {
     unsigned long long id = r->id;
@@ -65,6 +78,8 @@ static void check_request(const struct sched *s, const struct req *r, struct tal
     }
     if (r->state == REQ_RUNNING)
         check_running(s, r);
+    else if (r->host_pages)
+        check_suspended(s, r);
     else
         require(r->slot == SCHED_NO_SLOT && r->pages == 0, "request %llu: waits with slot or pages", id);
     if (r->state == REQ_QUEUED) {
@@ -77,6 +92,8 @@ static void check_request(const struct sched *s, const struct req *r, struct tal
     t->live++;
     t->running += r->state == REQ_RUNNING;
     t->pages += r->pages;
+    t->suspended += r->host_pages > 0;
+    t->host_pages += r->host_pages;
     t->unknown += r->n_unknown;
 }
 
@@ -166,6 +183,13 @@ static void check_memory(const struct sched *s, const struct tally *t)
         seen[s->free_slot[(s->free_first + i) % s->slots]]++;
     for (uint32_t i = 0; i < s->n_pending; i++)
         seen[s->pending[i]]++;
+    for (const struct req *r = s->preempted.head; r; r = r->next)
+        if (r->host_pages)
+            seen[r->slot]++;
+    require(t->suspended == s->n_suspended && s->n_suspending <= s->n_suspended &&
+                t->host_pages == s->suspended_pages && s->suspended_pages <= s->suspend_pages,
+            "%u requests suspended in %llu pages, %u in %llu counted", t->suspended, (unsigned long long)t->host_pages,
+            s->n_suspended, (unsigned long long)s->suspended_pages);
     uint64_t held = 0;
     for (uint32_t i = 0; i < s->slots; i++) {
         bool parked = s->prefix && prefix_parked(s->prefix, i);

@@ -25,9 +25,9 @@
 
 enum req_state {
     REQ_QUEUED,    /* never admitted; counted against max_queued */
-    REQ_PREEMPTED, /* lost its slot or its group, waits to be admitted again; samples may still be in flight */
+    REQ_PREEMPTED, /* lost its slot or its group, or is suspended; waits to be admitted again; samples may be in flight */
     REQ_RUNNING,   /* has a slot */
-    REQ_DRAINING,  /* all tokens sampled, slot given back, samples in flight */
+    REQ_DRAINING, /* all tokens sampled, slot given back, samples in flight */
 };
 
 /* The tokens of a request: prompt, then generated ones. What a rank holds and what is known here differ:
@@ -55,7 +55,10 @@ struct req {
     uint32_t cap_tokens; /* tokens that `pages` hold */
     bool decoding;       /* the last known token has been sampled from in this slot: n_fed = n_known + n_unknown - 1 */
     uint64_t pages;      /* under its slot, shared ones too; 0 without a slot */
-    uint32_t *tokens;    /* n_total, then the stop ids: one allocation */
+    /* PREEMPTED with a slot: suspended (scheduler_suspend.c) */
+    uint64_t host_pages;  /* 0: it is not */
+    uint64_t resume_step; /* the first plan that may resume it */
+    uint32_t *tokens;     /* n_total, then the stop ids: one allocation */
     uint32_t n_prompt;
     uint32_t n_stop;
     bool scores, cache_read, cache_write;
@@ -194,8 +197,15 @@ struct sched {
     /* Pages: total = free + pending + fenced + held. */
     uint64_t free_pages;
     uint64_t held_pages;    /* of all holders: running requests and parked slots */
-    uint64_t pending_pages; /* of the pending slots */
+    uint64_t pending_pages; /* of the pending slots, and of those to be suspended */
     uint64_t fenced_pages;  /* released in the newest plan while the one before it was in flight */
+
+    /* Host memory of the ranks. */
+    uint64_t suspend_pages, suspended_pages; /* there are; taken */
+    double suspend_page_us;                  /* a page, there and back; 0: not known */
+    uint32_t n_suspended;                    /* requests */
+    uint32_t *suspending;                    /* slots that the ranks are told about in the next plan */
+    uint32_t n_suspending;
 
     uint64_t next_step; /* of the next plan */
     uint32_t in_flight;
@@ -203,7 +213,7 @@ struct sched {
     uint64_t rotate_seq;                   /* the last decode served when not all could be */
 
     /* of the newest plan */
-    uint32_t *plan_release, *plan_decode, *plan_tokens;
+    uint32_t *plan_release, *plan_suspend, *plan_resume, *plan_decode, *plan_tokens;
     struct sched_admit *plan_admit;
     struct sched_chunk *plan_chunk;
     struct req **decodable, **prefilling; /* scratch of sched_plan, by age */
@@ -272,6 +282,16 @@ void cache_forget(struct sched *s, uint32_t slot); /* another slot cannot begin 
 /* Gives back the parked slot that was used longest ago, but not `except`; false: there is none. */
 bool cache_evict(struct sched *s, uint32_t except);
 void cache_match(struct sched *s, struct req *r); /* n_match and match_slot of a waiting request */
+
+/* scheduler_suspend.c */
+void suspend_forget_all(struct sched *s);
+/* Instead of req_drop_slot: the request keeps its slot, suspended; false: that is not possible, or not worth it. */
+bool suspend_begin(struct sched *s, struct req *r);
+void suspend_drop(struct sched *s, struct req *r); /* a suspended request's slot is released */
+/* The youngest suspended request behind this one loses its slot; false: there is none. */
+bool suspend_give_way(struct sched *s, const struct req *older);
+uint32_t suspend_tokens(const struct req *r);     /* that it needs pages for when it comes back */
+void suspend_end(struct sched *s, struct req *r); /* slot and pages are its own again */
 
 /* Nothing is in flight: what the next plan releases, no earlier step can read. scheduler_plan.c */
 void sched_settle_pending(struct sched *s);

@@ -28,6 +28,8 @@ struct build {
     uint32_t n_decodable, n_prefilling; /* in s->decodable, s->prefilling */
     uint32_t left;                      /* of the budget */
     uint32_t n_decode, n_chunk, n_admit, n_tokens;
+    uint32_t n_resume;
+    uint64_t resumed_pages;   /* of host memory, for the plans after this one */
     uint32_t n_reused;        /* pending slots that this plan releases and admits again, from the first */
     uint64_t growth;          /* tokens that the running requests may still add, HEADROOM_TOKENS each at most */
     uint64_t owed;            /* pages that decodes, all older than those looked at next, wait for */
@@ -133,17 +135,26 @@ static bool keeps_target(const struct sched *s, const struct build *b, const str
 /* Room for the head of the line, parked slots out of its way where that helps; the one that it begins as goes last. */
 static bool can_admit(struct sched *s, const struct build *b, struct req *r)
 {
-    if (!r || r->n_unknown > 0 || b->owed > 0 || !keeps_target(s, b, r))
+    if (!r || b->owed > 0 || !keeps_target(s, b, r))
         return false;
-    cache_match(s, r);
+    if (r->host_pages ? r->resume_step > s->next_step : r->n_unknown > 0)
+        return false;
+    if (r->host_pages)
+        r->n_match = 0;
+    else
+        cache_match(s, r);
     for (;;) {
-        uint64_t need = kv_pages_added(&s->kv, admission_tokens(r), r->n_match) + kv_pages_for(&s->kv, b->growth);
-        bool slot = s->n_free + s->n_pending > b->n_reused;
+        uint64_t need = (r->host_pages ? kv_pages_for(&s->kv, suspend_tokens(r))
+                                       : kv_pages_added(&s->kv, admission_tokens(r), r->n_match)) +
+                        kv_pages_for(&s->kv, b->growth);
+        bool slot = r->host_pages || s->n_free + s->n_pending > b->n_reused;
         if (slot && need <= s->free_pages + s->pending_pages + s->fenced_pages)
             return need <= s->free_pages;
         if (need > s->kv.total_pages - holders_running(s))
             return false;
         if (cache_evict(s, r->n_match ? r->match_slot : SCHED_NO_SLOT))
+            continue;
+        if (!slot && suspend_give_way(s, r))
             continue;
         if (r->n_match == 0 || !prefix_parked(s->prefix, r->match_slot))
             return false;
@@ -159,7 +170,7 @@ static uint32_t decode_limit(struct sched *s, const struct build *b)
     uint32_t want = 0;
     if (b->n_prefilling > 0)
         want = s->prefilling[0]->n_known - s->prefilling[0]->n_fed;
-    else if (can_admit(s, b, queue_next(s)))
+    else if (can_admit(s, b, queue_next(s)) && !queue_next(s)->host_pages)
         want = queue_next(s)->n_known;
     uint32_t share = b->left < PREFILL_SHARE ? 1 : b->left / PREFILL_SHARE;
     return b->left - (want < share ? want : share);
@@ -167,12 +178,14 @@ static uint32_t decode_limit(struct sched *s, const struct build *b)
 
 static void preempt(struct sched *s, struct req *r)
 {
-    req_drop_slot(s, r);
+    if (!suspend_begin(s, r)) {
+        req_drop_slot(s, r);
+        r->n_fed = 0;
+    }
     req_list_remove(&s->run, r);
     r->state = REQ_PREEMPTED;
     run_insert(&s->preempted, r);
     r->preemptions++;
-    r->n_fed = 0;
     s->last_victim_seq = r->seq;
     s->total.preemptions++;
     sched_settle_pending(s);
@@ -380,6 +393,29 @@ static void admit(struct sched *s, struct build *b, struct req *r)
     r->match_version = UINT64_MAX;
 }
 
+/* Its slot's content comes back, before the rows of this plan; its own rows begin in the next. */
+static void resume(struct sched *s, struct build *b, struct req *r)
+{
+    queue_admit(s, r);
+    settle(b, r);
+    b->growth += growth(r);
+    b->resumed_pages += r->host_pages;
+    r->state = REQ_RUNNING;
+    r->plan_seq = s->plan_seq;
+    suspend_end(s, r);
+    set_pages(s, r, s->slot_holder[r->slot]->pages);
+    s->plan_resume[b->n_resume++] = r->slot;
+}
+
+/* Moves the slots to be suspended into the plan. */
+static uint32_t plan_suspends(struct sched *s)
+{
+    uint32_t n = s->n_suspending;
+    memcpy(s->plan_suspend, s->suspending, n * sizeof *s->suspending);
+    s->n_suspending = 0;
+    return n;
+}
+
 /* Moves the pending slots into the plan. */
 static uint32_t plan_releases(struct sched *s, const struct build *b)
 {
@@ -440,6 +476,10 @@ static void plan_prefills(struct sched *s, struct build *b)
         }
         if (!runs && !can_admit(s, b, waits))
             return;
+        if (waits->host_pages) {
+            resume(s, b, waits);
+            continue;
+        }
         if (b->limit_us > 0 && b->n_chunk > 0 && chunk_rows(s, b, waits) == 0) /* slots are for those that begin */
             return;
         admit(s, b, waits);
@@ -488,9 +528,10 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
     collect(s, &b);
     plan_rows(s, &b);
     uint32_t rows = b.n_decode + b.n_tokens;
-    /* Releases alone wait for the step in flight: the ranks could not take them earlier anyhow, and a request that
+    s->suspended_pages -= b.resumed_pages;
+    /* Releases and suspensions alone wait for the step in flight: the ranks could not take them earlier anyhow, and a request that
      * arrives meanwhile finds the pipeline open. */
-    if (rows == 0 && (s->n_pending == 0 || s->in_flight > 0))
+    if (rows == 0 && b.n_resume == 0 && (s->n_pending + s->n_suspending == 0 || s->in_flight > 0))
         return false;
     uint32_t n_release = plan_releases(s, &b);
     b.flight->cost = b.cost;
@@ -499,6 +540,10 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
     *plan = (struct sched_plan){.step = s->next_step++,
                                 .release = s->plan_release,
                                 .n_release = n_release,
+                                .suspend = s->plan_suspend,
+                                .n_suspend = plan_suspends(s),
+                                .resume = s->plan_resume,
+                                .n_resume = b.n_resume,
                                 .admit = s->plan_admit,
                                 .n_admit = b.n_admit,
                                 .decode = s->plan_decode,

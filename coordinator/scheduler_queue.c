@@ -304,7 +304,7 @@ static uint64_t work_until(const struct sched *s, int64_t now_us, uint64_t tenan
     for (const struct req *r = s->run.head; r; r = r->next)
         all += r->decoding ? 0 : r->n_known - r->n_fed;
     for (const struct req *r = s->preempted.head; r; r = r->next)
-        all += r->n_known;
+        all += r->host_pages ? (r->n_fed < r->n_known ? r->n_known - r->n_fed : 0) : r->n_known;
     return all;
 }
 

@@ -98,7 +98,7 @@ static enum status_code open_backend(struct kv_pool *p, const struct kv_pool_con
                                     .device = cfg->device,
                                     .driver = cfg->driver};
     for (uint64_t page = 0; page < p->total_pages; page++) {
-        p->page[page].dirty = cfg->ops->new_pages_are_zero ? 0 : (uint32_t)cfg->page_bytes;
+        p->page[page].dirty = cfg->ops->new_pages_are_zero || p->no_clear ? 0 : (uint32_t)cfg->page_bytes;
         kv_cold_put(p, (uint32_t)page);
     }
     enum status_code rc = p->ops->open(&p->be, &geo, st);
@@ -122,6 +122,7 @@ enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_confi
     p->ahead_tokens = cfg->ahead_tokens;
     p->arrival_tokens = cfg->arrival_tokens < cfg->max_tokens ? cfg->arrival_tokens : cfg->max_tokens;
     p->suspend_bytes = cfg->suspend_bytes;
+    p->no_clear = cfg->no_clear;
     rc = set_geometry(p, cfg, st);
     if (rc != ST_OK)
         goto fail;
@@ -136,6 +137,8 @@ enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_confi
     p->cold = array(words + 1, sizeof *p->cold, "KV pages", &rc, st);
     if (rc == ST_OK && p->total_pages)
         rc = open_backend(p, cfg, st);
+    if (rc == ST_OK)
+        rc = kv_blocks_create(p, st);
     if (rc == ST_OK && p->be && cfg->background)
         rc = kv_mapper_start(p, st);
     if (rc != ST_OK)
@@ -164,9 +167,7 @@ void kv_pool_destroy(struct kv_pool *p)
     kv_mapper_stop(p);
     for (uint32_t i = 0; i < p->n_ranges && !p->ops->close_unmaps; i++)
         unmap_all(p, p->ranges[i]);
-    for (uint32_t i = 0; p->slot && i < p->slots; i++)
-        kv_saved_free(p, &p->slot[i]);
-    kv_extents_free(p);
+    kv_blocks_destroy(p);
     if (p->be)
         p->ops->close(p->be);
     for (uint32_t i = 0; i < p->n_ranges; i++)
@@ -207,7 +208,7 @@ uint64_t kv_position_bytes(const struct kv_pool *p, uint32_t i, uint32_t tokens)
 struct kv_view kv_slot_view(const struct kv_pool *p, uint32_t slot, uint32_t layer)
 {
     struct kv_view v = {.token_stride = p->lane_bytes, .head_stride = p->head_bytes};
-    if (slot >= p->slots || layer >= p->layers || !p->slot[slot].range || p->slot[slot].saved)
+    if (slot >= p->slots || layer >= p->layers || !p->slot[slot].range || p->slot[slot].saved_tokens)
         return v;
     uint32_t group = layer / p->group_layers, inner = layer % p->group_layers;
     v.tokens = p->slot[slot].tokens;
@@ -224,9 +225,6 @@ struct kv_view kv_slot_view(const struct kv_pool *p, uint32_t slot, uint32_t lay
 
 struct kv_stats kv_pool_stats(const struct kv_pool *p)
 {
-    uint64_t suspended = 0;
-    for (uint32_t i = 0; p->n_extents && i < p->slots; i++)
-        suspended += p->slot[i].saved ? kv_pages_for(&p->account, p->slot[i].saved_tokens) : 0;
     return (struct kv_stats){
         .total_pages = p->total_pages,
         .mapped_pages = p->used_pages,
@@ -237,7 +235,7 @@ struct kv_stats kv_pool_stats(const struct kv_pool *p)
         .parked_pages = kv_free_pages(p) - p->n_cold,
         .given_pages = p->max_pages - p->total_pages,
         .wasted_bytes = p->be ? p->held * p->account.page_bytes - p->used_bytes : 0,
-        .suspended_bytes = suspended * p->account.page_bytes,
+        .suspended_bytes = p->suspended_pages * p->account.page_bytes,
         .map_calls = p->cost.calls,
         .clear_calls = p->cost.clears,
         .map_ns = p->cost.ns,

@@ -20,7 +20,7 @@
  *     kv_pool_complete(pool, step);               // plan `step` has finished: its pages are free
  *
  * A page-group is FREE, or MAPPED in one slot or several, or FENCED: released, but a step in flight may still read it.
- * Content of memory that a slot gets anew is zero: stale NaNs never reach a result. A shared page is full of tokens that
+ * Content of memory that a slot gets anew is zero: stale NaNs never reach a result; or, with `no_clear`, anything. A shared page is full of tokens that
  * all its slots have in common, so nobody writes to it.
  *
  * Threads: one, the step loop, calls every function here. With `background` a second thread of the pool's own maps and
@@ -62,11 +62,14 @@ struct kv_pool_config {
     bool apart;            /* K and V in lanes of their own */
 
     /* work ahead of time */
-    bool background;         /* a thread that maps and clears what will be needed; without it grow does everything */
+    bool background; /* a thread that maps and clears what will be needed; without it grow does everything */
+    bool
+        no_clear; /* nobody reads past a slot's length, not even to multiply by 0: memory is given as earlier owners left it */
     uint32_t ahead_tokens;   /* background: every slot has pages ready for so many tokens more */
     uint32_t arrival_tokens; /* background: an empty range has pages ready for a slot of so many tokens */
 
-    uint64_t suspend_bytes; /* host memory that suspended slots may take; 0: none can be suspended */
+    /* Host memory for suspended slots, taken with the pool (CUDA: pinned), in units of 16 pages; 0: none can be suspended. */
+    uint64_t suspend_bytes;
 };
 
 /* K and V of one layer of one slot. Element (token t, head h, d) of K stands at
@@ -98,7 +101,7 @@ struct kv_stats {
 };
 
 /* Reserves all slots and creates all pages. Errors: INVALID_ARGUMENT (names the field), RESOURCE_EXHAUSTED (the machine
- * has not that much memory or too few mappings: the message has the arithmetic). */
+ * has not that much memory, for pages or for suspended slots, or too few mappings: the message has the arithmetic). */
 STATUS_MUST_CHECK enum status_code kv_pool_create(struct kv_pool **out, const struct kv_pool_config *cfg,
                                                   struct status *st);
 void kv_pool_destroy(struct kv_pool *pool); /* NULL is fine */
@@ -121,10 +124,16 @@ STATUS_MUST_CHECK enum status_code kv_slot_share(struct kv_pool *pool, uint32_t 
 
 /* Moves the slot's content to host memory; its pages are free at once, so no step in flight may touch the slot. Until
  * kv_slot_resume, which needs as many pages as a grow from empty, it can only be released. The address stays the same;
- * what was shared is shared no more. FAILED_PRECONDITION, RESOURCE_EXHAUSTED (suspend_bytes): nothing has changed. */
+ * what was shared is shared no more. A page of host memory for each page that the slot has. FAILED_PRECONDITION,
+ * RESOURCE_EXHAUSTED (kv_pool_suspend_pages): nothing has changed. */
 STATUS_MUST_CHECK enum status_code kv_slot_suspend(struct kv_pool *pool, uint32_t slot, struct status *st);
 STATUS_MUST_CHECK enum status_code kv_slot_resume(struct kv_pool *pool, uint32_t slot, struct status *st);
 uint32_t kv_slot_suspended(const struct kv_pool *pool, uint32_t slot); /* its tokens; 0: it is not suspended */
+/* Pages of host memory that there are. A rank without KV heads says what it was configured with. */
+uint64_t kv_pool_suspend_pages(const struct kv_pool *pool);
+/* How fast slots go there or come back, the slower of both: moves one of up to 16 pages. All slots are empty, and no step is
+ * in flight. 0: nothing can be suspended. */
+STATUS_MUST_CHECK enum status_code kv_pool_suspend_rate(struct kv_pool *pool, uint64_t *bytes_per_s, struct status *st);
 
 /* Empties the slot. Its pages are fenced until kv_pool_complete(step) or later; the slot itself may be grown again at
  * once. Releasing an empty slot is fine. */

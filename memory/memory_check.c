@@ -36,9 +36,9 @@ static enum status_code check_slot(const struct kv_pool *p, uint32_t i, struct s
 {
     const struct kv_slot *s = &p->slot[i];
     uint64_t want = p->be ? kv_pages_for(&p->account, s->tokens) : 0;
-    enum range_state state = s->saved ? RANGE_SUSPENDED : RANGE_ACTIVE;
+    enum range_state state = s->saved_tokens ? RANGE_SUSPENDED : RANGE_ACTIVE;
     if ((s->range ? s->range->used : 0) != want || (s->range && s->range->state != state) ||
-        (s->saved && (s->tokens || !s->range)))
+        (s->saved_tokens && (s->tokens || (p->be && !s->range))))
         return status_set(st, ST_INTERNAL, "slot %u: %u tokens in %u pages, expected %" PRIu64, i, s->tokens,
                           s->range ? s->range->used : 0, want);
     return ST_OK;
@@ -78,6 +78,12 @@ enum status_code kv_pool_check(struct kv_pool *p, struct status *st)
         rc = check_slot(p, i, st);
     for (uint32_t i = 0; i < p->max_pages && rc == ST_OK; i++)
         rc = check_page(p, i, &b, &n, st);
+    uint64_t blocks = 0;
+    for (uint32_t i = 0; i < p->slots; i++)
+        blocks += kv_pages_for(&p->account, p->slot[i].saved_tokens);
+    if (rc == ST_OK && (blocks != p->suspended_pages || blocks > p->suspend_pages))
+        rc = status_set(st, ST_INTERNAL, "%" PRIu64 " pages suspended, %" PRIu64 " in the books, room for %" PRIu64,
+                        blocks, p->suspended_pages, p->suspend_pages);
     if (rc == ST_OK &&
         (b.positions != p->positions || b.held != p->held || n.mapped_pages != has.mapped_pages ||
          n.fenced_pages != has.fenced_pages || n.shared_pages != has.shared_pages || n.free_pages != has.free_pages ||

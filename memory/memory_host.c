@@ -288,7 +288,7 @@ static enum status_code host_sync(struct kv_backend *be, struct status *st)
 static enum status_code host_alloc(struct kv_backend *be, void **out, uint64_t bytes, struct status *st)
 {
     (void)be;
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (p == MAP_FAILED)
         return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "%" PRIu64 " MiB for suspended slots", bytes >> 20);
     *out = p;

@@ -97,7 +97,8 @@ struct kv_range {
     uint8_t *base;
     uint64_t fence; /* FENCED: the step that may read it last */
     enum range_state state;
-    bool job;         /* the mapper works on it */
+    bool job; /* the mapper works on it: on positions from job_from on */
+    uint32_t job_from;
     uint32_t used;    /* positions below are held; 0 when IDLE or SUSPENDED */
     uint32_t mapped;  /* no position from here on is mapped */
     uint32_t pages[]; /* pages_per_slot entries: what is mapped at each position, or NO_PAGE */
@@ -110,8 +111,8 @@ struct range_list {
 struct kv_slot {
     struct kv_range *range; /* NULL: holds no page */
     uint32_t tokens;
-    uint32_t saved_tokens; /* suspended: what `saved` holds */
-    void **saved;          /* suspended: a block of host memory for each position */
+    uint32_t saved_tokens; /* suspended, with so many tokens; 0: it is not */
+    uint32_t first_block;  /* suspended: of host memory, one for each position */
 };
 
 /* What calls into the back end have cost. */
@@ -128,6 +129,8 @@ struct kv_job {
     enum status_code rc;
     struct kv_cost cost;
 };
+
+#define LONGEST_ONE 16384 /* each release takes that part of `longest`, or lifts it */
 
 #define JOBS 256 /* a full ring: the step loop does the work itself, or leaves it for the next step */
 
@@ -148,10 +151,13 @@ struct kv_pool {
     uint32_t max_tokens;
     uint32_t layers;
     uint32_t pages_per_slot;
+    bool no_clear;
     uint32_t ahead_tokens;
     uint32_t arrival_tokens;
     uint64_t mappings; /* limit of the back end */
     struct kv_mapper *mapper;
+    uint64_t longest;      /* positions of the longest slots released of late, times LONGEST_ONE */
+    uint32_t spread_range; /* whose turn it is to be mapped so far */
 
     struct kv_slot *slot;
     struct kv_range **ranges; /* all that exist, to free them */
@@ -180,10 +186,12 @@ struct kv_pool {
     bool any_completed; /* since create or reset */
     uint64_t completed; /* this step and all before it have finished */
 
-    uint64_t suspend_bytes; /* limit */
-    void **extents;         /* of host memory, EXTENT_PAGES pages each */
-    void **blocks;          /* free ones */
-    uint32_t n_extents, n_blocks;
+    /* host memory for suspended slots, memory_suspend.c */
+    uint64_t suspend_bytes;
+    uint64_t suspend_pages, suspended_pages; /* blocks: there are; taken */
+    void **extents;                          /* EXTENT_PAGES blocks each */
+    uint64_t n_extents;
+    uint32_t *next_block, free_block;
 };
 
 uint64_t kv_now_ns(void);
@@ -243,7 +251,8 @@ void kv_mapper_tend(struct kv_pool *p);
 
 /* --- memory_suspend.c --- */
 
-void kv_saved_free(struct kv_pool *p, struct kv_slot *s);
-void kv_extents_free(struct kv_pool *p);
+enum status_code kv_blocks_create(struct kv_pool *p, struct status *st);
+void kv_blocks_destroy(struct kv_pool *p);                /* a half-built one is fine */
+void kv_saved_free(struct kv_pool *p, struct kv_slot *s); /* of a slot that is not suspended: nothing */
 
 #endif

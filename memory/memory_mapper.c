@@ -8,7 +8,7 @@
  * no flag beside them, so none can be read too early.
  *
  * The mapper decides nothing and keeps no books. The step loop chooses range, positions and pages; until it has reaped
- * the job it touches none of them: range->job is set, and the pages are busy. The mapper reads range->pages and the dirty
+ * the job it touches none of these: range->job is set, and the pages are busy. The mapper reads range->pages and the dirty
  * bytes of these positions, and writes the job's result.
  *
  * Pages that a job has made ready are free as before: the account knows nothing of the future. A job that fails has only
@@ -130,8 +130,10 @@ enum status_code kv_mapper_start(struct kv_pool *p, struct status *st)
 static void post(struct kv_mapper *m, enum job_kind kind, struct kv_range *r, uint32_t from, uint32_t to)
 {
     m->job[m->posted++ % JOBS] = (struct kv_job){.kind = kind, .range = r, .from = from, .to = to};
-    if (r)
+    if (r) {
         r->job = true;
+        r->job_from = from;
+    }
     sem_post(&m->todo);
 }
 
@@ -222,6 +224,18 @@ static enum readiness readiness(const struct kv_pool *p, const struct kv_range *
     return page->dirty ? DIRTY : READY;
 }
 
+/* A call over several pages costs the GPU little more than one over one. So while most pages are cold, a few behind those
+ * that are wanted are mapped with them. */
+#define BATCH_PAGES 4
+
+static uint32_t with_batch(const struct kv_pool *p, const struct kv_range *r, uint32_t from, uint32_t to)
+{
+    uint32_t end = to;
+    while (end < from + BATCH_PAGES && end < p->pages_per_slot && r->pages[end] == NO_PAGE)
+        end++;
+    return p->n_cold > p->total_pages / 4 + (end - from) ? end : to;
+}
+
 static void post_map(struct kv_pool *p, struct kv_range *r, uint32_t from, uint32_t to)
 {
     if (p->positions + (to - from) > p->mappings)
@@ -251,7 +265,7 @@ void kv_mapper_prepare(struct kv_pool *p, struct kv_range *r, uint32_t to)
     if (i == end || what == TAKEN)
         return;
     if (what == EMPTY) {
-        post_map(p, r, i, end);
+        post_map(p, r, i, end == to ? with_batch(p, r, i, end) : end);
     } else if (what == STALE) {
         post(m, JOB_UNMAP, r, i, end);
     } else {
@@ -276,6 +290,32 @@ static void unmap_stale(struct kv_pool *p)
     }
 }
 
+/* Cold pages go to ranges that are mapped less far than slots were long of late, a few in each step in which there is nothing
+ * else to do: at the end a slot finds all its pages in whatever range it takes, and no call is made any more. No range gets more
+ * than its share of all pages: what a range has too much, another would have to take from it. */
+#define SPREAD_PAGES 16
+
+static void spread(struct kv_pool *p)
+{
+    struct kv_mapper *m = p->mapper;
+    /* with what is prepared behind the longest */
+    uint64_t far = (p->longest + LONGEST_ONE - 1) / LONGEST_ONE + kv_pages_for(&p->account, p->ahead_tokens);
+    uint64_t share = p->n_ranges ? p->total_pages / p->n_ranges : 0;
+    if (far > share)
+        far = share;
+    if (far > p->pages_per_slot)
+        far = p->pages_per_slot;
+    if (m->posted != m->reaped || p->n_cold < SPREAD_PAGES)
+        return;
+    for (uint32_t n = 0; n < p->n_ranges; n++) {
+        struct kv_range *r = p->ranges[p->spread_range++ % p->n_ranges];
+        if (r->state == RANGE_SUSPENDED || r->mapped >= far)
+            continue;
+        post_map(p, r, r->mapped, far - r->mapped < SPREAD_PAGES ? (uint32_t)far : r->mapped + SPREAD_PAGES);
+        return;
+    }
+}
+
 void kv_mapper_tend(struct kv_pool *p)
 {
     if (!p->mapper)
@@ -289,4 +329,5 @@ void kv_mapper_tend(struct kv_pool *p)
     if (want && any && kv_range_pick(p, NULL, 0, want, &r, NULL) == ST_OK)
         kv_mapper_prepare(p, r, want);
     unmap_stale(p);
+    spread(p);
 }

@@ -446,7 +446,8 @@ static enum status_code clear_targets(struct kv_pool *p, struct kv_range *r, uin
 enum status_code kv_range_take(struct kv_pool *p, struct kv_range *r, const uint32_t *prefix, uint32_t n_prefix,
                                uint32_t want, struct status *st)
 {
-    kv_mapper_wait(p, r);
+    if (r->job && want > r->job_from)
+        kv_mapper_wait(p, r);
     const uint32_t used = r->used, own = used > n_prefix ? used : n_prefix < want ? n_prefix : want;
     uint32_t missing = set_targets(p, r, prefix, n_prefix, want);
     bool moved = missing > 0;
@@ -485,6 +486,9 @@ void kv_range_leave(struct kv_pool *p, struct kv_range *r, enum range_state to, 
 {
     const bool fence = to == RANGE_FENCED;
     p->held -= r->used;
+    p->longest -= p->longest / LONGEST_ONE;
+    if ((uint64_t)r->used * LONGEST_ONE > p->longest)
+        p->longest = (uint64_t)r->used * LONGEST_ONE;
     for (uint32_t i = 0; i < r->used; i++)
         hold(p, &p->page[r->pages[i]], -1, fence);
     r->state = to;

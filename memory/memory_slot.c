@@ -10,7 +10,7 @@ uint64_t kv_free_pages(const struct kv_pool *p)
 
 void kv_page_soil(struct kv_pool *p, uint32_t page, uint64_t bytes)
 {
-    if (bytes > p->page[page].dirty)
+    if (bytes > p->page[page].dirty && !p->no_clear)
         p->page[page].dirty = (uint32_t)bytes;
 }
 
@@ -43,7 +43,7 @@ enum status_code kv_slot_grow(struct kv_pool *p, uint32_t slot, uint32_t tokens,
         return status_set(st, ST_OUT_OF_RANGE, "tokens: %u in slot %u, at most %u (max_tokens)", tokens, slot,
                           p->max_tokens);
     struct kv_slot *s = &p->slot[slot];
-    if (s->saved)
+    if (s->saved_tokens)
         return status_set(st, ST_FAILED_PRECONDITION, "slot %u: suspended, expected to be resumed first", slot);
     if (tokens <= s->tokens)
         return ST_OK;
@@ -93,7 +93,7 @@ static enum status_code check_share(const struct kv_pool *p, uint32_t slot, uint
 {
     if (slot >= p->slots || from >= p->slots)
         return status_set(st, ST_OUT_OF_RANGE, "slot: %u begins as %u, the pool has %u", slot, from, p->slots);
-    if (p->slot[slot].tokens || p->slot[slot].saved)
+    if (p->slot[slot].tokens || p->slot[slot].saved_tokens)
         return status_set(st, ST_FAILED_PRECONDITION, "slot %u: it has %u tokens, expected an empty one to share into",
                           slot, p->slot[slot].tokens + p->slot[slot].saved_tokens);
     if (tokens > p->slot[from].tokens)
@@ -144,7 +144,7 @@ void kv_slot_release(struct kv_pool *p, uint32_t slot, uint64_t step)
     struct kv_slot *s = &p->slot[slot];
     struct kv_range *r = s->range;
     const uint32_t tokens = s->tokens;
-    const bool suspended = s->saved != NULL;
+    const bool suspended = s->saved_tokens > 0;
     s->range = NULL;
     set_tokens(p, s, 0);
     kv_saved_free(p, s);

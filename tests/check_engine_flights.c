@@ -142,7 +142,9 @@ static struct engine *make(bool flights)
                                       .threads = 1,
                                       .max_slots = SLOTS,
                                       .max_step_tokens = 64,
-                                      .kv_bytes = 32 << 20};
+                                      .kv_bytes = 32 << 20,
+                                      .suspend_bytes = 32 << 20,
+                                      .kv_ahead = ENGINE_AHEAD_ON};
     ck_assert_msg(engine_create(&e, &cfg, &st) == ST_OK, "%s", st.message);
     ck_assert_uint_eq(engine_info(e).depth, flights ? 2 : 1);
     engine_reset(e);
@@ -163,6 +165,8 @@ struct script {
     uint32_t queue[2][64], n[2], first, count; /* texts of the samples of the steps under way */
     struct text *text;
     Tandem__V1__SampleParams *params; /* of all */
+    uint32_t suspended;               /* this slot is, or goes or comes in the next step */
+    int move;                         /* 1: it goes, -1: it comes */
 };
 
 static void collect(struct script *s)
@@ -187,6 +191,8 @@ static void submit(struct script *s, Tandem__V1__StepPlan *plan)
     plan->step = ++s->step;
     ck_assert_msg(engine_submit(s->e, plan, &st) == ST_OK, "%s", st.message);
     s->count++;
+    if (plan->n_suspend_slots) /* the step in front has ended: it may read the slot */
+        ck_assert_uint_eq(fake.count, 1);
     bool done;
     ck_assert_int_eq(engine_poll(s->e, &done, &st), ST_OK);
     if (engine_info(s->e).depth == 1 || s->count == 2)
@@ -208,12 +214,15 @@ static void step(struct script *s, uint32_t slot, uint32_t text, uint32_t from, 
     uint32_t ids[12], decodes[SLOTS];
     s->n[(s->first + s->count) % 2] = 0;
     for (uint32_t i = 0; i < SLOTS; i++)
-        if (s->owner[i] != UINT32_MAX && i != slot && i != release && s->planned[i] < NEW_TOKENS) {
+        if (s->owner[i] != UINT32_MAX && i != slot && i != release && i != s->suspended && s->planned[i] < NEW_TOKENS) {
             decodes[plan.n_decode_slots++] = i;
             s->planned[i]++;
             sampled(s, s->owner[i]);
         }
     plan.decode_slots = decodes;
+    plan.suspend_slots = plan.resume_slots = &s->suspended;
+    plan.n_suspend_slots = s->move > 0;
+    plan.n_resume_slots = s->move < 0;
     if (release != UINT32_MAX) {
         plan.release_slots = &release;
         plan.n_release_slots = 1;
@@ -238,11 +247,15 @@ static void step(struct script *s, uint32_t slot, uint32_t text, uint32_t from, 
         sampled(s, text);
     }
     submit(s, &plan);
+    if (s->move < 0)
+        s->suspended = UINT32_MAX;
+    s->move = 0;
 }
 
+/* With flights, slots also go to host memory and come back, with what they sampled last under way. */
 static void write_texts(struct text *text, bool flights, Tandem__V1__SampleParams *params)
 {
-    struct script s = {.e = make(flights), .text = text, .params = params};
+    struct script s = {.e = make(flights), .text = text, .params = params, .suspended = UINT32_MAX};
     bool history = params && params->presence_penalty != 0; /* such slots begin with nobody */
     memset(text, 0, sizeof *text);
     for (uint32_t i = 0; i < SLOTS; i++)
@@ -254,8 +267,15 @@ static void write_texts(struct text *text, bool flights, Tandem__V1__SampleParam
         step(&s, i, SLOTS + i, UINT32_MAX, UINT32_MAX);
     }
     step(&s, 4, SLOTS + 4, UINT32_MAX, 4);
-    for (uint32_t i = 0; i < NEW_TOKENS + 2; i++)
+    for (uint32_t i = 0; i < NEW_TOKENS + 12; i++) {
+        if (flights && i % 4 == 0 && i < 12) {
+            s.suspended = 4 + i / 4;
+            s.move = 1;
+        } else if (s.suspended != UINT32_MAX && i % 4 == 2) {
+            s.move = -1;
+        }
         step(&s, UINT32_MAX, 0, UINT32_MAX, UINT32_MAX);
+    }
     while (s.count)
         collect(&s);
     ck_assert_uint_eq(fake.count, 0);

@@ -1,6 +1,6 @@
 /* check_engine_share.c - a slot that begins as another (AdmitSlot.from_slot) in a whole engine: answers and scores equal to
  * those of a slot that computed the same tokens, pages that are counted once, and bytes that nobody writes while they are
- * shared. The pool and the forward pass are the real ones. */
+ * shared. The same of a slot that goes to host memory and back, and of pages that earlier owners left full of NaN. The pool and the forward pass are the real ones. */
 #include <check.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +18,7 @@ struct hand {
     struct group *g;
     uint64_t step;
     Tandem__V1__StepPlan plan;
-    uint32_t release[4], decode[4];
+    uint32_t release[4], decode[4], suspend[4], resume[4];
     Tandem__V1__AdmitSlot admit[4], *admits[4];
     Tandem__V1__SampleParams params[4];
     Tandem__V1__PrefillChunk chunk[4], *chunks[4];
@@ -30,6 +30,8 @@ static void next_plan(struct hand *h)
     tandem__v1__step_plan__init(&h->plan);
     h->plan.step = h->step + 1;
     h->plan.release_slots = h->release;
+    h->plan.suspend_slots = h->suspend;
+    h->plan.resume_slots = h->resume;
     h->plan.decode_slots = h->decode;
     h->plan.admits = h->admits;
     h->plan.prefills = h->chunks;
@@ -77,7 +79,9 @@ static struct engine_result must_step(struct hand *h)
     return r;
 }
 
-static struct hand *start(uint32_t ranks, uint64_t pages)
+enum { HOST_PAGES = 240 }; /* in units of 16 */
+
+static struct hand *start_ahead(uint32_t ranks, uint64_t pages, enum engine_ahead ahead)
 {
     struct hand *h = calloc(1, sizeof *h);
     struct status st = STATUS_INIT;
@@ -86,10 +90,17 @@ static struct hand *start(uint32_t ranks, uint64_t pages)
                                       .max_slots = SLOTS,
                                       .max_step_tokens = 256,
                                       .page_bytes = PAGE,
-                                      .kv_bytes = pages * PAGE};
+                                      .kv_bytes = pages * PAGE,
+                                      .suspend_bytes = HOST_PAGES * PAGE,
+                                      .kv_ahead = ahead};
     ck_assert_msg(group_create(&h->g, &cfg, ranks, &st) == ST_OK, "%s", st.message);
     next_plan(h);
     return h;
+}
+
+static struct hand *start(uint32_t ranks, uint64_t pages)
+{
+    return start_ahead(ranks, pages, ENGINE_AHEAD_AUTO);
 }
 
 static void stop(struct hand *h)
@@ -339,6 +350,82 @@ START_TEST(sharers_outlive_the_source)
 }
 END_TEST
 
+/* Slots go to host memory and come back, between chunks and between decodes, while others use their pages. */
+START_TEST(suspended_slot_gives_the_same_answer)
+{
+    struct hand *h = start((uint32_t)_i, 4096);
+    uint32_t tokens[PREFIX + TAIL], others[PREFIX + TAIL];
+    struct answer expected = alone(h, 0, 1, 100), got = {0};
+    make_prompt(tokens, 1);
+    make_prompt(others, 2);
+    ck_assert_uint_eq(engine_info(group_engine(h->g, 0)).suspend_pages, HOST_PAGES);
+    ck_assert_uint_gt(engine_info(group_engine(h->g, 0)).suspend_bytes_per_s, 0);
+    release(h, 0);
+    add_admit(h, 1, 0, 0);
+    add_rows(h, 1, tokens, 0, 100, false);
+    must_step(h);
+    for (int round = 0; got.n < FRESH; round++) {
+        h->suspend[h->plan.n_suspend_slots++] = 1;
+        if (round > 0)
+            release(h, 2);
+        add_admit(h, 2, 0, 0);
+        add_rows(h, 2, others, 0, PREFIX, false);
+        must_step(h);
+        ck_assert_uint_eq(h->used_pages, kv_pages_for(account(h), PREFIX));
+        h->resume[h->plan.n_resume_slots++] = 1;
+        must_step(h);
+        if (round == 0)
+            add_rows(h, 1, tokens, 100, PREFIX + TAIL, true);
+        else
+            h->decode[h->plan.n_decode_slots++] = 1;
+        struct engine_result r = must_step(h);
+        keep(&got, &r, 0);
+    }
+    expect_same(&expected, &got, "slot", 1);
+    h->suspend[h->plan.n_suspend_slots++] = 1;
+    must_step(h);
+    release(h, 1); /* from where it is */
+    release(h, 2);
+    must_step(h);
+    ck_assert_uint_eq(h->used_pages, 0);
+    stop(h);
+}
+END_TEST
+
+/* All pages of each rank, from a slot that is gone. */
+static void poison(struct hand *h)
+{
+    for (uint32_t rank = 0; rank < group_size(h->g); rank++) {
+        const struct engine *e = group_engine(h->g, rank);
+        const struct kv_account *a = &e->info.kv;
+        uint32_t slot = 0;
+        for (uint64_t left = a->token_bytes ? a->total_pages : 0; left > 0; slot++) {
+            uint64_t tokens = left * a->page_bytes / a->token_bytes;
+            if (tokens > e->info.max_context)
+                tokens = e->info.max_context;
+            if (tokens == 0)
+                break;
+            ck_assert_int_eq(kv_slot_grow(e->kv, slot, (uint32_t)tokens, NULL), ST_OK);
+            memset(kv_slot_view(e->kv, slot, 0).k, 0xff, tokens * a->token_bytes);
+            left -= kv_pages_for(a, tokens);
+        }
+        kv_pool_reset(e->kv);
+    }
+}
+
+START_TEST(what_earlier_owners_left_is_never_read)
+{
+    struct hand *h = start_ahead((uint32_t)_i + 1, 256, _i ? ENGINE_AHEAD_ON : ENGINE_AHEAD_OFF);
+    struct answer expected = alone(h, 0, 1, 100);
+    release(h, 0);
+    must_step(h);
+    poison(h);
+    struct answer got = alone(h, 1, 1, 100);
+    expect_same(&expected, &got, "slot", 1);
+    stop(h);
+}
+END_TEST
+
 /* ---- faults ---- */
 
 /* Each spoils a plan over this state: slot 0 has PREFIX tokens, slot 1 begins as it and has 8, slot 2 is free. */
@@ -381,6 +468,51 @@ static const char *spoil(struct hand *h, int which, enum status_code *code)
         add_admit(h, 3, 0, 4);
         h->decode[h->plan.n_decode_slots++] = 3;
         return "decode of slot 3: it has no sampled token";
+    case 9:
+        h->suspend[h->plan.n_suspend_slots++] = 2;
+        return "suspension of slot 2: it is free, or released";
+    case 10:
+        release(h, 1);
+        h->suspend[h->plan.n_suspend_slots++] = 1;
+        return "suspension of slot 1: it is free, or released";
+    case 11:
+        h->suspend[h->plan.n_suspend_slots++] = 4;
+        return "suspension of slot 4: it is suspended already, or empty";
+    case 12:
+        h->suspend[h->plan.n_suspend_slots++] = 1;
+        h->suspend[h->plan.n_suspend_slots++] = 1;
+        return "suspension of slot 1: named twice";
+    case 13:
+        h->resume[h->plan.n_resume_slots++] = 1;
+        return "resumption of slot 1: it is not suspended";
+    case 14:
+        h->suspend[h->plan.n_suspend_slots++] = 1;
+        h->resume[h->plan.n_resume_slots++] = 1;
+        return "resumption of slot 1: named twice";
+    case 15:
+        add_admit(h, 3, 4, 1);
+        return "beginning as slot 4: it has not so many tokens, or is released or suspended";
+    case 16: {
+        uint32_t none[9] = {0};
+        h->suspend[h->plan.n_suspend_slots++] = 1;
+        add_rows(h, 1, none, 8, 9, true);
+        return "prefill of slot 1: it is suspended, or resumed by this plan";
+    }
+    case 17: {
+        uint32_t none[4] = {0};
+        h->resume[h->plan.n_resume_slots++] = 4;
+        add_rows(h, 4, none, 3, 4, true);
+        return "prefill of slot 4: it is suspended, or resumed by this plan";
+    }
+    case 18:
+        *code = ST_INVALID_ARGUMENT;
+        h->suspend[h->plan.n_suspend_slots++] = SLOTS;
+        return "suspension of slot 6, expected 0 to 5";
+    case 19:
+        *code = ST_RESOURCE_EXHAUSTED;
+        h->suspend[h->plan.n_suspend_slots++] = 0;
+        h->suspend[h->plan.n_suspend_slots++] = 5;
+        return "suspension of slot 5: 242 pages of host memory needed, but there are 240";
     default:
         *code = ST_RESOURCE_EXHAUSTED;
         add_admit(h, 3, 0, 149); /* the rest of a page, where none is free */
@@ -388,12 +520,14 @@ static const char *spoil(struct hand *h, int which, enum status_code *code)
     }
 }
 
-enum { SPOILED = 10 };
+enum { SPOILED = 21 };
 
 START_TEST(wrong_beginning_is_described_and_changes_nothing)
 {
+    static uint32_t long_prompt[167];
     uint32_t tokens[PREFIX + TAIL];
-    struct hand *h = start(1, 113 + 1 + (_i < SPOILED - 1)); /* of PREFIX tokens; of 8, of which 7 share 5; to spare */
+    /* of PREFIX tokens; of 8, of which 7 share 5; of those of slot 5; to spare */
+    struct hand *h = start(1, 113 + 1 + 126 + (_i < SPOILED - 1));
     enum status_code code;
     struct engine_result r = {0};
     make_prompt(tokens, 1);
@@ -402,6 +536,13 @@ START_TEST(wrong_beginning_is_described_and_changes_nothing)
     must_step(h);
     add_admit(h, 1, 0, 7);
     add_rows(h, 1, tokens, 7, 8, false);
+    add_admit(h, 4, 0, 0);
+    add_rows(h, 4, tokens, 0, 3, false);
+    must_step(h);
+    h->suspend[h->plan.n_suspend_slots++] = 4;
+    must_step(h);
+    add_admit(h, 5, 0, 0);
+    add_rows(h, 5, long_prompt, 0, 167, false);
     must_step(h);
     const char *says = spoil(h, _i, &code);
     uint64_t pages = h->used_pages;
@@ -426,6 +567,8 @@ int main(void)
     tcase_add_test(core, pages_are_counted_once_and_the_last_is_copied);
     tcase_add_loop_test(core, shared_pages_are_never_written, 1, 3);
     tcase_add_test(core, sharers_outlive_the_source);
+    tcase_add_loop_test(core, suspended_slot_gives_the_same_answer, 1, 4);
+    tcase_add_loop_test(core, what_earlier_owners_left_is_never_read, 0, 2);
     tcase_add_loop_test(faults, wrong_beginning_is_described_and_changes_nothing, 0, SPOILED);
     tcase_set_timeout(core, 60);
     tcase_set_timeout(faults, 60);

@@ -256,6 +256,47 @@ START_TEST(metrics_count_what_was_served)
 }
 END_TEST
 
+/* Requests that do not fit beside each other take turns in host memory; GetLoad and the metrics say so. */
+START_TEST(suspended_requests_are_counted)
+{
+    enum { N = 12, PROMPT = 30, NEW = 60 };
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    o.token_bytes = 512; /* 8 in a page: a request takes 12 */
+    o.total_pages = 30;
+    o.suspend_pages = 40;
+    struct fake_group *g = start_ready(&p, &o, WITH_HTTP);
+    struct rpc_stream *s[N];
+    for (uint32_t i = 0; i < N; i++) {
+        struct ask a;
+        ask_ids(&a, PROMPT, 1000 + i, NEW);
+        s[i] = proc_open(&p, &a.m, 0);
+    }
+    for (uint32_t i = 0; i < N; i++) {
+        struct proc_reply r = {0};
+        proc_drain(s[i], &r);
+        check_ids(&r, PROMPT, 1000 + i, NEW);
+        proc_reply_free(&r);
+        rpc_stream_close(s[i]);
+    }
+    Tandem__V1__Load *l = get_load(&p);
+    ck_assert_uint_gt(l->suspensions, 0);
+    ck_assert_uint_le(l->resumptions, l->suspensions);
+    ck_assert_uint_gt(l->resumptions, 0);
+    ck_assert_uint_eq(l->suspend_pages, 40); /* of rank 0, which has least */
+    ck_assert_uint_eq(l->suspended_slots + l->suspended_pages, 0);
+    ck_assert_uint_eq(fake_group_suspensions(g), l->suspensions);
+    for (int64_t until = proc_now_ms() + WAIT_MS;
+         http_metric(&p, "tandem_suspensions_total") < (double)l->suspensions && proc_now_ms() < until;)
+        usleep(10000);
+    ck_assert(http_metric(&p, "tandem_suspensions_total") == (double)l->suspensions);
+    ck_assert(http_metric(&p, "tandem_num_preemptions_total") == (double)l->preemptions);
+    ck_assert(http_metric(&p, "tandem_kv_pages_suspended") == 0);
+    tandem__v1__load__free_unpacked(l, NULL);
+    finish(&p, g);
+}
+END_TEST
+
 /* ---- limits ---- */
 
 START_TEST(bodies_and_heads_are_bounded)
@@ -618,6 +659,7 @@ int main(void)
     tcase_add_test(core, a_connection_serves_one_request_after_the_other);
     tcase_add_test(core, pages_say_what_is);
     tcase_add_test(core, metrics_count_what_was_served);
+    tcase_add_test(core, suspended_requests_are_counted);
     tcase_add_test(limits, bodies_and_heads_are_bounded);
     tcase_add_test(limits, tokens_are_those_of_grpc);
     tcase_add_test(limits, a_listener_for_health_generates_nothing);

@@ -561,6 +561,8 @@ static void simulate(struct sim_options o, struct sim_report *total)
         total->replays += r.replays;
         total->unfit += r.unfit;
         total->preemptions += r.preemptions;
+        total->suspensions += r.suspensions;
+        total->resumptions += r.resumptions;
         total->generated += r.generated;
         total->prompt += r.prompt;
         total->recomputed += r.recomputed;
@@ -572,11 +574,12 @@ static void simulate(struct sim_options o, struct sim_report *total)
 
 static void print_report(const char *what, const struct sim_report *r)
 {
-    printf("%s: %llu steps, %llu groups, %llu requests (%llu finished, %llu failed, %llu refused), %llu preemptions, "
-           "%.1f %% of rows computed again, %llu wasted, longest wait %.3f of its bound, %llu hits\n",
+    printf("%s: %llu steps, %llu groups, %llu requests (%llu finished, %llu failed, %llu refused), %llu preemptions "
+           "(%llu suspended, %llu resumed), %.1f %% of rows computed again, %llu wasted, longest wait %.3f of its "
+           "bound, %llu hits\n",
            what, (unsigned long long)r->steps, (unsigned long long)r->groups, (unsigned long long)r->submitted,
            (unsigned long long)r->finished, (unsigned long long)r->failed, (unsigned long long)r->rejected,
-           (unsigned long long)r->preemptions,
+           (unsigned long long)r->preemptions, (unsigned long long)r->suspensions, (unsigned long long)r->resumptions,
            100.0 * (double)r->recomputed / (double)(r->recomputed + r->prompt + r->generated + 1),
            (unsigned long long)r->wasted, r->worst_wait, (unsigned long long)r->cache_hits);
 }
@@ -603,6 +606,8 @@ START_TEST(sim_memory_pressure_changes_no_token)
     ck_assert_uint_gt(r.cache_hits, 0);
     ck_assert_uint_gt(r.preemptions, r.steps / 1000);
     ck_assert_uint_gt(r.recomputed, 0);
+    ck_assert_uint_gt(r.suspensions, r.preemptions / 10);
+    ck_assert_uint_gt(r.resumptions, r.suspensions / 2);
 }
 END_TEST
 
@@ -649,6 +654,7 @@ static Suite *suite(void)
     suite_add_tcase(suite, core);
     suite_add_tcase(suite, scheduler_limits());
     suite_add_tcase(suite, scheduler_faults());
+    suite_add_tcase(suite, scheduler_suspension());
     TCase *sim = tcase_create("sim");
     tcase_set_timeout(sim, 3600);
     tcase_add_test(sim, sim_every_request_finishes_when_nothing_goes_wrong);

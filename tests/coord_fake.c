@@ -12,7 +12,7 @@
 #include "tandem/v1/worker_control.pb-c.h"
 
 struct slot {
-    bool used;
+    bool used, suspended, shares;
     uint64_t seed;
     uint32_t length;
     uint32_t output_at; /* where its answer begins */
@@ -29,6 +29,8 @@ struct fake_rank {
     struct slot *slots; /* the rank's thread */
     uint32_t *tokens;
     atomic_uint used;
+    atomic_uint_least64_t suspensions;
+    uint64_t host_pages; /* taken */
     atomic_uint_least64_t last_step, epoch;
     uint32_t heartbeat_ms;
     int64_t beat_ms;
@@ -132,6 +134,8 @@ static bool send_ready(struct fake_rank *r)
     ready.page_bytes = o->page_bytes;
     ready.token_bytes = o->token_bytes;
     ready.total_pages = o->total_pages + 7 * r->rank;
+    ready.suspend_pages = o->suspend_pages + 3 * r->rank;
+    ready.suspend_bytes_per_s = o->suspend_pages ? UINT64_C(1) << 40 : 0;
     ready.max_step_tokens = o->max_step_tokens;
     ready.vocab_size = o->vocab_size;
     ready.sample_options = TANDEM__V1__SAMPLE_OPTION__ALL & ~o->lacks;
@@ -212,6 +216,8 @@ static uint32_t run_rows(struct fake_rank *r, const Tandem__V1__StepPlan *p)
         struct slot *s = slot_of(r, p->decode_slots[i], true, "decode");
         if (!s)
             return n;
+        if (s->suspended)
+            broke(r, "decode: slot %u is suspended", p->decode_slots[i]);
         s->length++;
         r->tokens[n++] = sample(r, s);
     }
@@ -220,6 +226,8 @@ static uint32_t run_rows(struct fake_rank *r, const Tandem__V1__StepPlan *p)
         struct slot *s = slot_of(r, c->slot, true, "prefill");
         if (!s)
             return n;
+        if (s->suspended)
+            broke(r, "prefill: slot %u is suspended", c->slot);
         if (c->position != s->length || c->n_token_ids == 0)
             broke(r, "prefill: %zu tokens at %u, the slot has %u", c->n_token_ids, c->position, s->length);
         check_replay(r, s, c);
@@ -235,33 +243,81 @@ static uint32_t run_rows(struct fake_rank *r, const Tandem__V1__StepPlan *p)
     return n;
 }
 
+static uint64_t pages_of(const struct fake_rank *r, const struct slot *s)
+{
+    const struct fake_options *o = &r->group->o;
+    return (s->length * o->token_bytes + o->page_bytes - 1) / o->page_bytes;
+}
+
+static void move_slots(struct fake_rank *r, const Tandem__V1__StepPlan *p)
+{
+    for (size_t i = 0; i < p->n_suspend_slots; i++) {
+        struct slot *s = slot_of(r, p->suspend_slots[i], true, "suspension");
+        if (!s)
+            continue;
+        if (s->suspended || s->length == 0)
+            broke(r, "suspension: slot %u is suspended already, or empty", p->suspend_slots[i]);
+        s->suspended = true;
+        r->host_pages += pages_of(r, s);
+        atomic_fetch_add(&r->suspensions, 1);
+    }
+    if (r->host_pages > r->group->o.suspend_pages)
+        broke(r, "suspension: %llu pages of host memory, limit %llu", (unsigned long long)r->host_pages,
+              (unsigned long long)r->group->o.suspend_pages);
+    for (size_t i = 0; i < p->n_resume_slots; i++) {
+        struct slot *s = slot_of(r, p->resume_slots[i], true, "resumption");
+        if (!s)
+            continue;
+        if (!s->suspended)
+            broke(r, "resumption: slot %u is not suspended", p->resume_slots[i]);
+        s->suspended = false;
+        r->host_pages -= pages_of(r, s);
+    }
+}
+
+/* At least: those of slots that began as another are left out. */
+static void check_pages(struct fake_rank *r)
+{
+    const struct fake_options *o = &r->group->o;
+    uint64_t pages = 0;
+    for (uint32_t i = 0; r->slots && i < o->max_slots; i++)
+        pages += r->slots[i].used && !r->slots[i].suspended && !r->slots[i].shares ? pages_of(r, &r->slots[i]) : 0;
+    if (pages > o->total_pages)
+        broke(r, "%llu pages in use, limit %llu", (unsigned long long)pages, (unsigned long long)o->total_pages);
+}
+
 static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
 {
     if (p->step != atomic_load(&r->last_step) + 1)
         broke(r, "step %llu after %llu", (unsigned long long)p->step, (unsigned long long)atomic_load(&r->last_step));
     for (size_t i = 0; i < p->n_release_slots; i++) {
         struct slot *s = slot_of(r, p->release_slots[i], true, "release");
-        if (s)
+        if (s) {
+            r->host_pages -= s->suspended ? pages_of(r, s) : 0;
             *s = (struct slot){0};
+        }
     }
+    move_slots(r, p);
     for (size_t i = 0; i < p->n_admits; i++) {
         const Tandem__V1__AdmitSlot *a = p->admits[i];
         const struct slot *from = a->from_tokens ? slot_of(r, a->from_slot, true, "beginning as") : NULL;
-        if (from && from->length < a->from_tokens)
-            broke(r, "admit: begins with %u tokens of slot %u, which has %u", a->from_tokens, a->from_slot,
-                  from->length);
+        if (from && (from->suspended || from->length < a->from_tokens))
+            broke(r, "admit: begins with %u tokens of slot %u, which has %u, or is suspended", a->from_tokens,
+                  a->from_slot, from->length);
         struct slot *s = slot_of(r, a->slot, false, "admit");
         if (s)
             *s = (struct slot){.used = true,
                                .seed = a->sample ? a->sample->seed : 0,
                                .output_at = a->sample ? a->sample->output_at : UINT32_MAX,
-                               .length = a->from_tokens};
+                               .length = a->from_tokens,
+                               .shares = a->from_tokens > 0};
     }
     uint32_t used = 0;
     for (uint32_t i = 0; r->slots && i < r->group->o.max_slots; i++)
         used += r->slots[i].used;
     atomic_store(&r->used, used);
     uint32_t n = run_rows(r, p);
+    check_pages(r);
     atomic_store(&r->last_step, p->step);
     return n;
 }
@@ -470,4 +526,9 @@ uint64_t fake_group_epoch(const struct fake_group *g)
 uint32_t fake_group_used_slots(struct fake_group *g)
 {
     return atomic_load(&g->rank[0].used);
+}
+
+uint64_t fake_group_suspensions(struct fake_group *g)
+{
+    return atomic_load(&g->rank[0].suspensions);
 }

@@ -1,7 +1,8 @@
 /* coord_fake.h - a worker group without a model, for tests and the benchmark of the coordinator. Prefix fake_.
  *
  * Each rank is a thread with its own stream that speaks WorkerControl as proto/tandem/v1/worker_control.proto says and
- * checks every plan against its own book of slots: admit only free ones, chunks where the slot ends, budget kept. What it
+ * checks every plan against its own book of slots: admit only free ones, chunks where the slot ends, budget kept, nothing of
+ * slots that are suspended, pages and host memory never more than there are. What it
  * "samples" is a function of seed and position, so a client's tokens are known before they come. */
 #ifndef TANDEM_TESTS_COORD_FAKE_H
 #define TANDEM_TESTS_COORD_FAKE_H
@@ -20,13 +21,14 @@ struct fake_options {
     uint32_t protocol; /* 0: the right one */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     uint64_t page_bytes, token_bytes, total_pages;
-    uint32_t step_us; /* a step takes this long */
-    uint32_t eos_id;  /* FAKE_NO_STOP: the model has none */
-    uint32_t eos_at;  /* position at which eos_id is sampled; 0: never */
-    uint32_t lacks;   /* SampleOption bits that Ready leaves out */
-    bool never_ready; /* stays in loading */
-    uint32_t loading; /* Loading messages that the ranks send before that, 100 ms apart, each with more bytes */
-    bool partial;     /* the last rank does not attach */
+    uint64_t suspend_pages; /* of host memory */
+    uint32_t step_us;       /* a step takes this long */
+    uint32_t eos_id;        /* FAKE_NO_STOP: the model has none */
+    uint32_t eos_at;        /* position at which eos_id is sampled; 0: never */
+    uint32_t lacks;         /* SampleOption bits that Ready leaves out */
+    bool never_ready;       /* stays in loading */
+    uint32_t loading;       /* Loading messages that the ranks send before that, 100 ms apart, each with more bytes */
+    bool partial;           /* the last rank does not attach */
 };
 
 #define FAKE_OPTIONS                                                                                                   \
@@ -59,6 +61,7 @@ bool fake_group_stop(struct fake_group *g);
 uint64_t fake_group_steps(const struct fake_group *g);
 uint64_t fake_group_epoch(const struct fake_group *g);
 uint32_t fake_group_used_slots(struct fake_group *g);
+uint64_t fake_group_suspensions(struct fake_group *g); /* carried out by rank 0 */
 
 /* What the ranks sample at this position (that of the new token) of a request with this seed. */
 uint32_t fake_token(uint64_t seed, uint32_t position, uint32_t vocab_size);

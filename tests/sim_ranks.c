@@ -106,6 +106,44 @@ static struct sim_slot *slot_at(struct sim_ranks *r, uint32_t slot, uint64_t ste
     return &r->slot[slot];
 }
 
+/* Its pages come free as those of a released slot; what it shared, it shares no more. */
+static void suspend(struct sim_ranks *r, struct sim_slot *s, uint64_t step)
+{
+    if (!s->active || s->suspended || s->len == 0)
+        sim_fail("step %llu: suspension of slot %d, which is empty or suspended", (unsigned long long)step,
+                 (int)(s - r->slot));
+    for (uint32_t i = 0; i < r->group.n_ranks; i++) {
+        struct sim_rank *k = &r->rank[i];
+        k->fenced_pages[step % 2] += leave_pages(r, i, s);
+        k->fence_step[step % 2] = step - 1;
+        k->host_pages += kv_pages_for(&r->group.kv[i], s->len);
+        if (k->host_pages > r->group.host_pages[i])
+            sim_fail("step %llu: rank %u has %llu pages of host memory, %llu are needed", (unsigned long long)step, i,
+                     (unsigned long long)r->group.host_pages[i], (unsigned long long)k->host_pages);
+    }
+    s->suspended = true;
+}
+
+static void resume(struct sim_ranks *r, struct sim_slot *s, uint64_t step)
+{
+    if (!s->active || !s->suspended)
+        sim_fail("step %llu: slot %d is resumed, but not suspended", (unsigned long long)step, (int)(s - r->slot));
+    for (uint32_t i = 0; i < r->group.n_ranks; i++) {
+        uint64_t pages = kv_pages_for(&r->group.kv[i], s->len);
+        take_pages(r, i, s, pages, step);
+        r->rank[i].host_pages -= pages;
+    }
+    s->suspended = false;
+}
+
+uint64_t sim_ranks_suspended(const struct sim_ranks *r)
+{
+    uint64_t most = 0;
+    for (uint32_t i = 0; i < r->group.n_ranks; i++)
+        most = r->rank[i].host_pages > most ? r->rank[i].host_pages : most;
+    return most;
+}
+
 static void release(struct sim_ranks *r, struct sim_slot *s, uint64_t step)
 {
     if (!s->active)
@@ -113,14 +151,18 @@ static void release(struct sim_ranks *r, struct sim_slot *s, uint64_t step)
     for (uint32_t i = 0; i < r->group.n_ranks; i++) {
         r->rank[i].fenced_pages[step % 2] += leave_pages(r, i, s);
         r->rank[i].fence_step[step % 2] = step - 1;
+        r->rank[i].host_pages -= s->suspended ? kv_pages_for(&r->group.kv[i], s->len) : 0;
     }
-    s->active = s->sampled = false;
+    s->active = s->sampled = s->suspended = false;
     s->len = 0;
     s->id = s->seed = s->last_step = 0;
 }
 
 static void extend(struct sim_ranks *r, struct sim_slot *s, uint32_t n, uint64_t step)
 {
+    if (s->suspended)
+        sim_fail("step %llu: request %llu is suspended and has rows", (unsigned long long)step,
+                 (unsigned long long)s->id);
     if (s->last_step == step)
         sim_fail("step %llu: request %llu has rows twice", (unsigned long long)step, (unsigned long long)s->id);
     s->last_step = step;
@@ -159,7 +201,7 @@ static void chunk(struct sim_ranks *r, const struct sched_chunk *c, uint64_t ste
 static void begin_as(struct sim_ranks *r, struct sim_slot *s, const struct sim_slot *from, uint32_t n, uint64_t step)
 {
     unsigned long long id = s->id;
-    if (!from->active || from == s || n > from->len)
+    if (!from->active || from->suspended || from == s || n > from->len)
         sim_fail("step %llu: request %llu begins with %u tokens of a slot that has %u", (unsigned long long)step, id, n,
                  from->len);
     if (from->last_step >= step || sim_salt(from->seed) != sim_salt(s->seed))
@@ -187,7 +229,11 @@ void sim_ranks_step(struct sim_ranks *r, const struct sched_plan *plan, uint64_t
     lift_fences(r, completed);
     for (uint32_t i = 0; i < plan->n_release; i++)
         release(r, slot_at(r, plan->release[i], step), step);
+    for (uint32_t i = 0; i < plan->n_suspend; i++)
+        suspend(r, slot_at(r, plan->suspend[i], step), step);
     lift_fences(r, completed);
+    for (uint32_t i = 0; i < plan->n_resume; i++)
+        resume(r, slot_at(r, plan->resume[i], step), step);
     for (uint32_t i = 0; i < plan->n_admit; i++) {
         struct sim_slot *s = slot_at(r, plan->admit[i].slot, step);
         if (s->active)
@@ -233,6 +279,8 @@ void sim_ranks_check_idle(struct sim_ranks *r, const bool *kept, uint64_t pages)
         alike &= r->group.kv[i].token_bytes == r->group.kv[0].token_bytes;
     for (uint32_t i = 0; i < r->group.n_ranks; i++) {
         uint64_t used = r->group.kv[i].total_pages - r->rank[i].free_pages;
+        if (r->rank[i].host_pages)
+            sim_fail("rank %u: %llu pages of host memory leaked", i, (unsigned long long)r->rank[i].host_pages);
         if (used > pages || (alike && used < pages))
             sim_fail("rank %u: %llu of %llu pages are held, %llu are counted", i, (unsigned long long)used,
                      (unsigned long long)r->group.kv[i].total_pages, (unsigned long long)pages);

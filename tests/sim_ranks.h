@@ -3,7 +3,8 @@
  * What is checked is what would break a real rank: releases and admits of slots, positions, a decode without a sampled
  * token, rows past the context, and pages counted with each rank's own account. A rank maps the pages of plan k as soon
  * as the plan is made; pages of a slot released in plan k come free when step k-1 has ended, and the only steps that are
- * known to have ended are those whose result the scheduler had seen. No rank may ever lack a page.
+ * known to have ended are those whose result the scheduler had seen. Slots that are suspended give pages back in the same
+ * way, and take host memory. No rank may ever lack a page of either.
  *
  * The "model": the token at a position is a hash of the request's seed and the position. Whatever is preempted, replayed
  * or in flight, the stream of a request is known beforehand.
@@ -41,6 +42,7 @@ static inline uint64_t sim_salt(uint64_t seed)
 
 struct sim_slot {
     bool active;
+    bool suspended;
     bool sampled; /* the token at position `len` is on the rank */
     uint32_t len;
     uint64_t id, seed;
@@ -52,6 +54,7 @@ struct sim_slot {
 struct sim_group {
     uint32_t n_ranks, slots, max_context;
     struct kv_account kv[SIM_MAX_RANKS];
+    uint64_t host_pages[SIM_MAX_RANKS]; /* for suspended slots */
 };
 
 struct sim_rank {
@@ -59,6 +62,7 @@ struct sim_rank {
     uint32_t *spare; /* numbers of pages that no slot has, fenced ones too */
     uint64_t n_spare;
     uint64_t free_pages;
+    uint64_t host_pages;                     /* taken by suspended slots */
     uint64_t fenced_pages[2], fence_step[2]; /* of the last two plans: come free when fence_step has ended */
 };
 
@@ -76,6 +80,8 @@ void sim_ranks_init(struct sim_ranks *r, const struct sim_group *group);
 void sim_ranks_fini(struct sim_ranks *r);
 /* Runs a plan; tokens (plan->samples of them) are what its result will hold. completed: last step known to have ended. */
 void sim_ranks_step(struct sim_ranks *r, const struct sched_plan *plan, uint64_t completed, uint32_t *tokens);
+/* Host pages of suspended slots on the rank that takes most. */
+uint64_t sim_ranks_suspended(const struct sim_ranks *r);
 /* All steps have ended: only the slots that are kept are taken, and no rank holds more than so many pages; just as many if
  * all ranks are alike. */
 void sim_ranks_check_idle(struct sim_ranks *r, const bool *kept, uint64_t pages);

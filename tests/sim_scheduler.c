@@ -25,6 +25,7 @@ struct sim_req {
     uint32_t slot;
     uint32_t n_sampled; /* in plans */
     uint32_t n_out;
+    bool suspended; /* PREEMPTED, but its slot is its own */
     uint32_t preemptions, replays;
     uint32_t losses; /* groups since its last token */
     uint64_t pages;  /* that the scheduler counts for it */
@@ -60,7 +61,8 @@ struct sim {
     struct kv_account kv; /* what the scheduler counts with; page_bytes 0: nothing yet */
     uint32_t max_context;
     uint32_t budget, min_budget;
-    bool fair; /* tenants, classes, targets, short prompts first: who is next is not told from age alone */
+    bool host_memory; /* groups have some for suspended slots */
+    bool fair;        /* tenants, classes, targets, short prompts first: who is next is not told from age alone */
     bool attached;
     bool replay;          /* the next group goes on with what the last one left */
     bool losing, joining; /* a detach or attach is under way: the failures it brings are expected */
@@ -70,6 +72,7 @@ struct sim {
     uint64_t next_id;
     uint64_t slot_id[MAX_SLOTS]; /* what the slot works for; 0: none */
     bool release_due[MAX_SLOTS]; /* its request has ended or needs it no more */
+    bool suspend_due[MAX_SLOTS];
     bool preempted[MAX_SLOTS];   /* release_due for that reason: it is not kept */
     bool kept[MAX_SLOTS];        /* for requests that begin as its own did */
     struct sim_flight flight[2]; /* step % 2 */
@@ -125,6 +128,7 @@ static void draw_group(struct sim *m, struct sim_group *g)
         g->kv[i] = (struct kv_account){.page_bytes = page_bytes};
         g->kv[i].token_bytes = i == weakest ? token_bytes : token_bytes - between(m, 0, token_bytes / 2);
         g->kv[i].total_pages = total + (i == weakest ? 0 : between(m, 0, 3));
+        g->host_pages[i] = m->host_memory ? between(m, 0, (uint32_t)(full * 4)) : 0;
     }
     if (chance(m, 30)) { /* ranks without KV heads */
         for (uint32_t i = 0; i < g->n_ranks; i++)
@@ -188,8 +192,12 @@ static void end(struct sim *m, struct sim_req *r)
     double part = (double)took / (double)r->max_steps;
     if (part > m->report->worst_wait && !m->fair)
         m->report->worst_wait = part;
-    if (r->stage == STAGE_RUNNING)
+    if (r->stage == STAGE_RUNNING || r->suspended)
         m->release_due[r->slot] = true;
+    if (r->suspended) { /* nobody begins as such a slot */
+        m->preempted[r->slot] = true;
+        m->suspend_due[r->slot] = false;
+    }
     for (uint32_t i = 0; i < m->n_live; i++) {
         if (m->live[i] == r) {
             memmove(&m->live[i], &m->live[i + 1], (m->n_live - i - 1) * sizeof(struct sim_req *));
@@ -414,6 +422,7 @@ static void book_loss(struct sim *m, struct sim_req *r, uint64_t more_steps)
     }
     if (r->started)
         r->stage = STAGE_PREEMPTED;
+    r->suspended = false;
     r->n_sampled = r->n_out;
     r->n_scored_plans = r->n_scored;
     r->max_steps += more_steps;
@@ -458,6 +467,7 @@ static void attach(struct sim *m)
     memset(m->slot_id, 0, sizeof m->slot_id);
     memset(m->release_due, 0, sizeof m->release_due);
     memset(m->preempted, 0, sizeof m->preempted);
+    memset(m->suspend_due, 0, sizeof m->suspend_due);
     memset(m->kept, 0, sizeof m->kept);
     m->kv = kv;
     m->max_context = g.max_context;
@@ -466,6 +476,11 @@ static void attach(struct sim *m)
     struct status st = STATUS_INIT;
     if (sched_attach(m->sched, m->now_us, g.slots, g.max_context, &kv, &st) != ST_OK)
         sim_fail("attach: %s", st.message);
+    uint64_t host_pages = g.host_pages[0];
+    for (uint32_t i = 1; i < g.n_ranks; i++)
+        host_pages = g.host_pages[i] < host_pages ? g.host_pages[i] : host_pages;
+    if (m->host_memory)
+        sched_set_suspension(m->sched, host_pages, chance(m, 512) ? 0 : between(m, 1, 1u << 31));
     check(m);
     m->joining = false;
     for (uint32_t i = 0; i < m->n_live; i++) {
@@ -491,7 +506,10 @@ static uint32_t book_preemptions(struct sim *m)
                 sim_fail("request %llu: preempted, and it is the oldest that runs", (unsigned long long)r->id);
             r->stage = STAGE_PREEMPTED;
             r->preemptions++;
-            m->release_due[r->slot] = m->preempted[r->slot] = true;
+            r->suspended = req_map_find(&m->sched->map, r->id)->host_pages > 0;
+            m->suspend_due[r->slot] = r->suspended;
+            if (!r->suspended)
+                m->release_due[r->slot] = m->preempted[r->slot] = true;
             n++;
         }
         oldest = false;
@@ -501,6 +519,36 @@ static uint32_t book_preemptions(struct sim *m)
         sim_fail("%llu preemptions counted, expected %llu", (unsigned long long)sched_load(m->sched).preemptions,
                  (unsigned long long)m->preemptions);
     return n;
+}
+
+/* Suspended requests that lost their slot to an older one. */
+static void book_drops(struct sim *m, const struct sched_plan *p)
+{
+    bool resumed[MAX_SLOTS] = {false};
+    for (uint32_t i = 0; p && i < p->n_resume; i++)
+        resumed[p->resume[i]] = true;
+    for (uint32_t i = 0; i < m->n_live; i++) {
+        struct sim_req *r = m->live[i];
+        if (!r->suspended || resumed[r->slot] || req_map_find(&m->sched->map, r->id)->host_pages)
+            continue;
+        r->suspended = false;
+        m->suspend_due[r->slot] = false;
+        m->release_due[r->slot] = m->preempted[r->slot] = true;
+    }
+}
+
+/* Each suspension in the plan after it was decided; each resumption in its turn, of a slot that the ranks have suspended. */
+static void check_suspensions(struct sim *m, const struct sched_plan *p)
+{
+    uint32_t due = 0;
+    for (uint32_t i = 0; i < m->ranks.group.slots; i++)
+        due += m->suspend_due[i];
+    for (uint32_t i = 0; i < p->n_suspend; i++)
+        if (p->suspend[i] >= m->ranks.group.slots || !m->suspend_due[p->suspend[i]])
+            sim_fail("step %llu: suspension of slot %u", (unsigned long long)p->step, p->suspend[i]);
+    if (due != p->n_suspend)
+        sim_fail("step %llu: %u suspensions, %u are due", (unsigned long long)p->step, p->n_suspend, due);
+    memset(m->suspend_due, 0, sizeof m->suspend_due);
 }
 
 /* All that is due and nothing else. */
@@ -579,9 +627,32 @@ static struct sim_req *expect_admit(struct sim *m, uint64_t id)
     return r;
 }
 
+/* Of two that wait, the first of them preempted. */
+static bool goes_before(const struct sim *m, uint64_t a, uint64_t b)
+{
+    for (uint32_t i = 0; i < m->n_live; i++)
+        if (m->live[i]->id == a || (m->live[i]->id == b && m->live[i]->stage == STAGE_PREEMPTED))
+            return m->live[i]->id == a;
+    return false;
+}
+
+static void check_resumption(struct sim *m, const struct sched_plan *p, uint32_t slot)
+{
+    struct sim_req *r = expect_admit(m, m->slot_id[slot]);
+    if (!r->suspended || r->slot != slot)
+        sim_fail("step %llu: request %llu is resumed, but not suspended", (unsigned long long)p->step,
+                 (unsigned long long)r->id);
+    r->stage = STAGE_RUNNING;
+    r->suspended = false;
+    r->pages = kv_pages_for(&m->kv, m->ranks.slot[slot].len + 1);
+}
+
 static void check_admits(struct sim *m, const struct sched_plan *p)
 {
+    uint32_t resumed = 0;
     for (uint32_t i = 0; i < p->n_admit; i++) {
+        while (resumed < p->n_resume && goes_before(m, m->slot_id[p->resume[resumed]], p->admit[i].id))
+            check_resumption(m, p, p->resume[resumed++]);
         struct sim_req *r = expect_admit(m, p->admit[i].id);
         if (m->slot_id[p->admit[i].slot] != 0 || m->kept[p->admit[i].slot])
             sim_fail("step %llu: slot %u is taken", (unsigned long long)p->step, p->admit[i].slot);
@@ -592,6 +663,8 @@ static void check_admits(struct sim *m, const struct sched_plan *p)
         r->pages = kv_pages_for(&m->kv, next < total ? next : total - 1);
         m->slot_id[r->slot] = r->id;
     }
+    while (resumed < p->n_resume)
+        check_resumption(m, p, p->resume[resumed++]);
 }
 
 /* Books one sample of a plan; behind the last one the slot is due for release. */
@@ -638,6 +711,7 @@ static bool plan(struct sim *m)
     bool made = sched_plan(m->sched, m->now_us, &p);
     take_events(m); /* of deadlines: they come before the plan */
     uint32_t preempted = book_preemptions(m);
+    book_drops(m, made ? &p : NULL);
     if (!made) {
         check(m);
         return false;
@@ -645,6 +719,7 @@ static bool plan(struct sim *m)
     if (p.step != m->next_step++ || p.rows > m->budget || in_flight == m->cfg.depth)
         sim_fail("plan %llu with %u rows, budget %u, %u in flight", (unsigned long long)p.step, p.rows, m->budget,
                  in_flight);
+    check_suspensions(m, &p);
     check_releases(m, &p);
     if (m->cfg.policy != SCHED_PREFILL_FIRST)
         check_decodes(m, &p, preempted);
@@ -716,6 +791,7 @@ static void draw_config(struct sim *m)
                                    .prefix_cache = chance(m, 512),
                                    .replay_limit = between(m, 0, 3)};
     m->replay = chance(m, 768);
+    m->host_memory = chance(m, 512);
     m->fair = chance(m, 400);
     if (m->fair)
         draw_fairness(m);
@@ -791,5 +867,7 @@ void sim_run(const struct sim_options *o, struct sim_report *report)
     report->recomputed = l.recomputed_tokens;
     report->wasted = l.wasted_rows;
     report->cache_hits = l.cache_hits;
+    report->suspensions = l.suspensions;
+    report->resumptions = l.resumptions;
     sched_destroy(m.sched);
 }

@@ -8,6 +8,8 @@
  *   - admission by age, preempted requests before all others; in some runs there are tenants, classes, targets and short
  *     prompts that pass long ones: then by age among those of one tenant and class with no more tokens
  *   - the oldest running request is never preempted
+ *   - preempted requests are suspended to host memory, where the run has some and that is cheaper: told to the ranks in the
+ *     very next plan, never more than there is, given back when they end
  *   - a lost group's requests go on in the next, as if they were preempted, or fail, as the run was drawn
  *   - at most depth - 1 rows computed for nothing when a stop token ends a request, none when its length does
  *   - as long as a request lives there is a plan or a step in flight, and each ends within a number of steps that follows
@@ -36,6 +38,7 @@ struct sim_report {
     uint64_t unfit;      /* failed because the group that came could never run them */
     uint64_t cache_hits; /* of the last group */
     uint64_t replays;
+    uint64_t suspensions, resumptions;
     uint64_t preemptions, generated, prompt, recomputed, wasted;
     double worst_wait; /* steps that a request took, as a part of its bound */
 };

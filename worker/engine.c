@@ -14,6 +14,8 @@
 #define MAX_STEP_TOKENS     65536u
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
 #define DEFAULT_KV_PAGES_MAX 32768u
+/* Tokens of a slot whose pages are ready before they are fed: enough steps for a call that waits behind others. */
+#define AHEAD_TOKENS 16
 
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
 
@@ -119,6 +121,7 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
         return status_set(st, cfg->kv_bytes ? ST_INVALID_ARGUMENT : ST_RESOURCE_EXHAUSTED,
                           "kv_bytes: %llu bytes of KV memory, less than one page of %llu bytes",
                           (unsigned long long)budget, (unsigned long long)a.page_bytes);
+    bool ahead = cfg->kv_ahead == ENGINE_AHEAD_ON || (cfg->kv_ahead == ENGINE_AHEAD_AUTO && e->parts);
     const struct kv_pool_config kv = {
         .ops = e->parts ? e->parts->kv : &kv_ops_host,
         .slots = info->max_slots,
@@ -130,8 +133,17 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
         .page_bytes = a.page_bytes,
         .total_pages = a.total_pages,
         .device = e->parts ? e->parts->device : 0,
+        .no_clear = true, /* attention reads no row past a sequence's length: attention.h */
+        .background = ahead,
+        .ahead_tokens = AHEAD_TOKENS,
+        .arrival_tokens = info->max_step_tokens, /* the first chunk of a prompt */
+        .suspend_bytes = cfg->suspend_bytes,
     };
-    return kv_pool_create(&e->kv, &kv, st);
+    enum status_code rc = kv_pool_create(&e->kv, &kv, st);
+    if (rc != ST_OK)
+        return rc;
+    e->info.suspend_pages = kv_pool_suspend_pages(e->kv);
+    return kv_pool_suspend_rate(e->kv, &e->info.suspend_bytes_per_s, st);
 }
 
 static enum status_code create_flight(struct engine_flight *f, uint64_t rows, struct status *st)
@@ -346,4 +358,5 @@ void engine_reset(struct engine *e)
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
     e->step = e->done = 0;
     e->checks = 0;
+    e->suspended_pages = 0;
 }

@@ -31,6 +31,10 @@ struct backend_parts; /* backend.h */
 
 #define ENGINE_MAX_EOS 16
 
+/* Whether a thread of the KV pool maps pages before steps need them. AUTO: on a device; on the host it has no core of its own,
+ * and mapping a warm page is nothing there (memory/README.md). */
+enum engine_ahead { ENGINE_AHEAD_AUTO, ENGINE_AHEAD_ON, ENGINE_AHEAD_OFF };
+
 struct engine_config {
     const char *model_dir;
     struct comm *comm;                 /* owned by the caller, outlives the engine */
@@ -46,6 +50,8 @@ struct engine_config {
                                  device: memory_fraction of it less what is in use, the weights and the workspace */
     double memory_fraction;   /* of a device's memory, for all that this rank holds there; 0: 0.9 */
     uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
+    uint64_t suspend_bytes;   /* host memory for suspended slots; 0: none can be suspended */
+    enum engine_ahead kv_ahead;
     /* Called now and then while weights load, on the calling thread. Optional. */
     void (*progress)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_ctx;
@@ -55,9 +61,10 @@ struct engine_info {
     uint32_t depth; /* steps under way at most: 1 on the host, which works in engine_submit */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     struct kv_account kv;
-    uint64_t weight_bytes;   /* of this rank, in memory */
-    uint32_t sample_options; /* enum sample_option that this back end has */
-    char device[64];         /* "host, 2 threads" */
+    uint64_t suspend_pages, suspend_bytes_per_s; /* as Ready has them */
+    uint64_t weight_bytes;                       /* of this rank, in memory */
+    uint32_t sample_options;                     /* enum sample_option that this back end has */
+    char device[64];                             /* "host, 2 threads" */
     /* of the model, the same on all ranks */
     char architecture[64];
     uint32_t layers, hidden, heads, kv_heads, head_dim;

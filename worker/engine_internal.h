@@ -19,6 +19,7 @@ struct engine_options; /* engine_options.c */
 
 struct engine_slot {
     bool live;
+    bool suspended; /* length and all else stays as it was */
     bool has_token; /* a token was sampled at position length, or will be by a step under way, and is not fed yet */
     bool pending;   /* by a step under way: last_token is not known yet */
     uint64_t sampled_by; /* the last step that samples for it */
@@ -29,7 +30,7 @@ struct engine_slot {
     bool logprobs;
     uint32_t top_logprobs;
     /* number of the check that saw the slot last in this role: finds what a plan names twice, and needs no clearing */
-    uint64_t released_by, admitted_by, run_by;
+    uint64_t released_by, admitted_by, run_by, moved_by;
     uint32_t begins; /* of the check that admitted it: tokens that it begins with */
 };
 
@@ -61,6 +62,7 @@ struct engine {
     struct forward *forward;
 
     bool connected;
+    uint64_t suspended_pages; /* of all suspended slots */
 
     uint64_t step; /* last submitted */
     uint64_t done; /* last whose tokens are known */

@@ -10,6 +10,7 @@ struct check {
     /* In use after the plan; less, perhaps below 0, when a slot is released whose pages others share: then the pool itself
      * refuses what is too much, as the plan is carried out. */
     int64_t pages;
+    uint64_t host_pages; /* of suspended slots */
 };
 
 /* NULL and INVALID_ARGUMENT when there is no such slot. */
@@ -45,7 +46,55 @@ static enum status_code check_releases(struct check *c, const Tandem__V1__StepPl
         if (s->released_by == c->number)
             return contradiction(c, "release of", slot, "named twice", st);
         s->released_by = c->number;
-        c->pages -= (int64_t)kv_pages_for(&c->e->info.kv, s->length);
+        uint64_t pages = kv_pages_for(&c->e->info.kv, s->length);
+        if (s->suspended)
+            c->host_pages -= pages;
+        else
+            c->pages -= (int64_t)pages;
+    }
+    return ST_OK;
+}
+
+/* A slot that is taken before and after this plan, and named once. */
+static enum status_code check_moved(struct check *c, const char *what, uint32_t slot, bool suspended, struct status *st)
+{
+    struct engine_slot *s = find_slot(c, what, slot, st);
+    if (!s)
+        return ST_INVALID_ARGUMENT;
+    if (!s->live || s->released_by == c->number)
+        return contradiction(c, what, slot, "it is free, or released", st);
+    if (s->moved_by == c->number)
+        return contradiction(c, what, slot, "named twice", st);
+    if (s->suspended != suspended || s->length == 0)
+        return contradiction(c, what, slot, suspended ? "it is not suspended" : "it is suspended already, or empty",
+                             st);
+    s->moved_by = c->number;
+    return ST_OK;
+}
+
+static enum status_code check_suspensions(struct check *c, const Tandem__V1__StepPlan *plan, struct status *st)
+{
+    const struct engine_info *info = &c->e->info;
+    for (size_t i = 0; i < plan->n_suspend_slots; i++) {
+        uint32_t slot = plan->suspend_slots[i];
+        enum status_code rc = check_moved(c, "suspension of", slot, false, st);
+        if (rc != ST_OK)
+            return rc;
+        uint64_t pages = kv_pages_for(&info->kv, c->e->slot[slot].length);
+        c->pages -= (int64_t)pages;
+        c->host_pages += pages;
+        if (c->host_pages > info->suspend_pages)
+            return status_set(st, ST_RESOURCE_EXHAUSTED,
+                              "step %llu: suspension of slot %u: %llu pages of host memory needed, but there are %llu",
+                              (unsigned long long)c->step, slot, (unsigned long long)c->host_pages,
+                              (unsigned long long)info->suspend_pages);
+    }
+    for (size_t i = 0; i < plan->n_resume_slots; i++) {
+        uint32_t slot = plan->resume_slots[i];
+        enum status_code rc = check_moved(c, "resumption of", slot, true, st);
+        if (rc != ST_OK)
+            return rc;
+        c->pages += (int64_t)kv_pages_for(&info->kv, c->e->slot[slot].length);
     }
     return ST_OK;
 }
@@ -60,9 +109,10 @@ static enum status_code check_begin(struct check *c, const Tandem__V1__AdmitSlot
     const struct engine_slot *from = find_slot(c, "beginning as", a->from_slot, st);
     if (!from)
         return ST_INVALID_ARGUMENT;
-    if (!from->live || from->released_by == c->number || from->admitted_by == c->number ||
-        from->length < a->from_tokens)
-        return contradiction(c, "beginning as", a->from_slot, "it has not so many tokens, or is released", st);
+    if (!from->live || from->released_by == c->number || from->admitted_by == c->number || from->suspended ||
+        from->moved_by == c->number || from->length < a->from_tokens)
+        return contradiction(c, "beginning as", a->from_slot, "it has not so many tokens, or is released or suspended",
+                             st);
     if (engine_options_history(a->sample))
         return status_set(
             st, ST_INVALID_ARGUMENT,
@@ -104,6 +154,8 @@ static enum status_code check_rows(struct check *c, const char *what, uint32_t s
     const struct engine_info *info = &c->e->info;
     if (!live_after_admits(c, s))
         return contradiction(c, what, slot, "it was not admitted", st);
+    if (s->admitted_by != c->number && (s->suspended || s->moved_by == c->number))
+        return contradiction(c, what, slot, "it is suspended, or resumed by this plan", st);
     if (s->run_by == c->number)
         return contradiction(c, what, slot, "it has rows already in this plan", st);
     s->run_by = c->number;
@@ -183,13 +235,13 @@ static enum status_code check_prefill(struct check *c, const Tandem__V1__Prefill
 
 enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
 {
-    struct check c = {e, plan->step, ++e->checks, 0, (int64_t)kv_pool_stats(e->kv).mapped_pages};
+    struct check c = {e, plan->step, ++e->checks, 0, (int64_t)kv_pool_stats(e->kv).mapped_pages, e->suspended_pages};
     if (plan->step != e->step + 1)
         return status_set(st, ST_INTERNAL, "step %llu, but the last one done is %llu", (unsigned long long)plan->step,
                           (unsigned long long)e->step);
     enum status_code rc;
-    if ((rc = check_releases(&c, plan, st)) != ST_OK || (rc = check_admits(&c, plan, st)) != ST_OK ||
-        (rc = check_decodes(&c, plan, st)) != ST_OK)
+    if ((rc = check_releases(&c, plan, st)) != ST_OK || (rc = check_suspensions(&c, plan, st)) != ST_OK ||
+        (rc = check_admits(&c, plan, st)) != ST_OK || (rc = check_decodes(&c, plan, st)) != ST_OK)
         return rc;
     for (size_t i = 0; i < plan->n_prefills; i++)
         if ((rc = check_prefill(&c, plan->prefills[i], st)) != ST_OK)

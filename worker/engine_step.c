@@ -60,10 +60,12 @@ void engine_drop_flights(struct engine *e)
 
 /* ---- a plan becomes a batch ---- */
 
-/* Whether the plan needs what the steps under way are still making: pages that a slot begins with, or tokens of slots whose
- * options look at all tokens. */
+/* Whether the plan needs what the steps under way are still making: pages that a slot begins with, or that go to host memory,
+ * or tokens of slots whose options look at all tokens. */
 static bool must_wait(const struct engine *e, const Tandem__V1__StepPlan *plan)
 {
+    if (plan->n_suspend_slots)
+        return true;
     for (size_t i = 0; i < plan->n_admits; i++)
         if (plan->admits[i]->from_tokens)
             return true;
@@ -94,22 +96,43 @@ static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *adm
     return engine_options_create(&s->options, p, e->info.vocab_size, st);
 }
 
+/* Where a slot is suspended no step is under way; one that comes back takes pages that none of them reads. */
+static enum status_code suspend_and_resume(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
+{
+    for (size_t i = 0; i < plan->n_suspend_slots; i++) {
+        struct engine_slot *s = &e->slot[plan->suspend_slots[i]];
+        enum status_code rc = kv_slot_suspend(e->kv, plan->suspend_slots[i], st);
+        if (rc != ST_OK)
+            return rc;
+        s->suspended = true;
+        e->suspended_pages += kv_pages_for(&e->info.kv, s->length);
+    }
+    for (size_t i = 0; i < plan->n_resume_slots; i++) {
+        struct engine_slot *s = &e->slot[plan->resume_slots[i]];
+        enum status_code rc = kv_slot_resume(e->kv, plan->resume_slots[i], st);
+        if (rc != ST_OK)
+            return rc;
+        s->suspended = false;
+        e->suspended_pages -= kv_pages_for(&e->info.kv, s->length);
+    }
+    return ST_OK;
+}
+
 static enum status_code release_and_admit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
 {
     for (size_t i = 0; i < plan->n_release_slots; i++) {
         kv_slot_release(e->kv, plan->release_slots[i], plan->step - 1);
         struct engine_slot *s = &e->slot[plan->release_slots[i]];
-        s->live = false;
+        e->suspended_pages -= s->suspended ? kv_pages_for(&e->info.kv, s->length) : 0;
+        s->live = s->suspended = false;
         engine_options_destroy(s->options);
         s->options = NULL;
     }
     kv_pool_complete(e->kv, e->done);
-    for (size_t i = 0; i < plan->n_admits; i++) {
-        enum status_code rc = admit(e, plan->admits[i], st);
-        if (rc != ST_OK)
-            return rc;
-    }
-    return ST_OK;
+    enum status_code rc = suspend_and_resume(e, plan, st);
+    for (size_t i = 0; i < plan->n_admits && rc == ST_OK; i++)
+        rc = admit(e, plan->admits[i], st);
+    return rc;
 }
 
 static void add_sample(struct engine *e, struct engine_flight *f, struct forward_batch *b, uint32_t slot)

@@ -87,6 +87,8 @@ struct worker_options {
     uint32_t log_level; /* enum worker_log_level */
     uint64_t kv_bytes;
     uint64_t page_bytes;
+    uint64_t suspend_bytes;
+    uint32_t kv_ahead;       /* enum engine_ahead */
     const char *devices;     /* "0,2"; NULL: all */
     uint32_t memory_percent; /* of a device; 0: default */
     uint32_t random_weights; /* 0 or 1 */

@@ -80,6 +80,8 @@ static enum status_code load(struct worker *w, struct status *st)
         .max_step_tokens = o->max_step_tokens,
         .kv_bytes = o->kv_bytes,
         .page_bytes = o->page_bytes,
+        .suspend_bytes = o->suspend_bytes,
+        .kv_ahead = (enum engine_ahead)o->kv_ahead,
         .memory_fraction = o->memory_percent / 100.0,
         .progress = on_progress,
         .progress_ctx = w,
@@ -105,6 +107,10 @@ static enum status_code load(struct worker *w, struct status *st)
                info.device, worker_size_text(weights, info.weight_bytes),
                worker_size_text(kv, info.kv.total_pages * info.kv.page_bytes), info.max_slots,
                (long long)(worker_now_us() - start_us) / 1000);
+    if (info.suspend_pages)
+        worker_log(&w->log, WORKER_LOG_INFO, "suspended requests: %s of host memory, moved at %.1f GB/s",
+                   worker_size_text(kv, info.suspend_pages * info.kv.page_bytes),
+                   (double)info.suspend_bytes_per_s / 1e9);
     return ST_OK;
 }
 
@@ -143,6 +149,8 @@ static void send_ready(struct worker *w)
     r.page_bytes = i.kv.page_bytes;
     r.token_bytes = i.kv.token_bytes;
     r.total_pages = i.kv.total_pages;
+    r.suspend_pages = i.suspend_pages;
+    r.suspend_bytes_per_s = i.suspend_bytes_per_s;
     r.max_step_tokens = i.max_step_tokens;
     r.vocab_size = i.vocab_size;
     r.sample_options = i.sample_options;

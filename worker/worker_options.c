@@ -19,6 +19,7 @@ struct option_spec {
 };
 
 static const char *const backend_names[] = {"auto", "cuda", "host", NULL};
+static const char *const ahead_names[] = {"auto", "on", "off", NULL}; /* enum engine_ahead */
 static const char *const level_names[] = {"error", "warning", "info", "debug", NULL};
 
 #define AT(field) offsetof(struct worker_options, field)
@@ -54,6 +55,10 @@ static const struct option_spec specs[] = {
     {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
      "1: the folder needs no weights, only config.json; for benchmarks of any shape"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
+    {"kv-ahead", "WHEN", OPTION_CHOICE, AT(kv_ahead), 0, 0, ahead_names,
+     "auto (on CUDA), on or off: a thread maps pages of the KV cache before they are needed; default auto"},
+    {"suspend-memory", "SIZE", OPTION_SIZE, AT(suspend_bytes), 1, UINT64_MAX, NULL,
+     "host memory of this rank for preempted requests, which then go on without being computed again; default: none"},
     {"comm-timeout-ms", "N", OPTION_NUMBER, AT(comm_timeout_ms), 1, 3600000, NULL,
      "bound of one exchange between ranks; default 60000"},
     {"attach-timeout-ms", "N", OPTION_NUMBER, AT(attach_timeout_ms), 1, 86400000, NULL,

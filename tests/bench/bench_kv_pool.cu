@@ -3,6 +3,7 @@
  *     for f in memory/memory*.c proto/status.c; do gcc -O2 -D_GNU_SOURCE -I. -I$CUDA/include -c $f -o /tmp/$(basename $f).o; done
  *     nvcc -std=c++17 -O2 -arch=sm_90a -I. -o bench_kv_pool tests/bench/bench_kv_pool.cu /tmp/memory*.o /tmp/status.c.o -ldl
  *     bench_kv_pool [GB of the large pool, default 100]
+ *     bench_kv_pool quick       sharing and suspension alone, little memory: for compute-sanitizer
  *
  * Llama-3-8B on one rank: 32 layers, 8 KV heads of 128, bf16: 128 KiB per token, 16 tokens per page of 2 MiB. A step is a
  * kernel that reads STEP_BYTES of memory, as decode steps do; the step loop grows every slot by a token, launches, waits.
@@ -14,7 +15,7 @@ extern "C" {
 #include "bench_cuda.h"
 
 constexpr uint32_t LAYERS = 32, HEADS = 8, DIM = 128, SEQS = 128;
-constexpr uint64_t STEP_BYTES = 16ull << 30;
+constexpr uint64_t STEP_BYTES = 16ull << 30, QUICK_STEP_BYTES = 256ull << 20;
 constexpr uint64_t TOKEN_BYTES = 2ull * LAYERS * HEADS * DIM * 2;
 
 static __global__ void read_all(const uint4 *at, uint64_t n, uint32_t *sums)
@@ -54,9 +55,9 @@ static void must(enum status_code rc, const struct status *st)
     exit(1);
 }
 
-static struct kv_pool *make(uint32_t slots, uint32_t max_tokens, uint64_t pages, bool background, uint32_t heads)
+static struct kv_pool_config settings(uint32_t slots, uint32_t max_tokens, uint64_t pages, bool background,
+                                      uint32_t heads)
 {
-    struct status st = STATUS_INIT;
     struct kv_pool_config cfg;
     memset(&cfg, 0, sizeof cfg);
     cfg.ops = &kv_ops_cuda;
@@ -71,10 +72,21 @@ static struct kv_pool *make(uint32_t slots, uint32_t max_tokens, uint64_t pages,
     cfg.background = background;
     cfg.ahead_tokens = 16;
     cfg.arrival_tokens = 256;
-    cfg.suspend_bytes = 4ull << 30;
+    return cfg;
+}
+
+static struct kv_pool *create(const struct kv_pool_config *cfg)
+{
+    struct status st = STATUS_INIT;
     struct kv_pool *pool;
-    must(kv_pool_create(&pool, &cfg, &st), &st);
+    must(kv_pool_create(&pool, cfg, &st), &st);
     return pool;
+}
+
+static struct kv_pool *make(uint32_t slots, uint32_t max_tokens, uint64_t pages, bool background, uint32_t heads)
+{
+    struct kv_pool_config cfg = settings(slots, max_tokens, pages, background, heads);
+    return create(&cfg);
 }
 
 static void grow(struct kv_pool *pool, uint32_t slot, uint32_t tokens)
@@ -91,26 +103,29 @@ static void sound(struct kv_pool *pool)
 
 struct step {
     uint4 *buffer;
+    uint64_t bytes;
     uint32_t *sums;
     cudaStream_t stream;
 };
 
 static void run_step(const struct step *s)
 {
-    read_all<<<132 * 8, 512, 0, s->stream>>>(s->buffer, STEP_BYTES / sizeof *s->buffer, s->sums);
+    read_all<<<132 * 8, 512, 0, s->stream>>>(s->buffer, s->bytes / sizeof *s->buffer, s->sums);
     CUDA_MUST(cudaGetLastError());
 }
 
 /* 128 sequences, each of its own length, replaced by another when it ends. */
-static void steady_state(const struct step *s)
+static void steady_state(const struct step *s, bool no_clear)
 {
-    struct kv_pool *pool = make(SEQS, 2048, 12288, true, HEADS);
+    struct kv_pool_config cfg = settings(SEQS, 2048, 12288, true, HEADS);
+    cfg.no_clear = no_clear;
+    struct kv_pool *pool = create(&cfg);
     uint32_t length[SEQS], end[SEQS], arrivals = 0;
     for (uint32_t i = 0; i < SEQS; i++)
         length[i] = end[i] = 0;
     struct kv_stats from = kv_pool_stats(pool);
     uint64_t host_ns = 0;
-    constexpr uint32_t WARM = 30000, STEPS = 1000;
+    constexpr uint32_t WARM = 6000, STEPS = 1000;
     for (uint32_t step = 1; step <= WARM + STEPS; step++) {
         if (step == WARM + 1) {
             kv_pool_settle(pool);
@@ -134,13 +149,17 @@ static void steady_state(const struct step *s)
         if (step > WARM && step % 2 == 0) { /* the kernel's length does not matter here */
             run_step(s);
             CUDA_MUST(cudaStreamSynchronize(s->stream));
+        } else if (step <= WARM) { /* as if a step had run */
+            kv_pool_settle(pool);
         }
+        if (step == 1000 || step == 2000 || step == 4000)
+            printf("  after %u steps: %llu calls\n", step, (unsigned long long)kv_pool_stats(pool).map_calls);
     }
     struct kv_stats to = kv_pool_stats(pool);
     printf(
-        "steady state, %u steps of %u sequences, %u arrivals: %llu map/access/unmap calls, %llu clears, failed %llu; "
+        "steady state%s, %u steps of %u sequences, %u arrivals: %llu map/access/unmap calls, %llu clears, failed %llu; "
         "host %.1f us a step, of it in the driver or waiting %.1f us; parked %llu pages\n",
-        STEPS, SEQS, arrivals, (unsigned long long)(to.map_calls - from.map_calls),
+        no_clear ? " without clears" : "", STEPS, SEQS, arrivals, (unsigned long long)(to.map_calls - from.map_calls),
         (unsigned long long)(to.clear_calls - from.clear_calls), (unsigned long long)to.failed_ahead,
         host_ns * 1e-3 / STEPS, (double)(to.exposed_ns - from.exposed_ns) * 1e-3 / STEPS,
         (unsigned long long)to.parked_pages);
@@ -151,11 +170,14 @@ static void steady_state(const struct step *s)
 enum growth { NONE, AHEAD, ON_THE_WAY };
 
 /* Step times while 128 sequences decode from 64 tokens on: all pages are there from the start; or every page is mapped
- * when it is needed first, by the thread or on the way. In phase: all cross a page's edge in the same step. */
-static void decode(const struct step *s, enum growth growth, bool in_phase, const char *what)
+ * when it is needed first, by the thread or on the way, and cleared or not. In phase: all cross a page's edge in the same step.
+ * Returns the mean. */
+static double decode(const struct step *s, enum growth growth, bool no_clear, bool in_phase, const char *what)
 {
     constexpr uint32_t STEPS = 512;
-    struct kv_pool *pool = make(SEQS, 1024, SEQS * 50, growth == AHEAD, HEADS);
+    struct kv_pool_config cfg = settings(SEQS, 1024, SEQS * 50, growth == AHEAD, HEADS);
+    cfg.no_clear = no_clear;
+    struct kv_pool *pool = create(&cfg);
     if (growth == NONE) { /* mapped by earlier owners, and clean */
         for (uint32_t i = 0; i < SEQS; i++)
             grow(pool, i, 64 + STEPS + 32);
@@ -188,6 +210,19 @@ static void decode(const struct step *s, enum growth growth, bool in_phase, cons
            (unsigned long long)(to.map_calls - from.map_calls),
            (double)(to.exposed_ns - from.exposed_ns) * 1e-3 / STEPS);
     kv_pool_destroy(pool);
+    return all;
+}
+
+static void growth_ahead(const struct step *s, bool in_phase)
+{
+    double none = decode(s, NONE, false, in_phase, in_phase ? "in phase, all pages there" : "decode, all pages there");
+    double clear = decode(s, AHEAD, false, in_phase, "  pages mapped and cleared ahead");
+    double ahead = decode(s, AHEAD, true, in_phase, "  pages mapped ahead");
+    double again = decode(s, NONE, false, in_phase, "  all pages there, again");
+    none = (none + again) / 2;
+    printf("  against all pages there: %+.2f %% mapped and cleared ahead, %+.2f %% mapped ahead, %+.2f %% the same "
+           "again\n",
+           100 * (clear / none - 1), 100 * (ahead / none - 1), 100 * (again / none - 1));
 }
 
 /* Sequences of mixed lengths until the pool is full: how many, against a paged cache with blocks of 16 tokens. */
@@ -252,7 +287,12 @@ static void big_pool(uint64_t gb)
 static void aliasing(const struct step *s)
 {
     constexpr uint32_t N = 64, PREFIX = 900, MORE = 50;
-    struct kv_pool *pool = make(N, 1024, 64 * 8 + 64, true, HEADS);
+    struct kv_pool_config cfg = settings(N, 1024, 64 * 8 + 64, true, HEADS);
+    cfg.suspend_bytes = 256ull << 20;
+    struct kv_pool *pool = create(&cfg);
+    struct status st = STATUS_INIT;
+    uint64_t rate;
+    must(kv_pool_suspend_rate(pool, &rate, &st), &st);
     unsigned long long *wrong;
     CUDA_MUST(cudaMallocManaged(&wrong, sizeof *wrong));
     *wrong = 0;
@@ -288,8 +328,7 @@ static void aliasing(const struct step *s)
         N, PREFIX + MORE, PREFIX, *wrong, (unsigned long long)n.mapped_pages, (unsigned long long)n.shared_pages,
         (unsigned long long)n.saved_pages, t / (N - 1));
     uint8_t *address = kv_slot_view(pool, 5, 0).k;
-    struct status st = STATUS_INIT;
-    must(kv_slot_suspend(pool, 5, &st), &st); /* the first one allocates the pinned memory */
+    must(kv_slot_suspend(pool, 5, &st), &st); /* the first one touches the pinned memory */
     must(kv_slot_resume(pool, 5, &st), &st);
     double t0 = now_us();
     must(kv_slot_suspend(pool, 5, &st), &st);
@@ -301,8 +340,10 @@ static void aliasing(const struct step *s)
     check<<<64, 256>>>((uint32_t *)address, words, end, 105, wrong);
     CUDA_MUST(cudaDeviceSynchronize());
     double mb = (PREFIX + MORE) * TOKEN_BYTES * 1e-6;
-    printf("suspend %.0f MB: %.2f ms, %.1f GB/s; resume %.2f ms, %.1f GB/s; same address: %s; %llu wrong words\n", mb,
-           (t1 - t0) * 1e-3, mb * 1e3 / (t1 - t0), (t2 - t1) * 1e-3, mb * 1e3 / (t2 - t1), same ? "yes" : "NO", *wrong);
+    printf("suspend %.0f MB: %.2f ms, %.1f GB/s; resume %.2f ms, %.1f GB/s; the pool's own measurement %.1f GB/s; same "
+           "address: %s; %llu wrong words\n",
+           mb, (t1 - t0) * 1e-3, mb * 1e3 / (t1 - t0), (t2 - t1) * 1e-3, mb * 1e3 / (t2 - t1), (double)rate * 1e-9,
+           same ? "yes" : "NO", *wrong);
     t0 = now_us();
     must(kv_pool_shrink(pool, 32, &st), &st);
     t1 = now_us();
@@ -317,31 +358,49 @@ static void aliasing(const struct step *s)
         exit(1);
 }
 
+/* What it costs to have host memory for suspended slots: pinned, with the pool. */
+static void pinned(void)
+{
+    struct kv_pool_config cfg = settings(4, 1024, 64, false, HEADS);
+    cfg.suspend_bytes = 2ull << 30;
+    double t0 = now_us();
+    struct kv_pool *pool = create(&cfg);
+    double t1 = now_us();
+    kv_pool_destroy(pool);
+    printf("2 GiB of pinned host memory: %.2f s, given back in %.2f s\n", (t1 - t0) * 1e-6, (now_us() - t1) * 1e-6);
+}
+
 int main(int argc, char **argv)
 {
+    bool quick = argc > 1 && strcmp(argv[1], "quick") == 0;
+    setvbuf(stdout, NULL, _IOLBF, 0);
     uint64_t gb = argc > 1 ? (uint64_t)atoll(argv[1]) : 100;
     struct vmm v;
     struct step s;
     vmm_load(&v);
     print_device();
-    big_pool(gb);
-    capacity(gb * 1000000000 / PAGE_BYTES, HEADS);
-    capacity(gb * 1000000000 / PAGE_BYTES / 8, 1);
-    CUDA_MUST(cudaMalloc(&s.buffer, STEP_BYTES));
-    CUDA_MUST(cudaMemset(s.buffer, 0, STEP_BYTES));
+    if (!quick) {
+        big_pool(gb);
+        capacity(gb * 1000000000 / PAGE_BYTES, HEADS);
+        capacity(gb * 1000000000 / PAGE_BYTES / 8, 1);
+        pinned();
+    }
+    s.bytes = quick ? QUICK_STEP_BYTES : STEP_BYTES;
+    CUDA_MUST(cudaMalloc(&s.buffer, s.bytes));
+    CUDA_MUST(cudaMemset(s.buffer, 0, s.bytes));
     CUDA_MUST(cudaMalloc(&s.sums, 4096));
     CUDA_MUST(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking));
     run_step(&s);
     CUDA_MUST(cudaStreamSynchronize(s.stream));
     aliasing(&s);
-    steady_state(&s);
-    for (int round = 0; round < 2; round++) {
-        decode(&s, NONE, false, "decode, all pages there");
-        decode(&s, AHEAD, false, "decode, pages mapped ahead");
-        decode(&s, ON_THE_WAY, false, "decode, pages mapped on the way");
-        decode(&s, NONE, true, "decode in phase, all pages there");
-        decode(&s, AHEAD, true, "decode in phase, pages mapped ahead");
-        decode(&s, ON_THE_WAY, true, "decode in phase, pages mapped on the way");
-    }
+    if (quick)
+        return 0;
+    steady_state(&s, false);
+    steady_state(&s, true);
+    for (int round = 0; round < 3; round++)
+        growth_ahead(&s, false);
+    growth_ahead(&s, true);
+    decode(&s, ON_THE_WAY, false, false, "decode, pages mapped and cleared on the way");
+    decode(&s, ON_THE_WAY, true, false, "decode, pages mapped on the way");
     return 0;
 }

@@ -77,8 +77,31 @@ class MemoryPressure(unittest.TestCase):
             results = [Result(s) for s in streams]
             for r in results:
                 self.assertEqual(r.ids, case["greedy_ids"])
-            self.assertGreater(c.load().preemptions, 0)
+            load = c.load()
+            self.assertGreater(load.preemptions, 0)
+            self.assertEqual((load.suspensions, load.suspend_pages), (0, 0))
             c.wait_idle()
+
+    def test_suspended_requests_give_the_same_tokens(self):
+        case = expected()[0]
+        # Greedy, and sampled with penalties: these look at tokens that the rank must still have when the slot comes back.
+        kinds = [{"temperature": 0}, {"temperature": 0.8, "seed": 7, "frequency_penalty": 0.5}]
+        memory = ["--kv-memory", "768K", "--page-size", "64K"]
+        with Cluster() as c:
+            alone = [c.run(case["prompt_ids"], max_tokens=96, **k).ids for k in kinds]
+        self.assertEqual(alone[0], case["greedy_ids"])
+        for tp in (1, 2):
+            with Cluster(tp=tp, args=[*memory, "--suspend-memory", "16M"]) as c:
+                streams = [c.generate(case["prompt_ids"], max_tokens=96, **kinds[i % 2]) for i in range(16)]
+                for i, r in enumerate([Result(s) for s in streams]):
+                    self.assertEqual(r.ids, alone[i % 2], f"request {i}, tp {tp}")
+                load = c.load()
+                self.assertGreater(load.suspensions, 0)
+                self.assertGreater(load.resumptions, 0)
+                self.assertEqual(load.suspend_pages, 256)
+                c.wait_idle()
+                load = c.load()
+                self.assertEqual((load.suspended_slots, load.suspended_pages, load.used_pages), (0, 0, 0))
 
 
 class RandomModel(unittest.TestCase):
