@@ -354,7 +354,7 @@ int serve_parse(int argc, char **argv, struct serve_setup *s)
     size_t len;
     if (s->groups > 1 && s->devices && !part_of_devices(s, 0, &len))
         return cmd_error(CMD_USAGE, "serve", "--devices %s: expected %llu, for %llu groups of %llu ranks", s->devices,
-                         (unsigned long long)(s->groups * s->tp), (unsigned long long)s->groups,
+                         (unsigned long long)s->groups * s->tp, (unsigned long long)s->groups,
                          (unsigned long long)s->tp);
     struct stat sb;
     if (stat(s->model, &sb))
@@ -399,8 +399,8 @@ static bool push_share(struct serve_setup *s, struct argument_list *m, uint64_t 
     if (s->backend)
         ok = ok && arguments_push2(m, "--backend", s->backend);
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    uint64_t share = cores > 0 ? (uint64_t)cores / (s->groups * s->tp) : 1;
-    snprintf(text, sizeof text, "%llu", (unsigned long long)(share ? share : 1));
+    uint64_t ranks = s->groups * s->tp, share = cores > 0 && ranks ? (uint64_t)cores / ranks : 1;
+    snprintf(text, sizeof text, "%llu", share ? (unsigned long long)share : 1);
     if (s->threads)
         ok = ok && arguments_push2(m, "--threads", s->threads);
     else if (s->groups > 1 && s->local_only)

@@ -234,21 +234,26 @@ static void answer_drain(struct engine *e, struct control_call *cc)
     done(e, cc, NULL);
 }
 
+static enum status_code check_drain(const struct engine *e, const struct group *g, const Tandem__V1__DrainRequest *req,
+                                    struct status *st)
+{
+    char name[COORD_MAX_GROUP_NAME + 1];
+    text_sanitize(name, sizeof name, req->group, strlen(req->group));
+    if (!g || !g->live)
+        return status_set(st, ST_NOT_FOUND, "group: \"%s\" is not attached", name);
+    if (!req->restart && !groups_others_serve(e, g))
+        return status_set(st, ST_FAILED_PRECONDITION,
+                          "group: no other than \"%s\" serves; drain the server (no group), or set restart", name);
+    return ST_OK;
+}
+
 /* What waits in the group goes elsewhere at once, what runs gets its time. */
 static void drain_group(struct engine *e, struct control_call *cc, int64_t now_us)
 {
     const Tandem__V1__DrainRequest *req = (const Tandem__V1__DrainRequest *)cc->request;
     struct group *g = group_by_name(e, req->group);
     struct status st = STATUS_INIT;
-    if (!g || !g->live) {
-        char name[COORD_MAX_GROUP_NAME + 1];
-        text_sanitize(name, sizeof name, req->group, strlen(req->group));
-        status_set(&st, ST_NOT_FOUND, "group: \"%s\" is not attached", name);
-    } else if (!req->restart && !groups_others_serve(e, g)) {
-        status_set(&st, ST_FAILED_PRECONDITION,
-                   "group: no other than \"%s\" serves; drain the server (no group), or set restart", g->name);
-    }
-    if (st.code != ST_OK) {
+    if (check_drain(e, g, req, &st) != ST_OK) {
         done(e, cc, &st);
         return;
     }
