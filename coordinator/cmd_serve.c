@@ -1,14 +1,18 @@
 /* cmd_serve.c - `tandem serve`: starts tandem-coordinator, launches the ranks with mpirun, keeps both running.
  *
- *     tandem serve ---- pipe: listening, ready, group-lost, drained ----- tandem-coordinator
- *          '---- mpirun ---- tandem-worker rank 0 .. R-1
+ *     tandem serve ---- pipe: listening, ready, group-lost, group-drained, drained ----- tandem-coordinator
+ *          |---- mpirun ---- tandem-worker rank 0 .. R-1      group g0 (with --groups 1 it has no name)
+ *          '---- mpirun ---- tandem-worker rank 0 .. R-1      group g1 ...
  *
  * One thread and one poll loop over the pipe and a signalfd. Both children have process groups of their own, so that a
  * Ctrl-C reaches only this process, which ends them in order: the coordinator drains first, then the ranks leave.
  *
- *     group-lost permanent=1   a rank said that starting it again would fail again: stop all, exit 1
+ *     group-lost permanent=1   a rank said that starting it again would fail again: give the group up
  *     group-lost permanent=0   end mpirun (SIGTERM, then SIGKILL; its ranks die with it), launch it again
+ *     group-drained restart=1  its ranks leave; launch it again
+ *     group-drained restart=0  its ranks leave, and it stays away
  *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready"
+ *     all groups given up      stop all, exit 1
  *     coordinator ended        start it again; the ranks attach to the new one and keep their weights
  */
 #include <errno.h>
@@ -39,22 +43,29 @@ struct child {
     int64_t kill_at_ms; /* SIGKILL then; INT64_MAX: not asked to end */
 };
 
+struct ranks {
+    char name[16]; /* empty: the only group */
+    struct child child;
+    bool ready; /* it serves now */
+    bool ever_ready;
+    bool gone;            /* given up, or drained for good */
+    unsigned failures;    /* launches without a ready since the last healthy time */
+    int64_t ready_ms;     /* of the present epoch */
+    int64_t launch_at_ms; /* the next mpirun; INT64_MAX: none planned */
+};
+
 struct serve {
     struct serve_setup set;
 
-    struct child coord, ranks;
+    struct child coord;
+    struct ranks group[SERVE_MAX_GROUPS];
     int pipe_fd; /* read end of the coordinator's lines; -1 */
     char line[MAX_LINE];
     size_t line_len;
     bool listening; /* this coordinator has said so */
-    bool ready;     /* a group serves now */
-    bool ever_ready;
     bool announced;
-    unsigned failures; /* launches without a ready since the last healthy time */
     unsigned coord_failures;
-    int64_t start_ms;     /* of serve */
-    int64_t ready_ms;     /* of the present group */
-    int64_t launch_at_ms; /* the next mpirun; INT64_MAX: none planned */
+    int64_t start_ms; /* of serve */
     int64_t listen_by_ms;
     int stopping; /* signals seen, or a fatal error */
     int exit_code;
@@ -129,19 +140,35 @@ static bool start_coordinator(struct serve *s)
     }
     s->pipe_fd = fds[0];
     s->line_len = 0;
-    s->listening = s->ready = false;
+    s->listening = false;
     s->listen_by_ms = now_ms() + LISTEN_WAIT_MS;
     return true;
 }
 
-static bool start_ranks(struct serve *s)
+static bool start_ranks(struct serve *s, struct ranks *g)
 {
-    s->launch_at_ms = INT64_MAX;
-    s->ranks = (struct child){spawn(s->set.mpirun.v, -1, SIGKILL), INT64_MAX};
-    if (s->ranks.pid > 0)
+    g->launch_at_ms = INT64_MAX;
+    g->child = (struct child){spawn(s->set.mpirun[g - s->group].v, -1, SIGKILL), INT64_MAX};
+    if (g->child.pid > 0)
         return true;
-    s->ranks.pid = 0;
+    g->child.pid = 0;
     return cmd_error(CMD_FAILED, "serve", "cannot start mpirun: %s", strerror(errno)), false;
+}
+
+static bool any_ranks(const struct serve *s)
+{
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        if (s->group[i].child.pid)
+            return true;
+    return false;
+}
+
+static bool ever_ready(const struct serve *s)
+{
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        if (s->group[i].ever_ready)
+            return true;
+    return false;
 }
 
 /* Ends everything in order; the loop goes on until the children are gone. */
@@ -150,36 +177,53 @@ static void stop(struct serve *s, int exit_code)
     if (!s->stopping)
         s->exit_code = exit_code;
     s->stopping++;
-    s->launch_at_ms = INT64_MAX;
+    bool ranks = exit_code != 0;
     if (s->stopping == 1 && s->coord.pid)
         end_child(&s->coord, exit_code ? TERM_WAIT_MS : (int64_t)(s->set.drain_s * 1000) + 5000);
     else
-        end_child(&s->ranks, TERM_WAIT_MS);
-    if (s->stopping > 1) {
-        if (s->coord.pid)
-            s->coord.kill_at_ms = 0;
-        if (s->ranks.pid)
-            s->ranks.kill_at_ms = 0;
+        ranks = true;
+    if (s->stopping > 1 && s->coord.pid)
+        s->coord.kill_at_ms = 0;
+    for (uint64_t i = 0; i < s->set.groups; i++) {
+        struct ranks *g = &s->group[i];
+        g->launch_at_ms = INT64_MAX;
+        if (ranks)
+            end_child(&g->child, TERM_WAIT_MS);
+        if (s->stopping > 1 && g->child.pid)
+            g->child.kill_at_ms = 0;
     }
-    if (exit_code)
-        end_child(&s->ranks, TERM_WAIT_MS);
+}
+
+/* The group is not started again. Without another, nothing is left to do. */
+static void give_up(struct serve *s, struct ranks *g)
+{
+    g->gone = true;
+    g->launch_at_ms = INT64_MAX;
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        if (!s->group[i].gone) {
+            end_child(&g->child, TERM_WAIT_MS);
+            fprintf(stderr, "tandem serve: going on without group %s\n", g->name);
+            return;
+        }
+    stop(s, CMD_FAILED);
 }
 
 /* Plans the next launch of the ranks, or gives up. */
-static void plan_launch(struct serve *s)
+static void plan_launch(struct serve *s, struct ranks *g)
 {
-    if (s->stopping)
+    if (s->stopping || g->gone)
         return;
-    if (s->ready_ms && now_ms() - s->ready_ms > HEALTHY_MS)
-        s->failures = 0;
-    s->ready_ms = 0;
-    if (++s->failures > MAX_FAILURES) {
-        cmd_error(CMD_FAILED, "serve", "the worker group failed %u times in a row; giving up", s->failures - 1);
-        stop(s, CMD_FAILED);
+    if (g->ready_ms && now_ms() - g->ready_ms > HEALTHY_MS)
+        g->failures = 0;
+    g->ready_ms = 0;
+    if (++g->failures > MAX_FAILURES) {
+        cmd_error(CMD_FAILED, "serve", "the worker group%s%s failed %u times in a row; giving up",
+                  g->name[0] ? " " : "", g->name, g->failures - 1);
+        give_up(s, g);
         return;
     }
-    int64_t pause = s->failures == 1 ? 0 : 100ll << s->failures;
-    s->launch_at_ms = now_ms() + (pause > MAX_PAUSE_MS ? MAX_PAUSE_MS : pause);
+    int64_t pause = g->failures == 1 ? 0 : 100ll << g->failures;
+    g->launch_at_ms = now_ms() + (pause > MAX_PAUSE_MS ? MAX_PAUSE_MS : pause);
 }
 
 /* ---- the coordinator's lines ---- */
@@ -200,41 +244,90 @@ static void on_listening(struct serve *s, const char *rest)
     s->listen_by_ms = INT64_MAX;
     copy_word(s->public_address, sizeof s->public_address, rest, "public=");
     copy_word(s->http_address, sizeof s->http_address, rest, " http=");
-    if (!s->ranks.pid && s->launch_at_ms == INT64_MAX && !s->stopping)
-        s->launch_at_ms = now_ms();
+    for (uint64_t i = 0; i < s->set.groups; i++) {
+        struct ranks *g = &s->group[i];
+        if (!g->child.pid && g->launch_at_ms == INT64_MAX && !s->stopping && !g->gone)
+            g->launch_at_ms = now_ms();
+    }
 }
 
-static void on_ready(struct serve *s)
+/* Whom a line speaks of; NULL: a group that is not ours, it attached by itself. */
+static struct ranks *group_of(struct serve *s, const char *rest)
 {
-    s->ready = s->ever_ready = true;
-    s->ready_ms = now_ms();
-    s->coord_failures = 0;
-    if (s->announced) {
-        fprintf(stderr, "tandem serve: serving again on %s\n", s->public_address);
-        return;
-    }
+    char name[64] = "";
+    const char *end = strstr(rest, " reason=");
+    copy_word(name, sizeof name, rest, " group=");
+    const char *at = strstr(rest, " group=");
+    if (at && end && at > end) /* in the text */
+        name[0] = '\0';
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        if (strcmp(s->group[i].name, name) == 0)
+            return &s->group[i];
+    return NULL;
+}
+
+static void announce(struct serve *s)
+{
+    char of[64] = "";
     s->announced = true;
-    fprintf(stderr, "tandem serve: ready on %s%s%s%s after %.2f s, %llu rank%s; Ctrl-C stops\n", s->public_address,
+    if (s->set.groups > 1)
+        snprintf(of, sizeof of, " in each of %llu groups, the first is ready", (unsigned long long)s->set.groups);
+    fprintf(stderr, "tandem serve: ready on %s%s%s%s after %.2f s, %llu rank%s%s; Ctrl-C stops\n", s->public_address,
             s->http_address[0] ? " and http://" : "", s->http_address, s->http_address[0] ? "/v1" : "",
-            (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s");
+            (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s", of);
+}
+
+static void on_ready(struct serve *s, const char *rest)
+{
+    struct ranks *g = group_of(s, rest);
+    s->coord_failures = 0;
+    if (!g)
+        return;
+    g->ready = g->ever_ready = true;
+    g->ready_ms = now_ms();
+    if (!s->announced)
+        announce(s);
+    else if (g->name[0])
+        fprintf(stderr, "tandem serve: group %s serves\n", g->name);
+    else
+        fprintf(stderr, "tandem serve: serving again on %s\n", s->public_address);
 }
 
 static void on_group_lost(struct serve *s, const char *rest)
 {
+    struct ranks *g = group_of(s, rest);
     const char *reason = strstr(rest, "reason=");
     reason = reason ? reason + strlen("reason=") : "unknown";
-    s->ready = false;
-    if (strstr(rest, "permanent=1")) {
+    if (!g)
+        return;
+    g->ready = false;
+    if (strstr(rest, " permanent=1 ")) {
         if (!s->stopping)
-            cmd_error(CMD_FAILED, "serve", "%s", reason);
-        stop(s, CMD_FAILED);
+            cmd_error(CMD_FAILED, "serve", "%s%s%s", g->name, g->name[0] ? ": " : "", reason);
+        give_up(s, g);
         return;
     }
     if (s->stopping)
         return;
-    fprintf(stderr, "tandem serve: the worker group was lost (%s); starting a new one\n", reason);
-    if (s->ranks.pid)
-        end_child(&s->ranks, TERM_WAIT_MS); /* launched again when it is gone */
+    fprintf(stderr, "tandem serve: the worker group%s%s was lost (%s); starting a new one\n", g->name[0] ? " " : "",
+            g->name, reason);
+    if (g->child.pid)
+        end_child(&g->child, TERM_WAIT_MS); /* launched again when it is gone */
+}
+
+/* Its ranks were told to leave; they get a moment before they are made to. */
+static void on_group_drained(struct serve *s, const char *rest)
+{
+    struct ranks *g = group_of(s, rest);
+    if (!g || s->stopping)
+        return;
+    g->ready = false;
+    g->failures = 0;
+    g->gone = strstr(rest, " restart=1") == NULL;
+    if (g->child.pid && g->child.kill_at_ms == INT64_MAX)
+        g->child.kill_at_ms = now_ms() + TERM_WAIT_MS;
+    fprintf(stderr, "tandem serve: the worker group%s%s was drained%s\n", g->name[0] ? " " : "", g->name,
+            g->gone ? "" : "; starting it again");
 }
 
 static void on_line(struct serve *s, const char *line)
@@ -242,9 +335,11 @@ static void on_line(struct serve *s, const char *line)
     if (!strncmp(line, "listening ", 10))
         on_listening(s, line + 10);
     else if (!strncmp(line, "ready ", 6))
-        on_ready(s);
+        on_ready(s, line);
     else if (!strncmp(line, "group-lost ", 11))
-        on_group_lost(s, line + 11);
+        on_group_lost(s, line);
+    else if (!strncmp(line, "group-drained ", 14))
+        on_group_drained(s, line);
     /* "drained" needs nothing: the coordinator ends by itself. Unknown lines are for later versions. */
 }
 
@@ -280,26 +375,36 @@ static void describe_end(int status, char *out, size_t n)
         snprintf(out, n, "ended with status %d", WEXITSTATUS(status));
 }
 
+/* A drained coordinator has told its ranks to leave: give them a moment before they are made to. */
+static void let_ranks_leave(struct serve *s)
+{
+    for (uint64_t i = 0; i < s->set.groups; i++) {
+        struct child *c = &s->group[i].child;
+        if (!c->pid || c->kill_at_ms != INT64_MAX)
+            continue;
+        if (s->exit_code || !ever_ready(s))
+            end_child(c, TERM_WAIT_MS);
+        else
+            c->kill_at_ms = now_ms() + TERM_WAIT_MS;
+    }
+}
+
 static void coordinator_ended(struct serve *s, int status)
 {
     while (s->pipe_fd >= 0)
         read_lines(s); /* what it said last; ends at end of file */
     s->coord = (struct child){0, INT64_MAX};
-    s->listening = s->ready = false;
+    s->listening = false;
     s->listen_by_ms = INT64_MAX;
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        s->group[i].ready = false;
     if (s->stopping) {
-        /* A drained coordinator has told its ranks to leave: give them a moment before they are made to. */
-        if (s->ranks.pid && s->ranks.kill_at_ms == INT64_MAX) {
-            if (s->exit_code || !s->ever_ready)
-                end_child(&s->ranks, TERM_WAIT_MS);
-            else
-                s->ranks.kill_at_ms = now_ms() + TERM_WAIT_MS;
-        }
+        let_ranks_leave(s);
         return;
     }
     char how[96];
     describe_end(status, how, sizeof how);
-    bool refused = WIFEXITED(status) && WEXITSTATUS(status) && !s->ever_ready; /* it has said why on stderr */
+    bool refused = WIFEXITED(status) && WEXITSTATUS(status) && !ever_ready(s); /* it has said why on stderr */
     if (refused || ++s->coord_failures > MAX_FAILURES) {
         cmd_error(CMD_FAILED, "serve", "the coordinator %s", how);
         stop(s, CMD_FAILED);
@@ -310,29 +415,30 @@ static void coordinator_ended(struct serve *s, int status)
         stop(s, CMD_FAILED);
 }
 
-static void ranks_ended(struct serve *s, int status)
+static void ranks_ended(struct serve *s, struct ranks *g, int status)
 {
-    bool asked = s->ranks.kill_at_ms != INT64_MAX;
-    kill(-s->ranks.pid, SIGKILL); /* what may be left of its process group */
-    s->ranks = (struct child){0, INT64_MAX};
-    if (s->stopping)
+    bool asked = g->child.kill_at_ms != INT64_MAX;
+    kill(-g->child.pid, SIGKILL); /* what may be left of its process group */
+    g->child = (struct child){0, INT64_MAX};
+    if (s->stopping || g->gone)
         return;
     char how[96];
     describe_end(status, how, sizeof how);
-    /* Before anything ever served, a plain failure of the launch (wrong option, no mpirun, no slots) will not pass. A
+    /* Before it ever served, a plain failure of the launch (wrong option, no mpirun, no slots) will not pass. A
      * rank's own fault has come as "group-lost permanent=1" or will in a moment, with the better message. */
-    if (!s->ever_ready && !asked && WIFEXITED(status) && WEXITSTATUS(status) && WEXITSTATUS(status) != 75) {
-        while (s->pipe_fd >= 0 && !s->stopping && poll(&(struct pollfd){s->pipe_fd, POLLIN, 0}, 1, 1000) > 0)
+    if (!g->ever_ready && !asked && WIFEXITED(status) && WEXITSTATUS(status) && WEXITSTATUS(status) != 75) {
+        while (s->pipe_fd >= 0 && !s->stopping && !g->gone &&
+               poll(&(struct pollfd){s->pipe_fd, POLLIN, 0}, 1, 1000) > 0)
             read_lines(s);
-        if (!s->stopping) {
+        if (!s->stopping && !g->gone) {
             cmd_error(CMD_FAILED, "serve", "mpirun %s; its message stands above", how);
-            stop(s, CMD_FAILED);
+            give_up(s, g);
         }
         return;
     }
     if (!asked)
         fprintf(stderr, "tandem serve: mpirun %s; starting a new worker group\n", how);
-    plan_launch(s);
+    plan_launch(s, g);
 }
 
 static void reap(struct serve *s)
@@ -341,45 +447,58 @@ static void reap(struct serve *s)
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
         if (pid == s->coord.pid)
             coordinator_ended(s, status);
-        else if (pid == s->ranks.pid)
-            ranks_ended(s, status);
+        for (uint64_t i = 0; i < s->set.groups; i++)
+            if (pid == s->group[i].child.pid)
+                ranks_ended(s, &s->group[i], status);
     }
 }
 
 /* ---- the loop ---- */
 
+static int64_t min_ms(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 static int64_t earliest(const struct serve *s)
 {
-    int64_t t = s->launch_at_ms;
-    const int64_t others[] = {s->coord.pid ? s->coord.kill_at_ms : INT64_MAX,
-                              s->ranks.pid ? s->ranks.kill_at_ms : INT64_MAX, s->listen_by_ms};
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
-        if (others[i] < t)
-            t = others[i];
+    int64_t t = min_ms(s->listen_by_ms, s->coord.pid ? s->coord.kill_at_ms : INT64_MAX);
+    for (uint64_t i = 0; i < s->set.groups; i++) {
+        const struct ranks *g = &s->group[i];
+        t = min_ms(t, min_ms(g->launch_at_ms, g->child.pid ? g->child.kill_at_ms : INT64_MAX));
+    }
     return t;
+}
+
+static void kill_late(struct child *c, int64_t now)
+{
+    if (!c->pid || now < c->kill_at_ms)
+        return;
+    kill(-c->pid, SIGKILL);
+    c->kill_at_ms = INT64_MAX - 1; /* asked; nothing stronger is left */
 }
 
 static void on_time(struct serve *s)
 {
     int64_t now = now_ms();
-    struct child *children[] = {&s->coord, &s->ranks};
-    for (int i = 0; i < 2; i++)
-        if (children[i]->pid && now >= children[i]->kill_at_ms) {
-            kill(-children[i]->pid, SIGKILL);
-            children[i]->kill_at_ms = INT64_MAX - 1; /* asked; nothing stronger is left */
-        }
+    kill_late(&s->coord, now);
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        kill_late(&s->group[i].child, now);
     if (now >= s->listen_by_ms) {
         s->listen_by_ms = INT64_MAX;
         cmd_error(CMD_FAILED, "serve", "the coordinator did not listen within %d s", LISTEN_WAIT_MS / 1000);
         stop(s, CMD_FAILED);
     }
-    if (now >= s->launch_at_ms && s->listening && !s->ranks.pid && !s->stopping && !start_ranks(s))
-        stop(s, CMD_FAILED);
+    for (uint64_t i = 0; i < s->set.groups; i++) {
+        struct ranks *g = &s->group[i];
+        if (now >= g->launch_at_ms && s->listening && !g->child.pid && !s->stopping && !start_ranks(s, g))
+            stop(s, CMD_FAILED);
+    }
 }
 
 static void supervise(struct serve *s, int signal_fd)
 {
-    while (!s->stopping || s->coord.pid || s->ranks.pid) {
+    while (!s->stopping || s->coord.pid || any_ranks(s)) {
         int64_t until = earliest(s);
         int64_t wait = until == INT64_MAX ? 1000 : until - now_ms();
         struct pollfd fds[] = {{signal_fd, POLLIN, 0}, {s->pipe_fd, POLLIN, 0}};
@@ -400,14 +519,17 @@ static void supervise(struct serve *s, int signal_fd)
 
 int cmd_serve(int argc, char **argv)
 {
-    struct serve s = {.set = {.tp = 1, .drain_s = 30, .local_only = true},
+    struct serve s = {.set = {.tp = 1, .groups = 1, .drain_s = 30, .local_only = true},
                       .pipe_fd = -1,
                       .start_ms = now_ms(),
-                      .launch_at_ms = INT64_MAX,
                       .listen_by_ms = INT64_MAX,
-                      .coord = {0, INT64_MAX},
-                      .ranks = {0, INT64_MAX}};
+                      .coord = {0, INT64_MAX}};
+    for (int i = 0; i < SERVE_MAX_GROUPS; i++) {
+        s.group[i].child.kill_at_ms = s.group[i].launch_at_ms = INT64_MAX;
+    }
     int rc = serve_parse(argc, argv, &s.set);
+    for (uint64_t i = 0; s.set.groups > 1 && i < s.set.groups; i++)
+        serve_group_name(s.group[i].name, sizeof s.group[i].name, i);
     if (rc == CMD_OK) {
         sigset_t set;
         sigemptyset(&set);

@@ -9,7 +9,8 @@
 
 #include "coordinator/cli.h"
 
-#define SERVE_MAX_ARGS 192
+#define SERVE_MAX_ARGS   192
+#define SERVE_MAX_GROUPS 64
 
 /* An argv that owns its strings; ends with NULL. Starts as all zero. */
 struct argument_list {
@@ -26,19 +27,23 @@ void arguments_cut(struct argument_list *a, int n);
 struct serve_setup {
     struct cli_args args;
     /* from the options; they point into args */
-    const char *model, *control_listen, *mpirun_path;
+    const char *model, *control_listen, *mpirun_path, *devices, *threads, *backend;
     struct argument_list coordinator_extra, worker_extra, mpi_extra;
     bool listens;    /* --listen was given */
     bool local_only; /* all ranks on this machine */
     double drain_s;
     uint64_t tp;
+    uint64_t groups;
     /* by serve_prepare */
     char bin_dir[PATH_MAX];
     char run_dir[64]; /* control socket, Open MPI's session files */
     char shm_dir[64]; /* Open MPI's shared segments; "": where it wants */
     char control[192];
-    struct argument_list coordinator, mpirun; /* what to run */
+    struct argument_list coordinator, mpirun[SERVE_MAX_GROUPS]; /* what to run */
 };
+
+/* Of the i-th of several groups. */
+void serve_group_name(char *out, size_t cap, uint64_t i);
 
 /* CMD_OK, CMD_USAGE or CMD_FAILED (a line on stderr has said why), or -1 after --help. */
 int serve_parse(int argc, char **argv, struct serve_setup *s);

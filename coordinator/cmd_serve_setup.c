@@ -16,6 +16,7 @@
 enum {
     OPT_MODEL = 1,
     OPT_TP,
+    OPT_GROUPS,
     OPT_LISTEN,
     OPT_DRAIN,
     OPT_COORD_ARG,
@@ -23,6 +24,9 @@ enum {
     OPT_MPI_ARG,
     OPT_CONTROL,
     OPT_MPIRUN,
+    OPT_DEVICES,
+    OPT_THREADS,
+    OPT_BACKEND,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -33,6 +37,13 @@ static const struct cli_option own_options[] = {
      .flags = CLI_FILE | CLI_REQUIRED,
      .help = "the model: a Hugging Face folder or a GGUF file"},
     {.name = "tp", .id = OPT_TP, .arg = "R", .fallback = "1", .help = "tensor-parallel ranks"},
+    {.name = "groups",
+     .id = OPT_GROUPS,
+     .arg = "N",
+     .fallback = "1",
+     .help = "worker groups, each of --tp ranks with the whole model: requests are spread over them, and those of a "
+             "group that "
+             "dies go on in another. CUDA devices are dealt out in order"},
     {.name = "listen",
      .id = OPT_LISTEN,
      .arg = "ADDR",
@@ -58,13 +69,13 @@ static const struct cli_option own_options[] = {
      .choices = "chatml|llama2|llama3|mistral",
      .help = "chatml, llama2, llama3, mistral or a file (default: the model's own)"},
     {.name = "backend",
-     .id = OPT_FORWARD,
+     .id = OPT_BACKEND,
      .arg = "NAME",
      .choices = "auto|cuda|host",
      .fallback = "auto",
      .help = "auto, cuda or host"},
     {.name = "devices",
-     .id = OPT_FORWARD,
+     .id = OPT_DEVICES,
      .arg = "LIST",
      .help = "CUDA devices, such as 0,2: the first is rank 0's (default: all)"},
     {.name = "memory-percent",
@@ -73,7 +84,7 @@ static const struct cli_option own_options[] = {
      .fallback = "90",
      .help = "of a device's memory that may be in use, other programs included"},
     {.name = "threads",
-     .id = OPT_FORWARD,
+     .id = OPT_THREADS,
      .arg = "N",
      .help = "CPU threads of each rank on the host back end (default: its share of the cores)"},
     {.name = "max-slots", .id = OPT_FORWARD, .arg = "N", .fallback = "256", .help = "requests that run at once"},
@@ -243,10 +254,7 @@ static const struct forward {
     {"control-tls-ca", "--control-tls-client-ca", "--tls-ca"},
     {"control-tls-server-name", NULL, "--tls-server-name"},
     {"control-token-file", "--control-token-file", "--token-file"},
-    {"backend", NULL, "--backend"},
-    {"devices", NULL, "--devices"},
     {"memory-percent", NULL, "--memory-percent"},
-    {"threads", NULL, "--threads"},
     {"max-slots", NULL, "--max-slots"},
     {"max-context", NULL, "--max-context"},
     {"kv-memory", NULL, "--kv-memory"},
@@ -267,6 +275,21 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
         if (!cmd_parse_u64(text, 1, 64, &u))
             return cmd_error(CMD_USAGE, where, "--tp %s: expected the number of ranks, 1 to 64", text), false;
         s->tp = u;
+        break;
+    case OPT_GROUPS:
+        if (!cmd_parse_u64(text, 1, SERVE_MAX_GROUPS, &s->groups))
+            return cmd_error(CMD_USAGE, where, "--groups %s: expected the number of worker groups, 1 to %d", text,
+                             SERVE_MAX_GROUPS),
+                   false;
+        break;
+    case OPT_DEVICES:
+        s->devices = text;
+        break;
+    case OPT_THREADS:
+        s->threads = text;
+        break;
+    case OPT_BACKEND:
+        s->backend = text;
         break;
     case OPT_LISTEN:
         s->listens = true;
@@ -304,6 +327,24 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     return true;
 }
 
+/* The devices of group i out of the list that was given: NULL when that has not as many for each. */
+static const char *part_of_devices(const struct serve_setup *s, uint64_t i, size_t *len)
+{
+    const char *at = s->devices;
+    uint64_t n = 1;
+    for (const char *p = s->devices; *p; p++)
+        n += *p == ',';
+    if (n != s->groups * s->tp)
+        return NULL;
+    for (uint64_t k = 0; k < i * s->tp; k++)
+        at = strchr(at, ',') + 1;
+    const char *end = at;
+    for (uint64_t k = 0; k < s->tp; k++)
+        end = strchr(end + (k > 0), ',') ? strchr(end + (k > 0), ',') : end + strlen(end);
+    *len = (size_t)(end - at);
+    return at;
+}
+
 /* CMD_OK, CMD_USAGE, or -1 after --help. */
 int serve_parse(int argc, char **argv, struct serve_setup *s)
 {
@@ -322,6 +363,11 @@ int serve_parse(int argc, char **argv, struct serve_setup *s)
                          s->args.operands[0]);
     if (!s->model)
         return cmd_error(CMD_USAGE, "serve", "--model DIR is missing; see `tandem serve --help`");
+    size_t len;
+    if (s->groups > 1 && s->devices && !part_of_devices(s, 0, &len))
+        return cmd_error(CMD_USAGE, "serve", "--devices %s: expected %llu, for %llu groups of %llu ranks", s->devices,
+                         (unsigned long long)s->groups * s->tp, (unsigned long long)s->groups,
+                         (unsigned long long)s->tp);
     struct stat sb;
     if (stat(s->model, &sb))
         return cmd_error(CMD_FAILED, "serve", "--model %s: %s", s->model, strerror(errno));
@@ -340,12 +386,87 @@ static bool append(struct argument_list *to, const struct argument_list *from)
     return ok;
 }
 
-/* The two command lines. */
-static bool build_commands(struct serve_setup *s)
+void serve_group_name(char *out, size_t cap, uint64_t i)
+{
+    snprintf(out, cap, "g%llu", (unsigned long long)i);
+}
+
+/* What several groups on one machine must not take twice. */
+static bool push_share(struct serve_setup *s, struct argument_list *m, uint64_t i)
+{
+    char text[1024] = "";
+    size_t len = 0;
+    bool ok = true;
+    if (s->devices && s->groups > 1) {
+        const char *part = part_of_devices(s, i, &len);
+        snprintf(text, sizeof text, "%.*s", (int)len, part);
+    } else if (s->devices) {
+        snprintf(text, sizeof text, "%s", s->devices);
+    } else if (s->groups > 1 && access("/dev/nvidiactl", F_OK) == 0 && !(s->backend && !strcmp(s->backend, "host"))) {
+        for (uint64_t k = i * s->tp; k < (i + 1) * s->tp; k++)
+            len += (size_t)snprintf(text + len, sizeof text - len, "%s%llu", len ? "," : "", (unsigned long long)k);
+    }
+    if (text[0])
+        ok = arguments_push2(m, "--devices", text);
+    if (s->backend)
+        ok = ok && arguments_push2(m, "--backend", s->backend);
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    uint64_t ranks = s->groups * s->tp, share = cores > 0 && ranks ? (uint64_t)cores / ranks : 1;
+    snprintf(text, sizeof text, "%llu", share ? (unsigned long long)share : 1);
+    if (s->threads)
+        ok = ok && arguments_push2(m, "--threads", s->threads);
+    else if (s->groups > 1 && s->local_only)
+        ok = ok && arguments_push2(m, "--threads", text);
+    return ok;
+}
+
+/* A folder of the group's own in one that is ours; of several launches at a time none sweeps another's files away. */
+static const char *group_folder(const struct serve_setup *s, char *path, size_t cap, const char *parent, uint64_t i)
+{
+    if (s->groups == 1)
+        return parent;
+    snprintf(path, cap, "%s/g%llu", parent, (unsigned long long)i);
+    return mkdir(path, 0700) == 0 || errno == EEXIST ? path : parent;
+}
+
+static bool build_mpirun(struct serve_setup *s, uint64_t i)
 {
     char path[PATH_MAX + 32], number[32], address[sizeof s->control];
-    struct argument_list *c = &s->coordinator, *m = &s->mpirun;
+    struct argument_list *m = &s->mpirun[i];
+    snprintf(number, sizeof number, "%llu", (unsigned long long)s->tp);
+    bool ok = arguments_push(m, s->mpirun_path ? s->mpirun_path : "mpirun") && arguments_push2(m, "-np", number);
+    /* Ranks have threads of their own and may share cores: no binding, no busy waiting, more ranks than cores allowed.
+     * Copies between processes through the kernel need rights that containers often lack. */
+    ok = ok && arguments_push(m, "--oversubscribe") && arguments_push2(m, "--bind-to", "none") &&
+         arguments_push(m, "--mca") && arguments_push2(m, "mpi_yield_when_idle", "1") && arguments_push(m, "--mca") &&
+         arguments_push2(m, "btl_vader_single_copy_mechanism", "none");
+    /* Its files lie in folders of ours, which other hosts do not have: when ranks are killed, nobody else would clean up
+     * after them. */
+    if (s->local_only)
+        ok = ok && arguments_push(m, "--mca") &&
+             arguments_push2(m, "orte_tmpdir_base", group_folder(s, path, sizeof path, s->run_dir, i));
+    if (s->shm_dir[0])
+        ok = ok && arguments_push(m, "--mca") &&
+             arguments_push2(m, "btl_vader_backing_directory", group_folder(s, path, sizeof path, s->shm_dir, i));
+    if (s->local_only) /* no ssh is needed, and none may be there */
+        ok = ok && arguments_push(m, "--mca") && arguments_push2(m, "plm", "isolated");
+    ok = ok && append(m, &s->mpi_extra);
+    snprintf(path, sizeof path, "%s/tandem-worker", s->bin_dir);
     snprintf(address, sizeof address, "%.*s", (int)strcspn(s->control, ","), s->control); /* words are the listener's */
+    ok = ok && arguments_push(m, path) && arguments_push2(m, "--model", s->model) &&
+         arguments_push2(m, "--coordinator", address);
+    if (s->groups > 1) {
+        serve_group_name(number, sizeof number, i);
+        ok = ok && arguments_push2(m, "--group", number);
+    }
+    return ok && push_share(s, m, i) && append(m, &s->worker_extra);
+}
+
+/* The command lines. */
+static bool build_commands(struct serve_setup *s)
+{
+    char path[PATH_MAX + 32], number[32];
+    struct argument_list *c = &s->coordinator;
     snprintf(path, sizeof path, "%s/tandem-coordinator", s->bin_dir);
     snprintf(number, sizeof number, "%llu", (unsigned long long)s->tp);
     bool ok = arguments_push(c, path) && arguments_push2(c, "--model", s->model) &&
@@ -355,26 +476,9 @@ static bool build_commands(struct serve_setup *s)
     char drain[32];
     snprintf(drain, sizeof drain, "%.0f", s->drain_s * 1000);
     ok = ok && arguments_push2(c, "--drain-timeout-ms", drain) && append(c, &s->coordinator_extra);
-
-    ok = ok && arguments_push(m, s->mpirun_path ? s->mpirun_path : "mpirun") && arguments_push2(m, "-np", number);
-    /* Ranks have threads of their own and may share cores: no binding, no busy waiting, more ranks than cores allowed.
-     * Copies between processes through the kernel need rights that containers often lack. */
-    ok = ok && arguments_push(m, "--oversubscribe") && arguments_push2(m, "--bind-to", "none") &&
-         arguments_push(m, "--mca") && arguments_push2(m, "mpi_yield_when_idle", "1") && arguments_push(m, "--mca") &&
-         arguments_push2(m, "btl_vader_single_copy_mechanism", "none");
-    /* Its files lie in folders of ours, which other hosts do not have: when ranks are killed, nobody else would clean up
-     * after them. */
-    if (s->local_only)
-        ok = ok && arguments_push(m, "--mca") && arguments_push2(m, "orte_tmpdir_base", s->run_dir);
-    if (s->shm_dir[0])
-        ok = ok && arguments_push(m, "--mca") && arguments_push2(m, "btl_vader_backing_directory", s->shm_dir);
-    if (s->local_only) /* no ssh is needed, and none may be there */
-        ok = ok && arguments_push(m, "--mca") && arguments_push2(m, "plm", "isolated");
-    ok = ok && append(m, &s->mpi_extra);
-    snprintf(path, sizeof path, "%s/tandem-worker", s->bin_dir);
-    ok = ok && arguments_push(m, path) && arguments_push2(m, "--model", s->model) &&
-         arguments_push2(m, "--coordinator", address);
-    return ok && append(m, &s->worker_extra);
+    for (uint64_t i = 0; i < s->groups; i++)
+        ok = ok && build_mpirun(s, i);
+    return ok;
 }
 
 static bool find_bin_dir(struct serve_setup *s)
@@ -487,9 +591,10 @@ void serve_release(struct serve_setup *s)
         remove_tree(s->run_dir);
     if (s->shm_dir[0])
         remove_tree(s->shm_dir);
-    struct argument_list *lists[] = {&s->coordinator, &s->mpirun, &s->coordinator_extra, &s->worker_extra,
-                                     &s->mpi_extra};
+    struct argument_list *lists[] = {&s->coordinator, &s->coordinator_extra, &s->worker_extra, &s->mpi_extra};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         arguments_cut(lists[i], 0);
+    for (int i = 0; i < SERVE_MAX_GROUPS; i++)
+        arguments_cut(&s->mpirun[i], 0);
     cli_free(&s->args);
 }

@@ -14,16 +14,39 @@
 #define PUBLISH_US      20000   /* between two looks at the scheduler for whoever scrapes */
 #define CLIENTS_WAIT_US 1000000 /* for calls that were failed at the end of a drain */
 
-void engine_publish(struct engine *e, int state, const char *reason)
+static int state_of(const struct engine *e)
+{
+    bool had_one = false;
+    if (e->draining)
+        return TANDEM__V1__SERVER_INFO__STATE__DRAINING;
+    if (groups_others_serve(e, NULL))
+        return TANDEM__V1__SERVER_INFO__STATE__READY;
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        had_one |= e->group[i].had_one;
+    return had_one ? TANDEM__V1__SERVER_INFO__STATE__RECOVERING : TANDEM__V1__SERVER_INFO__STATE__STARTING;
+}
+
+/* A group will be there, as far as anybody knows. */
+static bool awaits_group(const struct engine *e)
+{
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        if (e->group[i].wait_until_us || e->group[i].draining)
+            return true;
+    return false;
+}
+
+void engine_publish(struct engine *e, const char *reason)
 {
     struct coord *c = e->coord;
-    int old = atomic_load(&c->state);
+    int old = atomic_load(&c->state), state = state_of(e);
+    bool ready = state == TANDEM__V1__SERVER_INFO__STATE__READY;
+    if (e->draining)
+        reason = "draining: the server will stop";
     pthread_mutex_lock(&c->pub_mu);
-    snprintf(c->reason, sizeof c->reason, "%s", reason);
+    snprintf(c->reason, sizeof c->reason, "%s", ready ? "" : reason);
     pthread_mutex_unlock(&c->pub_mu);
     atomic_store_explicit(&c->state, state, memory_order_release);
-    bool ready = state == TANDEM__V1__SERVER_INFO__STATE__READY;
-    bool waits = state == TANDEM__V1__SERVER_INFO__STATE__RECOVERING && e->wait_until_us != 0;
+    bool waits = state == TANDEM__V1__SERVER_INFO__STATE__RECOVERING && awaits_group(e);
     atomic_store_explicit(&c->accepting, ready || waits, memory_order_release);
     rpc_health_set(c->health, "tandem.v1.Inference", ready);
     rpc_health_set(c->health, "readiness", ready);
@@ -37,11 +60,10 @@ void engine_publish(struct engine *e, int state, const char *reason)
 void engine_events(struct engine *e, int64_t now_us)
 {
     struct sched_event ev;
-    if (!e->sched)
-        return;
     do {
-        while (sched_next_event(e->sched, &ev))
-            request_event(e, &ev, now_us);
+        for (uint32_t i = 0; i < e->n_groups; i++)
+            while (e->group[i].sched && sched_next_event(e->group[i].sched, &ev))
+                request_event(e, &ev, now_us);
         if (!e->dirty)
             return;
         requests_flush_dirty(e, now_us); /* may end a request, which makes an event */
@@ -60,15 +82,13 @@ static bool may_send(const struct group *g)
     return true;
 }
 
-void engine_pump(struct engine *e, int64_t now_us)
+static void send_plans(struct engine *e, struct group *g, int64_t now_us)
 {
-    struct group *g = &e->group;
     struct sched_plan plan;
     struct status st = STATUS_INIT;
     uint32_t bad = 0;
-    /* plans first: ranks compute while we write to clients */
     bool sent = false;
-    while (may_send(g) && sched_plan(e->sched, now_us, &plan)) {
+    while (may_send(g) && sched_plan(g->sched, now_us, &plan)) {
         g->last_sent = plan.step;
         sent = true;
         g->sent_us[plan.step % COORD_STEP_RING] = now_us;
@@ -78,29 +98,43 @@ void engine_pump(struct engine *e, int64_t now_us)
         if (plan_send(e->scratch, g, &plan, &bad, &st) != ST_OK) {
             /* The end of its stream shows here or in its mail, whichever comes first: one wording for one fact. */
             if (st.code == ST_CANCELLED)
-                group_lost(e, now_us, false, "rank %u was lost: its stream was closed", bad);
+                group_lost(e, g, now_us, false, "rank %u was lost: its stream was closed", bad);
             else
-                group_lost(e, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
+                group_lost(e, g, now_us, false, "rank %u was lost: a plan could not be sent: %s", bad, st.message);
         }
     }
     if (sent && e->result)
         metrics_step_time(&e->coord->metrics.host, coord_now_us() - now_us);
+}
+
+void engine_pump_group(struct engine *e, struct group *g, int64_t now_us)
+{
+    send_plans(e, g, now_us); /* first: ranks compute while we write to clients */
     engine_events(e, now_us);
 }
 
-/* What a scrape reads of the scheduler and the group. */
+void engine_pump(struct engine *e, int64_t now_us)
+{
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        send_plans(e, &e->group[i], now_us);
+    engine_events(e, now_us);
+}
+
+/* What a scrape reads of the schedulers and the groups. */
 static void publish_load(struct engine *e, int64_t now_us)
 {
     struct metrics *m = &e->coord->metrics;
-    const struct group *g = &e->group;
+    uint64_t ranks = 0, slots = 0;
     if (now_us - e->published_us < PUBLISH_US)
         return;
     e->published_us = now_us;
-    metrics_set(&m->ranks, g->live ? g->n_attached : 0);
-    metrics_set(&m->slots, g->serving ? g->slots : 0);
-    if (!e->sched)
-        return;
-    struct sched_load l = sched_load(e->sched);
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        ranks += e->group[i].live ? e->group[i].n_attached : 0;
+        slots += e->group[i].serving ? e->group[i].slots : 0;
+    }
+    metrics_set(&m->ranks, ranks);
+    metrics_set(&m->slots, slots);
+    struct sched_load l = engine_load(e);
     metrics_set(&m->running, l.running);
     metrics_set(&m->waiting, l.queued);
     metrics_set(&m->waiting_tokens, l.queued_tokens);
@@ -120,17 +154,31 @@ static void publish_load(struct engine *e, int64_t now_us)
 
 /* ---- the end ---- */
 
+/* No group may attach any more: what waits for one would wait in vain. */
+static void end_without_group(struct engine *e, int64_t now_us)
+{
+    struct status st = STATUS_INIT;
+    bool any = groups_any_live(e);
+    if (!any) {
+        status_set(&st, ST_UNAVAILABLE, "the server is stopping, and %s",
+                   e->lost_reason[0] ? e->lost_reason : "no worker group is there");
+        requests_end_live(e, &st, now_us);
+    }
+    for (uint32_t i = 0; any && i < e->n_groups; i++)
+        if (!e->group[i].live) {
+            status_set(&st, ST_UNAVAILABLE, "the server is stopping, and %s", e->group[i].lost_reason);
+            requests_end_group(e, &e->group[i], &st, now_us);
+        }
+}
+
 static void stop_advance(struct engine *e, int64_t now_us)
 {
     struct coord *c = e->coord;
     struct status st = STATUS_INIT;
     bool empty = atomic_load(&c->live_requests) == 0;
     bool due = now_us >= e->stop_until_us;
-    if (e->stop == STOP_DRAINING && !e->group.live) { /* and no group may attach any more: they would wait in vain */
-        status_set(&st, ST_UNAVAILABLE, "the server is stopping, and %s",
-                   e->lost_reason[0] ? e->lost_reason : "no worker group is there");
-        requests_end_live(e, &st, now_us);
-    }
+    if (e->stop == STOP_DRAINING)
+        end_without_group(e, now_us);
     if (e->stop == STOP_DRAINING && (empty || due)) {
         status_set(&st, ST_UNAVAILABLE, "the server is stopping");
         if (!empty)
@@ -167,7 +215,7 @@ static void take_stop(struct engine *e, uint32_t flags, int64_t now_us)
         e->stop = STOP_DRAINING;
         e->stop_until_us = now_us + (int64_t)c->opt.drain_timeout_ms * 1000;
         e->draining = true;
-        engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__DRAINING, "draining: the server will stop");
+        engine_publish(e, "");
     }
     if ((flags & STOP_NOW) && e->stop != STOP_NONE)
         e->stop_until_us = now_us;
@@ -205,9 +253,13 @@ static void check_times(struct engine *e, int64_t now_us)
 {
     group_check(e, now_us);
     replay_check(e, now_us);
-    if (e->sched && sched_next_deadline_us(e->sched) <= now_us)
-        sched_expire(e->sched, now_us);
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        struct sched *s = e->group[i].sched;
+        if (s && sched_next_deadline_us(s) <= now_us)
+            sched_expire(s, now_us);
+    }
     requests_check_slow(e, now_us);
+    route_balance(e, now_us);
     engine_pump(e, now_us);
     control_check_drains(e, now_us);
     stop_advance(e, now_us);
@@ -219,8 +271,11 @@ static int64_t next_wake_us(const struct engine *e, int64_t now_us)
     int64_t next = now_us + (e->draining ? DRAIN_TURN_US : TURN_MAX_US);
     next = min_i64(next, group_next_us(e));
     next = min_i64(next, replay_next_us(e));
-    if (e->sched)
-        next = min_i64(next, sched_next_deadline_us(e->sched));
+    next = min_i64(next, control_next_us(e));
+    next = min_i64(next, route_next_us(e));
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        if (e->group[i].sched)
+            next = min_i64(next, sched_next_deadline_us(e->group[i].sched));
     if (!list_empty(&e->stalled)) {
         const struct request *r = container_of(e->stalled.next, struct request, stalled_link);
         next = min_i64(next, r->stalled_us + (int64_t)e->coord->opt.slow_client_timeout_ms * 1000);
@@ -266,7 +321,7 @@ enum status_code engine_start(struct coord *c, struct status *st)
         rc = plan_scratch_create(&e->scratch, st);
     if (rc != ST_OK)
         return rc;
-    engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__STARTING, "starting: no worker group is ready yet");
+    engine_publish(e, "starting: no worker group is ready yet");
     int err = pthread_create(&e->thread, NULL, engine_main, e);
     if (err)
         return status_errno(st, ST_RESOURCE_EXHAUSTED, err, "starting the engine thread");
@@ -286,10 +341,8 @@ void engine_stop(struct coord *c)
         list_remove(&cc->link);
         control_unref(cc);
     }
-    sched_destroy(e->sched);
+    groups_fini(e);
     plan_scratch_destroy(e->scratch);
-    if (e->group.ready)
-        protobuf_c_message_free_unpacked(&e->group.ready->base, NULL);
     if (e->coord)
         requests_fini(e);
 }

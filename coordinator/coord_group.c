@@ -1,4 +1,4 @@
-/* The worker group: who is in it, whether all are alive, when it ends. Engine thread.
+/* A worker group: who is in it, whether all are alive, when it ends. Engine thread.
  *
  *     (none) --first Hello: new epoch--> attaching --all Hellos--> loading --all Ready--> serving
  *        ^---------------- lost: stream closed, Fault, silence, step overdue, wrong result ------'
@@ -23,14 +23,15 @@ void group_end_conn(struct rank_conn *conn, const struct status *st, int64_t now
     conn->until_us = now_us + COORD_CLOSE_MS * 1000;
 }
 
-static void send_shutdown(struct engine *e, struct rank_conn *conn, const char *reason, bool relaunch, int64_t now_us)
+static void send_shutdown(const struct engine *e, struct rank_conn *conn, const char *reason, bool relaunch,
+                          int64_t now_us)
 {
     Tandem__V1__Shutdown shutdown = TANDEM__V1__SHUTDOWN__INIT;
     Tandem__V1__CoordinatorMessage m = TANDEM__V1__COORDINATOR_MESSAGE__INIT;
     struct status st = STATUS_INIT;
     shutdown.reason = (char *)reason; /* packing only reads */
     shutdown.relaunch = relaunch;
-    m.epoch = e->group.epoch;
+    m.epoch = conn->group->epoch;
     m.body_case = TANDEM__V1__COORDINATOR_MESSAGE__BODY_SHUTDOWN;
     m.shutdown = &shutdown;
     if (rpc_call_send(conn->call, &m.base, &st) != ST_OK) /* the stream's end says enough */
@@ -38,9 +39,8 @@ static void send_shutdown(struct engine *e, struct rank_conn *conn, const char *
     group_end_conn(conn, NULL, now_us);
 }
 
-static void dissolve(struct engine *e, const char *reason, bool relaunch, int64_t now_us)
+static void dissolve(struct engine *e, struct group *g, const char *reason, bool relaunch, int64_t now_us)
 {
-    struct group *g = &e->group;
     for (uint32_t r = 0; r < g->size; r++) {
         struct rank_conn *conn = g->rank[r];
         g->rank[r] = NULL;
@@ -48,61 +48,97 @@ static void dissolve(struct engine *e, const char *reason, bool relaunch, int64_
             send_shutdown(e, conn, reason, relaunch, now_us);
         conn_unref(conn);
     }
-    g->live = g->serving = false;
+    g->live = g->serving = g->draining = false;
     g->n_attached = g->n_ready = 0;
 }
 
-void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fmt, ...)
+/* " group=NAME", nothing for the one that every server has. */
+const char *group_word(const struct group *g, char *out, size_t cap)
 {
-    struct group *g = &e->group;
+    snprintf(out, cap, strcmp(g->name, COORD_DEFAULT_GROUP) == 0 ? "" : " group=%s", g->name);
+    return out;
+}
+
+void group_lost(struct engine *e, struct group *g, int64_t now_us, bool permanent, const char *fmt, ...)
+{
     struct coord *c = e->coord;
+    char word[COORD_MAX_GROUP_NAME + 16];
     if (!g->live)
         return;
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(e->lost_reason, sizeof e->lost_reason, fmt, ap);
+    vsnprintf(g->lost_reason, sizeof g->lost_reason, fmt, ap);
     va_end(ap);
-    log_line(&c->log, LOG_ERROR, "the worker group of epoch %" PRIu64 " is lost: %s", g->epoch, e->lost_reason);
-    bool served = g->serving;
+    snprintf(e->lost_reason, sizeof e->lost_reason, "%s", g->lost_reason);
+    group_word(g, word, sizeof word);
+    log_line(&c->log, LOG_ERROR, "the worker group of epoch %" PRIu64 "%s is lost: %s", g->epoch, word, g->lost_reason);
+    bool served = g->serving, leaves = g->draining && !g->restart;
     metrics_add(&c->metrics.groups_lost, 1);
-    dissolve(e, e->lost_reason, true, now_us);
-    replay_prepare(e, now_us, served, permanent);
+    dissolve(e, g, g->lost_reason, !leaves, now_us);
+    replay_prepare(e, g, now_us, served, permanent);
     char reason[320];
-    snprintf(reason, sizeof reason, "%s; waiting for a new worker group", e->lost_reason);
-    if (e->draining)
-        engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__DRAINING, "draining: the server will stop");
+    snprintf(reason, sizeof reason, "%s; waiting for a new worker group", g->lost_reason);
+    engine_publish(e, reason);
+    replay_group_lost(e, g, now_us, served, permanent);
+    if (leaves)
+        supervisor_line(c, "group-drained epoch=%" PRIu64 "%s restart=0", g->epoch, word);
     else
-        engine_publish(
-            e, g->had_one ? TANDEM__V1__SERVER_INFO__STATE__RECOVERING : TANDEM__V1__SERVER_INFO__STATE__STARTING,
-            reason);
-    replay_group_lost(e, now_us, served, permanent);
-    supervisor_line(c, "group-lost epoch=%" PRIu64 " permanent=%d reason=%s", g->epoch, permanent, e->lost_reason);
+        supervisor_line(c, "group-lost epoch=%" PRIu64 "%s permanent=%d reason=%s", g->epoch, word, permanent,
+                        g->lost_reason);
+}
+
+uint32_t group_leave(struct engine *e, struct group *g, int64_t now_us)
+{
+    struct coord *c = e->coord;
+    char word[COORD_MAX_GROUP_NAME + 16], reason[320];
+    bool restart = g->restart, served = g->serving;
+    snprintf(g->lost_reason, sizeof g->lost_reason, "the worker group was drained");
+    dissolve(e, g, g->lost_reason, restart, now_us);
+    uint32_t left = g->sched ? sched_load(g->sched).running : 0;
+    log_line(&c->log, LOG_INFO, "the worker group of epoch %" PRIu64 "%s was drained; %u requests go on elsewhere",
+             g->epoch, group_word(g, word, sizeof word), left);
+    g->replays = true;
+    g->wait_until_us = restart ? now_us + (int64_t)c->opt.replay_timeout_ms * 1000 : 0;
+    snprintf(reason, sizeof reason, "%s; waiting for it to come back", g->lost_reason);
+    engine_publish(e, reason);
+    if (served)
+        sched_recall(g->sched, now_us);
+    engine_events(e, now_us);
+    route_leave(e, g, now_us);
+    supervisor_line(c, "group-drained epoch=%" PRIu64 "%s restart=%d", g->epoch, word, restart);
+    return left;
 }
 
 void group_shutdown(struct engine *e, int64_t now_us, const char *reason)
 {
-    struct group *g = &e->group;
-    if (!g->live)
-        return;
-    bool served = g->serving;
-    dissolve(e, reason, false, now_us);
-    snprintf(e->lost_reason, sizeof e->lost_reason, "%s", reason);
-    if (served) {
-        sched_detach(e->sched, now_us);
-        engine_events(e, now_us);
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        struct group *g = &e->group[i];
+        if (!g->live)
+            continue;
+        bool served = g->serving;
+        dissolve(e, g, reason, false, now_us);
+        snprintf(g->lost_reason, sizeof g->lost_reason, "%s", reason);
+        snprintf(e->lost_reason, sizeof e->lost_reason, "%s", reason);
+        if (served)
+            sched_detach(g->sched, now_us);
     }
+    engine_events(e, now_us);
 }
 
 /* ---- Hello ---- */
 
-static enum status_code check_hello(const struct engine *e, const Tandem__V1__Hello *h, struct status *st)
+/* g: of this name; NULL: it is new. */
+static enum status_code check_hello(const struct engine *e, const struct group *g, const Tandem__V1__Hello *h,
+                                    struct status *st)
 {
-    const struct group *g = &e->group;
     uint32_t tp = e->coord->opt.tp;
     if (h->protocol != RPC_WORKER_PROTOCOL)
         return status_set(st, ST_FAILED_PRECONDITION,
                           "protocol: %u, this coordinator speaks %d: use binaries of one build", h->protocol,
                           RPC_WORKER_PROTOCOL);
+    if (h->group[0] && !group_name_valid(h->group))
+        return status_set(st, ST_FAILED_PRECONDITION, "group: expected a name of 1 to %d letters, digits and ._-",
+                          COORD_MAX_GROUP_NAME);
     if (h->size < 1 || h->size > COORD_MAX_RANKS || h->rank >= h->size)
         return status_set(st, ST_FAILED_PRECONDITION, "rank %u of %u, expected a size of 1 to %d and a rank below it",
                           h->rank, h->size, COORD_MAX_RANKS);
@@ -111,22 +147,23 @@ static enum status_code check_hello(const struct engine *e, const Tandem__V1__He
                           "size: the worker group has %u ranks, the coordinator expects %u (--tp %u)", h->size, tp, tp);
     if (e->stop != STOP_NONE)
         return status_set(st, ST_UNAVAILABLE, "the coordinator is stopping");
-    if (g->live && g->launch_id != h->launch_id)
+    if (g && g->live && g->launch_id != h->launch_id)
         return status_set(st, ST_ALREADY_EXISTS,
-                          "a worker group is attached already (epoch %" PRIu64 ", %u of %u ranks); only one can be",
-                          g->epoch, g->n_attached, g->size);
-    if (g->live && g->size != h->size)
+                          "a worker group is attached already (\"%s\", epoch %" PRIu64
+                          ", %u of %u ranks); only one of a name can be",
+                          g->name, g->epoch, g->n_attached, g->size);
+    if (g && g->live && g->size != h->size)
         return status_set(st, ST_FAILED_PRECONDITION, "size: %u, the others of this launch say %u", h->size, g->size);
     return ST_OK;
 }
 
-static void new_group(struct engine *e, const Tandem__V1__Hello *h, int64_t now_us)
+static void new_epoch(struct engine *e, struct group *g, const Tandem__V1__Hello *h, int64_t now_us)
 {
-    struct group *g = &e->group;
     g->live = true;
+    g->draining = g->restart = false;
     g->launch_id = h->launch_id;
     g->size = h->size;
-    g->epoch++;
+    g->epoch = ++e->epoch;
     g->started_us = now_us;
     g->attach_until_us = now_us + COORD_ATTACH_MS * 1000;
     g->last_sent = 0;
@@ -139,7 +176,7 @@ static enum status_code send_welcome(struct engine *e, struct rank_conn *conn, s
     Tandem__V1__Welcome welcome = TANDEM__V1__WELCOME__INIT;
     Tandem__V1__CoordinatorMessage m = TANDEM__V1__COORDINATOR_MESSAGE__INIT;
     welcome.heartbeat_interval_ms = e->coord->opt.heartbeat_interval_ms;
-    m.epoch = e->group.epoch;
+    m.epoch = conn->group->epoch;
     m.body_case = TANDEM__V1__COORDINATOR_MESSAGE__BODY_WELCOME;
     m.welcome = &welcome;
     return rpc_call_send(conn->call, &m.base, st);
@@ -147,19 +184,22 @@ static enum status_code send_welcome(struct engine *e, struct rank_conn *conn, s
 
 static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V1__Hello *h, int64_t now_us)
 {
-    struct group *g = &e->group;
     struct status st = STATUS_INIT;
+    char word[COORD_MAX_GROUP_NAME + 16];
+    const char *name = h->group[0] ? h->group : COORD_DEFAULT_GROUP;
+    struct group *g = group_by_name(e, name);
     /* Its old stream broke and we did not see it yet. */
-    if (g->live && g->launch_id == h->launch_id && h->rank < g->size && g->rank[h->rank])
-        group_lost(e, now_us, false, "rank %u was lost: it attached again", h->rank);
-    if (check_hello(e, h, &st) != ST_OK) {
+    if (g && g->live && g->launch_id == h->launch_id && h->rank < g->size && g->rank[h->rank])
+        group_lost(e, g, now_us, false, "rank %u was lost: it attached again", h->rank);
+    if (check_hello(e, g, h, &st) != ST_OK || (!g && group_get(e, &g, name, &st) != ST_OK)) {
         log_line(&e->coord->log, LOG_WARN, "refused a rank from %s: %s", rpc_call_peer(conn->call), st.message);
         group_end_conn(conn, &st, now_us);
         return;
     }
     if (!g->live)
-        new_group(e, h, now_us);
+        new_epoch(e, g, h, now_us);
     conn->state = CONN_MEMBER;
+    conn->group = g;
     conn->rank = h->rank;
     conn->pid = h->pid;
     conn->progress_us = now_us;
@@ -168,10 +208,10 @@ static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V
     conn_ref(conn);
     g->rank[h->rank] = conn;
     g->n_attached++;
-    log_line(&e->coord->log, LOG_INFO, "rank %u of %u attached: pid %u on %s, %s", conn->rank, g->size, conn->pid,
-             conn->host, conn->device);
+    log_line(&e->coord->log, LOG_INFO, "rank %u of %u%s attached: pid %u on %s, %s", conn->rank, g->size,
+             group_word(g, word, sizeof word), conn->pid, conn->host, conn->device);
     if (send_welcome(e, conn, &st) != ST_OK)
-        group_lost(e, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
+        group_lost(e, g, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
 }
 
 /* ---- the rest of its messages ---- */
@@ -196,11 +236,11 @@ static void take_loading(struct engine *e, struct rank_conn *conn, const Tandem_
 /* Takes m over when it keeps it. */
 static bool take_ready(struct engine *e, struct rank_conn *conn, Tandem__V1__RankMessage *m, int64_t now_us)
 {
-    struct group *g = &e->group;
+    struct group *g = conn->group;
     struct status st = STATUS_INIT;
     bool kept = false;
-    if (group_take_ready(e, conn, m->ready, &st) != ST_OK) {
-        group_lost(e, now_us, true, "rank %u: Ready: %s", conn->rank, st.message);
+    if (group_take_ready(g, conn, m->ready, &st) != ST_OK) {
+        group_lost(e, g, now_us, true, "rank %u: Ready: %s", conn->rank, st.message);
         return false;
     }
     if (conn->rank == 0) {
@@ -209,8 +249,8 @@ static bool take_ready(struct engine *e, struct rank_conn *conn, Tandem__V1__Ran
         g->ready = m;
         kept = true;
     }
-    if (g->n_ready == g->size && group_serve(e, now_us, &st) != ST_OK)
-        group_lost(e, now_us, true, "the group cannot serve: %s", st.message);
+    if (g->n_ready == g->size && group_serve(e, g, now_us, &st) != ST_OK)
+        group_lost(e, g, now_us, true, "the group cannot serve: %s", st.message);
     return kept;
 }
 
@@ -242,10 +282,10 @@ static enum status_code check_scores(const struct group *g, const Tandem__V1__St
 
 static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__V1__StepResult *r, int64_t now_us)
 {
-    struct group *g = &e->group;
+    struct group *g = conn->group;
     struct status st = STATUS_INIT;
     if (!g->serving || r->step != conn->last_step + 1 || r->step > g->last_sent) {
-        group_lost(e, now_us, false, "rank %u was lost: it answered step %" PRIu64 ", expected %" PRIu64, conn->rank,
+        group_lost(e, g, now_us, false, "rank %u was lost: it answered step %" PRIu64 ", expected %" PRIu64, conn->rank,
                    r->step, conn->last_step + 1);
         return;
     }
@@ -255,21 +295,21 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
         return; /* the engine looks for plans to send after each batch of mail */
     for (size_t i = 0; i < r->n_token_ids; i++)
         if (r->token_ids[i] >= g->vocab_size) {
-            group_lost(e, now_us, false, "rank 0 was lost: step %" PRIu64 " sampled id %u, the vocabulary has %u",
+            group_lost(e, g, now_us, false, "rank 0 was lost: step %" PRIu64 " sampled id %u, the vocabulary has %u",
                        r->step, r->token_ids[i], g->vocab_size);
             return;
         }
-    sched_step_took(e->sched, r->step, r->compute_us); /* what rows cost, against what a suspension costs */
+    sched_step_took(g->sched, r->step, r->compute_us); /* what rows cost, against what a suspension costs */
     if (check_scores(g, r, &st) != ST_OK ||
-        sched_result(e->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, (uint32_t)r->n_prompt_scores,
+        sched_result(g->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, (uint32_t)r->n_prompt_scores,
                      &st) != ST_OK) {
-        group_lost(e, now_us, false, "rank 0 was lost: step %" PRIu64 ": %s", r->step, st.message);
+        group_lost(e, g, now_us, false, "rank 0 was lost: step %" PRIu64 ": %s", r->step, st.message);
         return;
     }
     g->last_step_us = r->compute_us;
     e->result = r; /* the events of its tokens are taken before pump returns */
     metrics_step_time(&e->coord->metrics.step, (int64_t)r->compute_us);
-    engine_pump(e, now_us);
+    engine_pump_group(e, g, now_us);
     e->result = NULL;
 }
 
@@ -277,7 +317,8 @@ static void take_fault(struct engine *e, struct rank_conn *conn, const Tandem__V
 {
     char text[200];
     text_sanitize(text, sizeof text, f->message, strlen(f->message));
-    group_lost(e, now_us, f->permanent, "rank %u: %s (%s)", conn->rank, text, status_name((enum status_code)f->code));
+    group_lost(e, conn->group, now_us, f->permanent, "rank %u: %s (%s)", conn->rank, text,
+               status_name((enum status_code)f->code));
 }
 
 /* True when m was kept. */
@@ -290,7 +331,7 @@ static bool take_message(struct engine *e, struct rank_conn *conn, Tandem__V1__R
         struct status st = STATUS_INIT;
         status_set(&st, ST_FAILED_PRECONDITION, hello ? "Hello came twice" : "expected Hello first");
         if (conn->state == CONN_MEMBER)
-            group_lost(e, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
+            group_lost(e, conn->group, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
         else
             group_end_conn(conn, &st, now_us);
         return false;
@@ -299,9 +340,9 @@ static bool take_message(struct engine *e, struct rank_conn *conn, Tandem__V1__R
         take_hello(e, conn, m->hello, now_us);
         return false;
     }
-    if (m->epoch != e->group.epoch) { /* dropped, its step or its Ready would be waited for without an end */
-        group_lost(e, now_us, false, "rank %u was lost: a message of epoch %" PRIu64 ", expected %" PRIu64, conn->rank,
-                   m->epoch, e->group.epoch);
+    if (m->epoch != conn->group->epoch) { /* dropped, its step or its Ready would be waited for without an end */
+        group_lost(e, conn->group, now_us, false, "rank %u was lost: a message of epoch %" PRIu64 ", expected %" PRIu64,
+                   conn->rank, m->epoch, conn->group->epoch);
         return false;
     }
     switch (m->body_case) {
@@ -333,7 +374,7 @@ void group_handle_mail(struct engine *e, struct rank_conn *conn, uint32_t flags,
             protobuf_c_message_free_unpacked(&m->base, NULL);
     if (flags & (CONN_HALF_CLOSED | CONN_CLOSED)) {
         if (conn->state == CONN_MEMBER)
-            group_lost(e, now_us, false, "rank %u was lost: its stream was closed", conn->rank);
+            group_lost(e, conn->group, now_us, false, "rank %u was lost: its stream was closed", conn->rank);
         if (conn->state == CONN_NEW) /* one that ends already gets no more time */
             group_end_conn(conn, NULL, now_us);
     }
@@ -360,40 +401,60 @@ static int64_t load_until_us(const struct engine *e, const struct rank_conn *con
     return conn->ready ? INT64_MAX : conn->progress_us + (int64_t)e->coord->opt.load_timeout_ms * 1000;
 }
 
+int64_t group_step_began_us(const struct group *g)
+{
+    int64_t began_us = INT64_MAX;
+    for (uint32_t r = 0; g->serving && r < g->size; r++)
+        began_us = min_i64(began_us, step_began_us(g, g->rank[r]));
+    return began_us;
+}
+
 void group_forgive_silence(struct engine *e, int64_t now_us)
 {
-    struct group *g = &e->group;
-    for (uint32_t r = 0; g->live && r < g->size; r++)
-        if (g->rank[r]) {
-            atomic_store(&g->rank[r]->heard_us, now_us);
-            g->rank[r]->last_result_us = now_us;
-            g->rank[r]->progress_us = now_us;
-        }
+    for (struct link *l = e->conns.next; l != &e->conns; l = l->next) {
+        struct rank_conn *conn = container_of(l, struct rank_conn, link);
+        if (conn->state != CONN_MEMBER)
+            continue;
+        atomic_store(&conn->heard_us, now_us);
+        conn->last_result_us = now_us;
+        conn->progress_us = now_us;
+    }
 }
 
 static void check_rank(struct engine *e, struct rank_conn *conn, int64_t now_us)
 {
     const struct coord_options *o = &e->coord->opt;
-    struct group *g = &e->group;
+    struct group *g = conn->group;
     int64_t silent_us = now_us - atomic_load(&conn->heard_us);
     if (silent_us >= (int64_t)o->heartbeat_timeout_ms * 1000) {
-        group_lost(e, now_us, false, "rank %u was lost: no heartbeat for %.1f s", conn->rank, (double)silent_us / 1e6);
+        group_lost(e, conn->group, now_us, false, "rank %u was lost: no heartbeat for %.1f s", conn->rank,
+                   (double)silent_us / 1e6);
         return;
     }
     if (now_us >= load_until_us(e, conn)) {
-        group_lost(e, now_us, false, "rank %u was lost: it loads, but got no further for %u ms (--load-timeout-ms)",
-                   conn->rank, o->load_timeout_ms);
+        group_lost(e, conn->group, now_us, false,
+                   "rank %u was lost: it loads, but got no further for %u ms (--load-timeout-ms)", conn->rank,
+                   o->load_timeout_ms);
         return;
     }
     int64_t began_us = step_began_us(g, conn);
     if (began_us != INT64_MAX && now_us - began_us >= (int64_t)o->step_timeout_ms * 1000)
-        group_lost(e, now_us, false, "rank %u was lost: step %" PRIu64 " takes longer than %u ms", conn->rank,
-                   conn->last_step + 1, o->step_timeout_ms);
+        group_lost(e, conn->group, now_us, false, "rank %u was lost: step %" PRIu64 " takes longer than %u ms",
+                   conn->rank, conn->last_step + 1, o->step_timeout_ms);
+}
+
+static void check_group(struct engine *e, struct group *g, int64_t now_us)
+{
+    for (uint32_t r = 0; g->live && r < g->size; r++)
+        if (g->rank[r])
+            check_rank(e, g->rank[r], now_us);
+    if (g->live && g->n_attached < g->size && now_us >= g->attach_until_us)
+        group_lost(e, g, now_us, false, "%u of %u ranks attached within %d s", g->n_attached, g->size,
+                   COORD_ATTACH_MS / 1000);
 }
 
 void group_check(struct engine *e, int64_t now_us)
 {
-    struct group *g = &e->group;
     for (struct link *l = e->conns.next, *next; l != &e->conns; l = next) {
         struct rank_conn *conn = container_of(l, struct rank_conn, link);
         struct status st = STATUS_INIT;
@@ -409,24 +470,14 @@ void group_check(struct engine *e, int64_t now_us)
             conn->until_us = now_us + COORD_CLOSE_MS * 1000;
         }
     }
-    for (uint32_t r = 0; g->live && r < g->size; r++)
-        if (g->rank[r])
-            check_rank(e, g->rank[r], now_us);
-    if (g->live && g->n_attached < g->size && now_us >= g->attach_until_us)
-        group_lost(e, now_us, false, "%u of %u ranks attached within %d s", g->n_attached, g->size,
-                   COORD_ATTACH_MS / 1000);
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        check_group(e, &e->group[i], now_us);
 }
 
-int64_t group_next_us(const struct engine *e)
+static int64_t next_of_group_us(const struct engine *e, const struct group *g)
 {
     const struct coord_options *o = &e->coord->opt;
-    const struct group *g = &e->group;
     int64_t next = INT64_MAX;
-    for (const struct link *l = e->conns.next; l != &e->conns; l = l->next) {
-        const struct rank_conn *conn = container_of(l, struct rank_conn, link);
-        if (conn->state != CONN_MEMBER)
-            next = min_i64(next, conn->until_us);
-    }
     for (uint32_t r = 0; g->live && r < g->size; r++) {
         if (!g->rank[r])
             continue;
@@ -438,5 +489,18 @@ int64_t group_next_us(const struct engine *e)
     }
     if (g->live && g->n_attached < g->size)
         next = min_i64(next, g->attach_until_us);
+    return next;
+}
+
+int64_t group_next_us(const struct engine *e)
+{
+    int64_t next = INT64_MAX;
+    for (const struct link *l = e->conns.next; l != &e->conns; l = l->next) {
+        const struct rank_conn *conn = container_of(l, struct rank_conn, link);
+        if (conn->state != CONN_MEMBER)
+            next = min_i64(next, conn->until_us);
+    }
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        next = min_i64(next, next_of_group_us(e, &e->group[i]));
     return next;
 }

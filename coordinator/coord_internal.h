@@ -37,7 +37,10 @@
 #define COORD_MAX_LISTEN     16
 #define COORD_MAX_HEALTH     4
 #define COORD_MAX_RANKS      64
-#define COORD_MAX_CONNS      256  /* streams on the control listener, refused and ending ones included */
+#define COORD_MAX_GROUPS     64 /* names that are known at a time */
+#define COORD_MAX_GROUP_NAME 63
+#define COORD_DEFAULT_GROUP  "default"
+#define COORD_MAX_CONNS      1024 /* streams on the control listener, refused and ending ones included */
 #define COORD_MAX_CONN_MAIL  64   /* messages of one rank that wait for the engine; two results are in flight at most */
 #define COORD_MAX_CONTROL    256  /* Control calls that wait for the engine, Drain calls included */
 #define COORD_MAX_ABORT_IDS  1024 /* control.proto */
@@ -217,6 +220,7 @@ enum request_state {
 };
 
 struct coord;
+struct group;
 struct request;
 
 /* Log probabilities that wait for the client, packed: token, rank, log probability, then `top` ids and as many of theirs. */
@@ -235,7 +239,8 @@ struct choice {
     bool finish_ready; /* `end` is filled */
     bool done;         /* its last message was handed over */
     uint32_t table_index;
-    uint64_t id; /* of the scheduler */
+    uint64_t id;         /* of the scheduler */
+    struct group *group; /* whose scheduler has it */
     struct tok_stream *decoder;
     struct stop_match match;
     uint32_t n_new;
@@ -346,7 +351,7 @@ enum conn_mail { CONN_OPENED = 1, CONN_MESSAGE = 2, CONN_HALF_CLOSED = 4, CONN_C
 
 enum conn_state {
     CONN_NEW,    /* no Hello yet */
-    CONN_MEMBER, /* of the live group */
+    CONN_MEMBER, /* of a live group */
     CONN_ENDING, /* told to go, or refused */
 };
 
@@ -371,7 +376,8 @@ struct rank_conn {
     /* engine */
     struct link link; /* in engine.conns */
     enum conn_state state;
-    int64_t until_us; /* NEW: for the Hello; ENDING: for the close */
+    int64_t until_us;    /* NEW: for the Hello; ENDING: for the close */
+    struct group *group; /* MEMBER */
     uint32_t rank, pid;
     char host[80], device[80];
     uint64_t last_step;
@@ -385,10 +391,15 @@ struct rank_conn {
 void conn_ref(struct rank_conn *conn);
 void conn_unref(struct rank_conn *conn);
 
+/* A worker group by its name: the one that is attached, or the place of the next. */
 struct group {
-    bool live;    /* attached, in part at least */
-    bool serving; /* all ranks are Ready, the scheduler is attached */
-    bool had_one; /* some group was serving before */
+    char name[COORD_MAX_GROUP_NAME + 1]; /* empty: a free entry of the table */
+    struct sched *sched;                 /* made when it serves first; outlives its epochs */
+    bool live;                           /* attached, in part at least */
+    bool serving;                        /* all ranks are Ready, the scheduler is attached */
+    bool had_one;                        /* a group of this name was serving before */
+    bool draining;                       /* by Control.Drain: it gets no new requests */
+    bool restart;                        /* and its ranks are to be started again */
     uint64_t launch_id;
     uint64_t epoch;
     uint32_t size, n_attached, n_ready;
@@ -402,8 +413,13 @@ struct group {
     struct kv_account kv;
     uint32_t slots, context, step_tokens, vocab_size, sample_options;
     uint64_t suspend_pages, suspend_bytes_per_s; /* the least of all ranks */
-    uint64_t model_digest;                       /* of the last that served; 0: none did */
-    Tandem__V1__RankMessage *ready;              /* of rank 0; kept after the group is gone, for GetModelInfo */
+    Tandem__V1__RankMessage *ready; /* of rank 0; the engine's from the time that it serves */
+    /* when it is gone */
+    bool replays;          /* its requests wait for the next */
+    int64_t wait_until_us; /* for that, new requests too; 0: nobody waits for one, or it is there */
+    char lost_reason[256]; /* why it went last; empty before that */
+    /* coord_route.c */
+    uint64_t routed, moved; /* answers sent to it first; and taken over from another */
 };
 
 /* ---- Control calls ---- */
@@ -420,6 +436,9 @@ struct control_call {
     /* DRAIN, engine: */
     struct link link;
     int64_t until_us;
+    struct group *group; /* of one group; NULL: the server */
+    uint64_t epoch;      /* the one of it that is drained */
+    uint32_t moved;
 };
 
 /* ---- the engine ---- */
@@ -440,8 +459,14 @@ struct engine {
     struct coord *coord;
     pthread_t thread;
     bool started;
-    struct sched *sched; /* NULL before the first group is ready */
-    struct group group;
+    struct group group[COORD_MAX_GROUPS];
+    uint32_t n_groups;              /* entries that were in use */
+    uint64_t epoch;                 /* of the newest group */
+    uint64_t ages;                  /* of all schedulers */
+    uint64_t model_digest;          /* of the model that is served, or was last; 0: none */
+    Tandem__V1__RankMessage *ready; /* what the group that came last said of it; for GetModelInfo */
+    struct sched_load retired;      /* counters of groups whose entry was used again */
+    int64_t balance_us;             /* when requests are looked over for a better group */
     struct plan_scratch *scratch;
     struct link conns;
     struct link stalled; /* requests whose client does not read, oldest first */
@@ -460,8 +485,6 @@ struct engine {
     int64_t stop_until_us;
     bool quit;
     int64_t planned_wake_us, published_us;
-    bool replays;          /* the group that was lost last: its requests wait for the next */
-    int64_t wait_until_us; /* for a group, new requests too; 0: nobody waits for one, or it is there */
     char lost_reason[256]; /* why the last group went; empty before that */
 };
 
@@ -496,10 +519,15 @@ struct coord {
 /* coord_engine.c */
 STATUS_MUST_CHECK enum status_code engine_start(struct coord *c, struct status *st);
 void engine_stop(struct coord *c); /* after both servers are down; joins */
-/* Sends plans until the pipeline is full, then deals with what the scheduler says. After every call into it. */
+/* Sends plans until the pipelines are full, then deals with what the schedulers say. After every call into one. */
 void engine_pump(struct engine *e, int64_t now_us);
+/* The same, with plans for one group only. */
+void engine_pump_group(struct engine *e, struct group *g, int64_t now_us);
 void engine_events(struct engine *e, int64_t now_us);
-void engine_publish(struct engine *e, int state, const char *reason);
+/* Whether the server serves, from its groups; reason: why it does not, when it had a group and has none. */
+void engine_publish(struct engine *e, const char *reason);
+/* All groups together. */
+struct sched_load engine_load(const struct engine *e);
 
 /* coord_request.c: engine thread */
 STATUS_MUST_CHECK enum status_code requests_init(struct engine *e, struct status *st);
@@ -512,6 +540,10 @@ struct request *request_by_name(struct engine *e, const char *name);
 void request_end(struct engine *e, struct request *r, const struct status *st, int64_t now_us);
 /* Those that still need the ranks: not those of which only a client has to take the rest. */
 void requests_end_live(struct engine *e, const struct status *st, int64_t now_us);
+/* Of them, those with an answer in this group's scheduler. */
+uint32_t requests_end_group(struct engine *e, const struct group *g, const struct status *st, int64_t now_us);
+/* Its answers' new place. */
+void request_moved(struct engine *e, uint64_t id, struct group *to);
 uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us);
 /* Drops clients that took nothing for too long. */
 void requests_check_slow(struct engine *e, int64_t now_us);
@@ -535,6 +567,7 @@ void service_methods(struct coord *c, struct rpc_method *methods);
 void control_handle(struct engine *e, struct control_call *call, int64_t now_us);
 void control_unref(struct control_call *call);
 void control_check_drains(struct engine *e, int64_t now_us);
+int64_t control_next_us(const struct engine *e);
 
 /* coord_conn.c: rpc callbacks of WorkerControl */
 #define COORD_CONTROL_METHODS 1
@@ -546,24 +579,53 @@ Tandem__V1__RankMessage *conn_next_message(struct rank_conn *conn);
 void group_handle_mail(struct engine *e, struct rank_conn *conn, uint32_t flags, int64_t now_us);
 void group_check(struct engine *e, int64_t now_us);
 int64_t group_next_us(const struct engine *e);
-void group_lost(struct engine *e, int64_t now_us, bool permanent, const char *fmt, ...) STATUS_PRINTF(4, 5);
+void group_lost(struct engine *e, struct group *g, int64_t now_us, bool permanent, const char *fmt, ...)
+    STATUS_PRINTF(5, 6);
 void group_end_conn(struct rank_conn *conn, const struct status *st, int64_t now_us);
-/* Orderly end: Shutdown{relaunch = false} to all ranks. */
+/* Orderly end: Shutdown{relaunch = false} to all ranks of all groups. */
 void group_shutdown(struct engine *e, int64_t now_us, const char *reason);
+/* The end of a drained group. Returns how many running requests have to go on elsewhere. */
+uint32_t group_leave(struct engine *e, struct group *g, int64_t now_us);
+/* " group=NAME" for lines of the log and the supervisor; nothing for COORD_DEFAULT_GROUP. */
+const char *group_word(const struct group *g, char *out, size_t cap);
 /* After a pause of this whole process, silence of the ranks says nothing. */
 void group_forgive_silence(struct engine *e, int64_t now_us);
+/* Since when the slowest rank owes the oldest step; INT64_MAX: none does. */
+int64_t group_step_began_us(const struct group *g);
+
+/* coord_groups.c: the table of groups. Engine thread */
+struct group *group_by_name(struct engine *e, const char *name); /* NULL: not known */
+STATUS_MUST_CHECK enum status_code group_get(struct engine *e, struct group **out, const char *name, struct status *st);
+bool group_name_valid(const char *name);
+bool groups_any_live(const struct engine *e);
+/* Whether another than this one (NULL: any) serves and is not to go. */
+bool groups_others_serve(const struct engine *e, const struct group *g);
+void groups_fini(struct engine *e);
+
+/* coord_route.c: which group a request goes to. Engine thread */
+/* NULL: none is there, and none is waited for. */
+struct group *route_request(struct engine *e, const struct request *r, int64_t now_us);
+/* The bounds of the queue, which all groups share. */
+STATUS_MUST_CHECK enum status_code route_check_queue(const struct engine *e, uint32_t n_prompt, struct status *st);
+/* What waits in a group that is gone or is to go moves to others, where these can take it. */
+void route_leave(struct engine *e, struct group *g, int64_t now_us);
+/* From time to time: what waits moves to where it is served earlier. */
+void route_balance(struct engine *e, int64_t now_us);
+int64_t route_next_us(const struct engine *e);
 
 /* coord_replay.c: engine thread */
-void replay_prepare(struct engine *e, int64_t now_us, bool served, bool permanent);
-void replay_group_lost(struct engine *e, int64_t now_us, bool served, bool permanent);
-void replay_group_ready(struct engine *e, int64_t now_us); /* before the scheduler is attached */
+void replay_prepare(struct engine *e, struct group *g, int64_t now_us, bool served, bool permanent);
+void replay_group_lost(struct engine *e, struct group *g, int64_t now_us, bool served, bool permanent);
+/* Before the scheduler is attached. FAILED_PRECONDITION: others serve another model, or can do what it cannot. */
+STATUS_MUST_CHECK enum status_code replay_group_ready(struct engine *e, struct group *g, int64_t now_us,
+                                                      struct status *st);
 void replay_check(struct engine *e, int64_t now_us);
 int64_t replay_next_us(const struct engine *e);
 
 /* coord_ready.c: what a Ready must hold, and what it makes of the group */
-STATUS_MUST_CHECK enum status_code group_take_ready(struct engine *e, struct rank_conn *conn,
+STATUS_MUST_CHECK enum status_code group_take_ready(struct group *g, struct rank_conn *conn,
                                                     const Tandem__V1__Ready *ready, struct status *st);
-STATUS_MUST_CHECK enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st);
+STATUS_MUST_CHECK enum status_code group_serve(struct engine *e, struct group *g, int64_t now_us, struct status *st);
 
 /* coord_plan.c */
 STATUS_MUST_CHECK enum status_code plan_scratch_create(struct plan_scratch **out, struct status *st);

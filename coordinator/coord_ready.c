@@ -25,10 +25,9 @@ static enum status_code check_ready(const Tandem__V1__Ready *r, struct status *s
     return ST_OK;
 }
 
-enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, const Tandem__V1__Ready *r,
+enum status_code group_take_ready(struct group *g, struct rank_conn *conn, const Tandem__V1__Ready *r,
                                   struct status *st)
 {
-    struct group *g = &e->group;
     struct kv_account kv = {.page_bytes = r->page_bytes, .token_bytes = r->token_bytes, .total_pages = r->total_pages};
     enum status_code rc = check_ready(r, st);
     if (rc != ST_OK)
@@ -67,10 +66,21 @@ enum status_code group_take_ready(struct engine *e, struct rank_conn *conn, cons
     return ST_OK;
 }
 
-static void set_facts(struct engine *e)
+/* A request is checked against the largest context and what all groups can do that serve or are awaited. */
+static void common_facts(const struct engine *e, struct model_facts *f)
 {
-    const struct group *g = &e->group;
-    const Tandem__V1__ModelInfo *m = g->ready->ready->model;
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        const struct group *g = &e->group[i];
+        if (!g->serving && !g->wait_until_us)
+            continue;
+        f->max_context = g->context > f->max_context ? g->context : f->max_context;
+        f->sample_options &= g->sample_options;
+    }
+}
+
+static void set_facts(struct engine *e, const struct group *g)
+{
+    const Tandem__V1__ModelInfo *m = e->ready->ready->model;
     struct model_facts f = {.vocab_size = g->vocab_size, .max_context = g->context, .temperature = 1.0f, .top_p = 1.0f};
     if (m->defaults) {
         f.temperature = m->defaults->temperature;
@@ -81,6 +91,7 @@ static void set_facts(struct engine *e)
             f.temperature = 1.0f;
     }
     f.sample_options = g->sample_options;
+    common_facts(e, &f);
     f.n_eos = (uint32_t)m->n_eos_token_ids;
     if (f.n_eos)
         memcpy(f.eos, m->eos_token_ids, f.n_eos * sizeof *f.eos);
@@ -89,12 +100,11 @@ static void set_facts(struct engine *e)
     pthread_mutex_unlock(&e->coord->pub_mu);
 }
 
-/* The scheduler is made with the first group and outlives it, and queued requests with it. */
-static enum status_code make_scheduler(struct engine *e, struct status *st)
+/* The scheduler is made with the first group of a name and outlives it, and queued requests with it. */
+static enum status_code make_scheduler(struct engine *e, struct group *g, struct status *st)
 {
     const struct coord_options *o = &e->coord->opt;
-    const struct group *g = &e->group;
-    if (e->sched)
+    if (g->sched)
         return ST_OK;
     struct sched_config cfg = {.max_slots = g->slots,
                                .max_context = g->context,
@@ -104,45 +114,68 @@ static enum status_code make_scheduler(struct engine *e, struct status *st)
                                .depth = o->pipeline_depth,
                                .kv = g->kv,
                                .prefix_cache = o->prefix_cache,
-                               .replay_limit = o->replay_limit};
-    return sched_create(&e->sched, &cfg, st);
+                               .replay_limit = o->replay_limit,
+                               .ages = &e->ages};
+    return sched_create(&g->sched, &cfg, st);
 }
 
-enum status_code group_serve(struct engine *e, int64_t now_us, struct status *st)
+static uint32_t all_slots(const struct engine *e)
 {
-    struct group *g = &e->group;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        n += e->group[i].serving || e->group[i].wait_until_us ? e->group[i].slots : 0;
+    return n;
+}
+
+/* What rank 0 said of the model is the engine's now: groups come and go. */
+static void keep_ready(struct engine *e, struct group *g)
+{
+    if (e->ready)
+        protobuf_c_message_free_unpacked(&e->ready->base, NULL);
+    e->ready = g->ready;
+    g->ready = NULL;
+}
+
+enum status_code group_serve(struct engine *e, struct group *g, int64_t now_us, struct status *st)
+{
     struct coord *c = e->coord;
+    char word[COORD_MAX_GROUP_NAME + 16];
     if (c->opt.max_running)
         g->slots = min_u32(g->slots, c->opt.max_running);
-    replay_group_ready(e, now_us);
-    enum status_code rc = make_scheduler(e, st);
+    enum status_code rc = replay_group_ready(e, g, now_us, st);
     if (rc == ST_OK)
-        rc = sched_attach(e->sched, now_us, g->slots, g->context, &g->kv, st);
+        rc = make_scheduler(e, g, st);
+    if (rc == ST_OK)
+        rc = sched_attach(g->sched, now_us, g->slots, g->context, &g->kv, st);
     if (rc != ST_OK)
         return rc;
-    sched_set_suspension(e->sched, g->suspend_pages, g->suspend_bytes_per_s);
+    sched_set_suspension(g->sched, g->suspend_pages, g->suspend_bytes_per_s);
     g->step_tokens = min_u32(g->step_tokens, c->opt.step_tokens);
-    sched_set_step_budget(e->sched, g->step_tokens);
-    set_facts(e);
+    sched_set_step_budget(g->sched, g->step_tokens);
+    keep_ready(e, g);
     g->serving = true;
     g->had_one = true;
+    set_facts(e, g);
     metrics_add(&c->metrics.groups, 1);
     g->last_sent = 0;
     /* a slot's worth of requests may have ended and wait for their clients to read the rest */
-    atomic_store(&c->max_live, c->opt.max_queued + 2 * g->slots + 64);
+    atomic_store(&c->max_live, c->opt.max_queued + 2 * all_slots(e) + 64);
     for (uint32_t r = 0; r < g->size; r++)
         g->rank[r]->last_result_us = now_us;
-    log_line(&c->log, LOG_INFO,
-             "ready: epoch %llu, %u ranks, %u slots, context %u, %llu pages of %llu bytes, steps of %u tokens, %.1f s "
-             "after the first rank",
-             (unsigned long long)g->epoch, g->size, g->slots, g->context, (unsigned long long)g->kv.total_pages,
-             (unsigned long long)g->kv.page_bytes, g->step_tokens, (double)(now_us - g->started_us) / 1e6);
+    log_line(
+        &c->log, LOG_INFO,
+        "ready: epoch %llu%s, %u ranks, %u slots, context %u, %llu pages of %llu bytes, steps of %u tokens, %.1f s "
+        "after the first rank",
+        (unsigned long long)g->epoch, group_word(g, word, sizeof word), g->size, g->slots, g->context,
+        (unsigned long long)g->kv.total_pages, (unsigned long long)g->kv.page_bytes, g->step_tokens,
+        (double)(now_us - g->started_us) / 1e6);
     if (tok_vocab_size(c->tok) > g->vocab_size)
         log_line(&c->log, LOG_WARN, "the tokenizer has %u ids, the model %u: prompts with one of the rest are refused",
                  tok_vocab_size(c->tok), g->vocab_size);
-    engine_publish(e, e->draining ? TANDEM__V1__SERVER_INFO__STATE__DRAINING : TANDEM__V1__SERVER_INFO__STATE__READY,
-                   e->draining ? "draining: the server will stop" : "");
-    supervisor_line(c, "ready epoch=%llu", (unsigned long long)g->epoch);
+    engine_publish(e, "");
+    supervisor_line(c, "ready epoch=%llu%s", (unsigned long long)g->epoch, word);
+    e->balance_us = 0; /* what waits for a group that is gone comes here at once */
+    route_balance(e, now_us);
     engine_pump(e, now_us);
     return ST_OK;
 }

@@ -1,6 +1,7 @@
 /* What becomes of requests whose worker group is lost. Engine thread.
  *
- *     group lost ──▶ running requests wait, new ones queue up behind them ──the next group is ready──▶ all go on
+ *     group lost ──another serves──▶ running and queued requests go on there at once (coord_route.c)
+ *         '──▶ running requests wait, new ones queue up behind them ──the next group is ready──▶ all go on
  *                         '── no group within --replay-timeout-ms, or none can come ──▶ UNAVAILABLE
  *
  * A client sees a pause and nothing else. What it has is a prefix of what the scheduler knows, and that is what the next
@@ -23,51 +24,69 @@ static void end_all(struct engine *e, const char *reason, int64_t now_us)
     requests_end_live(e, &st, now_us);
 }
 
-/* Before the state is published: it says whether new requests are taken. */
-void replay_prepare(struct engine *e, int64_t now_us, bool served, bool permanent)
+static uint32_t end_group(struct engine *e, const struct group *g, const char *reason, int64_t now_us)
 {
-    const struct coord_options *o = &e->coord->opt;
-    e->replays = o->replay && !permanent && e->stop == STOP_NONE && e->group.had_one;
-    if (!e->replays)
-        e->wait_until_us = 0;
-    else if (served)
-        e->wait_until_us = now_us + (int64_t)o->replay_timeout_ms * 1000;
+    struct status st = STATUS_INIT;
+    status_set(&st, ST_UNAVAILABLE, "%s", reason);
+    return requests_end_group(e, g, &st, now_us);
 }
 
-void replay_group_lost(struct engine *e, int64_t now_us, bool served, bool permanent)
+/* Before the state is published: it says whether new requests are taken. */
+void replay_prepare(struct engine *e, struct group *g, int64_t now_us, bool served, bool permanent)
 {
-    if (!e->sched)
-        return;
-    if (served && e->replays)
-        sched_lose(e->sched, now_us);
+    const struct coord_options *o = &e->coord->opt;
+    g->replays = o->replay && !permanent && e->stop == STOP_NONE && g->had_one;
+    if (!g->replays)
+        g->wait_until_us = 0;
     else if (served)
-        sched_detach(e->sched, now_us);
+        g->wait_until_us = now_us + (int64_t)o->replay_timeout_ms * 1000;
+}
+
+void replay_group_lost(struct engine *e, struct group *g, int64_t now_us, bool served, bool permanent)
+{
+    bool goes_on = g->replays || (e->coord->opt.replay && groups_others_serve(e, g));
+    if (!g->sched)
+        return;
+    if (served && goes_on)
+        sched_lose(g->sched, now_us);
+    else if (served)
+        sched_detach(g->sched, now_us);
     engine_events(e, now_us);
+    route_leave(e, g, now_us);
     if (permanent && e->coord->opt.replay) /* the next one would fail, too */
-        end_all(e, e->lost_reason, now_us);
-    struct sched_load l = sched_load(e->sched);
-    if (served && e->replays && l.running + l.queued)
+        end_group(e, g, g->lost_reason, now_us);
+    struct sched_load l = sched_load(g->sched);
+    if (served && g->replays && l.running + l.queued)
         log_line(&e->coord->log, LOG_INFO, "%u requests wait for the next worker group, %u of them have begun",
                  l.running + l.queued, l.running);
 }
 
+static void wait_is_over(struct engine *e, struct group *g, int64_t now_us)
+{
+    char reason[400];
+    snprintf(reason, sizeof reason, "%s; no worker group came within %u ms (--replay-timeout-ms)", g->lost_reason,
+             e->coord->opt.replay_timeout_ms);
+    g->wait_until_us = 0;
+    engine_publish(e, reason);
+    uint32_t n = end_group(e, g, reason, now_us);
+    if (n || !groups_others_serve(e, g))
+        log_line(&e->coord->log, LOG_ERROR, "%s", reason);
+}
+
 void replay_check(struct engine *e, int64_t now_us)
 {
-    if (e->wait_until_us == 0 || now_us < e->wait_until_us)
-        return;
-    char reason[400];
-    snprintf(reason, sizeof reason, "%s; no worker group came within %u ms (--replay-timeout-ms)", e->lost_reason,
-             e->coord->opt.replay_timeout_ms);
-    e->wait_until_us = 0;
-    if (!e->draining)
-        engine_publish(e, TANDEM__V1__SERVER_INFO__STATE__RECOVERING, reason);
-    log_line(&e->coord->log, LOG_ERROR, "%s", reason);
-    end_all(e, reason, now_us);
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        if (e->group[i].wait_until_us && now_us >= e->group[i].wait_until_us)
+            wait_is_over(e, &e->group[i], now_us);
 }
 
 int64_t replay_next_us(const struct engine *e)
 {
-    return e->wait_until_us ? e->wait_until_us : INT64_MAX;
+    int64_t next = INT64_MAX;
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        if (e->group[i].wait_until_us)
+            next = min_i64(next, e->group[i].wait_until_us);
+    return next;
 }
 
 /* Of all that Ready says about the model itself; the context also depends on the group. 0: out of memory. */
@@ -87,22 +106,30 @@ static uint64_t model_digest(const Tandem__V1__ModelInfo *model)
     return h ? h : 1;
 }
 
-/* Requests that wait were checked against the model and the abilities of the group that is gone. */
-void replay_group_ready(struct engine *e, int64_t now_us)
+/* Requests that wait were checked against the model and the abilities of the group that is gone. Where others serve, it is
+ * the new one that must go. */
+enum status_code replay_group_ready(struct engine *e, struct group *g, int64_t now_us, struct status *st)
 {
-    struct group *g = &e->group;
     uint64_t digest = model_digest(g->ready->ready->model);
     uint32_t lacks = e->coord->model.sample_options & ~g->sample_options; /* only this thread writes it */
-    if (e->sched && (digest == 0 || digest != g->model_digest || lacks))
+    bool other = e->model_digest && (digest == 0 || digest != e->model_digest);
+    if (groups_others_serve(e, g) && (other || lacks))
+        return status_set(st, ST_FAILED_PRECONDITION,
+                          other ? "model: another than the groups serve that are attached"
+                                : "sample_options: it lacks options that the groups have that are attached");
+    if (e->model_digest && (other || lacks))
         end_all(e,
                 lacks ? "the new worker group lacks options of sampling that the one before had"
                       : "the new worker group serves another model than the one before",
                 now_us);
-    g->model_digest = digest;
-    e->wait_until_us = 0;
-    if (!e->sched)
-        return;
-    struct sched_load l = sched_load(e->sched);
+    for (uint32_t i = 0; other && i < e->n_groups; i++) /* of that model nobody is awaited any more */
+        e->group[i].wait_until_us = 0;
+    e->model_digest = digest;
+    g->wait_until_us = 0;
+    if (!g->sched)
+        return ST_OK;
+    struct sched_load l = sched_load(g->sched);
     if (l.running)
         log_line(&e->coord->log, LOG_INFO, "epoch %" PRIu64 ": going on with %u requests", g->epoch, l.running);
+    return ST_OK;
 }

@@ -126,7 +126,7 @@ static void leave_scheduler(struct engine *e, struct request *r, enum status_cod
     for (uint32_t i = 0; i < r->n_choices; i++) {
         struct choice *c = &r->choice[i];
         if (c->live)
-            (void)!sched_cancel(e->sched, now_us, c->id, code, NULL);
+            (void)!sched_cancel(c->group->sched, now_us, c->id, code, NULL);
         c->live = false;
         table_remove(e, c);
     }
@@ -293,7 +293,7 @@ static void take_token(struct engine *e, struct choice *c, const struct sched_ev
     }
     if (ended) { /* NOT_FOUND: it has ended by length as well, the event comes next */
         c->matched = true;
-        (void)!sched_finish(e->sched, now_us, c->id, NULL);
+        (void)!sched_finish(c->group->sched, now_us, c->id, NULL);
     }
     mark_dirty(e, r);
 }
@@ -356,14 +356,15 @@ static void take_failed(struct engine *e, struct choice *c, const struct sched_e
     r->n_live--;
     switch (ev->code) {
     case ST_UNAVAILABLE:
-        status_set(&st, ST_UNAVAILABLE, "%s", e->lost_reason[0] ? e->lost_reason : "the worker group is gone");
+        status_set(&st, ST_UNAVAILABLE, "%s",
+                   c->group->lost_reason[0] ? c->group->lost_reason : "the worker group is gone");
         retry = retry_after_ms(e);
         break;
     case ST_ABORTED:
         status_set(&st, ST_INTERNAL,
                    "%u worker groups in a row were lost while this request ran, without a new token "
                    "(--replay-limit %u): %s",
-                   e->coord->opt.replay_limit + 1, e->coord->opt.replay_limit, e->lost_reason);
+                   e->coord->opt.replay_limit + 1, e->coord->opt.replay_limit, c->group->lost_reason);
         break;
     case ST_DEADLINE_EXCEEDED:
         status_set(&st, ev->code, "the deadline passed %s, after %u of %u tokens",
@@ -406,6 +407,26 @@ void requests_end_live(struct engine *e, const struct status *st, int64_t now_us
             request_end(e, e->table[i]->request, st, now_us);
 }
 
+uint32_t requests_end_group(struct engine *e, const struct group *g, const struct status *st, int64_t now_us)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < e->table_cap; i++) {
+        const struct choice *c = e->table[i];
+        if (!c || c->group != g || !c->live || c->request->state != REQUEST_LIVE)
+            continue;
+        request_end(e, c->request, st, now_us);
+        n++;
+    }
+    return n;
+}
+
+void request_moved(struct engine *e, uint64_t id, struct group *to)
+{
+    struct choice *c = choice_by_id(e, id);
+    if (c) /* one that was ended by us is still in the scheduler until its event is taken */
+        c->group = to;
+}
+
 uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now_us)
 {
     uint32_t n = 0;
@@ -427,10 +448,13 @@ static bool has_penalties(const Tandem__V1__SampleParams *p)
     return repetition || p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
 }
 
-static enum status_code submit_choice(struct engine *e, struct choice *c, int64_t now_us, struct status *st)
+static enum status_code submit_choice(struct engine *e, struct choice *c, struct group *g, int64_t now_us,
+                                      struct status *st)
 {
     const struct request *r = c->request;
-    enum status_code rc = table_add(e, c, st);
+    enum status_code rc = route_check_queue(e, r->n_prompt, st);
+    if (rc == ST_OK)
+        rc = table_add(e, c, st);
     if (rc != ST_OK)
         return rc;
     const struct sched_request req = {.id = c->id,
@@ -449,8 +473,10 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, int64_
                                       .salt = r->salt,
                                       .no_cache_read = r->no_cache_read || has_penalties(&r->params),
                                       .no_cache_write = r->no_cache_write};
-    rc = sched_submit(e->sched, now_us, &req, st);
+    rc = sched_submit(g->sched, now_us, &req, st);
     c->live = rc == ST_OK;
+    c->group = g;
+    g->routed += c->live;
     return rc;
 }
 
@@ -474,8 +500,13 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
         status_set(&st, ST_ALREADY_EXISTS, "request_id: \"%s\" is live already, expected a new one", r->name);
         goto refuse;
     }
+    struct group *g = route_request(e, r, now_us); /* all answers: they begin with the same tokens */
+    if (!g) {
+        status_set(&st, ST_UNAVAILABLE, "%s", c->reason);
+        goto refuse;
+    }
     for (uint32_t i = 0; i < r->n_choices; i++)
-        if (submit_choice(e, &r->choice[i], now_us, &st) != ST_OK) {
+        if (submit_choice(e, &r->choice[i], g, now_us, &st) != ST_OK) {
             leave_scheduler(e, r, ST_CANCELLED, now_us);
             goto refuse;
         }

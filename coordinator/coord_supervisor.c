@@ -2,9 +2,12 @@
  * so a reader never sees half of one:
  *
  *     listening public=ADDR[,ADDR] control=ADDR
- *     ready epoch=N
- *     group-lost epoch=N permanent=0|1 reason=TEXT
+ *     ready epoch=N[ group=NAME]
+ *     group-lost epoch=N[ group=NAME] permanent=0|1 reason=TEXT
+ *     group-drained epoch=N[ group=NAME] restart=0|1       its ranks leave, to be started again or not
  *     drained
+ *
+ * group= is left out for the group "default".
  *
  * The pipe is non-blocking: a supervisor that died or does not read must not stop the engine, so errors are ignored. */
 #include <stdarg.h>

@@ -67,7 +67,9 @@ enum status_code sched_create(struct sched **out, const struct sched_config *cfg
     s->max_context = cfg->max_context;
     s->kv = cfg->kv;
     s->step_budget = cfg->step_token_budget;
-    s->next_seq = 1;
+    s->next_seq = cfg->ages ? cfg->ages : &s->own_seq;
+    if (*s->next_seq == 0)
+        *s->next_seq = 1;
     cost_init(&s->cost, cfg->cost.pure.fixed_us > 0 ? &cfg->cost : &cost_default);
     s->plan_tokens = malloc(cfg->step_token_budget * sizeof *s->plan_tokens);
     if (!s->plan_tokens) {
@@ -269,6 +271,7 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->in_flight = 0;
     s->rotate_seq = 0;
     s->attached = true;
+    s->hold = false;
     for (int i = 0; i < 2; i++) /* nobody has a slot */
         for (struct req *r = i ? s->queued.head : s->preempted.head, *next; r; r = next) {
             next = r->next;
@@ -304,8 +307,8 @@ void sched_detach(struct sched *s, int64_t now_us)
     forget_group(s);
 }
 
-/* Its slot, its rows and its samples in flight went with the group. */
-static void lose(struct sched *s, struct req *r)
+/* Its slot, its rows and its samples in flight went with the group; by a fault that it may have caused, or not. */
+static void lose(struct sched *s, struct req *r, bool fault)
 {
     if (r->state == REQ_RUNNING) {
         s->owner[r->slot] = NULL;
@@ -327,25 +330,36 @@ static void lose(struct sched *s, struct req *r)
         return;
     r->replays++;
     s->total.replays++;
-    if (r->losses++ >= s->cfg.replay_limit)
+    if (fault && r->losses++ >= s->cfg.replay_limit)
         end_request(s, r, SCHED_FAILED, false, ST_ABORTED);
 }
 
-void sched_lose(struct sched *s, int64_t now_us)
+static void lose_all(struct sched *s, bool fault)
 {
-    (void)now_us;
     if (!s->attached)
         return;
     cache_detach(s);
     for (struct req *r = s->preempted.head, *next; r; r = next) { /* before others come to this list */
         next = r->next;
-        lose(s, r);
+        lose(s, r, fault);
     }
     while (s->draining.head)
-        lose(s, s->draining.head);
+        lose(s, s->draining.head, fault);
     while (s->run.head)
-        lose(s, s->run.head);
+        lose(s, s->run.head, fault);
     forget_group(s);
+}
+
+void sched_lose(struct sched *s, int64_t now_us)
+{
+    (void)now_us;
+    lose_all(s, true);
+}
+
+void sched_recall(struct sched *s, int64_t now_us)
+{
+    (void)now_us;
+    lose_all(s, false);
 }
 
 static enum status_code check_request(const struct sched *s, int64_t now_us, const struct sched_request *req,
@@ -397,7 +411,7 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     if (req->n_stop)
         memcpy(tokens + n_total, req->stop_ids, req->n_stop * sizeof(uint32_t));
     r->id = req->id;
-    r->seq = s->next_seq++;
+    r->seq = (*s->next_seq)++;
     r->state = REQ_QUEUED;
     r->n_known = r->n_prompt = req->n_prompt;
     r->n_total = n_total;
@@ -562,6 +576,11 @@ bool sched_next_event(struct sched *s, struct sched_event *ev)
 void sched_set_step_budget(struct sched *s, uint32_t rows)
 {
     s->step_budget = rows < 1 ? 1 : rows > s->cfg.step_token_budget ? s->cfg.step_token_budget : rows;
+}
+
+void sched_hold(struct sched *s)
+{
+    s->hold = true;
 }
 
 int64_t sched_next_deadline_us(const struct sched *s)

@@ -61,6 +61,7 @@ struct sched_config {
     uint32_t max_queued_tenant; /* max_queued of each tenant; 0: none */
     uint64_t max_queued_tokens_tenant;
     uint32_t replay_limit; /* groups that a request may lose without a new token in between: sched_lose */
+    uint64_t *ages;        /* the order of submission of all schedulers between which requests move; NULL: its own */
 };
 
 struct sched_sample {
@@ -192,6 +193,8 @@ void sched_detach(struct sched *s, int64_t now_us);
  * by seed and position, so they come again. A request that lost more than cfg.replay_limit groups in a row without a new
  * token fails with ABORTED: it may be what kills them. */
 void sched_lose(struct sched *s, int64_t now_us);
+/* The same of a group that is well but is to go: it counts against no request. */
+void sched_recall(struct sched *s, int64_t now_us);
 
 /* INVALID_ARGUMENT (names the field; also what can never fit), RESOURCE_EXHAUSTED (a queue is full, or deadline or target
  * cannot be met behind what waits: sched_retry_ms), ALREADY_EXISTS (id). */
@@ -220,6 +223,46 @@ void sched_set_step_budget(struct sched *s, uint32_t rows);
 
 /* Takes one event, in order. Events are bounded by live requests plus tokens of one result: take them after each call. */
 bool sched_next_event(struct sched *s, struct sched_event *ev);
+
+/* From now on until the next sched_attach nobody is admitted for the first time: a group that is to go empties. */
+void sched_hold(struct sched *s);
+
+/* ---- several groups, each with a scheduler of its own ---- */
+
+/* A request on its way to a group. */
+struct sched_wish {
+    const uint32_t *tokens; /* known ones */
+    uint32_t n_tokens;
+    uint32_t n_total; /* prompt and completion */
+    uint64_t salt;
+    bool cache_read;
+};
+/* How it would fare there. */
+struct sched_look {
+    bool fits;       /* it can ever run: else nothing further is filled in */
+    bool room;       /* there are a slot and pages for it at once */
+    uint32_t cached; /* of its tokens, those that would not be computed */
+    uint32_t running, waiting;
+    uint64_t ahead; /* prompt tokens that are computed before it */
+};
+void sched_look(const struct sched *s, const struct sched_wish *w, struct sched_look *out);
+/* The wish of a live request; its tokens are the scheduler's, until the next call. False: there is no such request. */
+bool sched_wish_of(const struct sched *s, uint64_t id, struct sched_wish *out);
+/* Requests that wait with nothing of their group: behind this one (0: the first), preempted ones before queued ones, each by
+ * age. 0: none. */
+uint64_t sched_next_waiting(const struct sched *s, uint64_t id);
+bool sched_waits(const struct sched *s); /* anybody, also who cannot move at the moment */
+struct sched_queue {
+    uint32_t requests; /* never admitted */
+    uint64_t tokens;   /* of their prompts */
+};
+struct sched_queue sched_queue(const struct sched *s);
+uint32_t sched_runs(const struct sched *s);          /* requests that were admitted, preempted ones too */
+uint64_t sched_first_waiting(const struct sched *s); /* who is admitted next; 0: nobody, or it cannot move */
+uint64_t sched_last_waiting(const struct sched *s);  /* the youngest that never ran; 0: none */
+/* Such a request goes on in another scheduler, which must have the same `ages`; the bounds of its queue do not count, age and
+ * deadline are kept. Take all events of `from` before. False: it cannot move, or memory is short; nothing has changed. */
+STATUS_MUST_CHECK bool sched_move(struct sched *from, struct sched *to, uint64_t id);
 
 /* When it is worth to ask again after RESOURCE_EXHAUSTED: until what waits now is mostly gone, 50 ms to 60 s. */
 uint32_t sched_retry_ms(const struct sched *s);

@@ -63,7 +63,7 @@ static void check_suspended(const struct sched *s, const struct req *r)
 static void check_request(const struct sched *s, const struct req *r, struct tally *t)
 {
     unsigned long long id = r->id;
-    require(r->seq > 0 && r->seq < s->next_seq, "request %llu: age %llu", id, (unsigned long long)r->seq);
+    require(r->seq > 0 && r->seq < *s->next_seq, "request %llu: age %llu", id, (unsigned long long)r->seq);
     require(req_map_find(&s->map, r->id) == r, "request %llu: not found by its id", id);
     require(r->n_known >= r->n_prompt && r->n_known < r->n_total && r->n_known + r->n_unknown <= r->n_total,
             "request %llu: %u prompt, %u known, %u in flight of %u", id, r->n_prompt, r->n_known, r->n_unknown,

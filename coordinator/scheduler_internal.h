@@ -166,7 +166,7 @@ struct sched {
     uint32_t slots, max_context;
     struct kv_account kv;
     uint32_t step_budget;
-    bool attached;
+    bool attached, hold;
 
     struct req_list run, preempted, queued, draining;
     uint32_t n_live, n_queued, n_running;
@@ -180,7 +180,8 @@ struct sched {
     int64_t last_result_us;
     uint64_t last_victim_seq; /* preempted last */
     uint64_t plan_seq;        /* calls of sched_plan */
-    uint64_t next_seq;
+    uint64_t *next_seq;       /* cfg.ages, or own_seq */
+    uint64_t own_seq;
     struct req_pool pool;
     struct req_map map;
     struct req_heap heap;
@@ -295,6 +296,8 @@ void suspend_end(struct sched *s, struct req *r); /* slot and pages are its own 
 
 /* Nothing is in flight: what the next plan releases, no earlier step can read. scheduler_plan.c */
 void sched_settle_pending(struct sched *s);
+/* Tokens that a running request may still add, as far as an admission looks ahead. scheduler_plan.c */
+uint32_t req_growth(const struct req *r);
 
 /* scheduler.c: takes slot and pages from a running request. The ranks learn it from the next plan. */
 void req_drop_slot(struct sched *s, struct req *r);

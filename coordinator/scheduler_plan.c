@@ -56,7 +56,7 @@ void sched_settle_pending(struct sched *s)
     }
 }
 
-static uint32_t growth(const struct req *r)
+uint32_t req_growth(const struct req *r)
 {
     return r->n_total - r->n_known < HEADROOM_TOKENS ? r->n_total - r->n_known : HEADROOM_TOKENS;
 }
@@ -85,7 +85,7 @@ static void collect(struct sched *s, struct build *b)
             r->state = REQ_DRAINING;
             continue;
         }
-        b->growth += growth(r);
+        b->growth += req_growth(r);
         settle(b, r);
         if (r->decoding) {
             s->decodable[b->n_decodable++] = r;
@@ -135,7 +135,7 @@ static bool keeps_target(const struct sched *s, const struct build *b, const str
 /* Room for the head of the line, parked slots out of its way where that helps; the one that it begins as goes last. */
 static bool can_admit(struct sched *s, const struct build *b, struct req *r)
 {
-    if (!r || b->owed > 0 || !keeps_target(s, b, r))
+    if (!r || b->owed > 0 || (s->hold && r->state == REQ_QUEUED) || !keeps_target(s, b, r))
         return false;
     if (r->host_pages ? r->resume_step > s->next_step : r->n_unknown > 0)
         return false;
@@ -385,7 +385,7 @@ static void admit(struct sched *s, struct build *b, struct req *r)
     set_pages(s, r, kv_pages_for(&s->kv, admission_tokens(r)));
     s->free_pages -= own;
     holder_take(s, r->slot, r->match_slot, r->n_match, own);
-    b->growth += growth(r);
+    b->growth += req_growth(r);
     s->plan_admit[b->n_admit++] = (struct sched_admit){
         .id = r->id, .slot = r->slot, .from = r->match_slot, .from_tokens = r->n_match, .sample = r->sample};
     if (r->n_match)

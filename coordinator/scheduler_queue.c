@@ -197,7 +197,7 @@ void queue_add(struct sched *s, struct req *r, int64_t now_us)
     struct tenant *t = r->tenant;
     /* without ageing not even by a clock that stands still: by age */
     r->key_us = s->cfg.age_us_per_token ? prefill_key_us(s, r, now_us, r->n_prompt) : 0;
-    req_list_append(&s->queued, r);
+    run_insert(&s->queued, r); /* at the end, unless it comes from another group */
     t->queue[r->cls] = meld(t->queue[r->cls], r);
     t->n_queued++;
     t->queued_tokens += r->n_prompt;

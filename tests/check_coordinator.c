@@ -259,6 +259,7 @@ static Suite *suite(void)
     suite_add_tcase(s, coord_limits());
     suite_add_tcase(s, coord_faults());
     suite_add_tcase(s, coord_replays());
+    suite_add_tcase(s, coord_groups());
     return s;
 }
 

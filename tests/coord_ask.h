@@ -43,5 +43,6 @@ enum status_code abort_call(struct proc *p, const char *const *names, size_t n, 
 TCase *coord_limits(void);
 TCase *coord_faults(void);
 TCase *coord_replays(void);
+TCase *coord_groups(void);
 
 #endif

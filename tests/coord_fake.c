@@ -84,6 +84,8 @@ static bool send_hello(struct fake_rank *r)
     h.host = host;
     h.pid = (uint32_t)getpid();
     h.device = device;
+    if (o->group)
+        h.group = (char *)o->group;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_HELLO;
     m.hello = &h;
     return send_message(r, &m);

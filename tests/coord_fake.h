@@ -17,6 +17,7 @@
 
 struct fake_options {
     uint64_t launch_id;
+    const char *group; /* NULL: the default one */
     uint32_t size;
     uint32_t protocol; /* 0: the right one */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;

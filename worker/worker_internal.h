@@ -76,6 +76,7 @@ enum worker_backend_kind { WORKER_BACKEND_AUTO, WORKER_BACKEND_CUDA, WORKER_BACK
 struct worker_options {
     const char *model_dir;
     const char *coordinator;
+    const char *group;                   /* NULL: the default one */
     struct rpc_client_security security; /* of that connection */
     uint32_t backend;                    /* enum worker_backend_kind */
     uint32_t threads;

@@ -83,6 +83,8 @@ static void fill_hello(struct worker *w)
     h->size = w->size;
     h->host = w->host;
     h->pid = (uint32_t)getpid();
+    if (w->options.group)
+        h->group = (char *)w->options.group; /* protobuf-c has no const */
 }
 
 /* The orderly end: all ranks come here, so MPI_Finalize finds its peers; the guard bounds it all the same. */

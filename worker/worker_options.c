@@ -28,6 +28,8 @@ static const struct option_spec specs[] = {
     {"model", "PATH", OPTION_TEXT, AT(model_dir), 0, 0, NULL, "Hugging Face folder or GGUF file of a model (required)"},
     {"coordinator", "ADDR", OPTION_ADDRESS, AT(coordinator), 0, 0, NULL,
      "control listener of tandem-coordinator: host:port or unix:/path (required)"},
+    {"group", "NAME", OPTION_TEXT, AT(group), 0, 0, NULL,
+     "name of this rank's worker group, where one coordinator has several; default \"default\""},
     {"tls-ca", "FILE", OPTION_TEXT, AT(security.ca_file), 0, 0, NULL,
      "PEM: TLS to the coordinator, whose certificate these must have signed"},
     {"tls-cert", "FILE", OPTION_TEXT, AT(security.cert_file), 0, 0, NULL, "PEM: certificate to show it (mutual TLS)"},

@@ -1,0 +1,111 @@
+"""Several worker groups behind one coordinator: `tandem serve --groups 2`, with real ranks."""
+import os
+import signal
+import tempfile
+import threading
+import time
+import unittest
+
+import grpc
+
+from cluster import (FOREVER, SLOW, SLOW_ARGS, Cluster, Result, control_pb2, expected, process_name, slow_model, tandem,
+                     wait_for)
+
+
+class Groups(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = tempfile.TemporaryDirectory()
+        cls.model = slow_model(cls.dir.name)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.dir.cleanup()
+
+    def cluster(self, model=None, args=()):
+        return Cluster(model=model or self.model, args=["--groups", 2, *SLOW_ARGS, *args])
+
+    def both_serve(self, c):
+        return wait_for("both groups serve", lambda: [g.serving for g in c.load().groups] == [True, True], 30)
+
+    def pid_of(self, c, group):
+        return next(r.pid for r in c.info().ranks if r.group == group)
+
+    def test_streams_of_a_killed_group_go_on_in_the_other(self):
+        with self.cluster() as c:
+            self.both_serve(c)
+            options = [dict(temperature=0), dict(temperature=1.0, seed=5), dict(temperature=0.7, seed=6, logprobs=1),
+                       dict(temperature=0, repetition_penalty=1.2)]
+            calls = [c.generate("Once upon a time", **{**FOREVER, **o}) for o in options]
+            messages = [[next(call)] for call in calls]
+            self.assertEqual(sorted(g.running_requests for g in c.load().groups), [2, 2])
+            victim = self.pid_of(c, "g0")
+            os.kill(victim, signal.SIGKILL)
+            wait_for("the loss is seen", lambda: c.load().replays == 2)
+            self.assertTrue(c.is_ready())
+            self.assertEqual([(g.name, g.running_requests) for g in c.load().groups if g.running_requests], [("g1", 4)])
+            until = time.monotonic() + 0.5 * SLOW
+            for call, got in zip(calls, messages):
+                while time.monotonic() < until or len(got) < 20:
+                    got.append(next(call))
+                call.cancel()
+            for got, o in zip(messages, options):
+                got = Result(got)
+                quiet = c.run("Once upon a time", ignore_eos=True, max_tokens=len(got.ids), **o)
+                self.assertEqual(quiet.ids, got.ids)
+                self.assertTrue(quiet.text.startswith(got.text))
+            self.both_serve(c)
+            self.assertNotEqual(self.pid_of(c, "g0"), victim)
+            c.wait_idle()
+
+    def test_rolling_restart_under_load(self):
+        with Cluster(args=["--groups", 2, "--kv-memory", "64M"]) as c:
+            self.both_serve(c)
+            case, errors, answers, done = expected()[0], [], [0], threading.Event()
+
+            def client():
+                while not done.is_set():
+                    try:
+                        r = c.run(case["prompt_ids"], temperature=0, max_tokens=len(case["greedy_ids"]))
+                    except grpc.RpcError as e:
+                        errors.append(f"{e.code().name}: {e.details()}")
+                        continue
+                    answers[0] += 1
+                    if r.ids != case["greedy_ids"]:
+                        errors.append(r.ids)
+
+            clients = [threading.Thread(target=client) for _ in range(4)]
+            for t in clients:
+                t.start()
+            for name in ("g0", "g1"):
+                before = self.pid_of(c, name)
+                c.control("Drain", control_pb2.DrainResponse,
+                          control_pb2.DrainRequest(group=name, timeout_ms=100, restart=True))
+                wait_for("its ranks are gone", lambda: process_name(before) != "tandem-worker")
+                self.both_serve(c)
+                self.assertNotEqual(self.pid_of(c, name), before)
+            done.set()
+            for t in clients:
+                t.join()
+            self.assertEqual(errors, [])
+            self.assertGreater(answers[0], 4)
+            # drained for good: it stays away, and the last cannot be
+            c.control("Drain", control_pb2.DrainResponse, control_pb2.DrainRequest(group="g0", timeout_ms=1000))
+            with self.assertRaises(grpc.RpcError) as e:
+                c.control("Drain", control_pb2.DrainResponse, control_pb2.DrainRequest(group="g1"))
+            self.assertEqual(e.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
+            wait_for("mpirun of g0 is gone", lambda: "was drained" in c.log())
+            self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=8).ids, case["greedy_ids"][:8])
+            self.assertEqual([g.name for g in c.load().groups if g.serving], ["g1"])
+
+    def test_wrong_usage(self):
+        rc, _, err = tandem("serve", "--model", self.model, "--groups", 2, "--tp", 2, "--devices", "0,1,2")
+        self.assertEqual(rc, 2)
+        self.assertIn("--devices 0,1,2: expected 4", err)
+        rc, _, err = tandem("serve", "--model", self.model, "--groups", 65)
+        self.assertEqual(rc, 2)
+        self.assertIn("--groups 65", err)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
