@@ -65,7 +65,7 @@ cp "$here/openmpi-mca-params.conf" "$dest/etc/openmpi/"
 # What all of these need, with the C library and its loader; cuBLASLt is found in the toolkit's folder.
 cuda=${CUDA_HOME:-/usr/local/cuda}/lib64
 find "$dest" -type f \( -name '*.so' -o -path '*/bin/*' \) -print0 |
-    LD_LIBRARY_PATH=$cuda xargs -0 -n 1 ldd 2>/dev/null >"$dest/closure" || true
+    LD_LIBRARY_PATH=$cuda xargs -0 ldd 2>/dev/null >"$dest/closure" || true
 if grep 'not found' "$dest/closure" | grep -v 'libcuda\.so' >&2; then
     echo "rootfs: libraries are missing, see above" >&2
     exit 1

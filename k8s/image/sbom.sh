@@ -5,6 +5,7 @@ set -euo pipefail
 variant=$1 root=$2 cuda=$3
 doc=$root/usr/share/doc
 mkdir -p "$doc"
+version_of_tandem=$("$root/usr/bin/tandem" --version | sed 's/.* //')
 created=$(date -u -d "@${SOURCE_DATE_EPOCH:-$(date +%s)}" +%Y-%m-%dT%H:%M:%SZ)
 
 # "PACKAGE TAB FILE" of each file, "nobody" where dpkg knows none. Libraries stand flat in the image, and packages record
@@ -20,9 +21,8 @@ owners() {
             real=$(ldconfig -p | awk -v so="${f##*/}" '$1 == so {print $NF; exit}')
             [ -n "$real" ] || real=$cuda/${f##*/}
         fi
-        real=$(readlink -f "$real")
-        printf '%s\n' "${real#/usr}"
-    done | sort -u >"$doc/files"
+        printf '%s\n' "$real"
+    done | xargs readlink -f | sed 's/^\/usr//' | sort -u >"$doc/files"
     awk -v OFS='\t' 'NR == FNR {want[$0] = 1; next}
          {f = $0; sub(/^\/usr/, "", f)}
          f in want {p = FILENAME; sub(/.*\//, "", p); sub(/\.list$/, "", p); print p, f; delete want[f]}
@@ -35,12 +35,15 @@ strays=$(printf '%s\n' "$found" | awk -F'\t' '$1 == "nobody" {print $2}')
 names=$(printf '%s\n' "$found" | awk -F'\t' '$1 != "nobody" {print $1}' | sed 's/, /\n/g' | sort -u)
 
 licences_of() { # of a machine-readable copyright file; else: see the file
-    local file=/usr/share/doc/${1%%:*}/copyright names
+    local file=/usr/share/doc/$1/copyright names
     names=$(sed -n 's/^License: *//p' "$file" 2>/dev/null | sed 's/ *$//' | sort -u | paste -sd ';' | sed 's/;/; /g')
     printf '%s' "${names:-see copyright file}"
 }
 
-json_string() { printf '%s' "$1" | sed 's/\\/\\\\/g; s/"/\\"/g'; }
+json_string() {
+    local s=${1//\\/\\\\}
+    printf '%s' "${s//\"/\\\"}"
+}
 
 package() { # package NAME VERSION SOURCE LICENCES
     printf '  {"SPDXID": "SPDXRef-%s", "name": "%s", "versionInfo": "%s", "sourceInfo": "%s", "downloadLocation": "NOASSERTION",\n' \
@@ -54,17 +57,18 @@ package() { # package NAME VERSION SOURCE LICENCES
     printf '{"spdxVersion": "SPDX-2.3", "dataLicense": "CC0-1.0", "SPDXID": "SPDXRef-DOCUMENT", "name": "tandem-%s",\n' "$variant"
     printf ' "documentNamespace": "urn:tandem:image:%s:%s",\n' "$variant" "$created"
     printf ' "creationInfo": {"created": "%s", "creators": ["Tool: k8s/image/sbom.sh"]},\n "packages": [\n' "$created"
-    package tandem "${TANDEM_VERSION:-0.1.0}" "this project" "Apache-2.0"
+    package tandem "$version_of_tandem" "this project" "Apache-2.0"
     echo "tandem: Apache-2.0" >>"$doc/LICENSES.txt"
-    for p in $names; do
-        version=$(dpkg-query -W -f '${Version}' "$p") source=$(dpkg-query -W -f '${source:Package} ${source:Version}' "$p")
-        licences=$(licences_of "$p")
-        printf ',\n'
-        package "${p%%:*}" "$version" "$source" "$licences"
-        echo "${p%%:*} $version: $licences" >>"$doc/LICENSES.txt"
-        mkdir -p "$doc/${p%%:*}"
-        cp -L "/usr/share/doc/${p%%:*}/copyright" "$doc/${p%%:*}/"
-    done
+    # shellcheck disable=SC2016 # dpkg-query's own fields
+    printf '%s\n' "$names" | xargs dpkg-query -W -f '${Package} ${Version} ${source:Package} ${source:Version}\n' | sort -u |
+        while read -r p version source; do
+            licences=$(licences_of "$p")
+            printf ',\n'
+            package "$p" "$version" "$source" "$licences"
+            echo "$p $version: $licences" >>"$doc/LICENSES.txt"
+            mkdir -p "$doc/$p"
+            cp -L "/usr/share/doc/$p/copyright" "$doc/$p/"
+        done
     for f in $strays; do
         case $f in
         *libcublas* | *libnccl* | *libcudart*) licence="NVIDIA CUDA Toolkit EULA" ;;
