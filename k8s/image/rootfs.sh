@@ -3,7 +3,7 @@
 # build machine's packages have it. The Dockerfile calls this; so do the tests, without any container engine.
 #
 #   coordinator  tandem, tandem-coordinator, tandem-agent, mpirun: no GPU, no ranks
-#   worker       all programs, orted, the CUDA back end and the CUDA libraries that it is linked with
+#   worker       all programs, orted, the CUDA back end, the CUDA libraries that it is linked with, and NCCL, which it opens
 #   host         all programs, orted, no CUDA; with the demo model in /models/demo (TANDEM_DEMO_MODEL: its folder)
 #
 # The driver's libcuda comes from the node. No shell is in any of them, and nothing of them is written to at run time.
@@ -62,9 +62,16 @@ place /usr/share/openmpi/*.txt "$lib"/pmix2/lib/pmix/*.so
 [ ! -d "$lib/pmix2/share/pmix" ] || place "$lib"/pmix2/share/pmix/*
 cp "$here/openmpi-mca-params.conf" "$dest/etc/openmpi/"
 
-# What all of these need, with the C library and its loader; cuBLASLt is found in the toolkit's folder.
 cuda=${CUDA_HOME:-/usr/local/cuda}/lib64
-find "$dest" -type f \( -name '*.so' -o -path '*/bin/*' \) -print0 |
+if [ "$variant" = worker ]; then
+    nccl=$(ldconfig -p | awk '$1 == "libnccl.so.2" {print $NF; exit}')
+    [ -n "$nccl" ] || nccl=$cuda/libnccl.so.2
+    [ -e "$nccl" ] || { echo "rootfs: libnccl.so.2 is not there: install libnccl2" >&2; exit 1; }
+    cp -L "$nccl" "$dest$lib/"
+fi
+
+# What all of these need, with the C library and its loader; cuBLASLt is found in the toolkit's folder.
+find "$dest" -type f \( -name '*.so' -o -name 'libnccl*' -o -path '*/bin/*' \) -print0 |
     LD_LIBRARY_PATH=$cuda xargs -0 ldd 2>/dev/null >"$dest/closure" || true
 if grep 'not found' "$dest/closure" | grep -v 'libcuda\.so' >&2; then
     echo "rootfs: libraries are missing, see above" >&2
@@ -82,7 +89,7 @@ rm "$dest/closure"
 # Where the packages' files came from: before strip changes them.
 "$here/sbom.sh" "$variant" "$dest" "$cuda"
 
-find "$dest" -type f \( -name '*.so*' -o -path '*/bin/*' \) ! -name 'libcublas*' -exec strip --strip-unneeded {} + 2>/dev/null
+find "$dest" -type f \( -name '*.so*' -o -path '*/bin/*' \) ! -name 'libcublas*' ! -name 'libnccl*' -exec strip --strip-unneeded {} + 2>/dev/null
 cp "$here/../../LICENSE" "$dest/usr/share/doc/tandem-license"
 printf '%s\n' 'root:x:0:0::/:/sbin/nologin' 'tandem:x:65532:65532::/tmp:/sbin/nologin' >"$dest/etc/passwd"
 printf '%s\n' 'root:x:0:' 'tandem:x:65532:' >"$dest/etc/group"

@@ -71,7 +71,8 @@ package() { # package NAME VERSION SOURCE LICENCES
         done
     for f in $strays; do
         case $f in
-        *libcublas* | *libnccl* | *libcudart*) licence="NVIDIA CUDA Toolkit EULA" ;;
+        *libcublas*) licence="NVIDIA CUDA Toolkit EULA" ;;
+        *libnccl*) licence="NCCL's own, see LICENSE.txt of this version" ;;
         *) echo "sbom: $f: of no package" >&2; exit 1 ;;
         esac
         name=${f##*/}
