@@ -9,7 +9,8 @@ packages=(build-essential cmake ninja-build pkg-config
           libopenmpi-dev openmpi-bin libopenblas-dev libpcre2-dev libutf8proc-dev libjansson-dev libedit-dev libmicrohttpd-dev)
 if [ "${1:-run}" = test ]; then
     # One version of the formatter everywhere: versions differ in what they print.
-    packages+=(check openssl python3 python3-grpcio python3-protobuf python3-numpy python3-jinja2 clang-format-14 clang-tidy-14 shellcheck git)
+    packages+=(check openssl python3 python3-grpcio python3-protobuf python3-numpy python3-jinja2
+               python3-yaml python3-jsonschema iproute2 clang-format-14 clang-tidy-14 shellcheck git)
 fi
 
 missing=()

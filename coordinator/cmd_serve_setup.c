@@ -491,7 +491,8 @@ static bool find_bin_dir(struct serve_setup *s)
     *slash = '\0';
     char path[PATH_MAX + 32];
     static const char *const programs[] = {"tandem-coordinator", "tandem-worker"};
-    for (int i = 0; i < 2; i++) {
+    int needed = s->local_only ? 2 : 1; /* ranks on other hosts are started from there */
+    for (int i = 0; i < needed; i++) {
         snprintf(path, sizeof path, "%s/%s", s->bin_dir, programs[i]);
         if (access(path, X_OK))
             return cmd_error(CMD_FAILED, "serve", "%s: %s; it must lie beside this program", path, strerror(errno)),

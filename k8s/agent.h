@@ -171,6 +171,7 @@ void agent_keep_alive(int fd);
 struct agent_server_config {
     const char *listen, *secret_file;
     uint32_t max_sessions; /* connections at once; more are refused */
+    uint32_t drain_ms;     /* on the first signal what runs gets so long to end by itself; nothing new is taken */
     struct agent_policy policy;
 };
 
@@ -206,7 +207,6 @@ enum status_code agent_probe(const struct agent_client_config *cfg, const char *
 
 struct agent_hosts_config {
     uint32_t slots;         /* of each host */
-    uint32_t wait_ms;       /* for an agent on every host but the first; 0: nobody is asked */
     const char *from;       /* hostfile of mpi-operator, or NULL */
     const char *set;        /* NAME.SERVICE of a StatefulSet, or NULL: then LWS_LEADER_ADDRESS */
     uint32_t size;          /* hosts; 0: LWS_GROUP_SIZE */

@@ -12,7 +12,8 @@
 #define EXIT_UNREADY 3
 
 static const char help[] =
-    "usage: tandem-agent serve [--listen ADDR] [--secret-file FILE] [--max-sessions N] [--allow PROGRAM]...\n"
+    "usage: tandem-agent serve [--listen ADDR] [--secret-file FILE] [--max-sessions N] [--drain-timeout S]\n"
+    "                          [--allow PROGRAM]...\n"
     "       tandem-agent run [--port N] [--secret-file FILE] [--connect-timeout S] HOST COMMAND...\n"
     "       tandem-agent probe [--port N] [--secret-file FILE] [--connect-timeout S] [HOST]\n"
     "       tandem-agent hosts [--set NAME.SERVICE | --from FILE] [--size N] [--slots N] [--wait S] [--output FILE]\n"
@@ -20,7 +21,9 @@ static const char help[] =
     "Starts MPI's daemons in the other pods of a group: `serve` in each of them, `run` as mpirun's launch agent\n"
     "(OMPI_MCA_plm_rsh_agent=\"tandem-agent run\"). `hosts` writes a hostfile: of a LeaderWorkerSet (from "
     "LWS_LEADER_ADDRESS\n"
-    "and LWS_GROUP_SIZE), a StatefulSet (--set) or an MPIJob (--from); with --wait not before all its agents answer.\n"
+    "and LWS_GROUP_SIZE), a StatefulSet (--set) or an MPIJob (--from); with --wait not before the agents of all but "
+    "this\n"
+    "host answer.\n"
     "\n"
     "  --secret-file FILE    shared secrets, one a line; clients use the first (TANDEM_AGENT_SECRET_FILE,\n"
     "                        default " SECRET_FILE "); read again at every connection\n"
@@ -28,6 +31,8 @@ static const char help[] =
     "  --listen ADDR         default [::]:50061\n"
     "  --allow PROGRAM       may be started, again for more; default orted, and prted where there is one\n"
     "  --max-sessions N      connections at once, default 16\n"
+    "  --drain-timeout S     on SIGTERM what was started gets so long to end by itself, default 0; a second one ends "
+    "it\n"
     "  --connect-timeout S   for a pod that is not up yet (TANDEM_AGENT_CONNECT_TIMEOUT, default 60; probe: 1)\n"
     "  --slots N             ranks of each host, default 1\n"
     "\n"
@@ -65,6 +70,8 @@ static enum status_code take(struct options *o, const char *name, const char *va
         return agent_policy_allow(&o->server.policy, value, st);
     else if (strcmp(name, "--max-sessions") == 0 && (ok = number(value, AGENT_SESSIONS_MAX, &v) && v >= 1))
         o->server.max_sessions = (uint32_t)v;
+    else if (strcmp(name, "--drain-timeout") == 0 && (ok = number(value, 86400, &v)))
+        o->server.drain_ms = (uint32_t)(v * 1000);
     else if (strcmp(name, "--port") == 0 && (ok = number(value, 65535, &v) && v >= 1))
         o->client.port = (uint32_t)v;
     else if (strcmp(name, "--connect-timeout") == 0)
@@ -108,10 +115,13 @@ static enum status_code parse(struct options *o, int argc, char **argv, struct s
     enum status_code rc = take_environment(o, st);
     bool run = strcmp(argv[1], "run") == 0;
     int i = 2;
-    for (; rc == ST_OK && i < argc && argv[i][0] == '-' && !(run && strcmp(argv[i], "-o") == 0); i += 2) {
-        if (i + 1 == argc)
+    for (; rc == ST_OK && i < argc && argv[i][0] == '-' && !(run && strcmp(argv[i], "-o") == 0); i++) {
+        char name[32];
+        const char *value = strchr(argv[i], '=');
+        if (!value && i + 1 == argc)
             return status_set(st, ST_INVALID_ARGUMENT, "%.100s: expected a value", argv[i]);
-        rc = take(o, argv[i], argv[i + 1], st);
+        snprintf(name, sizeof name, "%.*s", (int)strcspn(argv[i], "="), argv[i]);
+        rc = take(o, name, value ? value + 1 : argv[++i], st);
     }
     o->first = i;
     return rc;
@@ -125,16 +135,28 @@ static enum status_code default_programs(struct agent_policy *p, struct status *
     return orted == ST_OK || prted == ST_OK ? ST_OK : orted;
 }
 
-/* Asks the agents of all hosts but the first, which is where this runs. */
+/* Whether a host of the list is the pod that this runs in: mpirun starts what belongs there by itself. */
+static bool is_here(const char *host)
+{
+    char own[256] = "";
+    if (gethostname(own, sizeof own - 1))
+        return false;
+    size_t n = strcspn(own, ".");
+    return n > 0 && n == strcspn(host, ".") && strncmp(own, host, n) == 0;
+}
+
+/* Asks the agents of all hosts but this one. In a LeaderWorkerSet this is the first, whatever its name service says. */
 static enum status_code await_hosts(const struct options *o, const char *text, struct status *st)
 {
     int64_t until = agent_now_ms() + (int64_t)(o->wait_s * 1000);
-    const char *line = strchr(text, '\n');
-    for (; line && line[1]; line = strchr(line + 1, '\n')) {
+    bool leader = !o->hosts.set && !o->hosts.from;
+    for (const char *line = text; *line; line = strchr(line, '\n') + 1) {
         char host[256];
         struct agent_client_config cfg = o->client;
         int64_t left = until - agent_now_ms();
-        snprintf(host, sizeof host, "%.*s", (int)strcspn(line + 1, " \n"), line + 1);
+        snprintf(host, sizeof host, "%.*s", (int)strcspn(line, " \n"), line);
+        if ((leader && line == text) || is_here(host))
+            continue;
         cfg.connect_ms = left > 0 ? (uint32_t)left : 0;
         enum status_code rc = agent_probe(&cfg, host, st);
         if (rc != ST_OK)

@@ -108,18 +108,44 @@ static void end_keepers(struct server *s)
         kill(s->keepers[i], SIGKILL);
 }
 
+/* Whether a signal asks for the end. */
+static bool told_to_end(struct server *s)
+{
+    struct signalfd_siginfo info;
+    bool end = false;
+    while (read(s->signals, &info, sizeof info) == (ssize_t)sizeof info)
+        end |= info.ssi_signo != SIGCHLD;
+    return end;
+}
+
 static void loop(struct server *s)
 {
     for (;;) {
         struct pollfd p[] = {{s->listener, POLLIN, 0}, {s->signals, POLLIN, 0}};
         poll(p, 2, 1000);
-        struct signalfd_siginfo info;
-        while (read(s->signals, &info, sizeof info) == (ssize_t)sizeof info)
-            if (info.ssi_signo != SIGCHLD)
-                return;
+        if (told_to_end(s))
+            return;
         reap(s);
         if (p[0].revents)
             accept_one(s);
+    }
+}
+
+/* Pods of a group are told to end at the same time: the one that serves finishes its streams, and needs its ranks for that. */
+static void drain(struct server *s)
+{
+    int64_t until = agent_now_ms() + s->cfg->drain_ms;
+    close(s->listener);
+    s->listener = -1;
+    reap(s);
+    if (s->sessions > 0 && s->cfg->drain_ms > 0)
+        fprintf(stderr, "tandem-agent: told to end: waiting for %u sessions, %.0f s at most\n", s->sessions,
+                s->cfg->drain_ms / 1e3);
+    while (s->sessions > 0 && agent_now_ms() < until) {
+        poll(&(struct pollfd){s->signals, POLLIN, 0}, 1, 100);
+        if (told_to_end(s))
+            return;
+        reap(s);
     }
 }
 
@@ -147,6 +173,7 @@ int agent_serve(const struct agent_server_config *cfg)
             fprintf(stderr, " %s", cfg->policy.programs[i]);
         fprintf(stderr, "\n");
         loop(&s);
+        drain(&s);
         end_keepers(&s);
     } else
         fprintf(stderr, "tandem-agent: %s\n", st.message);

@@ -637,6 +637,45 @@ START_TEST(end_of_the_server_ends_what_it_started)
 }
 END_TEST
 
+/* Told to end, a server that may drain takes nothing new, and what runs ends by itself. */
+START_TEST(drain_waits_for_what_runs)
+{
+    write_program("cd $(dirname $0); echo $$ > pids; while [ ! -e go ]; do sleep 0.02; done; exit 7");
+    struct server s = start_server("--drain-timeout=60", NULL);
+    pid_t client = run_client(&s, secret_path, output_path());
+    await_file("pids");
+    kill(s.pid, SIGTERM);
+    char path[400];
+    const struct agent_client_config late = {.secret_file = secret_path, .port = (uint32_t)atoi(s.port)};
+    enum status_code rc = ST_OK;
+    for (int i = 0; i < 500 * SLOW && rc == ST_OK; i++) /* the signal takes a moment */
+        rc = agent_probe(&late, "127.0.0.1", NULL);
+    ck_assert_int_eq(rc, ST_UNAVAILABLE);
+    ck_assert(!all_gone("pids"));
+    snprintf(path, sizeof path, "%s/go", dir.path);
+    close(open(path, O_WRONLY | O_CREAT, 0600));
+    ck_assert_int_eq(client_status(client), 7);
+    int status;
+    ck_assert_int_eq(waitpid(s.pid, &status, 0), s.pid);
+    ck_assert(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+END_TEST
+
+START_TEST(second_signal_ends_the_drain)
+{
+    write_program("echo $$ > $(dirname $0)/pids; exec sleep 60");
+    struct server s = start_server("--drain-timeout", "60");
+    pid_t client = run_client(&s, secret_path, output_path());
+    await_file("pids");
+    kill(s.pid, SIGTERM);
+    nanosleep(&(struct timespec){0, 200000000L}, NULL); /* two at once would be one */
+    ck_assert(!all_gone("pids"));
+    ck_assert_int_eq(stop_server(&s), 0);
+    ck_assert_int_eq(client_status(client), 128 + SIGTERM);
+    ck_assert(all_gone("pids"));
+}
+END_TEST
+
 /* A server that does not know the secret is not believed. */
 START_TEST(false_server_is_found_out)
 {
@@ -727,7 +766,8 @@ int main(void)
         (const TTest *const[]){wrong_secret_is_refused, one_time_token_works_once, second_start_on_a_connection_ends_it,
                                changed_request_is_refused, lost_connection_ends_all_that_was_started,
                                what_outlives_its_program_is_ended_with_it, end_of_the_server_ends_what_it_started,
-                               false_server_is_found_out, nth_failure_is_told, NULL});
+                               drain_waits_for_what_runs, second_signal_ends_the_drain, false_server_is_found_out,
+                               nth_failure_is_told, NULL});
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_ENV);
     int failed = srunner_ntests_failed(r);

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# sbom.sh VARIANT ROOTFS CUDA_LIB_DIR: what packages the files of ROOTFS came from, asked of dpkg: into ROOTFS/usr/share/doc
+# sbom.spdx.json (SPDX 2.3), LICENSES.txt (a line a package) and the copyright file of each. Called by rootfs.sh.
+set -euo pipefail
+variant=$1 root=$2 cuda=$3
+doc=$root/usr/share/doc
+mkdir -p "$doc"
+version_of_tandem=$("$root/usr/bin/tandem" --version | sed 's/.* //')
+created=$(date -u -d "@${SOURCE_DATE_EPOCH:-$(date +%s)}" +%Y-%m-%dT%H:%M:%SZ)
+
+# "PACKAGE TAB FILE" of each file, "nobody" where dpkg knows none. Libraries stand flat in the image, and packages record
+# some of theirs as /lib, others as /usr/lib: a library is known by its own name, which is asked for only once.
+owners() {
+    (cd "$root" && find usr etc -type f ! -path 'usr/share/doc/*') | while read -r f; do
+        case $f in
+        usr/bin/tandem* | usr/bin/backend_cuda.so | etc/openmpi/*) continue ;;
+        usr/bin/mpirun) f=usr/bin/orterun ;;
+        esac
+        real=/$f
+        if [ ! -e "$real" ]; then
+            real=$(ldconfig -p | awk -v so="${f##*/}" '$1 == so {print $NF; exit}')
+            [ -n "$real" ] || real=$cuda/${f##*/}
+        fi
+        printf '%s\n' "$real"
+    done | xargs readlink -f | sed 's/^\/usr//' | sort -u >"$doc/files"
+    awk -v OFS='\t' 'NR == FNR {want[$0] = 1; next}
+         {f = $0; sub(/^\/usr/, "", f)}
+         f in want {p = FILENAME; sub(/.*\//, "", p); sub(/\.list$/, "", p); print p, f; delete want[f]}
+         END {for (f in want) print "nobody", f}' "$doc/files" /var/lib/dpkg/info/*.list
+    rm "$doc/files"
+}
+
+found=$(owners)
+strays=$(printf '%s\n' "$found" | awk -F'\t' '$1 == "nobody" {print $2}')
+names=$(printf '%s\n' "$found" | awk -F'\t' '$1 != "nobody" {print $1}' | sed 's/, /\n/g' | sort -u)
+
+licences_of() { # of a machine-readable copyright file; else: see the file
+    local file=/usr/share/doc/$1/copyright names
+    names=$(sed -n 's/^License: *//p' "$file" 2>/dev/null | sed 's/ *$//' | sort -u | paste -sd ';' | sed 's/;/; /g')
+    printf '%s' "${names:-see copyright file}"
+}
+
+json_string() {
+    local s=${1//\\/\\\\}
+    printf '%s' "${s//\"/\\\"}"
+}
+
+package() { # package NAME VERSION SOURCE LICENCES
+    printf '  {"SPDXID": "SPDXRef-%s", "name": "%s", "versionInfo": "%s", "sourceInfo": "%s", "downloadLocation": "NOASSERTION",\n' \
+        "$(printf '%s' "$1" | tr -c 'A-Za-z0-9.-' '-')" "$(json_string "$1")" "$(json_string "$2")" "$(json_string "$3")"
+    printf '   "filesAnalyzed": false, "licenseConcluded": "NOASSERTION", "licenseDeclared": "NOASSERTION", "licenseComments": "%s", "copyrightText": "NOASSERTION"}' \
+        "$(json_string "$4")"
+}
+
+: >"$doc/LICENSES.txt"
+{
+    printf '{"spdxVersion": "SPDX-2.3", "dataLicense": "CC0-1.0", "SPDXID": "SPDXRef-DOCUMENT", "name": "tandem-%s",\n' "$variant"
+    printf ' "documentNamespace": "urn:tandem:image:%s:%s",\n' "$variant" "$created"
+    printf ' "creationInfo": {"created": "%s", "creators": ["Tool: k8s/image/sbom.sh"]},\n "packages": [\n' "$created"
+    package tandem "$version_of_tandem" "this project" "Apache-2.0"
+    echo "tandem: Apache-2.0" >>"$doc/LICENSES.txt"
+    # shellcheck disable=SC2016 # dpkg-query's own fields
+    printf '%s\n' "$names" | xargs dpkg-query -W -f '${Package} ${Version} ${source:Package} ${source:Version}\n' | sort -u |
+        while read -r p version source; do
+            licences=$(licences_of "$p")
+            printf ',\n'
+            package "$p" "$version" "$source" "$licences"
+            echo "$p $version: $licences" >>"$doc/LICENSES.txt"
+            mkdir -p "$doc/$p"
+            cp -L "/usr/share/doc/$p/copyright" "$doc/$p/"
+        done
+    for f in $strays; do
+        case $f in
+        *libcublas*) licence="NVIDIA CUDA Toolkit EULA" ;;
+        *libnccl*) licence="NCCL's own, see LICENSE.txt of this version" ;;
+        *) echo "sbom: $f: of no package" >&2; exit 1 ;;
+        esac
+        name=${f##*/}
+        printf ',\n'
+        package "$name" "${name#*.so.}" "CUDA Toolkit, $f" "$licence"
+        echo "$name: $licence" >>"$doc/LICENSES.txt"
+    done
+    printf '\n ],\n "relationships": [{"spdxElementId": "SPDXRef-DOCUMENT", "relationshipType": "DESCRIBES", "relatedSpdxElement": "SPDXRef-tandem"}]\n}\n'
+} >"$doc/sbom.spdx.json"

@@ -1,0 +1,343 @@
+"""The images and the manifests at work, without a cluster and without a container engine: pods.py runs the pods of rendered
+overlays on the file systems that rootfs.sh makes. Skipped (status 77) where namespaces are not permitted.
+
+    test_pods.py [Class[.test]]    TANDEM_PODS_ALL=1: also those that the usual run leaves out
+"""
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import yaml
+
+SOURCE = os.environ.get("TANDEM_SOURCE", os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+sys.path.insert(0, os.path.join(SOURCE, "tests/e2e"))
+
+import pods  # noqa: E402
+import policy  # noqa: E402
+import render  # noqa: E402
+from cluster import BIN, DEMO, GENERATE, SLOW, Result, expected, grpc, inference_pb2, request, slow_model  # noqa: E402
+from pods import Node, Pod, wait_for  # noqa: E402
+
+K8S = os.path.join(SOURCE, "k8s")
+LONG = dict(temperature=0, ignore_eos=True)
+
+
+def setUpModule():
+    global ROOM, HOST
+    ROOM = tempfile.mkdtemp(prefix="tandem-pods-", dir="/tmp")
+    os.chmod(ROOM, 0o755)
+    HOST = os.path.join(ROOM, "host")
+    make_image("host", HOST)
+
+
+def tearDownModule():
+    shutil.rmtree(ROOM, ignore_errors=True)
+
+
+def make_image(variant, to):
+    p = subprocess.run([os.path.join(K8S, "image/rootfs.sh"), variant, BIN, to], stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT, text=True)
+    if p.returncode:
+        raise AssertionError(p.stdout)
+
+
+def folder_bytes(path):
+    return sum(os.lstat(os.path.join(d, f)).st_size for d, _, files in os.walk(path) for f in files)
+
+
+def generate(address, prompt, timeout=120, **options):
+    """(Result or None, gRPC's code or None) of a request over a connection of its own."""
+    with grpc.insecure_channel(f"{address}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        call = channel.unary_stream(GENERATE, inference_pb2.GenerateRequest.SerializeToString,
+                                    inference_pb2.GenerateResponse.FromString)
+        try:
+            return Result(call(request(prompt, **options), timeout=timeout * SLOW)), None
+        except grpc.RpcError as e:
+            return None, e
+
+
+class Stream(threading.Thread):
+    """A request that runs beside the test. `count` tokens have come so far."""
+
+    def __init__(self, address, prompt, **options):
+        super().__init__(daemon=True)
+        self.address, self.prompt, self.options = address, prompt, options
+        self.count, self.ids, self.error, self.finish = 0, [], None, None
+        self.start()
+
+    def run(self):
+        with grpc.insecure_channel(f"{self.address}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = channel.unary_stream(GENERATE, inference_pb2.GenerateRequest.SerializeToString,
+                                        inference_pb2.GenerateResponse.FromString)
+            try:
+                for m in call(request(self.prompt, **self.options), timeout=180 * SLOW):
+                    self.ids += m.token_ids
+                    self.count = len(self.ids)
+                    if m.HasField("finish"):
+                        self.finish = m.finish
+            except grpc.RpcError as e:
+                self.error = e
+
+    def wait_count(self, n):
+        wait_for(f"{n} tokens", lambda: self.count >= n or self.error or self.finish, 60)
+
+
+class Image(unittest.TestCase):
+    def test_closed_small_and_without_a_shell(self):
+        for variant, most in (("coordinator", 60), ("host", 120)):
+            root = HOST if variant == "host" else os.path.join(ROOM, variant)
+            if variant != "host":
+                make_image(variant, root)
+            with self.subTest(variant):
+                size = folder_bytes(root)
+                print(f"image {variant}: {size / 1e6:.1f} MB")
+                self.assertLess(size, most * 1e6)
+                names = {f for _, _, files in os.walk(root) for f in files}
+                self.assertFalse(names & {"sh", "bash", "dash", "busybox", "perl", "python3"})
+                writable = [f for d, _, files in os.walk(root) for f in files
+                            if not os.path.islink(os.path.join(d, f)) and os.lstat(os.path.join(d, f)).st_mode & 0o6022]
+                self.assertEqual(writable, [])
+                # Every program starts with nothing but what is in the image.
+                for program in ("tandem", "tandem-coordinator", "tandem-agent", "mpirun") + (
+                        ("tandem-worker",) if variant == "host" else ()):
+                    p = subprocess.run([shutil.which("chroot"), root, "/usr/bin/" + program, "--version"], stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, env={}, text=True)
+                    self.assertEqual(p.returncode, 0, program + ": " + p.stdout)
+
+    def test_licences_and_packages_are_listed(self):
+        doc = os.path.join(HOST, "usr/share/doc")
+        with open(os.path.join(doc, "sbom.spdx.json")) as f:
+            sbom = json.load(f)
+        names = {p["name"] for p in sbom["packages"]}
+        self.assertLessEqual({"tandem", "libc6", "libgrpc29", "libopenmpi3"} if "libgrpc29" in names else
+                             {"tandem", "libc6"}, names)
+        self.assertEqual(len(names), len(sbom["packages"]))
+        for p in sbom["packages"]:
+            self.assertTrue(p["versionInfo"] and p["licenseComments"], p)
+            if p["name"] != "tandem":
+                self.assertTrue(os.path.getsize(os.path.join(doc, p["name"], "copyright")) > 0, p["name"])
+
+
+class PodsTest(unittest.TestCase):
+    def make_node(self, folder, docs, model, images=None):
+        self.room = tempfile.mkdtemp(dir=ROOM)
+        os.chmod(self.room, 0o755)
+        secret = yaml.safe_load(subprocess.run([os.path.join(K8S, "group-secret.sh")], stdout=subprocess.PIPE, check=True).stdout)
+        self.assertEqual(secret["metadata"]["name"], "tandem-group")
+        group = {k: base64.b64decode(v).decode() for k, v in secret["data"].items()}
+        node = Node(self.room, docs, {"tandem-host": HOST, **(images or {})}, {"tandem-model": model}, {"tandem-group": group})
+        self.addCleanup(node.close)
+        return node
+
+    def tell(self, *pods_):
+        for p in pods_:
+            print(f"  {p.hostname}: " + ", ".join(f"{t} s {what}" for t, what in p.history))
+
+    def check_confined(self, pod, uid):
+        """No process has more rights than the manifest gives, and listens elsewhere than on the ports of the manifest and on
+        those of Open MPI, which test_manifests.py finds in the policy of groups."""
+        seen = pod.main.processes()
+        self.assertTrue(seen)
+        for pid, name in seen.items():
+            try:
+                with open(f"/proc/{pid}/status") as f:
+                    status = dict(re.findall(r"^(\w+):\s*(.*)$", f.read(), re.M))
+            except OSError:
+                continue  # it has just ended
+            self.assertEqual(status["Uid"].split(), [str(uid)] * 4, name)
+            for field in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                self.assertEqual(int(status[field], 16), 0, f"{name}: {field}")
+            self.assertEqual(status["NoNewPrivs"], "1", name)
+        flags = os.statvfs(f"/proc/{pod.main.pid}/root/").f_flag
+        self.assertTrue(flags & os.ST_RDONLY)
+        self.assertTrue(os.statvfs(f"/proc/{pod.main.pid}/root/etc/").f_flag & os.ST_RDONLY)
+        declared = {p["containerPort"] for p in pod.main.c["ports"]}
+        for port in self.listening(pod):
+            self.assertTrue(port in declared or 50100 <= port <= 50399, f"{pod.hostname} listens on {port}")
+
+    def listening(self, pod):
+        """TCP ports that others can reach."""
+        ports = set()
+        for table in ("tcp", "tcp6"):
+            with open(f"/proc/{pod.main.pid}/net/{table}") as f:
+                for line in f.readlines()[1:]:
+                    address, port = line.split()[1].split(":")
+                    if line.split()[3] == "0A" and not address.endswith("0100007F") and address != "0" * 24 + "01000000":
+                        ports.add(int(port, 16))
+        return ports
+
+
+class Group(PodsTest):
+    """Two pods that hold one rank each."""
+
+    def start_group(self):
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/multi-node"))
+        templates = policy.pods(docs)
+        node = self.make_node("group", docs, slow_model(ROOM))
+        # What the controller of LeaderWorkerSets gives its pods.
+        leader_ip, worker_ip = node.name("tandem-0.tandem.default", "tandem-0"), node.name("tandem-0-1.tandem.default", "tandem-0-1")
+        env = {"LWS_LEADER_ADDRESS": "tandem-0.tandem.default", "LWS_GROUP_SIZE": "2"}
+        made = []
+        for (_, template, _), name, ip, index in zip(templates, ("tandem-0", "tandem-0-1"), (leader_ip, worker_ip), "01"):
+            pod = Pod(node, name, ip, template, {**env, "LWS_WORKER_INDEX": index})
+            made.append(pod)
+            if index == "0":
+                time.sleep(0.5)  # the leader waits for its worker
+                self.assertFalse(pod.ready or pod.main.starts)
+        return made
+
+    def test_life(self):
+        leader, worker = self.start_group()
+        worker.wait_ready()
+        leader.wait_ready()
+        self.tell(leader, worker)
+        names = [sorted(p.main.processes().values()) for p in (leader, worker)]
+        self.assertEqual([n.count("tandem-worker") for n in names], [1, 1], names)
+        self.check_confined(leader, 65532)
+        self.check_confined(worker, 65532)
+
+        quiet, error = generate(leader.ip, "Once upon a time", max_tokens=300, **LONG)
+        self.assertIsNone(error, leader.logs())
+        self.rank_dies(leader, worker, quiet)
+        self.worker_pod_dies(leader, worker, quiet)
+        self.group_is_deleted(leader, worker, quiet)
+
+    def rank_dies(self, leader, worker, quiet):
+        stream = Stream(leader.ip, "Once upon a time", max_tokens=300, **LONG)
+        stream.wait_count(20)
+        rank = next(pid for pid, name in worker.main.processes().items() if name == "tandem-worker")
+        os.kill(rank, 9)
+        stream.join(120 * SLOW)
+        self.assertIsNone(stream.error, leader.logs())
+        self.assertEqual(stream.ids, quiet.ids)
+        self.assertEqual((leader.main.starts, worker.main.starts), (1, 1), "no container was started again")
+
+    def worker_pod_dies(self, leader, worker, quiet):
+        stream = Stream(leader.ip, "Once upon a time", max_tokens=300, **LONG)
+        stream.wait_count(20)
+        os.kill(worker.main.pid, 9)
+        stream.join(120 * SLOW)
+        self.assertIsNone(stream.error, leader.logs())
+        self.assertEqual(stream.ids, quiet.ids)
+        self.assertEqual((leader.main.starts, worker.main.starts), (1, 2), leader.logs())
+        leader.wait_ready()
+
+    def group_is_deleted(self, leader, worker, quiet):
+        """Both get SIGTERM at the same time, with a request running."""
+        wait_for("ready again", lambda: leader.ready and worker.ready, 30)
+        stream = Stream(leader.ip, "Once upon a time", max_tokens=300, **LONG)
+        stream.wait_count(20)
+        ends = [p.delete() for p in (leader, worker)]
+        wait_for("SIGTERM", lambda: any(w == "SIGTERM" for _, w in leader.history), 10)
+        code = None
+        while code is None and not stream.finish:  # the signal takes a moment; whoever comes in before is served
+            late, error = generate(leader.ip, "The dog", max_tokens=1, **LONG)
+            code = error.code() if error else None
+        self.assertEqual(code, grpc.StatusCode.UNAVAILABLE)
+        self.assertIsNone(stream.finish, "new requests are refused while old ones run")
+        stream.join(120 * SLOW)
+        self.assertIsNone(stream.error, leader.logs())
+        self.assertEqual(stream.ids, quiet.ids)
+        for t in ends:
+            t.join(60 * SLOW)
+        self.tell(leader, worker)
+        self.assertEqual([p.main.exit_codes[-1] for p in (leader, worker)], [0, 0], leader.logs() + worker.logs())
+
+    @unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
+    def test_statefulset(self):
+        coordinator = os.path.join(ROOM, "statefulset-coordinator")
+        make_image("coordinator", coordinator)
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/statefulset"))
+        node = self.make_node("sts", docs, DEMO, {"tandem-coordinator": coordinator})
+        ips = [node.name("tandem-x")] + [node.name(f"tandem-ranks-{i}.tandem-ranks", f"tandem-ranks-{i}") for i in range(2)]
+        (_, serve, _), (_, ranks, _) = policy.pods(docs)
+        made = []
+        for name, ip, template in zip(("tandem-x", "tandem-ranks-0", "tandem-ranks-1"), ips, (serve, ranks, ranks)):
+            pod = Pod(node, name, ip, template)
+            made.append(pod)
+        for p in made[::-1]:
+            p.wait_ready()
+            self.check_confined(p, 65532)
+        self.tell(*made)
+        self.assertNotIn("tandem-worker", made[0].main.processes().values())
+        stream = Stream(made[0].ip, "Once upon a time", max_tokens=400, **LONG)
+        stream.wait_count(3)
+        os.kill(made[1].main.pid, 9)
+        stream.join(120 * SLOW)
+        self.assertIsNone(stream.error, made[0].logs())
+        self.assertEqual(len(stream.ids), 400)
+
+
+class Rolling(PodsTest):
+    """Two replicas under load are replaced one after the other. One of them under a user that the platform chose."""
+
+    def new_pod(self, node, docs, uid):
+        self.made = getattr(self, "made", 0) + 1
+        name = f"tandem-{self.made}"
+        template = policy.pods(docs)[0][1]
+        pod = Pod(node, name, self.addresses.pop(0), template, uid=uid, fs_group=uid)
+        self.endpoints.append(pod)
+        return pod
+
+    def client(self, case):
+        """Asks whoever is ready, over and over, as a balancer would; no answer may fail or differ."""
+        n = 0
+        while not self.enough.is_set():
+            ready = [p for p in self.endpoints if p.ready and not p.terminating]
+            if not ready:
+                self.failures.append("no endpoint is ready")
+                return
+            n += 1
+            pod = ready[n % len(ready)]
+            result, error = generate(pod.ip, case["prompt"], max_tokens=len(case["greedy_ids"]), temperature=0)
+            if error or result.ids[:len(case["greedy_ids"])] != case["greedy_ids"]:
+                self.failures.append(str(error or result.ids))
+                return
+            self.answers[pod.hostname] = self.answers.get(pod.hostname, 0) + 1
+
+    def test_rolling_restart_gives_no_error(self):
+        docs = render.render(os.path.join(K8S, "overlays/openshift"))
+        node = self.make_node("rolling", docs, DEMO)
+        self.endpoints, self.failures, self.answers, self.enough = [], [], {}, threading.Event()
+        self.addresses = [node.name(f"tandem-{i}") for i in range(1, 5)]
+        strategy = policy.templates(next(d for d in docs if d["kind"] == "Deployment"))
+        self.assertEqual(strategy[0][2], 2)
+        old = [self.new_pod(node, docs, 1000650000) for _ in range(2)]
+        for p in old:
+            seconds = p.wait_ready()
+            print(f"host-only: ready {seconds} s after the start of the pod")
+            self.assertLess(seconds, 10 * SLOW)
+        self.check_confined(old[0], 1000650000)
+        case = min(expected(), key=lambda c: len(c["greedy_ids"]))
+        clients = [threading.Thread(target=self.client, args=(case,), daemon=True) for _ in range(3)]
+        for c in clients:
+            c.start()
+        wait_for("an answer of both", lambda: len(self.answers) == 2 or self.failures, 30)
+        for p in old:  # maxSurge 1, maxUnavailable 0
+            self.new_pod(node, docs, 1000650000).wait_ready()
+            p.delete().join(120 * SLOW)
+            self.assertEqual(p.main.exit_codes, [0], p.logs())
+        wait_for("an answer of every pod", lambda: len(self.answers) == 4 or self.failures, 30)
+        self.enough.set()
+        for c in clients:
+            c.join(60 * SLOW)
+        self.tell(*self.endpoints)
+        print(f"  answers: {self.answers}")
+        self.assertEqual(self.failures, [])
+
+
+if __name__ == "__main__":
+    try:
+        pods.enter()
+    except pods.CannotRun as why:
+        print(f"skipped: pods cannot be run here: {why}")
+        sys.exit(77)
+    unittest.main(verbosity=2)
