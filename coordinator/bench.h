@@ -19,7 +19,8 @@
 
 enum bench_lengths_kind { BENCH_FIXED, BENCH_UNIFORM, BENCH_LOG_NORMAL };
 
-/* "220", "uniform:100-300", "lognormal:220" or "lognormal:220,0.8" (mean, sigma of the logarithm). */
+/* "220", "uniform:100-300", "lognormal:220", "lognormal:220,0.8" (mean, sigma of the logarithm) or
+ * "lognormal:220,0.8,50-900" (cut to these; the mean is that before). */
 struct bench_lengths {
     enum bench_lengths_kind kind;
     uint32_t low, high; /* the bounds; of a log-normal one, what it is cut to */
@@ -52,6 +53,7 @@ struct bench_request {
     uint32_t tokens;               /* that came */
     double stall_s;                /* the longest pause between two messages */
     uint8_t code;                  /* enum status_code */
+    uint8_t tenant;                /* in a simulation */
 };
 
 /* The requests in the order of arrival; free() them. The same for the same load. */
@@ -79,12 +81,13 @@ struct bench_result {
     const struct bench_load *load;
     const struct bench_request *request;
     uint32_t n;
-    double slo_ttft_s, slo_tbt_s; /* 0: none */
+    double slo_ttft_s, slo_tbt_s, slo_stall_s; /* 0: none */
     uint64_t tokens_of_slice[BENCH_SLICES];
     double slice_s;             /* doubles when time goes on past the last one */
     struct bench_histogram gap; /* between two messages of an answer: what somebody who reads it sees */
     /* by bench_sum_up */
     uint32_t done, failed, good;
+    uint32_t stalled_200ms, stalled_500ms; /* of those done: with a longer pause between two messages */
     uint64_t prompt_tokens, output_tokens; /* of those done */
     double duration_s;                     /* first due to last end */
     double late_s;                         /* the longest from due to sent: the generator's own delay */
@@ -94,7 +97,8 @@ struct bench_result {
 
 /* `tokens` came at `at_s`. */
 void bench_note_tokens(struct bench_result *r, double at_s, uint32_t tokens);
-/* A request is good when it ended well, its first token came within slo_ttft_s and per_token is within slo_tbt_s. */
+/* A request is good when it ended well, its first token came within slo_ttft_s, per_token is within slo_tbt_s, and no pause
+ * was longer than slo_stall_s. */
 void bench_sum_up(struct bench_result *r);
 
 /* ---- reports ---- */

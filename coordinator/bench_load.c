@@ -48,6 +48,13 @@ static bool read_number(const char **text, double lo, double hi, double *out)
     return true;
 }
 
+/* "100-300" */
+static bool read_bounds(const char **text, double *low, double *high)
+{
+    return read_number(text, 1, TRACE_MAX_TOKENS, low) && *(*text)++ == '-' &&
+           read_number(text, *low, TRACE_MAX_TOKENS, high) && floor(*low) == *low && floor(*high) == *high;
+}
+
 enum status_code bench_lengths_parse(struct bench_lengths *out, const char *option, const char *text, struct status *st)
 {
     struct bench_lengths l = {.kind = BENCH_FIXED, .sigma = LOG_NORMAL_SIGMA};
@@ -57,22 +64,23 @@ enum status_code bench_lengths_parse(struct bench_lengths *out, const char *opti
     if (strncmp(p, "uniform:", 8) == 0) {
         l.kind = BENCH_UNIFORM;
         p += 8;
-        ok = read_number(&p, 1, TRACE_MAX_TOKENS, &low) && *p++ == '-' &&
-             read_number(&p, low, TRACE_MAX_TOKENS, &high) && floor(low) == low && floor(high) == high;
+        ok = read_bounds(&p, &low, &high);
     } else if (strncmp(p, "lognormal:", 10) == 0) {
         l.kind = BENCH_LOG_NORMAL;
         p += 10;
         ok = read_number(&p, 1, TRACE_MAX_TOKENS, &l.mean) && (*p != ',' || (p++, read_number(&p, 0, 4, &l.sigma)));
         low = 1;
         high = fmin(l.mean * LOG_NORMAL_TIMES, TRACE_MAX_TOKENS);
+        if (ok && *p == ',')
+            p++, ok = read_bounds(&p, &low, &high);
     } else {
         ok = read_number(&p, 1, TRACE_MAX_TOKENS, &low) && floor(low) == low;
         high = low;
     }
     if (!ok || *p)
         return status_set(st, ST_INVALID_ARGUMENT,
-                          "%s %s: expected a number of tokens, uniform:LOW-HIGH or lognormal:MEAN[,SIGMA]", option,
-                          text);
+                          "%s %s: expected a number of tokens, uniform:LOW-HIGH or lognormal:MEAN[,SIGMA[,LOW-HIGH]]",
+                          option, text);
     l.low = (uint32_t)low;
     l.high = (uint32_t)high;
     *out = l;

@@ -33,7 +33,7 @@ void bench_print_table(FILE *to, const struct bench_result *r)
     fprintf(to, "throughput               %.2f requests/s, %.1f answer tokens/s, %.1f tokens/s in all\n",
             per_second(r, r->done), per_second(r, (double)r->output_tokens),
             per_second(r, (double)(r->output_tokens + r->prompt_tokens)));
-    if (r->slo_ttft_s > 0 || r->slo_tbt_s > 0) {
+    if (r->slo_ttft_s > 0 || r->slo_tbt_s > 0 || r->slo_stall_s > 0) {
         uint32_t all = r->done + r->failed;
         fprintf(to, "goodput                  %.2f requests/s: %u of %u (%.1f %%)", per_second(r, r->good), r->good,
                 all, 100.0 * r->good / (all ? all : 1));
@@ -41,8 +41,12 @@ void bench_print_table(FILE *to, const struct bench_result *r)
             fprintf(to, ", first token within %g ms", r->slo_ttft_s * 1e3);
         if (r->slo_tbt_s > 0)
             fprintf(to, ", each further one within %g ms on average", r->slo_tbt_s * 1e3);
+        if (r->slo_stall_s > 0)
+            fprintf(to, ", no pause over %g ms", r->slo_stall_s * 1e3);
         putc('\n', to);
     }
+    fprintf(to, "stalled                  %u answers with a pause over 200 ms, %u over 500 ms\n", r->stalled_200ms,
+            r->stalled_500ms);
     if (r->load->mode == BENCH_RATE || r->load->mode == BENCH_TRACE)
         fprintf(to, "sent late by             %.2f ms at most (it counts in the times below)\n", r->late_s * 1e3);
     fprintf(to, "\n%-24s %10s", "milliseconds", "mean");
@@ -104,13 +108,14 @@ void bench_print_json(FILE *to, const struct bench_result *r, const char *model)
         ",\n  \"mode\": \"%s\", \"rate\": %g, \"concurrency\": %u, \"seed\": %llu,\n  \"requests\": %u, \"done\": %u, "
         "\"failed\": %u, \"duration_s\": %.6f,\n  \"prompt_tokens\": %llu, \"output_tokens\": %llu,\n"
         "  \"requests_per_s\": %.4f, \"output_tokens_per_s\": %.2f, \"tokens_per_s\": %.2f,\n"
-        "  \"slo_ttft_s\": %g, \"slo_tbt_s\": %g, \"good\": %u, \"goodput_requests_per_s\": %.4f, \"sent_late_s\": "
+        "  \"slo_ttft_s\": %g, \"slo_tbt_s\": %g, \"slo_stall_s\": %g, \"stalled_200ms\": %u, \"stalled_500ms\": %u,\n "
+        " \"good\": %u, \"goodput_requests_per_s\": %.4f, \"sent_late_s\": "
         "%.6f",
         mode_names[l->mode], l->mode == BENCH_RATE ? l->rate : 0, l->mode == BENCH_CONCURRENCY ? l->concurrency : 0,
         (unsigned long long)l->seed, r->n, r->done, r->failed, r->duration_s, (unsigned long long)r->prompt_tokens,
         (unsigned long long)r->output_tokens, per_second(r, r->done), per_second(r, (double)r->output_tokens),
-        per_second(r, (double)(r->output_tokens + r->prompt_tokens)), r->slo_ttft_s, r->slo_tbt_s, r->good,
-        per_second(r, r->good), r->late_s);
+        per_second(r, (double)(r->output_tokens + r->prompt_tokens)), r->slo_ttft_s, r->slo_tbt_s, r->slo_stall_s,
+        r->stalled_200ms, r->stalled_500ms, r->good, per_second(r, r->good), r->late_s);
     json_codes(to, r);
     json_histogram(to, "ttft_s", &r->ttft);
     json_histogram(to, "tbt_s", &r->gap);

@@ -59,10 +59,12 @@ static void sum_up_one(struct bench_result *r, const struct bench_request *q)
     r->output_tokens += q->tokens;
     bench_add(&r->ttft, q->first_s - q->due_s, 1);
     bench_add(&r->latency, q->end_s - q->due_s, 1);
+    r->stalled_200ms += q->stall_s > 0.2;
+    r->stalled_500ms += q->stall_s > 0.5;
     if (q->tokens > 1)
         bench_add(&r->per_token, per_token, 1);
     if ((r->slo_ttft_s == 0 || q->first_s - q->due_s <= r->slo_ttft_s) &&
-        (r->slo_tbt_s == 0 || per_token <= r->slo_tbt_s))
+        (r->slo_tbt_s == 0 || per_token <= r->slo_tbt_s) && (r->slo_stall_s == 0 || q->stall_s <= r->slo_stall_s))
         r->good++;
 }
 

@@ -27,6 +27,7 @@ enum {
     OPT_TIMEOUT,
     OPT_SLO_TTFT,
     OPT_SLO_TBT,
+    OPT_SLO_STALL,
     OPT_JSON,
     OPT_PLOT
 };
@@ -49,7 +50,7 @@ static const struct cli_option own_options[] = {
      .id = OPT_INPUT,
      .arg = "LENGTHS",
      .fallback = "220",
-     .help = "of prompts: N, uniform:LOW-HIGH or lognormal:MEAN[,SIGMA]"},
+     .help = "of prompts: N, uniform:LOW-HIGH or lognormal:MEAN[,SIGMA[,LOW-HIGH]]"},
     {.name = "output-tokens", .id = OPT_OUTPUT, .arg = "LENGTHS", .fallback = "200", .help = "of answers, the same"},
     {.name = "shared-prefix",
      .id = OPT_SHARED,
@@ -67,6 +68,7 @@ static const struct cli_option own_options[] = {
     {.name = "timeout", .id = OPT_TIMEOUT, .arg = "SECONDS", .help = "of each request (default: none)"},
     {.name = "slo-ttft", .id = OPT_SLO_TTFT, .arg = "MS", .help = "goodput: the first token comes within MS"},
     {.name = "slo-tbt", .id = OPT_SLO_TBT, .arg = "MS", .help = "goodput: a further token takes MS at most on average"},
+    {.name = "slo-stall", .id = OPT_SLO_STALL, .arg = "MS", .help = "goodput: no pause between two messages over MS"},
     {.name = "json", .id = OPT_JSON, .arg = "FILE", .flags = CLI_FILE, .help = "write the results as JSON; -: stdout"},
     {.name = "plot", .id = OPT_PLOT, .arg = "FILE", .flags = CLI_FILE, .help = "write a plot as SVG"},
     {0},
@@ -94,7 +96,7 @@ struct options {
     struct trace trace;
     const char *trace_path, *json, *plot;
     uint32_t warm_up;
-    double slo_ttft_ms, slo_tbt_ms;
+    double slo_ttft_ms, slo_tbt_ms, slo_stall_ms;
 };
 
 static int number(const struct options *o, uint64_t lo, uint64_t hi, uint32_t *out)
@@ -180,6 +182,8 @@ static int take_option(struct options *o, int opt)
         return real(o, 0.001, 1e9, &o->slo_ttft_ms);
     case OPT_SLO_TBT:
         return real(o, 0.001, 1e9, &o->slo_tbt_ms);
+    case OPT_SLO_STALL:
+        return real(o, 0.001, 1e9, &o->slo_stall_ms);
     case OPT_JSON:
         o->json = o->args.text;
         return CMD_OK;
@@ -325,6 +329,7 @@ static int run(struct options *o)
         r->load = &o->load;
         r->slo_ttft_s = o->slo_ttft_ms / 1e3;
         r->slo_tbt_s = o->slo_tbt_ms / 1e3;
+        r->slo_stall_s = o->slo_stall_ms / 1e3;
         enum status_code rc = warm_up(o, signal_fd, &st);
         if (rc == ST_OK)
             rc = measure(r, o, signal_fd, isatty(STDERR_FILENO), &st);

@@ -44,7 +44,7 @@ static void fit_init(struct cost_fit *f, const struct cost_coef *c, bool known)
         double v = start[i] > 0 ? start[i] : 0;
         f->theta[i] = (v < LIMIT[i] ? v : LIMIT[i]) / SCALE[i];
         double about = f->theta[i] > 10 ? f->theta[i] : 10;
-        f->gain[i][i] = f->top[i] = (known ? GAIN_KNOWN : GAIN_START) * about * about;
+        f->floor[i] = 1 / ((known ? GAIN_KNOWN : GAIN_START) * about * about);
     }
     f->spread = known ? SPREAD_KNOWN : SPREAD_START;
 }
@@ -77,48 +77,78 @@ double cost_predict_us(const struct cost_model *m, const struct cost_step *step)
     return dot(fit_of(m, step)->theta, x);
 }
 
-/* Forgetting lets the gain grow, without an end in directions that steps do not show: not past its start. */
-static void forget(struct cost_fit *f)
+/* Minimises over the free terms by Cholesky, the others are 0; false: rounding left nothing to divide by. */
+static bool solve(const struct cost_fit *f, const double b[COST_TERMS], const bool free[COST_TERMS],
+                  double out[COST_TERMS])
 {
+    double l[COST_TERMS][COST_TERMS] = {{0}};
     for (int i = 0; i < COST_TERMS; i++)
-        if (f->gain[i][i] / FORGET > f->top[i])
+        for (int k = 0; k <= i; k++) {
+            double v = !free[i] || !free[k] ? i == k : f->info[i][k] + (i == k ? f->floor[i] : 0);
+            for (int m = 0; m < k; m++)
+                v -= l[i][m] * l[k][m];
+            if (i == k && !(v > 0))
+                return false;
+            l[i][k] = i == k ? sqrt(v) : v / l[k][k];
+        }
+    for (int i = 0; i < COST_TERMS; i++) {
+        out[i] = free[i] ? b[i] : 0;
+        for (int m = 0; m < i; m++)
+            out[i] -= l[i][m] * out[m];
+        out[i] /= l[i][i];
+    }
+    for (int i = COST_TERMS - 1; i >= 0; i--) {
+        for (int m = i + 1; m < COST_TERMS; m++)
+            out[i] -= l[m][i] * out[m];
+        out[i] /= l[i][i];
+    }
+    return true;
+}
+
+/* The theta that fits the sums best, none under 0: whatever would be the furthest below is 0, until none is. */
+static void fit_solve(struct cost_fit *f)
+{
+    bool free[COST_TERMS] = {true, true, true, true, true};
+    double b[COST_TERMS], out[COST_TERMS];
+    for (int i = 0; i < COST_TERMS; i++)
+        b[i] = f->target[i] + f->floor[i] * f->theta[i];
+    for (;;) {
+        int worst = -1;
+        if (!solve(f, b, free, out))
             return;
+        for (int i = 0; i < COST_TERMS; i++)
+            if (out[i] < 0 && (worst < 0 || out[i] < out[worst]))
+                worst = i;
+        if (worst < 0)
+            break;
+        free[worst] = false;
+    }
     for (int i = 0; i < COST_TERMS; i++)
-        for (int k = 0; k < COST_TERMS; k++)
-            f->gain[i][k] /= FORGET;
+        f->theta[i] = fmin(out[i], LIMIT[i] / SCALE[i]);
 }
 
 /* One step of recursive least squares on relative errors. */
 static void fit_update(struct cost_fit *f, const struct cost_step *step, double took_us)
 {
-    double x[COST_TERMS], gx[COST_TERMS];
+    double x[COST_TERMS];
     terms_of(step, x);
     double size = took_us > MIN_STEP_US ? took_us : MIN_STEP_US;
     double error = (took_us - dot(f->theta, x)) / size;
     double off = fabs(error);
+    if (!isfinite(error))
+        return;
     double weight = off > OUTLIER * f->spread ? OUTLIER * f->spread / off : 1;
     f->spread += SPREAD_RATE * ((off < 2 ? off : 2) * 1.25 - f->spread); /* 1.25: from mean to standard deviation */
     f->spread = f->spread > 0.002 ? f->spread : 0.002;
     for (int i = 0; i < COST_TERMS; i++)
         x[i] /= size;
-    for (int i = 0; i < COST_TERMS; i++)
-        gx[i] = dot(f->gain[i], x);
-    double denominator = 1 / weight + dot(x, gx);
-    if (!isfinite(denominator) || !isfinite(error) || denominator < 1)
-        return;
     for (int i = 0; i < COST_TERMS; i++) {
-        double v = f->theta[i] + gx[i] / denominator * error, most = LIMIT[i] / SCALE[i];
-        f->theta[i] = v > 0 ? v < most ? v : most : 0;
+        f->target[i] = f->target[i] * FORGET + weight * x[i] * (took_us / size);
         for (int k = 0; k < COST_TERMS; k++)
-            f->gain[i][k] -= gx[i] * gx[k] / denominator;
+            f->info[i][k] = f->info[i][k] * FORGET + weight * x[i] * x[k];
     }
-    for (int i = 0; i < COST_TERMS; i++) { /* rounding must not make it lopsided or negative */
-        for (int k = 0; k < i; k++)
-            f->gain[i][k] = f->gain[k][i] = (f->gain[i][k] + f->gain[k][i]) / 2;
-        f->gain[i][i] = f->gain[i][i] > 1e-9 ? f->gain[i][i] : 1e-9;
-    }
-    forget(f);
     f->seen++;
+    fit_solve(f);
 }
 
 void cost_observe(struct cost_model *m, const struct cost_step *step, double took_us)

@@ -10,8 +10,10 @@
  * attention of the other, so that such a step is cheaper than the sum. A set that has seen nothing yet takes the other's.
  *
  * The fit is recursive least squares of relative errors with forgetting, robust (what is off by more than three times the
- * usual counts less: a step that captured a graph, a process that stood still) and bounded (no coefficient under 0; the
- * gain never grows past its start).
+ * usual counts less: a step that captured a graph, a process that stood still) and bounded (no coefficient under 0; none
+ * moves more freely than at the start). The best coefficients that are not under 0 are looked for at every step: to cut
+ * the others off at 0 leaves the rest where only the cut ones made them right, and a model that is wrong about decodes
+ * admits nobody and never sees that it is.
  *
  * No allocation, no clock, no state outside the struct. Time in microseconds.
  */
@@ -43,8 +45,10 @@ struct cost_profile {
 
 struct cost_fit {
     double theta[COST_TERMS]; /* of scaled terms */
-    double gain[COST_TERMS][COST_TERMS], top[COST_TERMS];
-    double spread; /* usual relative error */
+    /* sums over steps, fading: terms by terms, and terms by times; theta is what fits them best and is not under 0 */
+    double info[COST_TERMS][COST_TERMS], target[COST_TERMS];
+    double floor[COST_TERMS]; /* added to its diagonal: no coefficient moves more freely than at the start */
+    double spread;            /* usual relative error */
     uint64_t seen;
 };
 

@@ -70,6 +70,7 @@ enum status_code sched_create(struct sched **out, const struct sched_config *cfg
     s->next_seq = cfg->ages ? cfg->ages : &s->own_seq;
     if (*s->next_seq == 0)
         *s->next_seq = 1;
+    s->margin = 1;
     cost_init(&s->cost, cfg->cost.pure.fixed_us > 0 ? &cfg->cost : &cost_default);
     s->plan_tokens = malloc(cfg->step_token_budget * sizeof *s->plan_tokens);
     if (!s->plan_tokens) {
@@ -427,6 +428,7 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     r->cls = (uint32_t)(1 - req->priority);
     r->ttft_target_us = req->ttft_target_us ? req->ttft_target_us : s->cfg.ttft_target_us;
     r->tbt_target_us = req->tbt_target_us ? req->tbt_target_us : s->cfg.tbt_target_us;
+    r->predicted_us = s->cfg.refuse_late ? queue_predict_us(s, now_us, req) : 0;
     queue_add(s, r, now_us);
     req_map_add(&s->map, r);
     if (r->deadline_us != INT64_MAX)
@@ -471,8 +473,10 @@ static void take_token(struct sched *s, struct req *r, uint32_t token, uint32_t 
     r->n_unknown--;
     r->losses = 0;
     r->tokens[r->n_known++] = token;
-    if (r->n_known == r->n_prompt + 1)
+    if (r->n_known == r->n_prompt + 1) {
         r->first_token_us = now_us;
+        queue_learn(s, r, now_us);
+    }
     r->last_token_us = now_us;
     s->total.generated_tokens++;
     queue_charge(r, DECODE_WEIGHT);

@@ -146,9 +146,10 @@ struct sched_plan {
     uint32_t n_decode;
     const struct sched_chunk *chunk;
     uint32_t n_chunk;
-    uint32_t rows;    /* decodes and chunk tokens */
-    uint32_t samples; /* tokens that the result will hold: decodes first, then chunks with sample, in order */
-    uint32_t scores;  /* rows that are scored, in the order of chunks */
+    uint32_t rows;         /* decodes and chunk tokens */
+    uint32_t samples;      /* tokens that the result will hold: decodes first, then chunks with sample, in order */
+    uint32_t scores;       /* rows that are scored, in the order of chunks */
+    struct cost_step cost; /* the same as the cost model counts it */
 };
 
 struct sched_load {

@@ -78,6 +78,7 @@ struct req {
     uint64_t id;
     int64_t deadline_us;
     int64_t arrived_us, started_us, first_token_us, last_token_us;
+    int64_t predicted_us; /* wait for the first token as it looked at arrival; 0: nobody waited then */
     struct sched_sample sample;
 };
 
@@ -177,6 +178,7 @@ struct sched {
     struct cost_model cost;
     /* how fast prompts were computed while more of them waited; both fade */
     double backlog_tokens, backlog_us;
+    double margin; /* nearly all waits are within so many times of what was predicted */
     int64_t last_result_us;
     uint64_t last_victim_seq; /* preempted last */
     uint64_t plan_seq;        /* calls of sched_plan */
@@ -258,6 +260,10 @@ struct req *queue_next(const struct sched *s);      /* to be admitted, preempted
 void queue_admit(struct sched *s, struct req *r);   /* takes it out of queued or preempted, into run */
 void queue_charge(struct req *r, uint64_t tokens);  /* to its tenant */
 void run_insert(struct req_list *l, struct req *r); /* by age */
+/* How long it would wait for its first token, submitted now; 0: nobody waits, or not known. */
+int64_t queue_predict_us(const struct sched *s, int64_t now_us, const struct sched_request *req);
+/* Its first token is here: predictions learn from it. */
+void queue_learn(struct sched *s, const struct req *r, int64_t now_us);
 /* The order among prefills: the least goes first. */
 int64_t prefill_key_us(const struct sched *s, const struct req *r, int64_t arrived_us, uint32_t tokens);
 

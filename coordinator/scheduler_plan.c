@@ -10,6 +10,8 @@
 /* Where a target leaves prefill no time, it gets so much of what the decodes take, and a few rows at least. */
 #define PREFILL_TIME 0.1
 #define MIN_ROWS     32
+/* While it is not known what a row takes, chunks beside decodes that have a target are of so many rows together. */
+#define UNKNOWN_ROWS 512
 /* Chunks cut to a target are multiples of TILE: products of other sizes take as long as the next one. A rest under TAIL rows
  * goes with the chunk before it. */
 #define TILE 128
@@ -491,8 +493,12 @@ static void plan_prefills(struct sched *s, struct build *b)
 /* What the step may take: the least target of those that decode in it, but a share for prefill in any case. */
 static void set_limit(struct sched *s, struct build *b)
 {
-    if (!by_targets(s) || b->n_decode == 0 || b->target_us == 0)
+    if (s->cfg.policy != SCHED_TARGETS || b->n_decode == 0 || b->target_us == 0)
         return;
+    if (!cost_known(&s->cost)) {
+        b->left = b->left < UNKNOWN_ROWS ? b->left : UNKNOWN_ROWS;
+        return;
+    }
     double decodes_us = cost_predict_us(&s->cost, &b->cost) * (1 + PREFILL_TIME), limit_us = safe_us(s, b->target_us);
     b->limit_us = decodes_us > limit_us ? decodes_us : limit_us;
 }
@@ -552,7 +558,8 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
                                 .n_chunk = b.n_chunk,
                                 .rows = rows,
                                 .samples = b.flight->n_samples,
-                                .scores = b.flight->score_rows};
+                                .scores = b.flight->score_rows,
+                                .cost = b.cost};
     s->in_flight++;
     return true;
 }

@@ -23,6 +23,12 @@
 #define RETRY_MIN_MS 50
 #define RETRY_MAX_MS 60000
 #define RETRY_MS     1000 /* while the pace is not known */
+/* Waits are predicted from what is there; what comes later and goes first (other tenants, shorter prompts) and memory that
+ * is not free yet make them longer. The margin follows the quantile of actual over predicted waits. */
+#define MARGIN_QUANTILE 0.98
+#define MARGIN_RATE     0.1
+#define MARGIN_MAX      8.0
+#define MARGIN_FROM_US  100000 /* shorter predictions teach nothing */
 
 /* ---- a pairing heap through the requests themselves ---- */
 
@@ -315,6 +321,15 @@ static int64_t wait_us(const struct sched *s, uint64_t tokens)
     return (int64_t)((double)tokens * s->backlog_us / s->backlog_tokens);
 }
 
+void queue_learn(struct sched *s, const struct req *r, int64_t now_us)
+{
+    if (r->predicted_us < MARGIN_FROM_US || r->preemptions || r->replays)
+        return;
+    bool longer = (double)(now_us - r->arrived_us) > s->margin * (double)r->predicted_us;
+    s->margin += MARGIN_RATE * (longer ? MARGIN_QUANTILE : MARGIN_QUANTILE - 1);
+    s->margin = s->margin < 1 ? 1 : s->margin > MARGIN_MAX ? MARGIN_MAX : s->margin;
+}
+
 /* A server that is not behind is not slow: what the last backlog went at says little. */
 static bool has_backlog(const struct sched *s)
 {
@@ -334,6 +349,14 @@ uint32_t sched_retry_ms(const struct sched *s)
     return ms < RETRY_MIN_MS ? RETRY_MIN_MS : ms > RETRY_MAX_MS ? RETRY_MAX_MS : (uint32_t)ms;
 }
 
+int64_t queue_predict_us(const struct sched *s, int64_t now_us, const struct sched_request *req)
+{
+    int64_t target_us = req->ttft_target_us ? req->ttft_target_us : s->cfg.ttft_target_us;
+    if (!has_backlog(s))
+        return 0;
+    return wait_us(s, work_until(s, now_us, req->tenant, (uint32_t)(1 - req->priority), req->n_prompt, target_us));
+}
+
 static enum status_code check_time(const struct sched *s, int64_t now_us, const struct sched_request *req,
                                    struct status *st)
 {
@@ -341,8 +364,9 @@ static enum status_code check_time(const struct sched *s, int64_t now_us, const 
     bool targeted = s->cfg.refuse_late && target_us > 0;
     if ((!targeted && req->deadline_us == INT64_MAX) || !has_backlog(s))
         return ST_OK;
-    int64_t us =
-        wait_us(s, work_until(s, now_us, req->tenant, (uint32_t)(1 - req->priority), req->n_prompt, target_us));
+    int64_t us = queue_predict_us(s, now_us, req);
+    if (targeted)
+        us = (int64_t)((double)us * s->margin);
     if (targeted && us > target_us)
         return status_set(st, ST_RESOURCE_EXHAUSTED,
                           "overloaded: the first token would take about %lld ms, the target is %lld ms",
