@@ -400,7 +400,7 @@ static void resume(struct sched *s, struct build *b, struct req *r)
 {
     queue_admit(s, r);
     settle(b, r);
-    b->growth += growth(r);
+    b->growth += req_growth(r);
     b->resumed_pages += r->host_pages;
     r->state = REQ_RUNNING;
     r->plan_seq = s->plan_seq;

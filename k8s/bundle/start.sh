@@ -16,7 +16,18 @@ if [ -z "$cuda" ] && [ -f "$here/bin/backend_cuda.so" ]; then
 fi
 # /usr/lib itself is searched anyway; in front of ours it would hide what is in ours
 [ "$cuda" != /usr/lib/x86_64-linux-gnu ] || cuda=
-export LD_LIBRARY_PATH="$here/lib${cuda:+:$cuda}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+# For several GPUs: NCCL. Without it ranks of one host are joined by their GPUs' memory alone.
+nccl=
+if [ -f "$here/bin/backend_cuda.so" ]; then
+    for d in /usr/local/cuda/lib64 /usr/local/lib/python3*/*-packages/nvidia/nccl/lib /opt/*/lib/python3*/site-packages/nvidia/nccl/lib \
+        /opt/*/.venv/lib/python3*/site-packages/nvidia/nccl/lib; do
+        if [ -e "$d/libnccl.so.2" ]; then
+            nccl=$d
+            break
+        fi
+    done
+fi
+export LD_LIBRARY_PATH="$here/lib${cuda:+:$cuda}${nccl:+:$nccl}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 export PATH="$here/ompi/bin:${PATH:-/usr/bin:/bin}"
 export OPAL_PREFIX="$here/ompi" OPAL_LIBDIR="$here/lib" OPAL_PKGLIBDIR="$here/ompi/mca" OPAL_SYSCONFDIR="$here/ompi/etc"
 export OPAL_DATADIR="$here/ompi/share" OPAL_PKGDATADIR="$here/ompi/share/openmpi"
