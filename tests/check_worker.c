@@ -246,6 +246,39 @@ START_TEST(one_rank_needs_no_mpirun)
 }
 END_TEST
 
+START_TEST(a_timeline_has_every_step)
+{
+    char path[] = "/tmp/tandem-trace-XXXXXX";
+    int fd = mkstemp(path);
+    ck_assert_int_ge(fd, 0);
+    close(fd);
+    start_stub();
+    const char *const extra[] = {"--trace", path, NULL};
+    job_start(&job, 0, MODEL, stub.address, extra);
+    stub_wait(&stub, 1, stub_is_ready, 1, "ready");
+    check_generation(1);
+    stub_shutdown(&stub, 1, false);
+    ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_OK);
+    json_error_t error;
+    json_t *all = json_load_file(path, 0, &error), *e;
+    ck_assert_msg(all != NULL, "%s", error.text);
+    size_t i, steps = 0, rows = 0;
+    json_array_foreach(all, i, e)
+    {
+        ck_assert(json_number_value(json_object_get(e, "dur")) >= 0);
+        if (strcmp(json_string_value(json_object_get(e, "tid")), "device") != 0)
+            continue;
+        steps++;
+        rows += (size_t)json_integer_value(json_object_get(json_object_get(e, "args"), "rows"));
+    }
+    ck_assert_uint_gt(steps, 10);
+    ck_assert_uint_ge(rows, steps);
+    ck_assert_uint_gt(json_array_size(all), 3 * steps); /* each with a submission and a wait; the summary */
+    json_decref(all);
+    unlink(path);
+}
+END_TEST
+
 START_TEST(shutdown_with_relaunch_ends_with_75)
 {
     start_group(2);
@@ -618,6 +651,7 @@ int main(void)
     }
     tcase_add_loop_test(core, ranks_generate_the_expected_ids, 1, 4);
     tcase_add_test(core, one_rank_needs_no_mpirun);
+    tcase_add_test(core, a_timeline_has_every_step);
     tcase_add_test(core, shutdown_with_relaunch_ends_with_75);
     tcase_add_test(core, plans_before_a_shutdown_are_run);
     tcase_add_test(core, waits_for_a_coordinator_that_starts_late);

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "worker/cuda_internal.h"
 
@@ -245,7 +246,9 @@ static enum status_code allocate_flight(struct cuda_flight *l, const struct forw
         (rc = cuda_check(cudaMallocHost((void **)&l->drawn, c->max_rows * sizeof *l->drawn), st, "pinned tokens")) !=
             ST_OK ||
         (rc = cuda_check(cudaMallocHost((void **)&l->fault, 2 * sizeof *l->fault), st, "pinned faults")) != ST_OK ||
-        (rc = cuda_check(cudaEventCreateWithFlags(&l->done, cudaEventDisableTiming), st, "event")) != ST_OK)
+        (rc = cuda_check(cudaEventCreateWithFlags(&l->done, c->timed ? 0 : cudaEventDisableTiming), st, "event")) !=
+            ST_OK ||
+        (c->timed && (rc = cuda_check(cudaEventCreate(&l->begin), st, "event")) != ST_OK))
         return rc;
     struct arena a = {l->host_step, 0};
     lay_out_step(c, &a, &l->row, &l->counts, &l->seq, &l->sample);
@@ -256,6 +259,8 @@ static void free_flight(struct cuda_flight *l)
 {
     if (l->done)
         cudaEventDestroy(l->done);
+    if (l->begin)
+        cudaEventDestroy(l->begin);
     cudaFreeHost(l->fault);
     cudaFreeHost(l->drawn);
     cudaFreeHost(l->choice);
@@ -289,6 +294,19 @@ static enum status_code allocate(struct forward *f, struct status *st)
     return sampler_create(&f->sampler, f->cfg.model->vocab_size, st);
 }
 
+static enum status_code set_mark(struct forward *f, struct status *st)
+{
+    struct timespec t;
+    enum status_code rc = cuda_check(cudaEventCreate(&f->mark), st, "event");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaEventRecord(f->mark, f->stream), st, "event");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaEventSynchronize(f->mark), st, "event");
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    f->mark_us = (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3;
+    return rc;
+}
+
 static enum status_code fill_rope(struct forward *f, struct status *st)
 {
     const struct model_config *m = f->cfg.model;
@@ -318,6 +336,8 @@ static void forward_destroy(struct forward *f)
     comm_gpu_destroy(f->group);
     if (f->waited)
         cudaEventDestroy(f->waited);
+    if (f->mark)
+        cudaEventDestroy(f->mark);
     for (uint32_t i = 0; i < CUDA_FLIGHTS; i++)
         free_flight(&f->flight[i]);
     attn_gpu_destroy(f->attn[0]);
@@ -348,12 +368,19 @@ static enum status_code forward_create(struct forward **out, const struct forwar
         (rc = cuda_gemm_create(&f->gemm, f->stream, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
         (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
         (rc = create_group(&f->group, cfg, st)) != ST_OK ||
-        (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK) {
+        (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK ||
+        (cfg->timed && (rc = set_mark(f, st)) != ST_OK)) {
         forward_destroy(f);
         return rc;
     }
     *out = f;
     return ST_OK;
+}
+
+static void forward_time_of(struct forward *f, double *begin_us, double *end_us)
+{
+    *begin_us = f->begin_us;
+    *end_us = f->end_us;
 }
 
 static enum status_code forward_logits(struct forward *f, float *out, struct status *st)
@@ -373,5 +400,6 @@ const struct forward_ops forward_ops_cuda = {
     .start = cuda_forward_start,
     .poll = cuda_forward_poll,
     .finish = cuda_forward_finish,
+    .time_of = forward_time_of,
     .logits = forward_logits,
 };

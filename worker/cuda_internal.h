@@ -67,7 +67,7 @@ struct cuda_bucket {
 struct cuda_flight {
     struct forward_batch batch;
     uint32_t *tokens;
-    cudaEvent_t done;
+    cudaEvent_t begin, done;    /* begin: where steps are timed, else NULL */
     void *host_step;            /* as step below */
     struct cuda_row *row;       /* [T] */
     uint32_t *counts;           /* [1] sequences */
@@ -111,6 +111,11 @@ struct forward {
 
     struct cuda_flight flight[CUDA_FLIGHTS];
     uint32_t first_flight, flights; /* under way */
+
+    /* where steps are timed: the device's clock by a moment that both know */
+    cudaEvent_t mark;
+    double mark_us;          /* CLOCK_MONOTONIC */
+    double begin_us, end_us; /* of the step that was finished last */
 
     /* rows whose options the device does not know: sampled on the host */
     struct sampler *sampler;

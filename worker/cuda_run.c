@@ -453,6 +453,8 @@ enum status_code cuda_forward_start(struct forward *f, const struct forward_batc
     enum status_code rc = ST_OK;
     l->batch = *b;
     l->tokens = tokens;
+    if (l->begin && (rc = cuda_check(cudaEventRecord(l->begin, f->stream), st, "step")) != ST_OK)
+        return rc;
     if (b->rows) {
         struct cuda_bucket *bucket = bucket_for(f, b->rows);
         if ((rc = send_batch(f, l, b, bucket->rows, st)) != ST_OK ||
@@ -495,6 +497,22 @@ static enum status_code take_tokens(struct forward *f, const struct cuda_flight 
     return ST_OK;
 }
 
+/* The mark moves along: floats of milliseconds are exact to 1 us for some hours only. */
+static enum status_code keep_time(struct forward *f, struct cuda_flight *l, struct status *st)
+{
+    float to_begin = 0, to_end = 0;
+    enum status_code rc = cuda_check(cudaEventElapsedTime(&to_begin, f->mark, l->begin), st, "time of a step");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaEventElapsedTime(&to_end, l->begin, l->done), st, "time of a step");
+    f->begin_us = f->mark_us + (double)to_begin * 1e3;
+    f->end_us = f->begin_us + (double)to_end * 1e3;
+    f->mark_us = f->end_us;
+    cudaEvent_t old = f->mark;
+    f->mark = l->done;
+    l->done = old;
+    return rc;
+}
+
 enum status_code cuda_forward_finish(struct forward *f, struct status *st)
 {
     struct cuda_flight *l = &f->flight[f->first_flight];
@@ -502,6 +520,8 @@ enum status_code cuda_forward_finish(struct forward *f, struct status *st)
         f->group ? comm_gpu_finish(f->group, l->done, st) : cuda_check(cudaEventSynchronize(l->done), st, "step");
     f->first_flight = (f->first_flight + 1) % CUDA_FLIGHTS;
     f->flights--;
+    if (rc == ST_OK && l->begin)
+        rc = keep_time(f, l, st);
     if (rc != ST_OK || l->batch.rows == 0)
         return rc;
     return take_tokens(f, l, st);

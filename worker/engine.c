@@ -240,6 +240,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
     if ((rc = model_config_load(&e->model, cfg->model_dir, st)) != ST_OK || (rc = read_limits(e, cfg, st)) != ST_OK)
         return rc;
     e->comm = cfg->comm;
+    e->timed = cfg->timed;
     e->parts = cfg->parts;
     e->ops = cfg->parts ? cfg->parts->forward : &forward_ops_host;
     e->info.depth = e->ops->start ? ENGINE_DEPTH_MAX : 1;
@@ -260,6 +261,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .max_samples = e->info.max_slots < e->info.max_step_tokens ? e->info.max_slots : e->info.max_step_tokens,
         .max_context = e->info.max_context,
         .eager = cfg->eager,
+        .timed = cfg->timed,
     };
     if ((rc = load_weights(e, cfg, &forward, st)) != ST_OK)
         return rc;
@@ -357,6 +359,7 @@ void engine_reset(struct engine *e)
     drop_options(e);
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
     e->step = e->done = 0;
+    e->ended_us = 0;
     e->checks = 0;
     e->suspended_pages = 0;
 }

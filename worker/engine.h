@@ -40,6 +40,7 @@ struct engine_config {
     struct comm *comm;                 /* owned by the caller, outlives the engine */
     const struct backend_parts *parts; /* of a device, outlives the engine; NULL: the host */
     bool eager;               /* a device: each kernel is launched by itself, none as part of a graph; for debugging */
+    bool timed;               /* results have a timing; a device takes about 1 us more a step */
     bool random_weights;      /* the folder has only its config.json: model_loader_open says what they are */
     uint32_t threads;         /* of this rank; 0: its share of the machine's cores */
     uint32_t max_slots;       /* 0: 256 */
@@ -76,6 +77,13 @@ struct engine_info {
     uint32_t top_k;
 };
 
+/* Where a step was computed, in microseconds of CLOCK_MONOTONIC; all 0 where nobody asked for it. */
+struct engine_timing {
+    double begin_us, end_us;
+    double gap_us; /* since the end of the step in front; 0 for the first */
+    bool idle;     /* the step was submitted after that end: there was nothing to do */
+};
+
 struct engine_score {
     uint32_t index; /* of a sample: in tokens */
     struct sample_scores scores;
@@ -85,6 +93,8 @@ struct engine_score {
  * Valid until the next submission. */
 struct engine_result {
     uint64_t step;
+    uint32_t rows, decodes;
+    struct engine_timing timing;
     const uint32_t *tokens;
     uint32_t n_tokens;
     const struct engine_score *sample_scores, *prompt_scores;

@@ -46,6 +46,9 @@ struct engine_flight {
     uint32_t *sampled_slot; /* FORWARD_NO_SLOT: a given token */
     uint32_t *token;        /* of samples; once finished of slots alone */
     struct engine_score *sample_score, *prompt_score;
+    uint32_t rows, decodes;
+    double submitted_us;
+    struct engine_timing timing;
     uint32_t samples, n_tokens, n_sample_scores, n_prompt_scores;
 };
 
@@ -70,6 +73,8 @@ struct engine {
     struct engine_slot *slot;                      /* [max_slots] */
     struct engine_flight flight[ENGINE_DEPTH_MAX]; /* the first info.depth are used */
     uint32_t first_flight, in_flight;
+    bool timed;
+    double ended_us; /* the last step; 0: none has */
 };
 
 /* Whether the plan fits the state; changes nothing that counts. INVALID_ARGUMENT: a value that no state allows.

@@ -7,6 +7,7 @@
  * once step k is done: what k reads, k+1 may not write.
  */
 #include <string.h>
+#include <time.h>
 
 #include "worker/engine_internal.h"
 
@@ -15,6 +16,27 @@
 static struct engine_flight *oldest(struct engine *e)
 {
     return &e->flight[e->first_flight];
+}
+
+static double now_us(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3;
+}
+
+/* Of the host it was computed from its submission until now. */
+static void keep_time(struct engine *e, struct engine_flight *f)
+{
+    struct engine_timing *t = &f->timing;
+    *t = (struct engine_timing){.begin_us = f->submitted_us, .end_us = now_us()};
+    if (e->info.depth > 1)
+        e->ops->time_of(e->forward, &t->begin_us, &t->end_us);
+    if (e->ended_us > 0) {
+        t->gap_us = t->begin_us > e->ended_us ? t->begin_us - e->ended_us : 0;
+        t->idle = f->submitted_us > e->ended_us;
+    }
+    e->ended_us = t->end_us;
 }
 
 /* The step's tokens are known: to its slots too, unless they have gone on or belong to somebody else. */
@@ -33,6 +55,8 @@ static void keep_tokens(struct engine *e, struct engine_flight *f)
     }
     f->finished = true;
     e->done = f->step;
+    if (e->timed)
+        keep_time(e, f);
 }
 
 /* Waits for the steps under way, but collects none. */
@@ -245,11 +269,14 @@ enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *pla
     struct engine_flight *f = &e->flight[(e->first_flight + e->in_flight) % e->info.depth];
     struct forward_batch b = {.token = f->row_token, .seq = f->seq, .sample = f->sample};
     f->step = plan->step;
+    f->submitted_us = e->timed ? now_us() : 0;
     f->finished = false;
     f->n_tokens = f->n_sample_scores = f->n_prompt_scores = 0;
     if ((rc = release_and_admit(e, plan, st)) != ST_OK || (rc = add_all(e, f, &b, plan, st)) != ST_OK)
         return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     f->samples = b.samples;
+    f->rows = b.rows;
+    f->decodes = (uint32_t)plan->n_decode_slots;
     if ((rc = launch(e, f, &b, st)) != ST_OK)
         return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     e->step = plan->step;
@@ -288,6 +315,9 @@ enum status_code engine_collect(struct engine *e, struct engine_result *result, 
     e->in_flight--;
     *result = (struct engine_result){
         .step = f->step,
+        .rows = f->rows,
+        .decodes = f->decodes,
+        .timing = f->timing,
         .tokens = f->token,
         .n_tokens = f->n_tokens,
         .sample_scores = f->sample_score,

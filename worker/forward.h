@@ -35,6 +35,7 @@ struct forward_config {
     uint32_t max_samples; /* rows of one step whose token is chosen; given ones, of which there may be T, come on top */
     uint32_t max_context; /* of a sequence */
     bool eager;           /* a device: no graphs; for debugging */
+    bool timed;           /* time_of is asked */
 };
 
 /* Rows first_row .. first_row + rows - 1 continue the slot: they stand at positions position, position + 1, ... */
@@ -94,6 +95,8 @@ struct forward_ops {
                               struct status *st);
     enum status_code (*poll)(struct forward *f, bool *done, struct status *st);
     enum status_code (*finish)(struct forward *f, struct status *st);
+    /* With start: microseconds of CLOCK_MONOTONIC at which the device began and ended the step that finish returned last. */
+    void (*time_of)(struct forward *f, double *begin_us, double *end_us);
     /* For tests: this rank's share of the logits that the first sample of the last run was drawn from. */
     enum status_code (*logits)(struct forward *f, float *out, struct status *st);
 };

@@ -23,6 +23,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "comm/comm.h"
 #include "proto/rpc.h"
@@ -94,6 +95,7 @@ struct worker_options {
     uint32_t memory_percent; /* of a device; 0: default */
     uint32_t random_weights; /* 0 or 1 */
     uint32_t eager;          /* 0 or 1 */
+    const char *trace;       /* file of the timeline; NULL: none */
 };
 
 enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION, WORKER_INSPECT };
@@ -137,6 +139,17 @@ void worker_guard_request_exit(struct worker_guard *g, int code, uint32_t abort_
 int worker_guard_exit_code(const struct worker_guard *g);
 /* The step under way has limit_ms to end, else exit is requested with RELAUNCH. 0 takes the limit back. */
 void worker_guard_limit_step(struct worker_guard *g, uint32_t limit_ms);
+
+/* ---- timeline of the steps (worker_trace.c); one thread; NULL is fine but in open: nothing is written ---- */
+
+struct worker_trace;
+
+/* path, with ".RANK" behind it when there are several. */
+STATUS_MUST_CHECK enum status_code worker_trace_open(struct worker_trace **out, const char *path, uint32_t rank,
+                                                     uint32_t ranks, struct status *st);
+void worker_trace_host(struct worker_trace *t, const char *name, uint64_t step, int64_t begin_us, int64_t end_us);
+void worker_trace_step(struct worker_trace *t, const struct engine_result *r);
+void worker_trace_close(struct worker_trace *t);
 
 /* ---- control: the stream to the coordinator ---- */
 
@@ -259,6 +272,7 @@ struct worker {
     struct worker_guard guard;
     struct worker_control control;
     struct worker_backend backend;
+    struct worker_trace *trace; /* NULL: none */
     struct comm *comm;
     struct engine *engine;
     uint32_t rank, size;

@@ -74,6 +74,7 @@ static enum status_code load(struct worker *w, struct status *st)
         .parts = w->backend.parts,
         .random_weights = o->random_weights,
         .eager = o->eager,
+        .timed = w->trace != NULL,
         .threads = o->threads,
         .max_slots = o->max_slots,
         .max_context = o->max_context,
@@ -177,7 +178,9 @@ static enum status_code submit(struct worker *w, struct steps *s, Tandem__V1__Co
     uint32_t at = (s->first + s->count++) % WORKER_STEPS_MAX;
     s->message[at] = message;
     s->submitted_us[at] = worker_now_us();
-    return engine_submit(w->engine, message->plan, st);
+    enum status_code rc = engine_submit(w->engine, message->plan, st);
+    worker_trace_host(w->trace, "submit", message->plan->step, s->submitted_us[at], worker_now_us());
+    return rc;
 }
 
 /* Waits for the oldest step and sends its result. A step's time begins when the one in front has ended. */
@@ -186,8 +189,13 @@ static enum status_code collect(struct worker *w, struct steps *s, struct status
     struct engine_result result = {0};
     Tandem__V1__CoordinatorMessage *message = s->message[s->first];
     uint64_t step = message->plan->step;
+    int64_t waits_us = worker_now_us();
     enum status_code rc = engine_collect(w->engine, &result, st);
     int64_t now_us = worker_now_us(), start_us = s->submitted_us[s->first];
+    if (rc == ST_OK) {
+        worker_trace_host(w->trace, "collect", step, waits_us, now_us);
+        worker_trace_step(w->trace, &result);
+    }
     if (s->ended_us > start_us)
         start_us = s->ended_us;
     s->ended_us = now_us;

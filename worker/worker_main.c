@@ -62,6 +62,8 @@ static enum status_code join_group(struct worker *w, struct status *st)
     w->rank = comm_rank(w->comm);
     w->size = comm_size(w->comm);
     atomic_store(&w->log.rank, (int)w->rank);
+    if (w->options.trace && (rc = worker_trace_open(&w->trace, w->options.trace, w->rank, w->size, st)) != ST_OK)
+        return rc;
     return draw_launch_id(w, st);
 }
 
@@ -90,6 +92,7 @@ static void fill_hello(struct worker *w)
 /* The orderly end: all ranks come here, so MPI_Finalize finds its peers; the guard bounds it all the same. */
 static void close_all(struct worker *w)
 {
+    worker_trace_close(w->trace);
     worker_control_detach(&w->control);
     engine_destroy(w->engine);
     worker_backend_close(&w->backend);
@@ -102,6 +105,7 @@ static void close_all(struct worker *w)
 /* No MPI_Finalize here: it would wait for ranks that do not come. mpirun ends the job because of the status. */
 _Noreturn static void leave(struct worker *w, int code)
 {
+    worker_trace_close(w->trace);
     worker_log(&w->log, WORKER_LOG_INFO, "ending with status %d", code);
     if (code == WORKER_EXIT_RELAUNCH)
         usleep(WORKER_RELAUNCH_DELAY_MS * 1000);

@@ -53,6 +53,8 @@ static const struct option_spec specs[] = {
      "CUDA: what --memory-percent leaves"},
     {"memory-percent", "N", OPTION_NUMBER, AT(memory_percent), 1, 100, NULL,
      "of a device's memory that may be in use, other programs included; default 90"},
+    {"trace", "FILE", OPTION_TEXT, AT(trace), 0, 0, NULL,
+     "a timeline of the steps, for ui.perfetto.dev; with several ranks FILE.0, FILE.1 ..."},
     {"eager", "0|1", OPTION_NUMBER, AT(eager), 0, 1, NULL, "1: CUDA kernels are launched one by one; for debugging"},
     {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
      "1: the folder needs no weights, only config.json; for benchmarks of any shape"},

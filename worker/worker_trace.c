@@ -1,0 +1,88 @@
+/* worker_trace.c - a timeline of this rank's steps, in the JSON that chrome://tracing and ui.perfetto.dev read.
+ *
+ * One event a line. A file whose writer was killed ends behind a comma; both programs read it as it is. Per step, in
+ * microseconds of CLOCK_MONOTONIC:
+ *
+ *   host    "submit N"    the plan becomes a batch and is launched; on the host back end it is computed here
+ *           "collect N"   waiting for the tokens
+ *   device  "step N"      from the first copy of the step to the last; args: rows and what they are, the gap in front
+ *
+ * The last event of a file that was ended in order, "summary", has the sums: steps, time computed, time between steps while
+ * another plan was there already ("gap") and while there was none ("idle").
+ */
+#include "worker/worker_internal.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct worker_trace {
+    FILE *file;
+    uint32_t rank;
+    bool any; /* an event was written */
+    uint64_t steps;
+    double busy_us, gap_us, idle_us;
+};
+
+enum status_code worker_trace_open(struct worker_trace **out, const char *path, uint32_t rank, uint32_t ranks,
+                                   struct status *st)
+{
+    struct worker_trace *t = calloc(1, sizeof *t);
+    char name[4096];
+    int n = ranks > 1 ? snprintf(name, sizeof name, "%s.%u", path, rank) : snprintf(name, sizeof name, "%s", path);
+    if (!t)
+        return status_nomem(st, "trace", sizeof *t);
+    if (n < 0 || (size_t)n >= sizeof name || !(t->file = fopen(name, "we"))) {
+        int err = errno;
+        free(t);
+        return status_set(st, ST_INVALID_ARGUMENT, "--trace: %.200s: %s", path, strerror(err));
+    }
+    setvbuf(t->file, NULL, _IOLBF, 0); /* whole events, whatever ends the process */
+    t->rank = rank;
+    *out = t;
+    return ST_OK;
+}
+
+static void event(struct worker_trace *t, const char *name, uint64_t step, const char *track, double at_us,
+                  double dur_us, const char *args)
+{
+    fprintf(t->file,
+            "%s\n{\"name\":\"%s %" PRIu64 "\",\"ph\":\"X\",\"pid\":%u,\"tid\":\"%s\",\"ts\":%.3f,\"dur\":%.3f%s%s%s}",
+            t->any ? "," : "[", name, step, t->rank, track, at_us, dur_us, args ? ",\"args\":{" : "", args ? args : "",
+            args ? "}" : "");
+    t->any = true;
+}
+
+void worker_trace_host(struct worker_trace *t, const char *name, uint64_t step, int64_t begin_us, int64_t end_us)
+{
+    if (t)
+        event(t, name, step, "host", (double)begin_us, (double)(end_us - begin_us), NULL);
+}
+
+void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
+{
+    char args[160];
+    const struct engine_timing *g = &r->timing;
+    if (!t || g->end_us <= g->begin_us)
+        return;
+    snprintf(args, sizeof args, "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"waited_for_plan\":%s",
+             r->rows, r->decodes, r->n_tokens, g->gap_us, g->idle ? "true" : "false");
+    event(t, "step", r->step, "device", g->begin_us, g->end_us - g->begin_us, args);
+    t->steps++;
+    t->busy_us += g->end_us - g->begin_us;
+    *(g->idle ? &t->idle_us : &t->gap_us) += g->gap_us;
+}
+
+void worker_trace_close(struct worker_trace *t)
+{
+    char args[256];
+    if (!t)
+        return;
+    snprintf(args, sizeof args, "\"busy_us\":%.0f,\"gap_us\":%.0f,\"idle_us\":%.0f,\"gap_share\":%.5f", t->busy_us,
+             t->gap_us, t->idle_us, t->gap_us / (t->busy_us + t->gap_us + 1e-9));
+    event(t, "summary", t->steps, "host", (double)worker_now_us(), 0, args);
+    fputs("\n]\n", t->file);
+    fclose(t->file);
+    free(t);
+}
