@@ -1,10 +1,5 @@
 /* fuzz_agent.c - any bytes as what an agent hears, and as what mpirun says to it.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: damaged and spliced pieces, the same on every run.
- *
- *     fuzz_agent [RUNS]
- *
  * What must hold: what reads as a request is written as the same bytes; nothing passes the policy but a program of the
  * list; a frame is whole or an error; no word of a command holds what was refused. */
 #include <stdint.h>
@@ -15,8 +10,7 @@
 #include <unistd.h>
 
 #include "k8s/agent.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "tests/fuzz/fuzz.h"
 
 static void require(bool holds, const char *what)
 {
@@ -144,7 +138,7 @@ static uint32_t draw(uint64_t *state)
 
 int main(int argc, char **argv)
 {
-    long runs = argc > 1 ? atol(argv[1]) : 100000;
+    long runs = fuzz_start(argc, argv, 100000);
     uint64_t state = 7;
     for (long r = 0; r < runs; r++) {
         uint8_t text[1024];
@@ -157,7 +151,7 @@ int main(int argc, char **argv)
         }
         for (uint32_t k = draw(&state) % 4; k; k--)
             text[1 + draw(&state) % (n - 1)] = (uint8_t)draw(&state);
-        LLVMFuzzerTestOneInput(text, n - draw(&state) % 2);
+        fuzz_one(text, n - draw(&state) % 2);
     }
     return 0;
 }

@@ -1,10 +1,5 @@
 /* fuzz_openai.c - any bytes as the body of a request to OpenAI's API.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: damaged and spliced copies of small bodies, the same on every run.
- *
- *     fuzz_openai [RUNS]
- *
  * What must hold: an error has a message, and its JSON is JSON; a request can be packed, and is the same when it comes back. */
 #include <jansson.h>
 #include <stdio.h>
@@ -12,8 +7,7 @@
 #include <string.h>
 
 #include "coordinator/openai.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "tests/fuzz/fuzz.h"
 
 static void require(bool holds, const char *what)
 {
@@ -116,13 +110,13 @@ static size_t make(uint64_t *state, char *out, size_t cap)
 
 int main(int argc, char **argv)
 {
-    long runs = argc > 1 ? atol(argv[1]) : 20000;
+    long runs = fuzz_start(argc, argv, 20000);
     uint64_t state = 1;
     char text[2048];
     for (size_t i = 0; i < N_SEEDS; i++)
-        LLVMFuzzerTestOneInput((const uint8_t *)SEEDS[i], strlen(SEEDS[i]));
+        fuzz_one(SEEDS[i], strlen(SEEDS[i]));
     for (long i = 0; i < runs; i++)
-        LLVMFuzzerTestOneInput((const uint8_t *)text, make(&state, text, sizeof text));
+        fuzz_one(text, make(&state, text, sizeof text));
     return 0;
 }
 

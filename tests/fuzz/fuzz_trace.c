@@ -1,10 +1,5 @@
 /* fuzz_trace.c - any bytes as a trace of requests.
  *
- * LLVMFuzzerTestOneInput is the target for libFuzzer (build with -DTANDEM_LIBFUZZER -fsanitize=fuzzer). Without that the
- * program has a main of its own: damaged and spliced pieces of small files, the same on every run.
- *
- *     fuzz_trace [RUNS]
- *
  * What must hold: an error names file and gives nothing; what was read is in order and in bounds, and written again it
  * reads the same. */
 #include <stdbool.h>
@@ -13,8 +8,7 @@
 #include <string.h>
 
 #include "coordinator/trace.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "tests/fuzz/fuzz.h"
 
 static void require(bool holds, const char *what)
 {
@@ -94,7 +88,7 @@ static uint32_t draw(uint64_t *state)
 
 int main(int argc, char **argv)
 {
-    long runs = argc > 1 ? atol(argv[1]) : 100000;
+    long runs = fuzz_start(argc, argv, 100000);
     uint64_t state = 7;
     for (long r = 0; r < runs; r++) {
         uint8_t text[512];
@@ -107,7 +101,7 @@ int main(int argc, char **argv)
         }
         for (uint32_t k = draw(&state) % 4; n && k; k--)
             text[draw(&state) % n] = (uint8_t)draw(&state);
-        LLVMFuzzerTestOneInput(text, n);
+        fuzz_one(text, n);
     }
     return 0;
 }
