@@ -125,6 +125,9 @@ static void model_info(struct engine *e, struct control_call *cc)
     d.temperature = c->model.temperature;
     d.top_k = c->model.top_k;
     d.top_p = c->model.top_p;
+    d.min_p = c->model.min_p;
+    d.typical_p = c->model.typical_p;
+    d.repetition_penalty = c->model.repetition_penalty;
     d.max_tokens = c->opt.default_max_tokens;
     m.name = c->opt.served_name;
     m.vocab_size = c->model.vocab_size;

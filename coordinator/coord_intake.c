@@ -167,13 +167,24 @@ static enum status_code take_echo(struct coord *c, struct request *r, const Tand
     return rc;
 }
 
+/* All answers of a request wait for a slot at first. */
+static enum status_code check_answers(const struct coord *c, const struct request *r, struct status *st)
+{
+    if (r->n_choices <= c->opt.max_queued)
+        return ST_OK;
+    return status_set(st, ST_INVALID_ARGUMENT,
+                      "sampling.n: %u, expected at most %u: no more may wait here (--max-queued)", r->n_choices,
+                      c->opt.max_queued);
+}
+
 static enum status_code validate(struct coord *c, struct request *r, Tandem__V1__GenerateRequest *m, struct status *st)
 {
     struct model_facts facts;
     copy_facts(c, &facts);
     enum status_code rc;
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
-        (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK)
+        (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = check_answers(c, r, st)) != ST_OK ||
+        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK)
         return rc;
     /* last, because it can take long */
     if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||

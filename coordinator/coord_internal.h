@@ -302,7 +302,7 @@ void request_unref(struct request *r);
 struct model_facts {
     uint32_t vocab_size;
     uint32_t max_context;
-    float temperature, top_p;
+    float temperature, top_p, min_p, typical_p, repetition_penalty;
     uint32_t top_k;
     uint32_t sample_options; /* SampleOption bits that all ranks have */
     uint32_t n_eos;

@@ -78,20 +78,43 @@ static void common_facts(const struct engine *e, struct model_facts *f)
     }
 }
 
+/* value, where it lies over 0 and is at most `most`, and the ranks have the option; else off. */
+static float taken_default(const struct engine *e, const char *name, float value, float most, float off, bool supported)
+{
+    if (!(value > 0.0f && value <= most) || value == off)
+        return off;
+    if (!supported)
+        log_line(&e->coord->log, LOG_WARN,
+                 "%s %g of generation_config.json is no default here: the back end has no such option", name,
+                 (double)value);
+    return supported ? value : off;
+}
+
+static void take_defaults(const struct engine *e, struct model_facts *f, const Tandem__V1__Defaults *d)
+{
+    uint32_t o = f->sample_options;
+    f->temperature = d->temperature >= 0.0f && d->temperature <= 100.0f ? d->temperature : 1.0f;
+    f->top_k = d->top_k;
+    f->top_p = taken_default(e, "top_p", d->top_p, 1.0f, 1.0f, true);
+    f->min_p = taken_default(e, "min_p", d->min_p, 1.0f, 0.0f, o & TANDEM__V1__SAMPLE_OPTION__MIN_P);
+    f->typical_p = taken_default(e, "typical_p", d->typical_p, 1.0f, 1.0f, o & TANDEM__V1__SAMPLE_OPTION__TYPICAL_P);
+    f->repetition_penalty = taken_default(e, "repetition_penalty", d->repetition_penalty, 100.0f, 1.0f,
+                                          o & TANDEM__V1__SAMPLE_OPTION__ADJUST);
+}
+
 static void set_facts(struct engine *e, const struct group *g)
 {
     const Tandem__V1__ModelInfo *m = e->ready->ready->model;
-    struct model_facts f = {.vocab_size = g->vocab_size, .max_context = g->context, .temperature = 1.0f, .top_p = 1.0f};
-    if (m->defaults) {
-        f.temperature = m->defaults->temperature;
-        f.top_k = m->defaults->top_k;
-        if (m->defaults->top_p > 0.0f && m->defaults->top_p <= 1.0f)
-            f.top_p = m->defaults->top_p;
-        if (!(f.temperature >= 0.0f && f.temperature <= 100.0f))
-            f.temperature = 1.0f;
-    }
-    f.sample_options = g->sample_options;
+    struct model_facts f = {.vocab_size = g->vocab_size,
+                            .max_context = g->context,
+                            .temperature = 1.0f,
+                            .top_p = 1.0f,
+                            .typical_p = 1.0f,
+                            .repetition_penalty = 1.0f,
+                            .sample_options = g->sample_options};
     common_facts(e, &f);
+    if (m->defaults)
+        take_defaults(e, &f, m->defaults);
     f.n_eos = (uint32_t)m->n_eos_token_ids;
     if (f.n_eos)
         memcpy(f.eos, m->eos_token_ids, f.n_eos * sizeof *f.eos);

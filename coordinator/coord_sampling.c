@@ -168,6 +168,9 @@ static enum status_code take_sampling(struct request *r, Tandem__V1__Sampling *s
     r->params.temperature = m->temperature;
     r->params.top_k = m->top_k;
     r->params.top_p = m->top_p;
+    r->params.min_p = m->min_p;
+    r->params.typical_p = m->typical_p;
+    r->params.repetition_penalty = m->repetition_penalty;
     r->n_choices = 1;
     if (s && ((rc = take_numbers(r, s, st)) != ST_OK || (rc = take_bias(r, s, m->vocab_size, st)) != ST_OK ||
               (rc = take_allowed(r, s, m->vocab_size, st)) != ST_OK))

@@ -80,6 +80,14 @@ START_TEST(generation_config_goes_before_config)
     ck_assert_uint_eq(m.eos_ids[2], 9);
     ck_assert_uint_eq(m.top_k, 50);
     ck_assert_float_eq(m.temperature, 0.6f);
+    ck_assert_float_eq(m.top_p, 0.9f);
+    ck_assert_float_eq(m.min_p, 0.0f);
+    ck_assert_float_eq(m.typical_p, 1.0f);
+    ck_assert_float_eq(m.repetition_penalty, 1.0f);
+    ck_assert_int_eq(parse(&m, ids, "{\"min_p\":0.05,\"typical_p\":0.9,\"repetition_penalty\":1.1}", NULL), ST_OK);
+    ck_assert_float_eq(m.min_p, 0.05f);
+    ck_assert_float_eq(m.typical_p, 0.9f);
+    ck_assert_float_eq(m.repetition_penalty, 1.1f);
     ck_assert_int_eq(parse(&m, ids, "{\"do_sample\":false,\"temperature\":0.6}", NULL), ST_OK);
     ck_assert_float_eq(m.temperature, 0.0f);
     ck_assert_uint_eq(m.n_eos, 1);
@@ -307,6 +315,9 @@ static const struct {
     {"{}", "{\"temperature\":-1}", ST_INVALID_ARGUMENT, "generation_config.json: temperature: -1"},
     {"{}", "{\"top_p\":1.5}", ST_INVALID_ARGUMENT, "generation_config.json: top_p: 1.5"},
     {"{}", "{\"top_k\":-1}", ST_INVALID_ARGUMENT, "generation_config.json: top_k: -1"},
+    {"{}", "{\"min_p\":-0.1}", ST_INVALID_ARGUMENT, "generation_config.json: min_p: -0.1"},
+    {"{}", "{\"typical_p\":2}", ST_INVALID_ARGUMENT, "generation_config.json: typical_p: 2"},
+    {"{}", "{\"repetition_penalty\":0}", ST_INVALID_ARGUMENT, "generation_config.json: repetition_penalty: 0"},
     {"{}", "{\"do_sample\":0}", ST_INVALID_ARGUMENT, "generation_config.json: do_sample"},
     {"{}", "{\"eos_token_id\":512}", ST_INVALID_ARGUMENT, "generation_config.json: eos_token_id: 512"},
     {"{}", "[]", ST_DATA_LOSS, "generation_config.json: an array"},

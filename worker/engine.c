@@ -206,6 +206,9 @@ static void fill_info(struct engine *e)
     info->n_eos = m->n_eos;
     info->temperature = m->temperature;
     info->top_p = m->top_p;
+    info->min_p = m->min_p;
+    info->typical_p = m->typical_p;
+    info->repetition_penalty = m->repetition_penalty;
     info->top_k = m->top_k;
 }
 

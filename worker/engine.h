@@ -71,9 +71,9 @@ struct engine_info {
     uint32_t layers, hidden, heads, kv_heads, head_dim;
     int64_t bos_id;                          /* -1: none */
     uint32_t eos_ids[ENGINE_MAX_EOS], n_eos; /* of generation_config.json, else config.json */
-    /* what generation_config.json says for sampling; temperature 1, top_k 0, top_p 1 where it says nothing; greedy
+    /* what generation_config.json says for sampling; 1, but top_k and min_p 0, where it says nothing; greedy
      * (temperature 0) when it says do_sample false */
-    float temperature, top_p;
+    float temperature, top_p, min_p, typical_p, repetition_penalty;
     uint32_t top_k;
 };
 

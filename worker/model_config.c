@@ -122,22 +122,29 @@ static enum status_code read_generation(struct json_source src, struct model_con
     enum status_code rc = read_special_ids(src, m, st);
     if (rc != ST_OK)
         return rc;
-    double temperature = 1.0, top_p = 1.0;
+    double temperature = 1.0, top_p = 1.0, min_p = 0.0, typical_p = 1.0, repetition = 1.0;
     bool do_sample = true;
     if ((rc = json_read_double(src, "temperature", 0.0, 100.0, &temperature, st)) != ST_OK ||
         (rc = json_read_double(src, "top_p", 0.0, 1.0, &top_p, st)) != ST_OK ||
         (rc = json_read_uint(src, "top_k", 0, INT32_MAX, &m->top_k, st)) != ST_OK ||
+        (rc = json_read_double(src, "min_p", 0.0, 1.0, &min_p, st)) != ST_OK ||
+        (rc = json_read_double(src, "typical_p", 0.0, 1.0, &typical_p, st)) != ST_OK ||
+        (rc = json_read_double(src, "repetition_penalty", 0.01, 100.0, &repetition, st)) != ST_OK ||
         (rc = json_read_bool(src, "do_sample", &do_sample, st)) != ST_OK)
         return rc;
     m->temperature = do_sample ? (float)temperature : 0.0f;
     m->top_p = top_p > 0.0 ? (float)top_p : 1.0f;
+    m->min_p = (float)min_p;
+    m->typical_p = typical_p > 0.0 ? (float)typical_p : 1.0f;
+    m->repetition_penalty = (float)repetition;
     return ST_OK;
 }
 
 static enum status_code from_documents(struct model_config *out, struct json_source config,
                                        struct json_source generation, struct status *st)
 {
-    struct model_config m = {.bos_id = -1, .temperature = 1.0f, .top_p = 1.0f};
+    struct model_config m = {
+        .bos_id = -1, .temperature = 1.0f, .top_p = 1.0f, .typical_p = 1.0f, .repetition_penalty = 1.0f};
     enum status_code rc;
     const struct model_family *family;
     if ((rc = model_find_family(&family, config, st)) != ST_OK)

@@ -42,11 +42,11 @@ struct model_config {
     uint32_t eos_ids[MODEL_MAX_EOS];
     uint32_t n_eos;
 
-    /* defaults for sampling, of generation_config.json: 1, 0, 1 where it says nothing; temperature 0 when it says
-     * do_sample false */
+    /* defaults for sampling, of generation_config.json: 1, 0, 1, 0, 1, 1 where it says nothing; temperature 0 when it
+     * says do_sample false */
     float temperature;
     uint32_t top_k;
-    float top_p;
+    float top_p, min_p, typical_p, repetition_penalty;
 };
 
 /* path: a folder, or a GGUF file. NOT_FOUND: it, or config.json in it. generation_config.json may be absent. */

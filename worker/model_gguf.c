@@ -263,7 +263,8 @@ static enum status_code read_sampling(struct source *s, struct model_config *m, 
 
 enum status_code model_config_from_gguf(struct model_config *out, const struct gguf *g, struct status *st)
 {
-    struct model_config m = {.bos_id = -1, .temperature = 1.0f, .top_p = 1.0f};
+    struct model_config m = {
+        .bos_id = -1, .temperature = 1.0f, .top_p = 1.0f, .typical_p = 1.0f, .repetition_penalty = 1.0f};
     struct source s = {.g = g};
     enum status_code rc;
     if ((rc = find_architecture(&s, &m, st)) != ST_OK || (rc = check_options(&s, st)) != ST_OK ||

@@ -128,6 +128,9 @@ static void send_ready(struct worker *w)
     defaults.temperature = i.temperature;
     defaults.top_k = i.top_k;
     defaults.top_p = i.top_p;
+    defaults.min_p = i.min_p;
+    defaults.typical_p = i.typical_p;
+    defaults.repetition_penalty = i.repetition_penalty;
     Tandem__V1__ModelInfo model = TANDEM__V1__MODEL_INFO__INIT;
     model.architecture = i.architecture;
     model.vocab_size = i.vocab_size;

@@ -331,6 +331,10 @@ class Ending(unittest.TestCase):
 
     def test_full_queue_refuses_at_once_with_a_hint(self):
         with Cluster(model=self.model, args=[*SLOW_ARGS, "--max-slots", 1, "--max-queued", 2]) as c:
+            with self.assertRaises(grpc.RpcError) as e:  # not a matter of waiting
+                c.run("Once", temperature=1.0, n=3)
+            self.assertEqual(e.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertIn("sampling.n: 3, expected at most 2", e.exception.details())
             running = c.generate("Once", **FOREVER)
             next(running)
             waiting = [c.generate("Once", **FOREVER) for _ in range(2)]

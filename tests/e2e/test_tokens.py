@@ -7,8 +7,8 @@ import tempfile
 import threading
 import unittest
 
-from cluster import DEMO, SLOW, SOURCE, Cluster, Result, expected, tandem, wait_for
-from tandem.v1 import inference_pb2
+from cluster import DEMO, SLOW, SOURCE, Cluster, Result, copy_model, expected, tandem, wait_for
+from tandem.v1 import control_pb2, inference_pb2
 
 
 class TokensOfTheDemoModel(unittest.TestCase):
@@ -58,14 +58,30 @@ class Sampling(unittest.TestCase):
         self.assertNotEqual(other, seen[0])
 
     def test_defaults_come_from_the_model(self):
-        with Cluster() as c:
+        more = dict(min_p=0.02, typical_p=0.95, repetition_penalty=1.2)
+        with tempfile.TemporaryDirectory() as folder:
+            model = copy_model(folder)
+            path = os.path.join(model, "generation_config.json")
+            with open(path) as f:
+                config = json.load(f)
+            with open(path, "w") as f:
+                json.dump({**config, **more}, f)
+            self.check_defaults(model, more)
+
+    def check_defaults(self, model, more):
+        with Cluster(model=model) as c:
             # generation_config.json says temperature 0.8: two seeds differ, and no seed means a fresh one each time.
             a, b = (c.run("Once upon a time", max_tokens=40).ids for _ in range(2))
             self.assertNotEqual(a, b)
             same = [c.run("Once upon a time", max_tokens=40, seed=5).ids for _ in range(2)]
             self.assertEqual(same[0], same[1])
-            explicit = c.run("Once upon a time", max_tokens=40, seed=5, temperature=0.8, top_p=0.95).ids
+            explicit = c.run("Once upon a time", max_tokens=40, seed=5, temperature=0.8, top_p=0.95, **more).ids
             self.assertEqual(same[0], explicit)
+            without = c.run("Once upon a time", max_tokens=40, seed=5, repetition_penalty=1.0, min_p=0, typical_p=1.0).ids
+            self.assertNotEqual(same[0], without)
+            d = c.control("GetModelInfo", control_pb2.ModelInfo, control_pb2.GetModelInfoRequest()).defaults
+            for field, value in more.items():
+                self.assertAlmostEqual(getattr(d, field), value, places=5)
 
 
 class MemoryPressure(unittest.TestCase):
