@@ -13,7 +13,8 @@
  *     group-drained restart=0  its ranks leave, and it stays away
  *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready"
  *     all groups given up      stop all, exit 1
- *     coordinator ended        start it again; the ranks attach to the new one and keep their weights
+ *     coordinator ended        start it again, with a growing pause when that fails (a file may be on its way to its place);
+ *                              the ranks attach to the new one and keep their weights
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -33,6 +34,7 @@
 
 #define MAX_LINE       4096
 #define MAX_FAILURES   8     /* launches in a row that never became ready */
+#define MAX_RETURNS    20    /* starts of the coordinator in a row that did, once it had served: some two minutes */
 #define LISTEN_WAIT_MS 15000 /* from starting the coordinator to its "listening" */
 #define TERM_WAIT_MS   2500  /* from SIGTERM to SIGKILL; mpirun itself gives its ranks about one second */
 #define HEALTHY_MS     30000 /* a group that was ready this long has its failures forgiven */
@@ -65,7 +67,8 @@ struct serve {
     bool listening; /* this coordinator has said so */
     bool announced;
     unsigned coord_failures;
-    int64_t start_ms; /* of serve */
+    int64_t coord_at_ms; /* the coordinator's next start; INT64_MAX: none planned */
+    int64_t start_ms;    /* of serve */
     int64_t listen_by_ms;
     int stopping; /* signals seen, or a fatal error */
     int exit_code;
@@ -120,9 +123,17 @@ static void end_child(struct child *c, int64_t wait_ms)
     c->kill_at_ms = now_ms() + wait_ms;
 }
 
+/* Before the next start after so many failures in a row: the first is soon made good. */
+static int64_t pause_ms(unsigned failures)
+{
+    int64_t pause = failures <= 1 ? 0 : 100ll << (failures < 16 ? failures : 16);
+    return pause > MAX_PAUSE_MS ? MAX_PAUSE_MS : pause;
+}
+
 static bool start_coordinator(struct serve *s)
 {
     int fds[2];
+    s->coord_at_ms = INT64_MAX;
     if (pipe2(fds, O_CLOEXEC))
         return cmd_error(CMD_FAILED, "serve", "pipe: %s", strerror(errno)), false;
     char number[16];
@@ -177,6 +188,7 @@ static void stop(struct serve *s, int exit_code)
     if (!s->stopping)
         s->exit_code = exit_code;
     s->stopping++;
+    s->coord_at_ms = INT64_MAX;
     bool ranks = exit_code != 0;
     if (s->stopping == 1 && s->coord.pid)
         end_child(&s->coord, exit_code ? TERM_WAIT_MS : (int64_t)(s->set.drain_s * 1000) + 5000);
@@ -222,8 +234,7 @@ static void plan_launch(struct serve *s, struct ranks *g)
         give_up(s, g);
         return;
     }
-    int64_t pause = g->failures == 1 ? 0 : 100ll << g->failures;
-    g->launch_at_ms = now_ms() + (pause > MAX_PAUSE_MS ? MAX_PAUSE_MS : pause);
+    g->launch_at_ms = now_ms() + pause_ms(g->failures);
 }
 
 /* ---- the coordinator's lines ---- */
@@ -405,14 +416,13 @@ static void coordinator_ended(struct serve *s, int status)
     char how[96];
     describe_end(status, how, sizeof how);
     bool refused = WIFEXITED(status) && WEXITSTATUS(status) && !ever_ready(s); /* it has said why on stderr */
-    if (refused || ++s->coord_failures > MAX_FAILURES) {
+    if (refused || ++s->coord_failures > (ever_ready(s) ? MAX_RETURNS : MAX_FAILURES)) {
         cmd_error(CMD_FAILED, "serve", "the coordinator %s", how);
         stop(s, CMD_FAILED);
         return;
     }
     fprintf(stderr, "tandem serve: the coordinator %s; starting it again\n", how);
-    if (!start_coordinator(s))
-        stop(s, CMD_FAILED);
+    s->coord_at_ms = now_ms() + pause_ms(s->coord_failures);
 }
 
 static void ranks_ended(struct serve *s, struct ranks *g, int status)
@@ -462,7 +472,7 @@ static int64_t min_ms(int64_t a, int64_t b)
 
 static int64_t earliest(const struct serve *s)
 {
-    int64_t t = min_ms(s->listen_by_ms, s->coord.pid ? s->coord.kill_at_ms : INT64_MAX);
+    int64_t t = min_ms(s->listen_by_ms, s->coord.pid ? s->coord.kill_at_ms : s->coord_at_ms);
     for (uint64_t i = 0; i < s->set.groups; i++) {
         const struct ranks *g = &s->group[i];
         t = min_ms(t, min_ms(g->launch_at_ms, g->child.pid ? g->child.kill_at_ms : INT64_MAX));
@@ -484,6 +494,8 @@ static void on_time(struct serve *s)
     kill_late(&s->coord, now);
     for (uint64_t i = 0; i < s->set.groups; i++)
         kill_late(&s->group[i].child, now);
+    if (now >= s->coord_at_ms && !s->stopping && !start_coordinator(s))
+        stop(s, CMD_FAILED);
     if (now >= s->listen_by_ms) {
         s->listen_by_ms = INT64_MAX;
         cmd_error(CMD_FAILED, "serve", "the coordinator did not listen within %d s", LISTEN_WAIT_MS / 1000);
@@ -523,6 +535,7 @@ int cmd_serve(int argc, char **argv)
                       .pipe_fd = -1,
                       .start_ms = now_ms(),
                       .listen_by_ms = INT64_MAX,
+                      .coord_at_ms = INT64_MAX,
                       .coord = {0, INT64_MAX}};
     for (int i = 0; i < SERVE_MAX_GROUPS; i++) {
         s.group[i].child.kill_at_ms = s.group[i].launch_at_ms = INT64_MAX;

@@ -280,6 +280,22 @@ class LostRanks(unittest.TestCase):
             self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=32).ids, case["greedy_ids"][:32])
             self.assertEqual(c.workers(), before, "the ranks keep their weights")
 
+    def test_coordinator_waits_for_a_file_on_its_way(self):
+        """A secret that is being replaced: no reason to end, and the ranks keep their weights."""
+        token = os.path.join(self.dir.name, "token")
+        with open(token, "w") as f:
+            f.write("a-token-of-some-length-0123\n")
+        c = Cluster(args=["--listen", f"unix:{self.dir.name}/socket,token", "--token-file", token])
+        c.command[c.command.index(c.address)] += ",open"
+        with c:
+            before = c.workers()
+            os.rename(token, token + ".away")
+            os.kill(c.coordinator_pid(), signal.SIGKILL)
+            wait_for("a start that failed", lambda: c.log().count("starting it again") > 1)
+            os.rename(token + ".away", token)
+            c.wait_ready(30)
+            self.assertEqual(c.workers(), before)
+
     def test_killed_serve_leaves_nothing(self):
         c = Cluster(tp=2)
         c.__enter__()
