@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import unittest
 
-from cluster import DEMO, TANDEM, tandem
+from cluster import BIN, DEMO, TANDEM, tandem
 
 
 class Tokenize(unittest.TestCase):
@@ -251,6 +251,16 @@ class Generated(unittest.TestCase):
             in_page = set(re.findall(r"^\\fB(--[a-z0-9-]+)\\fR", page.replace("\\-", "-"), re.M))
             self.assertEqual(options, in_page, name)
         self.assertEqual(tandem("man", "nothing")[0], 2)
+
+    def test_pages_of_the_programs_have_all_their_options(self):
+        for name in ("tandem-coordinator", "tandem-worker"):
+            text = subprocess.run([os.path.join(BIN, name), "--help"], stdout=subprocess.PIPE, check=True).stdout.decode()
+            with open(os.path.join(BIN, "..", "share", name + ".1")) as f:
+                page = f.read()
+            options = re.findall(r"^  (--[a-z0-9-]+)", text, re.M)
+            self.assertGreater(len(options), 15)
+            bold = re.findall(r"^\.TP\n\\fB(.*?)\\fR", page, re.M)
+            self.assertEqual([b.replace("\\-", "-") for b in bold], options)
 
 
 if __name__ == "__main__":
