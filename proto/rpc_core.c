@@ -3,6 +3,7 @@
 #include <grpc/support/time.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "proto/rpc_internal.h"
 
@@ -18,9 +19,21 @@ void rpc_signals_restore(const sigset_t *old)
     pthread_sigmask(SIG_SETMASK, old, NULL);
 }
 
+/* The core's own lines, with a hint where it does not say what people can do. Who is refused in a handshake has no call that
+ * could carry a reason, so this line is all that there is. Any thread. */
+static void core_log(gpr_log_func_args *a)
+{
+    const char *file = strrchr(a->file, '/'), *hint = "";
+    if (strstr(a->message, "certificate verify failed"))
+        hint = " The certificate that was shown has expired, is not valid yet, or is of no CA that is believed.";
+    fprintf(stderr, "gRPC %s %s:%d: %s%s\n", gpr_log_severity_string(a->severity), file ? file + 1 : a->file, a->line,
+            a->message, hint);
+}
+
 static void start_library(void)
 {
     sigset_t old;
+    gpr_set_log_function(core_log);
     if (!getenv("GRPC_VERBOSITY"))
         gpr_set_log_verbosity(GPR_LOG_SEVERITY_ERROR);
     rpc_signals_block(&old);
