@@ -11,7 +11,8 @@
 #include <time.h>
 
 #define MAX_COLUMNS 32
-#define MAX_FIELD   64 /* bytes of a value that is looked at */
+#define MAX_FIELD   64  /* bytes of a value that is looked at */
+#define MAX_ARRIVAL 1e9 /* seconds: over thirty years */
 
 enum column { COLUMN_ARRIVAL, COLUMN_PROMPT, COLUMN_OUTPUT, COLUMNS };
 
@@ -113,9 +114,11 @@ static enum status_code read_arrival(struct reader *r, const struct field *f, do
         else if (isnan(r->first_date_s))
             return bad(r, f, "seconds, as in the lines above", st);
         v -= r->first_date_s;
+        if (v > MAX_ARRIVAL)
+            return bad(r, f, "a date at most 1e9 seconds behind the first", st);
     } else {
         v = strtod(text, &end);
-        if (*end || !isfinite(v) || v < 0 || v > 1e9 || !isnan(r->first_date_s))
+        if (*end || !isfinite(v) || v < 0 || v > MAX_ARRIVAL || !isnan(r->first_date_s))
             return bad(r, f, isnan(r->first_date_s) ? "seconds from 0 to 1e9, or a date" : "a date", st);
     }
     double last = r->trace.n ? r->trace.entry[r->trace.n - 1].arrival_s : 0;
