@@ -413,6 +413,8 @@ START_TEST(only_what_is_on_the_lists_may_start)
     } cases[] = {
         {true, {"prog", "-mca", "ess", "env", "--tree-spawn"}, "NCCL_DEBUG=INFO"},
         {true, {"prog", "--mca", "plm_rsh_agent", "tandem-agent run"}, NULL},
+        {true, {"prog", "-mca", "plm_rsh_args", "-o ConnectionAttempts=10"}, NULL},
+        {false, {"prog", "-mca", "plm_rsh_args", "--secret-file /tmp/mine"}, NULL},
         {true, {"prog", "-mca", "btl_tcp_if_include", "eth0"}, NULL},
         {false, {"sh", "-c", "id"}, NULL},
         {false, {"/bin/prog"}, NULL},

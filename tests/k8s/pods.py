@@ -79,17 +79,18 @@ def image_environment(stage):
 class Node:
     """What pods share: folders, root file systems by image, volumes that are not theirs, names."""
 
+    n = 1  # addresses given: links of nodes before may take a moment to vanish
+
     def __init__(self, folder, docs, images, claims, secrets):
         self.folder, self.docs, self.images, self.claims, self.secrets = folder, docs, images, claims, secrets
-        self.pods, self.hosts, self.n = [], {}, 1
-        self.lock = threading.Lock()
+        self.pods, self.hosts = [], {}
 
     def name(self, *names):
         """An address for a pod, under all of names. Before the pods are made: all of them see all names."""
-        self.n += 1
+        Node.n += 1
         for n in names:
-            self.hosts[n] = f"{NET}{self.n}"
-        return f"{NET}{self.n}"
+            self.hosts[n] = f"{NET}{Node.n}"
+        return f"{NET}{Node.n}"
 
     def close(self):
         for p in self.pods:
@@ -113,13 +114,14 @@ class Container:
         mounts = [{"source": pod.volumes[m["name"]], "target": m["mountPath"], "read_only": m.get("readOnly", False)}
                   for m in c.get("volumeMounts", [])]
         mounts += [{"source": os.path.join(pod.folder, f), "target": "/etc/" + f, "read_only": True}
-                   for f in ("hosts", "hostname", "resolv.conf")]
+                   for f in ("hosts", "hostname", "resolv.conf")] + pod.extra_mounts
         for m in mounts:  # a runtime makes mount points in the image
             at = root + m["target"]
             if m["target"] != "/dev/shm" and not os.path.exists(at):
                 if os.path.isdir(m["source"]):
                     os.makedirs(at, exist_ok=True)
                 else:
+                    os.makedirs(os.path.dirname(at), exist_ok=True)
                     open(at, "w").close()
         argv = c["command"] + [re.sub(r"\$\((\w+)\)", lambda v: env[v.group(1)], a) for a in c.get("args", [])]
         return {"root": root, "argv": argv, "env": env, "mounts": mounts, "uid": p.get("runAsUser", pod.uid),
@@ -194,7 +196,7 @@ class Container:
 class Pod:
     """Started at once; `ready`, `started`, `log` tell how it fares."""
 
-    def __init__(self, node, hostname, ip, template, extra_env=(), uid=None, fs_group=None):
+    def __init__(self, node, hostname, ip, template, extra_env=(), uid=None, fs_group=None, files=()):
         self.node, self.hostname, self.ip = node, hostname, ip
         self.spec, self.extra_env = template["spec"], dict(extra_env)
         self.uid, self.fs_group = uid, self.spec["securityContext"].get("fsGroup", fs_group)
@@ -207,6 +209,12 @@ class Pod:
                            ("hostname", hostname + "\n"), ("resolv.conf", "")):
             with open(os.path.join(self.folder, name), "w") as f:
                 f.write(text)
+        self.extra_mounts = []  # files that a controller adds: {path: text}
+        for path, text in dict(files).items():
+            source = os.path.join(self.folder, path.replace("/", "-"))
+            with open(source, "w") as f:
+                f.write(text)
+            self.extra_mounts.append({"source": source, "target": path, "read_only": True})
         self.make_sandbox()
         self.volumes = {v["name"]: self.make_volume(v) for v in self.spec.get("volumes", [])}
         self.inits = [Container(self, c, True) for c in self.spec.get("initContainers", [])]

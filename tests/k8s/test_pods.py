@@ -251,29 +251,42 @@ class Group(PodsTest):
         self.tell(leader, worker)
         self.assertEqual([p.main.exit_codes[-1] for p in (leader, worker)], [0, 0], leader.logs() + worker.logs())
 
-    @unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
-    def test_statefulset(self):
-        coordinator = os.path.join(ROOM, "statefulset-coordinator")
+
+@unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
+class Launcher(PodsTest):
+    """A pod without a GPU, from an image that has no ranks' program, serves and launches ranks in two others."""
+
+    def life(self, site, ranks_name, domain, loses_a_pod, serve_env=(), files=()):
+        coordinator = os.path.join(ROOM, site + "-coordinator")
         make_image("coordinator", coordinator)
-        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/statefulset"))
-        node = self.make_node("sts", docs, DEMO, {"tandem-coordinator": coordinator})
-        ips = [node.name("tandem-x")] + [node.name(f"tandem-ranks-{i}.tandem-ranks", f"tandem-ranks-{i}") for i in range(2)]
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site", site))
+        node = self.make_node(site, docs, DEMO, {"tandem-coordinator": coordinator})
+        names = ["tandem-launcher"] + [f"{ranks_name}-{i}" for i in range(2)]
+        ips = [node.name(n, f"{n}.{domain}") for n in names]
         (_, serve, _), (_, ranks, _) = policy.pods(docs)
-        made = []
-        for name, ip, template in zip(("tandem-x", "tandem-ranks-0", "tandem-ranks-1"), ips, (serve, ranks, ranks)):
-            pod = Pod(node, name, ip, template)
-            made.append(pod)
+        made = [Pod(node, names[0], ips[0], serve, serve_env, files=files)]
+        made += [Pod(node, n, ip, ranks) for n, ip in zip(names[1:], ips[1:])]
         for p in made[::-1]:
             p.wait_ready()
             self.check_confined(p, 65532)
         self.tell(*made)
-        self.assertNotIn("tandem-worker", made[0].main.processes().values())
+        self.assertEqual([list(p.main.processes().values()).count("tandem-worker") for p in made], [0, 1, 1])
         stream = Stream(made[0].ip, "Once upon a time", max_tokens=400, **LONG)
         stream.wait_count(3)
-        os.kill(made[1].main.pid, 9)
+        if loses_a_pod:
+            os.kill(made[1].main.pid, 9)
         stream.join(120 * SLOW)
         self.assertIsNone(stream.error, made[0].logs())
         self.assertEqual(len(stream.ids), 400)
+
+    def test_statefulset(self):
+        self.life("statefulset", "tandem-ranks", "tandem-ranks", True)
+
+    def test_mpijob(self):
+        hosts = "".join(f"tandem-worker-{i}.tandem.default.svc slots=1\n" for i in range(2))
+        env = {"OMPI_MCA_orte_keep_fqdn_hostnames": "true", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
+               "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10"}  # what the operator sets
+        self.life("mpijob", "tandem-worker", "tandem.default.svc", False, env, {"/etc/mpi/hostfile": hosts})
 
 
 class Rolling(PodsTest):
