@@ -350,6 +350,8 @@ class Pod:
                 c.process.kill()
                 c.process.wait()
         self.thread.join(10)
+        for c in [*self.inits, self.main]:
+            c.log.close()
         if self.sandbox.poll() is None:
             self.sandbox.kill()
             self.sandbox.wait()
