@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(SOURCE, "tests/e2e"))
 import pods  # noqa: E402
 import policy  # noqa: E402
 import render  # noqa: E402
-from cluster import BIN, DEMO, GENERATE, SLOW, Result, expected, grpc, inference_pb2, request, slow_model  # noqa: E402
+from cluster import BIN, DEMO, GENERATE, SLOW, Result, control_pb2, expected, grpc, inference_pb2, request, slow_model  # noqa: E402
 from pods import Node, Pod, wait_for  # noqa: E402
 
 K8S = os.path.join(SOURCE, "k8s")
@@ -345,6 +345,47 @@ class Rolling(PodsTest):
         self.tell(*self.endpoints)
         print(f"  answers: {self.answers}")
         self.assertEqual(self.failures, [])
+
+    @unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
+    def test_restart_of_groups_in_a_pod_gives_no_error(self):
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/groups"))
+        node = self.make_node("groups", docs, DEMO)
+        self.endpoints, self.failures, self.answers, self.enough = [], [], {}, threading.Event()
+        self.addresses = [node.name("tandem-1")]
+        pod = self.new_pod(node, docs, None)
+        pod.wait_ready()
+        ranks = lambda: {p for p, name in pod.main.processes().items() if name == "tandem-worker"}  # noqa: E731
+        wait_for("both groups", lambda: len(ranks()) == 2, 30)
+        first = ranks()
+        case = min(expected(), key=lambda c: len(c["greedy_ids"]))
+        clients = [threading.Thread(target=self.client, args=(case,), daemon=True) for _ in range(2)]
+        for c in clients:
+            c.start()
+        for group in ("g0", "g1"):
+            self.wait_groups(pod)
+            before = ranks()
+            self.ask(pod, "Drain", control_pb2.DrainResponse,
+                     control_pb2.DrainRequest(group=group, timeout_ms=1000, restart=True))
+            wait_for("its rank is gone", lambda: len(ranks() & before) == 1, 30)
+        self.wait_groups(pod)
+        self.enough.set()
+        for c in clients:
+            c.join(60 * SLOW)
+        print(f"  answers: {self.answers}; {pod.history}")
+        self.assertEqual(self.failures, [])
+        self.assertFalse(ranks() & first, "each rank is a new process")
+        self.assertEqual([w for _, w in pod.history], ["running", "started", "ready"])
+
+    def ask(self, pod, method, reply, message):
+        with grpc.insecure_channel(f"{pod.ip}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = channel.unary_unary(f"/tandem.v1.Control/{method}", type(message).SerializeToString, reply.FromString)
+            return call(message, timeout=30 * SLOW)
+
+    def wait_groups(self, pod):
+        def serve():
+            load = self.ask(pod, "GetLoad", control_pb2.Load, control_pb2.GetLoadRequest())
+            return [g.name for g in load.groups if g.serving] == ["g0", "g1"]
+        wait_for("both groups serve", serve, 60)
 
 
 if __name__ == "__main__":
