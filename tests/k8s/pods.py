@@ -151,17 +151,18 @@ class Container:
             return f.read()
 
     def processes(self):
-        """{pid: name} of all its processes, seen from outside."""
+        """{pid: name} of all its processes, seen from outside; without those of exec probes, whose parent is not in it."""
         ns = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = {}
         for p in filter(str.isdigit, os.listdir("/proc")):
             try:
                 if os.readlink(f"/proc/{p}/ns/pid") == ns:
-                    with open(f"/proc/{p}/comm") as f:
-                        found[int(p)] = f.read().strip()
+                    with open(f"/proc/{p}/stat") as f:
+                        name, _, rest = f.read().partition("(")[2].rpartition(")")
+                    found[int(p)] = (name, int(rest.split()[1]))
             except OSError:
                 pass
-        return found
+        return {p: name for p, (name, parent) in found.items() if p == self.pid or parent in found}
 
     def probe(self, kind):
         p = self.c[kind]
