@@ -4,6 +4,7 @@ overlays on the file systems that rootfs.sh makes. Skipped (status 77) where nam
     test_pods.py [Class[.test]]    TANDEM_PODS_ALL=1: also those that the usual run leaves out
 """
 import base64
+import concurrent.futures
 import json
 import os
 import re
@@ -31,11 +32,14 @@ LONG = dict(temperature=0, ignore_eos=True)
 
 
 def setUpModule():
-    global ROOM, HOST
+    global ROOM, HOST, COORDINATOR, SLOW_MODEL
     ROOM = tempfile.mkdtemp(prefix="tandem-pods-", dir="/tmp")
     os.chmod(ROOM, 0o755)
-    HOST = os.path.join(ROOM, "host")
-    make_image("host", HOST)
+    HOST, COORDINATOR = os.path.join(ROOM, "host"), os.path.join(ROOM, "coordinator")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        work = [pool.submit(make_image, "host", HOST), pool.submit(make_image, "coordinator", COORDINATOR),
+                pool.submit(slow_model, ROOM)]
+        SLOW_MODEL = [w.result() for w in work][-1]
 
 
 def tearDownModule():
@@ -47,6 +51,12 @@ def make_image(variant, to):
                        stderr=subprocess.STDOUT, text=True)
     if p.returncode:
         raise AssertionError(p.stdout)
+
+
+def health_check():
+    """HEALTHCHECK of the images."""
+    with open(os.path.join(K8S, "image/Dockerfile")) as f:
+        return json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", f.read(), re.M).group(1))
 
 
 def folder_bytes(path):
@@ -93,9 +103,7 @@ class Stream(threading.Thread):
 class Image(unittest.TestCase):
     def test_closed_small_and_without_a_shell(self):
         for variant, most in (("coordinator", 60), ("host", 120)):
-            root = HOST if variant == "host" else os.path.join(ROOM, variant)
-            if variant != "host":
-                make_image(variant, root)
+            root = HOST if variant == "host" else COORDINATOR
             with self.subTest(variant):
                 size = folder_bytes(root)
                 print(f"image {variant}: {size / 1e6:.1f} MB")
@@ -181,7 +189,7 @@ class Group(PodsTest):
     def start_group(self):
         docs = render.render(os.path.join(SOURCE, "tests/k8s/site/multi-node"))
         templates = policy.pods(docs)
-        node = self.make_node("group", docs, slow_model(ROOM))
+        node = self.make_node("group", docs, SLOW_MODEL)
         # What the controller of LeaderWorkerSets gives its pods.
         leader_ip, worker_ip = node.name("tandem-0.tandem.default", "tandem-0"), node.name("tandem-0-1.tandem.default", "tandem-0-1")
         env = {"LWS_LEADER_ADDRESS": "tandem-0.tandem.default", "LWS_GROUP_SIZE": "2"}
@@ -257,10 +265,8 @@ class Launcher(PodsTest):
     """A pod without a GPU, from an image that has no ranks' program, serves and launches ranks in two others."""
 
     def life(self, site, ranks_name, domain, loses_a_pod, serve_env=(), files=()):
-        coordinator = os.path.join(ROOM, site + "-coordinator")
-        make_image("coordinator", coordinator)
         docs = render.render(os.path.join(SOURCE, "tests/k8s/site", site))
-        node = self.make_node(site, docs, DEMO, {"tandem-coordinator": coordinator})
+        node = self.make_node(site, docs, DEMO, {"tandem-coordinator": COORDINATOR})
         names = ["tandem-launcher"] + [f"{ranks_name}-{i}" for i in range(2)]
         ips = [node.name(n, f"{n}.{domain}") for n in names]
         (_, serve, _), (_, ranks, _) = policy.pods(docs)
@@ -329,6 +335,8 @@ class Rolling(PodsTest):
             print(f"host-only: ready {seconds} s after the start of the pod")
             self.assertLess(seconds, 10 * SLOW)
         self.check_confined(old[0], 1000650000)
+        self.assertEqual(old[0].main.run(health_check(), 10 * SLOW), 0)
+        self.assertNotEqual(old[0].main.run([*health_check(), "--service", "no such"], 10 * SLOW), 0)
         case = min(expected(), key=lambda c: len(c["greedy_ids"]))
         clients = [threading.Thread(target=self.client, args=(case,), daemon=True) for _ in range(3)]
         for c in clients:
