@@ -128,6 +128,7 @@ class Container:
                 "gid": p.get("runAsGroup", 0 if "runAsUser" not in p else p["runAsUser"]), "groups": [pod.fs_group],
                 "read_only_root": s.get("readOnlyRootFilesystem", False),
                 "drop_all": "ALL" in s.get("capabilities", {}).get("drop", []),
+                "seccomp": p.get("seccompProfile", {}).get("type"),
                 "no_new_privileges": s.get("allowPrivilegeEscalation") is False}
 
     def start(self):

@@ -7,6 +7,7 @@ import base64
 import concurrent.futures
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -164,6 +165,7 @@ class PodsTest(unittest.TestCase):
             for field in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                 self.assertEqual(int(status[field], 16), 0, f"{name}: {field}")
             self.assertEqual(status["NoNewPrivs"], "1", name)
+            self.assertEqual(status["Seccomp"], "2" if platform.machine() == "x86_64" else "0", name)
         flags = os.statvfs(f"/proc/{pod.main.pid}/root/").f_flag
         self.assertTrue(flags & os.ST_RDONLY)
         self.assertTrue(os.statvfs(f"/proc/{pod.main.pid}/root/etc/").f_flag & os.ST_RDONLY)
