@@ -116,11 +116,12 @@ static enum status_code parse(struct options *o, int argc, char **argv, struct s
     bool run = strcmp(argv[1], "run") == 0;
     int i = 2;
     for (; rc == ST_OK && i < argc && argv[i][0] == '-' && !(run && strcmp(argv[i], "-o") == 0); i++) {
-        char name[32];
+        char name[32] = "";
         const char *value = strchr(argv[i], '=');
+        size_t len = strcspn(argv[i], "=");
         if (!value && i + 1 == argc)
             return status_set(st, ST_INVALID_ARGUMENT, "%.100s: expected a value", argv[i]);
-        snprintf(name, sizeof name, "%.*s", (int)strcspn(argv[i], "="), argv[i]);
+        memcpy(name, argv[i], len < sizeof name ? len : sizeof name - 1);
         rc = take(o, name, value ? value + 1 : argv[++i], st);
     }
     o->first = i;

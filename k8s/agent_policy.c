@@ -66,6 +66,9 @@ static const char *const settings[] = {
 /* Values that are programs, but must be given: each daemon starts others in turn (the launch is a tree). */
 static const char *const agents[] = {"tandem-agent run"};
 
+/* What mpi-operator sets for ssh and every daemon is told; `run` takes no notice of it. */
+static const char *const agent_arguments[] = {"-o ConnectionAttempts=10"};
+
 static const char *const switches[] = {"--tree-spawn", "-tree-spawn", "--debug-daemons"};
 
 static const char *const environment[] = {
@@ -154,6 +157,12 @@ static enum status_code check_setting(const char *name, const char *value, struc
         if (matches(value, strlen(value), agents, COUNT(agents)))
             return ST_OK;
         return status_set(st, ST_PERMISSION_DENIED, "arguments: %s %.100s, expected \"%s\"", name, value, agents[0]);
+    }
+    if (strcmp(name, "plm_rsh_args") == 0) {
+        if (matches(value, strlen(value), agent_arguments, COUNT(agent_arguments)))
+            return ST_OK;
+        return status_set(st, ST_PERMISSION_DENIED, "arguments: %s %.100s, expected \"%s\"", name, value,
+                          agent_arguments[0]);
     }
     if (!matches(name, strlen(name), settings, COUNT(settings)))
         return status_set(st, ST_PERMISSION_DENIED, "arguments: the setting %.100s is not on the list", name);

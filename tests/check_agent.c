@@ -359,6 +359,36 @@ START_TEST(output_and_status_come_back)
 }
 END_TEST
 
+/* `hosts --from` a file of this host and 127.0.0.1, waiting; its exit status. */
+static int wait_for_hosts(const char *port, bool only_here)
+{
+    char list[400], own[256] = "";
+    snprintf(list, sizeof list, "%s/list", dir.path);
+    ck_assert_int_eq(gethostname(own, sizeof own - 1), 0);
+    FILE *f = fopen(list, "w");
+    ck_assert(f != NULL);
+    fprintf(f, "%s.some.domain slots=1\n%s", own, only_here ? "" : "127.0.0.1 slots=1\n");
+    fclose(f);
+    pid_t pid = fork();
+    if (pid == 0) {
+        execl(TEST_AGENT, "tandem-agent", "hosts", "--from", list, "--wait=0.3", "--port", port, "--secret-file",
+              secret_path, "--output", output_path(), NULL);
+        _exit(127);
+    }
+    return client_status(pid);
+}
+
+/* mpirun starts what belongs on its own host by itself: no agent need be there. */
+START_TEST(hosts_waits_for_all_agents_but_its_own)
+{
+    struct server s = start_server(NULL, NULL);
+    ck_assert_int_eq(wait_for_hosts(s.port, false), 0);
+    ck_assert_int_eq(stop_server(&s), 0);
+    ck_assert_int_eq(wait_for_hosts(s.port, false), 1);
+    ck_assert_int_eq(wait_for_hosts(s.port, true), 0);
+}
+END_TEST
+
 START_TEST(secret_changes_while_it_serves)
 {
     char both[200], old_path[300];
@@ -413,6 +443,8 @@ START_TEST(only_what_is_on_the_lists_may_start)
     } cases[] = {
         {true, {"prog", "-mca", "ess", "env", "--tree-spawn"}, "NCCL_DEBUG=INFO"},
         {true, {"prog", "--mca", "plm_rsh_agent", "tandem-agent run"}, NULL},
+        {true, {"prog", "-mca", "plm_rsh_args", "-o ConnectionAttempts=10"}, NULL},
+        {false, {"prog", "-mca", "plm_rsh_args", "--secret-file /tmp/mine"}, NULL},
         {true, {"prog", "-mca", "btl_tcp_if_include", "eth0"}, NULL},
         {false, {"sh", "-c", "id"}, NULL},
         {false, {"/bin/prog"}, NULL},
@@ -756,8 +788,8 @@ int main(void)
     Suite *s = suite_create("agent");
     add(s, "core",
         (const TTest *const[]){words_are_split_as_mpirun_writes_them, request_reads_as_it_was_written,
-                               hosts_of_every_kind_of_group, output_and_status_come_back,
-                               secret_changes_while_it_serves, NULL});
+                               hosts_of_every_kind_of_group, hosts_waits_for_all_agents_but_its_own,
+                               output_and_status_come_back, secret_changes_while_it_serves, NULL});
     add(s, "limits",
         (const TTest *const[]){what_means_something_to_a_shell_is_refused, only_what_is_on_the_lists_may_start,
                                files_addresses_and_groups_have_bounds, sessions_over_the_bound_are_refused,

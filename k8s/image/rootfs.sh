@@ -58,7 +58,10 @@ for part in "$mca"/mca_*.so; do
     *) place "$part" ;;
     esac
 done
-place /usr/share/openmpi/*.txt "$lib"/pmix2/lib/pmix/*.so
+place /usr/share/openmpi/*.txt
+for part in "$lib"/pmix2/lib/pmix/*.so; do
+    [ ! -e "$part" ] || place "$part" # none where all are built in
+done
 [ ! -d "$lib/pmix2/share/pmix" ] || place "$lib"/pmix2/share/pmix/*
 cp "$here/openmpi-mca-params.conf" "$dest/etc/openmpi/"
 

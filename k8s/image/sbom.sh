@@ -67,7 +67,7 @@ package() { # package NAME VERSION SOURCE LICENCES
             package "$p" "$version" "$source" "$licences"
             echo "$p $version: $licences" >>"$doc/LICENSES.txt"
             mkdir -p "$doc/$p"
-            cp -L "/usr/share/doc/$p/copyright" "$doc/$p/"
+            cp -L "/usr/share/doc/$p/copyright" "$doc/$p/" || echo "no copyright file in the package" >"$doc/$p/copyright"
         done
     for f in $strays; do
         case $f in

@@ -110,6 +110,7 @@ static const struct {
     PIECE("\0\4\0\1orted\0-mca\0ess\0env\0NCCL_DEBUG=INFO\0"),
     PIECE("-mca\0"),
     PIECE("plm_rsh_agent\0tandem-agent run\0"),
+    PIECE("plm_rsh_args\0-o ConnectionAttempts=10\0"),
     PIECE("\0\3\0\0"),
     PIECE("orted"),
     PIECE("\0"),

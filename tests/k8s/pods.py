@@ -79,17 +79,18 @@ def image_environment(stage):
 class Node:
     """What pods share: folders, root file systems by image, volumes that are not theirs, names."""
 
+    n = 1  # addresses given: links of nodes before may take a moment to vanish
+
     def __init__(self, folder, docs, images, claims, secrets):
         self.folder, self.docs, self.images, self.claims, self.secrets = folder, docs, images, claims, secrets
-        self.pods, self.hosts, self.n = [], {}, 1
-        self.lock = threading.Lock()
+        self.pods, self.hosts = [], {}
 
     def name(self, *names):
         """An address for a pod, under all of names. Before the pods are made: all of them see all names."""
-        self.n += 1
+        Node.n += 1
         for n in names:
-            self.hosts[n] = f"{NET}{self.n}"
-        return f"{NET}{self.n}"
+            self.hosts[n] = f"{NET}{Node.n}"
+        return f"{NET}{Node.n}"
 
     def close(self):
         for p in self.pods:
@@ -113,19 +114,21 @@ class Container:
         mounts = [{"source": pod.volumes[m["name"]], "target": m["mountPath"], "read_only": m.get("readOnly", False)}
                   for m in c.get("volumeMounts", [])]
         mounts += [{"source": os.path.join(pod.folder, f), "target": "/etc/" + f, "read_only": True}
-                   for f in ("hosts", "hostname", "resolv.conf")]
+                   for f in ("hosts", "hostname", "resolv.conf")] + pod.extra_mounts
         for m in mounts:  # a runtime makes mount points in the image
             at = root + m["target"]
             if m["target"] != "/dev/shm" and not os.path.exists(at):
                 if os.path.isdir(m["source"]):
                     os.makedirs(at, exist_ok=True)
                 else:
+                    os.makedirs(os.path.dirname(at), exist_ok=True)
                     open(at, "w").close()
         argv = c["command"] + [re.sub(r"\$\((\w+)\)", lambda v: env[v.group(1)], a) for a in c.get("args", [])]
         return {"root": root, "argv": argv, "env": env, "mounts": mounts, "uid": p.get("runAsUser", pod.uid),
                 "gid": p.get("runAsGroup", 0 if "runAsUser" not in p else p["runAsUser"]), "groups": [pod.fs_group],
                 "read_only_root": s.get("readOnlyRootFilesystem", False),
                 "drop_all": "ALL" in s.get("capabilities", {}).get("drop", []),
+                "seccomp": p.get("seccompProfile", {}).get("type"),
                 "no_new_privileges": s.get("allowPrivilegeEscalation") is False}
 
     def start(self):
@@ -149,17 +152,18 @@ class Container:
             return f.read()
 
     def processes(self):
-        """{pid: name} of all its processes, seen from outside."""
+        """{pid: name} of all its processes, seen from outside; without those of exec probes, whose parent is not in it."""
         ns = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = {}
         for p in filter(str.isdigit, os.listdir("/proc")):
             try:
                 if os.readlink(f"/proc/{p}/ns/pid") == ns:
-                    with open(f"/proc/{p}/comm") as f:
-                        found[int(p)] = f.read().strip()
+                    with open(f"/proc/{p}/stat") as f:
+                        name, _, rest = f.read().partition("(")[2].rpartition(")")
+                    found[int(p)] = (name, int(rest.split()[1]))
             except OSError:
                 pass
-        return found
+        return {p: name for p, (name, parent) in found.items() if p == self.pid or parent in found}
 
     def probe(self, kind):
         p = self.c[kind]
@@ -180,21 +184,25 @@ class Container:
                 return True
             except OSError:
                 return False
+        return self.run(p["exec"]["command"], timeout) == 0
+
+    def run(self, command, timeout):
+        """A command in the container, as its user; its status, None when it takes too long."""
         s = self.spec()
         env = [f"{k}={v}" for k, v in s["env"].items()]
         try:
             return subprocess.run(
                 ["env", "-i", *env, "/usr/bin/nsenter", "--target", str(self.pid), "--mount", "--net", "--uts", "--ipc", "--pid",
-                 "--root", "--setgid", str(self.pod.fs_group), "--setuid", str(s["uid"]), *p["exec"]["command"]],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout).returncode == 0
+                 "--root", "--setgid", str(self.pod.fs_group), "--setuid", str(s["uid"]), *command],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout).returncode
         except subprocess.TimeoutExpired:
-            return False
+            return None
 
 
 class Pod:
     """Started at once; `ready`, `started`, `log` tell how it fares."""
 
-    def __init__(self, node, hostname, ip, template, extra_env=(), uid=None, fs_group=None):
+    def __init__(self, node, hostname, ip, template, extra_env=(), uid=None, fs_group=None, files=()):
         self.node, self.hostname, self.ip = node, hostname, ip
         self.spec, self.extra_env = template["spec"], dict(extra_env)
         self.uid, self.fs_group = uid, self.spec["securityContext"].get("fsGroup", fs_group)
@@ -207,6 +215,12 @@ class Pod:
                            ("hostname", hostname + "\n"), ("resolv.conf", "")):
             with open(os.path.join(self.folder, name), "w") as f:
                 f.write(text)
+        self.extra_mounts = []  # files that a controller adds: {path: text}
+        for path, text in dict(files).items():
+            source = os.path.join(self.folder, path.replace("/", "-"))
+            with open(source, "w") as f:
+                f.write(text)
+            self.extra_mounts.append({"source": source, "target": path, "read_only": True})
         self.make_sandbox()
         self.volumes = {v["name"]: self.make_volume(v) for v in self.spec.get("volumes", [])}
         self.inits = [Container(self, c, True) for c in self.spec.get("initContainers", [])]
@@ -342,6 +356,8 @@ class Pod:
                 c.process.kill()
                 c.process.wait()
         self.thread.join(10)
+        for c in [*self.inits, self.main]:
+            c.log.close()
         if self.sandbox.poll() is None:
             self.sandbox.kill()
             self.sandbox.wait()

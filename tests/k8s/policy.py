@@ -250,14 +250,14 @@ def _references(docs):
                 yield f"{name}: its target sets replicas, too"
 
 
-def check(docs):
+def check(docs, monitored=True):
     problems = []
     for where, t, _ in pods(docs):
         problems += [f"{where}: {p}" for p in _pod(t, docs)]
     if sorted({component(t) for _, t, _ in pods(docs)}) not in ([SERVE], [RANKS, SERVE]):
         problems.append("pods: expected the components serve and ranks")
     problems += list(_network(docs)) + list(_references(docs))
-    for kind in ("PodDisruptionBudget", "PodMonitor", "PrometheusRule", "NetworkPolicy", "Service"):
+    for kind in ("PodDisruptionBudget", "NetworkPolicy", "Service") + (("PodMonitor", "PrometheusRule") if monitored else ()):
         if kind not in [d["kind"] for d in docs]:
             problems.append(f"{kind}: missing")
     return problems

@@ -1,7 +1,7 @@
 """Renders a kustomization of k8s/ as `kubectl kustomize` would, for tests on machines without it.
 
 What the project's manifests use and no more: resources (files, folders), components, configMapGenerator (literals, files,
-behavior: merge, options), patches (strategic merge; JSON 6902, with target), images, configurations (accepted; names of
+behavior: merge, options), patches (strategic merge, $patch: delete; JSON 6902, with target), images, configurations (accepted; names of
 ConfigMaps are replaced wherever a pod refers to them). Anything else is an error, so that a manifest cannot use what is
 not tested. test_manifests.py compares the result with that of kubectl where there is one.
 
@@ -116,6 +116,8 @@ def _apply_patch(docs, patch, folder):
     for d in hit:
         if isinstance(body, list):
             _json6902(d, body)
+        elif body.get("$patch") == "delete":
+            docs.remove(d)
         else:
             _merge(d, {k: v for k, v in body.items() if k not in ("apiVersion", "kind")})
 

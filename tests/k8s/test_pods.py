@@ -4,8 +4,10 @@ overlays on the file systems that rootfs.sh makes. Skipped (status 77) where nam
     test_pods.py [Class[.test]]    TANDEM_PODS_ALL=1: also those that the usual run leaves out
 """
 import base64
+import concurrent.futures
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,7 +25,7 @@ sys.path.insert(0, os.path.join(SOURCE, "tests/e2e"))
 import pods  # noqa: E402
 import policy  # noqa: E402
 import render  # noqa: E402
-from cluster import BIN, DEMO, GENERATE, SLOW, Result, expected, grpc, inference_pb2, request, slow_model  # noqa: E402
+from cluster import BIN, DEMO, GENERATE, SLOW, Result, control_pb2, expected, grpc, inference_pb2, request, slow_model  # noqa: E402
 from pods import Node, Pod, wait_for  # noqa: E402
 
 K8S = os.path.join(SOURCE, "k8s")
@@ -31,11 +33,14 @@ LONG = dict(temperature=0, ignore_eos=True)
 
 
 def setUpModule():
-    global ROOM, HOST
+    global ROOM, HOST, COORDINATOR, SLOW_MODEL
     ROOM = tempfile.mkdtemp(prefix="tandem-pods-", dir="/tmp")
     os.chmod(ROOM, 0o755)
-    HOST = os.path.join(ROOM, "host")
-    make_image("host", HOST)
+    HOST, COORDINATOR = os.path.join(ROOM, "host"), os.path.join(ROOM, "coordinator")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        work = [pool.submit(make_image, "host", HOST), pool.submit(make_image, "coordinator", COORDINATOR),
+                pool.submit(slow_model, ROOM)]
+        SLOW_MODEL = [w.result() for w in work][-1]
 
 
 def tearDownModule():
@@ -47,6 +52,12 @@ def make_image(variant, to):
                        stderr=subprocess.STDOUT, text=True)
     if p.returncode:
         raise AssertionError(p.stdout)
+
+
+def health_check():
+    """HEALTHCHECK of the images."""
+    with open(os.path.join(K8S, "image/Dockerfile")) as f:
+        return json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", f.read(), re.M).group(1))
 
 
 def folder_bytes(path):
@@ -93,9 +104,7 @@ class Stream(threading.Thread):
 class Image(unittest.TestCase):
     def test_closed_small_and_without_a_shell(self):
         for variant, most in (("coordinator", 60), ("host", 120)):
-            root = HOST if variant == "host" else os.path.join(ROOM, variant)
-            if variant != "host":
-                make_image(variant, root)
+            root = HOST if variant == "host" else COORDINATOR
             with self.subTest(variant):
                 size = folder_bytes(root)
                 print(f"image {variant}: {size / 1e6:.1f} MB")
@@ -156,6 +165,7 @@ class PodsTest(unittest.TestCase):
             for field in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                 self.assertEqual(int(status[field], 16), 0, f"{name}: {field}")
             self.assertEqual(status["NoNewPrivs"], "1", name)
+            self.assertEqual(status["Seccomp"], "2" if platform.machine() == "x86_64" else "0", name)
         flags = os.statvfs(f"/proc/{pod.main.pid}/root/").f_flag
         self.assertTrue(flags & os.ST_RDONLY)
         self.assertTrue(os.statvfs(f"/proc/{pod.main.pid}/root/etc/").f_flag & os.ST_RDONLY)
@@ -181,7 +191,7 @@ class Group(PodsTest):
     def start_group(self):
         docs = render.render(os.path.join(SOURCE, "tests/k8s/site/multi-node"))
         templates = policy.pods(docs)
-        node = self.make_node("group", docs, slow_model(ROOM))
+        node = self.make_node("group", docs, SLOW_MODEL)
         # What the controller of LeaderWorkerSets gives its pods.
         leader_ip, worker_ip = node.name("tandem-0.tandem.default", "tandem-0"), node.name("tandem-0-1.tandem.default", "tandem-0-1")
         env = {"LWS_LEADER_ADDRESS": "tandem-0.tandem.default", "LWS_GROUP_SIZE": "2"}
@@ -251,29 +261,40 @@ class Group(PodsTest):
         self.tell(leader, worker)
         self.assertEqual([p.main.exit_codes[-1] for p in (leader, worker)], [0, 0], leader.logs() + worker.logs())
 
-    @unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
-    def test_statefulset(self):
-        coordinator = os.path.join(ROOM, "statefulset-coordinator")
-        make_image("coordinator", coordinator)
-        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/statefulset"))
-        node = self.make_node("sts", docs, DEMO, {"tandem-coordinator": coordinator})
-        ips = [node.name("tandem-x")] + [node.name(f"tandem-ranks-{i}.tandem-ranks", f"tandem-ranks-{i}") for i in range(2)]
+
+@unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
+class Launcher(PodsTest):
+    """A pod without a GPU, from an image that has no ranks' program, serves and launches ranks in two others."""
+
+    def life(self, site, ranks_name, domain, loses_a_pod, serve_env=(), files=()):
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site", site))
+        node = self.make_node(site, docs, DEMO, {"tandem-coordinator": COORDINATOR})
+        names = ["tandem-launcher"] + [f"{ranks_name}-{i}" for i in range(2)]
+        ips = [node.name(n, f"{n}.{domain}") for n in names]
         (_, serve, _), (_, ranks, _) = policy.pods(docs)
-        made = []
-        for name, ip, template in zip(("tandem-x", "tandem-ranks-0", "tandem-ranks-1"), ips, (serve, ranks, ranks)):
-            pod = Pod(node, name, ip, template)
-            made.append(pod)
+        made = [Pod(node, names[0], ips[0], serve, serve_env, files=files)]
+        made += [Pod(node, n, ip, ranks) for n, ip in zip(names[1:], ips[1:])]
         for p in made[::-1]:
             p.wait_ready()
             self.check_confined(p, 65532)
         self.tell(*made)
-        self.assertNotIn("tandem-worker", made[0].main.processes().values())
+        self.assertEqual([list(p.main.processes().values()).count("tandem-worker") for p in made], [0, 1, 1])
         stream = Stream(made[0].ip, "Once upon a time", max_tokens=400, **LONG)
         stream.wait_count(3)
-        os.kill(made[1].main.pid, 9)
+        if loses_a_pod:
+            os.kill(made[1].main.pid, 9)
         stream.join(120 * SLOW)
         self.assertIsNone(stream.error, made[0].logs())
         self.assertEqual(len(stream.ids), 400)
+
+    def test_statefulset(self):
+        self.life("statefulset", "tandem-ranks", "tandem-ranks", True)
+
+    def test_mpijob(self):
+        hosts = "".join(f"tandem-worker-{i}.tandem.default.svc slots=1\n" for i in range(2))
+        env = {"OMPI_MCA_orte_keep_fqdn_hostnames": "true", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
+               "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10"}  # what the operator sets
+        self.life("mpijob", "tandem-worker", "tandem.default.svc", False, env, {"/etc/mpi/hostfile": hosts})
 
 
 class Rolling(PodsTest):
@@ -316,6 +337,8 @@ class Rolling(PodsTest):
             print(f"host-only: ready {seconds} s after the start of the pod")
             self.assertLess(seconds, 10 * SLOW)
         self.check_confined(old[0], 1000650000)
+        self.assertEqual(old[0].main.run(health_check(), 10 * SLOW), 0)
+        self.assertNotEqual(old[0].main.run([*health_check(), "--service", "no such"], 10 * SLOW), 0)
         case = min(expected(), key=lambda c: len(c["greedy_ids"]))
         clients = [threading.Thread(target=self.client, args=(case,), daemon=True) for _ in range(3)]
         for c in clients:
@@ -332,6 +355,47 @@ class Rolling(PodsTest):
         self.tell(*self.endpoints)
         print(f"  answers: {self.answers}")
         self.assertEqual(self.failures, [])
+
+    @unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
+    def test_restart_of_groups_in_a_pod_gives_no_error(self):
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/groups"))
+        node = self.make_node("groups", docs, DEMO)
+        self.endpoints, self.failures, self.answers, self.enough = [], [], {}, threading.Event()
+        self.addresses = [node.name("tandem-1")]
+        pod = self.new_pod(node, docs, None)
+        pod.wait_ready()
+        ranks = lambda: {p for p, name in pod.main.processes().items() if name == "tandem-worker"}  # noqa: E731
+        wait_for("both groups", lambda: len(ranks()) == 2, 30)
+        first = ranks()
+        case = min(expected(), key=lambda c: len(c["greedy_ids"]))
+        clients = [threading.Thread(target=self.client, args=(case,), daemon=True) for _ in range(2)]
+        for c in clients:
+            c.start()
+        for group in ("g0", "g1"):
+            self.wait_groups(pod)
+            before = ranks()
+            self.ask(pod, "Drain", control_pb2.DrainResponse,
+                     control_pb2.DrainRequest(group=group, timeout_ms=1000, restart=True))
+            wait_for("its rank is gone", lambda: len(ranks() & before) == 1, 30)
+        self.wait_groups(pod)
+        self.enough.set()
+        for c in clients:
+            c.join(60 * SLOW)
+        print(f"  answers: {self.answers}; {pod.history}")
+        self.assertEqual(self.failures, [])
+        self.assertFalse(ranks() & first, "each rank is a new process")
+        self.assertEqual([w for _, w in pod.history], ["running", "started", "ready"])
+
+    def ask(self, pod, method, reply, message):
+        with grpc.insecure_channel(f"{pod.ip}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = channel.unary_unary(f"/tandem.v1.Control/{method}", type(message).SerializeToString, reply.FromString)
+            return call(message, timeout=30 * SLOW)
+
+    def wait_groups(self, pod):
+        def serve():
+            load = self.ask(pod, "GetLoad", control_pb2.Load, control_pb2.GetLoadRequest())
+            return [g.name for g in load.groups if g.serving] == ["g0", "g1"]
+        wait_for("both groups serve", serve, 60)
 
 
 if __name__ == "__main__":
