@@ -567,7 +567,7 @@ int main(void)
     tcase_add_test(core, pages_are_counted_once_and_the_last_is_copied);
     tcase_add_loop_test(core, shared_pages_are_never_written, 1, 3);
     tcase_add_test(core, sharers_outlive_the_source);
-    tcase_add_loop_test(core, suspended_slot_gives_the_same_answer, 1, 4);
+    tcase_add_loop_test(core, suspended_slot_gives_the_same_answer, 2, 4);
     tcase_add_loop_test(core, what_earlier_owners_left_is_never_read, 0, 2);
     tcase_add_loop_test(faults, wrong_beginning_is_described_and_changes_nothing, 0, SPOILED);
     tcase_set_timeout(core, 60);
