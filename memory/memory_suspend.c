@@ -45,9 +45,13 @@ enum status_code kv_blocks_create(struct kv_pool *p, struct status *st)
     p->next_block = calloc(p->suspend_pages, sizeof *p->next_block);
     if (!p->extents || !p->next_block)
         return status_nomem(st, "blocks for suspended slots", p->suspend_pages * sizeof *p->next_block);
-    for (; p->n_extents < n; p->n_extents++)
-        if ((rc = p->ops->host_alloc(p->be, &p->extents[p->n_extents], bytes, st)) != ST_OK)
-            return status_prefix(st, "suspend_bytes: %" PRIu64 " MiB", p->suspend_bytes >> 20);
+    for (; p->n_extents < n; p->n_extents++) {
+        rc = p->ops->host_alloc(p->be, &p->extents[p->n_extents], bytes, st);
+        if (rc == ST_OK)
+            continue;
+        status_prefix(st, "suspend_bytes: %" PRIu64 " MiB", p->suspend_bytes >> 20);
+        return rc;
+    }
     for (uint32_t i = (uint32_t)p->suspend_pages; i-- > 0;) {
         p->next_block[i] = p->free_block;
         p->free_block = i;

@@ -33,19 +33,25 @@ static void submit_sim(struct run *r, uint64_t id)
     ck_assert_msg(sched_submit(r->s, 0, &req, &st) == ST_OK, "%s", st.message);
 }
 
-static struct run *start(const struct cost_profile *cost, uint64_t host_pages, uint64_t bytes_per_s)
+static struct run *start_empty(struct sched_config cfg, uint64_t host_pages, uint64_t bytes_per_s)
 {
     struct run *r = calloc(1, sizeof *r);
+    r->s = create_attached(cfg);
+    sched_set_suspension(r->s, host_pages, bytes_per_s);
+    const struct sim_group group = {
+        .n_ranks = 1, .slots = cfg.max_slots, .max_context = 256, .kv = {cfg.kv}, .host_pages = {host_pages}};
+    sim_ranks_init(&r->ranks, &group);
+    r->step = 1;
+    return r;
+}
+
+static struct run *start(const struct cost_profile *cost, uint64_t host_pages, uint64_t bytes_per_s)
+{
     struct sched_config cfg = config(4, 64, 2);
     cfg.kv.total_pages = PAGES;
     if (cost)
         cfg.cost = *cost;
-    r->s = create_attached(cfg);
-    sched_set_suspension(r->s, host_pages, bytes_per_s);
-    const struct sim_group group = {
-        .n_ranks = 1, .slots = 4, .max_context = 256, .kv = {cfg.kv}, .host_pages = {host_pages}};
-    sim_ranks_init(&r->ranks, &group);
-    r->step = 1;
+    struct run *r = start_empty(cfg, host_pages, bytes_per_s);
     submit_sim(r, 1);
     submit_sim(r, 2);
     return r;
@@ -200,6 +206,48 @@ START_TEST(lost_group_takes_what_was_suspended_with_it)
 }
 END_TEST
 
+/* An older request comes from another group's scheduler, where it ran and lost its ranks, and finds both slots taken. */
+START_TEST(older_request_takes_the_slot_of_a_suspended_one)
+{
+    uint64_t ages = 0;
+    struct sched_config cfg = config(2, 64, 2);
+    struct sched_plan p;
+    cfg.ages = &ages;
+    cfg.kv.total_pages = 27; /* it fits beside the one that runs */
+    cfg.replay_limit = 1;
+    struct run other = {.s = create_attached(cfg)};
+    submit_sim(&other, 1);
+    ck_assert(sched_plan(other.s, 0, &p));
+    sched_lose(other.s, 0);
+    struct run *r = start_empty(cfg, 27, 0);
+    submit_sim(r, 2);
+    submit_sim(r, 3);
+    run_until_preempted(r);
+    take_plans(r);
+    ck_assert_uint_eq(sched_load(r->s).suspended_slots, 1);
+    uint32_t slot = r->slot[3];
+    ck_assert(sched_move(other.s, r->s, 1));
+    sched_check(r->s);
+    sched_destroy(other.s);
+    while (r->n_token[1] == 0) {
+        take_result(r);
+        take_plans(r);
+    }
+    ck_assert_uint_eq(r->slot[1], slot);
+    ck_assert_uint_eq(sched_load(r->s).suspended_slots, 0);
+    r->finished[1] = false;
+    while (!r->finished[1] || !r->finished[2] || !r->finished[3]) {
+        take_plans(r);
+        take_result(r);
+    }
+    for (uint32_t id = 1; id < 4; id++)
+        ck_assert_uint_eq(r->n_token[id], NEW);
+    struct sched_load l = stop(r);
+    ck_assert_uint_gt(l.recomputed_tokens, 0);
+    ck_assert_uint_lt(l.resumptions, l.suspensions);
+}
+END_TEST
+
 TCase *scheduler_suspension(void)
 {
     TCase *t = tcase_create("suspension");
@@ -208,5 +256,6 @@ TCase *scheduler_suspension(void)
     tcase_add_loop_test(t, the_cheaper_way_is_taken, 0, 2);
     tcase_add_test(t, suspended_request_that_is_cancelled_gives_all_back);
     tcase_add_test(t, lost_group_takes_what_was_suspended_with_it);
+    tcase_add_test(t, older_request_takes_the_slot_of_a_suspended_one);
     return t;
 }

@@ -6,6 +6,7 @@
  * churn:    prompts of 64 to 128 tokens, completions of 16 to 48; a request that ends is replaced at once (sched_submit is
  *           in the figures): about n/32 end and begin in every step
  * pressure: completions are longer than memory allows; rows computed again by preemption are the figure of interest
+ * suspend:  the same, and the ranks have as much host memory again
  *
  * Two plans are in flight all the time, as in the server.
  */
@@ -102,7 +103,7 @@ static int by_value(const void *a, const void *b)
 }
 
 static void bench(const char *what, uint32_t n, uint32_t waiting, uint64_t pages, struct load_shape shape,
-                  double seconds, uint64_t *ns)
+                  uint64_t host_pages, double seconds, uint64_t *ns)
 {
     struct run r = {.shape = shape, .refill = shape.new_hi < 10000};
     uint32_t context = shape.prompt_hi + shape.new_hi;
@@ -116,6 +117,7 @@ static void bench(const char *what, uint32_t n, uint32_t waiting, uint64_t pages
     struct status st = STATUS_INIT;
     if (sched_create(&r.s, &cfg, &st) != ST_OK || sched_attach(r.s, 0, n, context, &cfg.kv, &st) != ST_OK)
         die(&st);
+    sched_set_suspension(r.s, host_pages, 0);
     r.prompt = calloc(shape.prompt_hi, sizeof *r.prompt);
     r.tokens = calloc(n, sizeof *r.tokens);
     for (uint32_t i = 0; i < n + waiting; i++)
@@ -154,11 +156,14 @@ int main(int argc, char **argv)
            "ns per token", "tokens/step", "% again");
     static const uint32_t sizes[] = {1, 64, 256, 1024};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        bench("steady", sizes[i], 0, 1u << 30, (struct load_shape){64, 128, 1000000, 1000000}, seconds, ns);
+        bench("steady", sizes[i], 0, 1u << 30, (struct load_shape){64, 128, 1000000, 1000000}, 0, seconds, ns);
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        bench("churn", sizes[i], sizes[i], 1u << 30, (struct load_shape){64, 128, 16, 48}, seconds, ns);
-    bench("pressure", 256, 256, 5000, (struct load_shape){64, 1000, 16, 1000}, seconds, ns);
-    bench("pressure", 256, 256, 2000, (struct load_shape){16, 64, 256, 512}, seconds, ns);
+        bench("churn", sizes[i], sizes[i], 1u << 30, (struct load_shape){64, 128, 16, 48}, 0, seconds, ns);
+    for (int host = 0; host < 2; host++) {
+        const char *what = host ? "suspend" : "pressure";
+        bench(what, 256, 256, 5000, (struct load_shape){64, 1000, 16, 1000}, host ? 5000 : 0, seconds, ns);
+        bench(what, 256, 256, 2000, (struct load_shape){16, 64, 256, 512}, host ? 2000 : 0, seconds, ns);
+    }
     free(ns);
     return 0;
 }

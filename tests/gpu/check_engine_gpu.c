@@ -270,6 +270,40 @@ static void ahead(const char *name, struct gpu_run *device, bool drawn)
     expect(wrong == 0, "ids with two steps under way that are not those of one at a time", name, drawn, wrong);
 }
 
+/* Slots that went to host memory, while another wrote into their pages, go on to the bit. */
+static void moves(const char *name, struct gpu_run *device)
+{
+    uint32_t slots[MANY], id[2][NEW_TOKENS][MANY], vocab = engine_info(device->e).vocab_size, ids[256], wrong = 0;
+    for (uint32_t pass = 0; pass < 3; pass++) { /* first the buckets are captured */
+        for (uint32_t s = 0; s < MANY; s++) {
+            slots[s] = s;
+            for (uint32_t i = 0; i < 20; i++)
+                ids[i] = (s * 41 + i * 13) % vocab;
+            gpu_prefill(device, s, ids, 20, 0, true, NULL);
+        }
+        for (uint32_t i = 0; i < NEW_TOKENS; i++) {
+            if (pass == 2 && i % 8 == 4) {
+                gpu_suspend(device, slots + i / 8, MANY / 2);
+                for (uint32_t k = 0; k < 256; k++)
+                    ids[k] = (i + k * 29) % vocab;
+                gpu_prefill(device, MANY, ids, 256, 0, false, NULL);
+                gpu_resume(device, slots + i / 8, MANY / 2);
+                gpu_release(device, MANY);
+            }
+            gpu_decode(device, slots, MANY);
+            memcpy(id[pass == 2][i], device->result.tokens, sizeof id[0][0]);
+        }
+        for (uint32_t s = 0; s < MANY; s++)
+            gpu_release(device, s);
+    }
+    for (uint32_t i = 0; i < NEW_TOKENS; i++)
+        for (uint32_t s = 0; s < MANY; s++)
+            wrong += id[0][i][s] != id[1][i][s];
+    expect(wrong == 0, "ids of slots that were in host memory are others", name, 0, wrong);
+    say("%-28s slots go to host memory and back at %.1f GB/s\n", name,
+        (double)engine_info(device->e).suspend_bytes_per_s * 1e-9);
+}
+
 /* ---- models ---- */
 
 static const struct {
@@ -301,7 +335,9 @@ static void check_model(const char *name, const char *dir, bool random, const st
     struct gpu_run host, device, eager;
     gpu_create(&host, &cfg);
     cfg.parts = parts;
+    cfg.suspend_bytes = 64 << 20;
     gpu_create(&device, &cfg);
+    cfg.suspend_bytes = 0;
     cfg.eager = true;
     gpu_create(&eager, &cfg);
     static const struct {
@@ -316,6 +352,7 @@ static void check_model(const char *name, const char *dir, bool random, const st
     batches(name, &host, &eager, close);
     ahead(name, &device, false);
     ahead(name, &device, true);
+    moves(name, &device);
     draws(name, &device);
     options(name, &device);
     gpu_destroy(&eager);

@@ -161,6 +161,22 @@ void gpu_release(struct gpu_run *r, uint32_t slot)
     step(r, &plan);
 }
 
+void gpu_suspend(struct gpu_run *r, uint32_t *slots, uint32_t n)
+{
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.suspend_slots = slots;
+    plan.n_suspend_slots = n;
+    step(r, &plan);
+}
+
+void gpu_resume(struct gpu_run *r, uint32_t *slots, uint32_t n)
+{
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.resume_slots = slots;
+    plan.n_resume_slots = n;
+    step(r, &plan);
+}
+
 void gpu_logits(struct gpu_run *r, float *out)
 {
     struct status st = STATUS_INIT;

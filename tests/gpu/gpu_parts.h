@@ -35,6 +35,9 @@ void gpu_collect(struct gpu_run *r); /* of the last one */
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position);
 void gpu_release(struct gpu_run *r, uint32_t slot);
+/* Slots to host memory, or back. */
+void gpu_suspend(struct gpu_run *r, uint32_t *slots, uint32_t n);
+void gpu_resume(struct gpu_run *r, uint32_t *slots, uint32_t n);
 /* Logits that the first sample of the last step was drawn from, of all ranks: out [vocab]. Collective. */
 void gpu_logits(struct gpu_run *r, float *out);
 double gpu_now_s(void);
