@@ -27,6 +27,7 @@ enum {
     OPT_DEVICES,
     OPT_THREADS,
     OPT_BACKEND,
+    OPT_FLIGHT,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -178,6 +179,12 @@ static const struct cli_option own_options[] = {
      .id = OPT_CONTROL,
      .arg = "ADDR",
      .help = "where ranks connect (default: a unix socket in a private folder)"},
+    {.name = "flight-recorder",
+     .id = OPT_FLIGHT,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "the last steps, groups and requests, for `tandem dump` (default: in a private folder that goes with this "
+             "process); off: none"},
     {.name = "mpirun",
      .id = OPT_MPIRUN,
      .arg = "PATH",
@@ -311,6 +318,9 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
         break;
     case OPT_CONTROL:
         s->control_listen = text;
+        break;
+    case OPT_FLIGHT:
+        s->flight = text;
         break;
     case OPT_MPIRUN:
         s->mpirun_path = text;
@@ -475,7 +485,12 @@ static bool build_commands(struct serve_setup *s)
         ok = ok && arguments_push2(c, "--listen", CMD_DEFAULT_ADDRESS);
     char drain[32];
     snprintf(drain, sizeof drain, "%.0f", s->drain_s * 1000);
-    ok = ok && arguments_push2(c, "--drain-timeout-ms", drain) && append(c, &s->coordinator_extra);
+    ok = ok && arguments_push2(c, "--drain-timeout-ms", drain);
+    if (!s->flight || strcmp(s->flight, "off") != 0) {
+        snprintf(path, sizeof path, "%s/flight", s->run_dir);
+        ok = ok && arguments_push2(c, "--flight-recorder", s->flight ? s->flight : path);
+    }
+    ok = ok && append(c, &s->coordinator_extra);
     for (uint64_t i = 0; i < s->groups; i++)
         ok = ok && build_mpirun(s, i);
     return ok;

@@ -92,6 +92,7 @@ static void send_plans(struct engine *e, struct group *g, int64_t now_us)
         g->last_sent = plan.step;
         sent = true;
         g->sent_us[plan.step % COORD_STEP_RING] = now_us;
+        record_plan(e->coord, g->epoch, &plan, now_us);
         metrics_tokens(&e->coord->metrics.step_rows, plan.rows);
         if (plan.rows > plan.n_decode)
             metrics_tokens(&e->coord->metrics.step_chunk, plan.rows - plan.n_decode);

@@ -128,7 +128,9 @@ struct coord_options {
     uint32_t drain_timeout_ms;
     bool replay;
     uint32_t replay_timeout_ms, replay_limit;
-    int supervisor_fd; /* -1: none */
+    int supervisor_fd;       /* -1: none */
+    const char *flight_path; /* NULL: none */
+    uint64_t flight_bytes;
     enum log_level log_level;
 };
 
@@ -381,6 +383,7 @@ struct rank_conn {
     uint32_t rank, pid;
     char host[80], device[80];
     uint64_t last_step;
+    int64_t silence_told_us; /* to the flight recorder */
     int64_t last_result_us;
     uint64_t loaded_bytes;
     int64_t progress_us; /* when loaded_bytes grew last; until then when it attached */
@@ -498,6 +501,7 @@ struct coord {
     struct rpc_server *public_server, *control_server;
     struct http *http; /* NULL: switched off */
     struct metrics metrics;
+    struct flight *flight; /* NULL: switched off */
     struct mailbox box;
     struct intake intake;
     struct engine engine;
@@ -515,6 +519,17 @@ struct coord {
     /* counted where they are made and freed */
     atomic_uint live_requests, live_conns, live_control;
 };
+
+/* coord_flight.c: engine thread */
+void record_plan(struct coord *c, uint64_t epoch, const struct sched_plan *plan, int64_t now_us);
+void record_result(struct coord *c, uint64_t epoch, uint32_t rank, const Tandem__V1__StepResult *r, int64_t now_us);
+void record_silence(struct coord *c, uint64_t epoch, struct rank_conn *conn, int64_t silent_us, int64_t now_us);
+void record_attach(struct coord *c, uint64_t epoch, const struct rank_conn *conn, int64_t now_us);
+void record_ready(struct coord *c, const struct group *g, int64_t now_us);
+void record_lost(struct coord *c, uint64_t epoch, const char *reason, int64_t now_us);
+void record_admit(struct coord *c, const struct request *r, int64_t now_us);
+void record_refuse(struct coord *c, const struct request *r, enum status_code code, int64_t now_us);
+void record_end(struct coord *c, const struct request *r, enum status_code code, int64_t now_us);
 
 /* coord_engine.c */
 STATUS_MUST_CHECK enum status_code engine_start(struct coord *c, struct status *st);

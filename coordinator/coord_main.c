@@ -13,6 +13,7 @@
 
 #include "coordinator/coord_http.h"
 #include "coordinator/coord_internal.h"
+#include "coordinator/flight.h"
 
 #define ALIVE_CHECK_MS    500
 #define FAREWELL_S        2
@@ -172,6 +173,9 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
         return status_prefix(st, "--model");
     if (chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st) != ST_OK)
         return status_prefix(st, c->opt.chat_template ? "--chat-template" : "--model");
+    if (c->opt.flight_path &&
+        flight_open(&c->flight, c->opt.flight_path, c->opt.flight_bytes, c->started_us, st) != ST_OK)
+        return status_prefix(st, "--flight-recorder");
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
         return rc;
@@ -221,6 +225,7 @@ static void stop(struct coord *c, bool served)
     if (c->intake.n_threads)
         intake_stop(c);
     engine_stop(c); /* last: it takes the mail that the others left */
+    flight_close(c->flight, coord_now_us());
     if (served)
         bound_farewell();
     rpc_server_destroy(c->public_server);

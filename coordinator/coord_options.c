@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "coordinator/coord_internal.h"
+#include "coordinator/flight.h"
 
 enum kind { TEXT, LISTEN, HEALTH_LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, SWITCH };
 
@@ -97,6 +98,10 @@ static const struct option options[] = {
     {"--replay-limit", U32, AT(replay_limit), 0, 1000000, "N",
      "what loses more groups in a row without a new token gets INTERNAL: it may be the cause; default 3"},
     {"", TEXT, 0, 0, 0, NULL, "Other"},
+    {"--flight-recorder", TEXT, AT(flight_path), 0, 0, "FILE",
+     "the last steps, groups and requests, for `tandem dump`, whatever ends this process; default: none"},
+    {"--flight-recorder-bytes", U64, AT(flight_bytes), FLIGHT_MIN_BYTES, FLIGHT_MAX_BYTES, "N",
+     "size of that file; default 16777216"},
     {"--supervisor-fd", FD, AT(supervisor_fd), 0, 1u << 20, "N", "pipe for events, set by `tandem serve`"},
     {"--log-level", LEVEL, AT(log_level), 0, 0, "L", "error, warning, info (the default) or debug"},
     {"--help", TEXT, 0, 0, 0, NULL, "this text"},
@@ -311,6 +316,7 @@ enum status_code options_parse(struct coord_options *o, int argc, char **argv, b
         .max_connection_idle_ms = 900000,
         .max_connection_age_ms = 1800000,
         .supervisor_fd = -1,
+        .flight_bytes = 16u << 20,
         .log_level = LOG_INFO,
     };
     *done = false;

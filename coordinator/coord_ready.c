@@ -157,6 +157,7 @@ enum status_code group_serve(struct engine *e, struct group *g, int64_t now_us, 
     g->had_one = true;
     set_facts(e, g);
     metrics_add(&c->metrics.groups, 1);
+    record_ready(c, g, now_us);
     g->last_sent = 0;
     /* a slot's worth of requests may have ended and wait for their clients to read the rest */
     atomic_store(&c->max_live, c->opt.max_queued + 2 * all_slots(e) + 64);

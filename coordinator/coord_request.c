@@ -137,6 +137,7 @@ static void leave_scheduler(struct engine *e, struct request *r, enum status_cod
 static void to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
 {
     if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
+        record_end(e->coord, r, code, now_us);
         leave_scheduler(e, r, code, now_us);
         name_remove(e, r);
     }
@@ -511,6 +512,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
             goto refuse;
         }
     name_add(e, r);
+    record_admit(c, r, now_us);
     r->n_live = r->n_choices;
     r->state = REQUEST_LIVE;
     request_ref(r); /* the engine's */
@@ -520,6 +522,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
     }
     return;
 refuse:
+    record_refuse(c, r, st.code, now_us);
     metrics_error(&c->metrics, st.code);
     r->ops->finish(r->sink, &st, st.code == ST_UNAVAILABLE || st.code == ST_RESOURCE_EXHAUSTED ? retry : 0);
     r->state = REQUEST_GONE;
