@@ -9,10 +9,14 @@
 #include "coordinator/cmd.h"
 #include "coordinator/flight.h"
 
-enum { OPT_LAST = 1, OPT_ALL, OPT_JSON };
+enum { OPT_LAST = 1, OPT_EPOCH, OPT_ALL, OPT_JSON };
 
 static const struct cli_option own_options[] = {
     {.name = "last", .id = OPT_LAST, .arg = "N", .fallback = "40", .help = "the newest N records"},
+    {.name = "epoch",
+     .id = OPT_EPOCH,
+     .arg = "N",
+     .help = "judge the group of this epoch (default: the one that planned or was lost last)"},
     {.name = "all", .id = OPT_ALL, .help = "all of them"},
     {.name = "json", .id = OPT_JSON, .help = "one JSON object a record, then one with the verdict; each on a line"},
     {0},
@@ -213,7 +217,7 @@ static void print_verdict(const struct flight_verdict *v, const struct flight_lo
     putchar('\n');
 }
 
-static int dump(const char *path, uint64_t last, bool json)
+static int dump(const char *path, uint64_t last, uint64_t epoch, bool json)
 {
     struct flight_log l = {0};
     struct status st = STATUS_INIT;
@@ -224,7 +228,7 @@ static int dump(const char *path, uint64_t last, bool json)
         flight_log_free(&l);
         return cmd_error(CMD_FAILED, "dump", "out of memory");
     }
-    flight_judge(v, &l);
+    flight_judge(v, &l, epoch);
     for (size_t i = l.n > last ? l.n - last : 0; i < l.n; i++) {
         if (json)
             put_line(to_json(&l, &l.record[i]));
@@ -243,7 +247,7 @@ static int dump(const char *path, uint64_t last, bool json)
 int cmd_dump(int argc, char **argv)
 {
     struct cli_args args = {0};
-    uint64_t last = 40;
+    uint64_t last = 40, epoch = 0;
     bool json = false;
     int rc = cmd_read(&args, &cmd_dump_cli, argc, argv);
     for (int opt; !rc && (opt = cli_next(&args)) != 0;) {
@@ -251,13 +255,13 @@ int cmd_dump(int argc, char **argv)
             json = true;
         else if (opt == OPT_ALL)
             last = UINT64_MAX;
-        else if (!cmd_parse_u64(args.text, 0, UINT64_MAX, &last))
-            rc = cmd_error(CMD_USAGE, args.where, "--last %s: expected a number", args.text);
+        else if (!cmd_parse_u64(args.text, 0, UINT64_MAX, opt == OPT_EPOCH ? &epoch : &last))
+            rc = cmd_error(CMD_USAGE, args.where, "%s: expected a number", args.text);
     }
     if (!rc && args.n_operands != 1)
         rc = cmd_error(CMD_USAGE, "dump", "expected one FILE; see `tandem dump --help`");
     if (!rc)
-        rc = dump(args.operands[0], last, json);
+        rc = dump(args.operands[0], last, epoch, json);
     cli_free(&args);
     return rc < 0 ? CMD_OK : rc;
 }

@@ -134,6 +134,7 @@ struct flight_verdict {
     const char *lost; /* why the group ended, into the log; NULL: it did not */
     char text[512];   /* all of that in a sentence or two */
 };
-void flight_judge(struct flight_verdict *out, const struct flight_log *l);
+/* epoch 0: of the group that planned or was lost last. */
+void flight_judge(struct flight_verdict *out, const struct flight_log *l, uint64_t epoch);
 
 #endif

@@ -29,13 +29,13 @@ static void say(struct flight_verdict *v, const char *fmt, ...)
 
 /* Records [first, end) of the newest group that planned or was lost, within one run of a coordinator: another counts epochs
  * from 1 again. */
-static uint64_t newest_epoch(const struct flight_log *l, size_t *first, size_t *end)
+static uint64_t newest_epoch(const struct flight_log *l, uint64_t want, size_t *first, size_t *end)
 {
     uint64_t epoch = 0;
     *end = l->n;
     for (size_t i = l->n; i-- > 0;) {
         const struct flight_record *r = &l->record[i];
-        if (!epoch && (r->kind == FLIGHT_PLAN || r->kind == FLIGHT_LOST))
+        if (!epoch && (r->kind == FLIGHT_PLAN || r->kind == FLIGHT_LOST) && (!want || r->epoch == want))
             epoch = r->epoch;
         if (epoch && r->epoch == epoch)
             *first = i;
@@ -145,16 +145,16 @@ static void find_slowest(struct flight_verdict *v)
         v->slowest, k->last, k->steps, k->behind_us / 1e3);
 }
 
-void flight_judge(struct flight_verdict *v, const struct flight_log *l)
+void flight_judge(struct flight_verdict *v, const struct flight_log *l, uint64_t epoch)
 {
     struct open_step open[OPEN_STEPS] = {{0}};
     size_t first = 0, end = 0;
     memset(v, 0, sizeof *v);
     v->slowest = FLIGHT_NO_RANK;
-    v->epoch = newest_epoch(l, &first, &end);
+    v->epoch = newest_epoch(l, epoch, &first, &end);
     v->end_us = end ? l->record[end - 1].time_us : 0;
     if (!v->epoch) {
-        say(v, "No group has planned a step.");
+        say(v, "No %s has planned a step.", epoch ? "group of that epoch" : "group");
         return;
     }
     for (size_t i = first; i < end; i++)

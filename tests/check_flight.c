@@ -211,7 +211,7 @@ START_TEST(a_dead_rank_is_named)
     flight_text(f, 3006000, FLIGHT_LOST, 1, FLIGHT_NO_RANK, "rank 1 was lost: no heartbeat for 3.0 s");
     flight_close(f, 3006001);
     struct flight_log l = load();
-    flight_judge(&v, &l);
+    flight_judge(&v, &l, 0);
     ck_assert_uint_eq(v.epoch, 1);
     ck_assert_uint_eq(v.ranks, 3);
     ck_assert(v.owing == 1 && v.owes[1] && !v.owes[0] && !v.owes[2]);
@@ -234,7 +234,7 @@ START_TEST(a_silent_rank_is_named_when_nobody_answers)
     }
     flight_close(f, 3000000);
     struct flight_log l = load();
-    flight_judge(&v, &l);
+    flight_judge(&v, &l, 0);
     ck_assert(v.owing == 0 && v.rank[1].silent_ms == 2800 && v.rank[0].silent_ms == 0);
     ck_assert_msg(strstr(v.text, "No rank has answered") && strstr(v.text, "Rank 1 was silent: no heartbeat for 2.8 s"),
                   "%s", v.text);
@@ -257,10 +257,12 @@ START_TEST(a_slow_rank_is_named_and_an_older_group_is_not)
     }
     flight_close(f, 200000);
     struct flight_log l = load();
-    flight_judge(&v, &l);
+    flight_judge(&v, &l, 0);
     ck_assert(v.epoch == 2 && v.owing == 0 && v.lost == NULL);
     ck_assert_uint_eq(v.slowest, 0);
     ck_assert_msg(strstr(v.text, "Rank 0 is the slowest") != NULL, "%s", v.text);
+    flight_judge(&v, &l, 1); /* asked for by name */
+    ck_assert(v.epoch == 1 && v.owes[1]);
     flight_log_free(&l);
 }
 END_TEST
@@ -284,7 +286,7 @@ START_TEST(groups_of_two_runs_are_not_mixed)
     flight_text(f, 31, FLIGHT_ATTACH, 1, 5, "pid 7 on h, d");
     flight_close(f, 32);
     struct flight_log l = load();
-    flight_judge(&v, &l);
+    flight_judge(&v, &l, 0);
     ck_assert_uint_eq(v.ranks, 2);
     ck_assert_uint_eq(v.planned, 3);
     ck_assert_msg(strstr(v.text, "answered alike") != NULL, "%s", v.text);

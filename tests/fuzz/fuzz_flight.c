@@ -29,7 +29,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     for (size_t i = 1; i < l.n; i++)
         require(l.record[i - 1].seq < l.record[i].seq, "records are in order");
-    flight_judge(&v, &l);
+    flight_judge(&v, &l, size % 4);
     require(v.ranks <= FLIGHT_MAX_RANKS && v.owing <= v.ranks, "ranks that there can be");
     require(v.slowest == FLIGHT_NO_RANK || v.slowest < v.ranks, "the slowest is one of them");
     require(v.text[0] && memchr(v.text, 0, sizeof v.text), "a text");
