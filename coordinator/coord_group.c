@@ -303,6 +303,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
             return;
         }
     sched_step_took(g->sched, r->step, r->compute_us); /* what rows cost, against what a suspension costs */
+    sched_step_took(g->sched, r->step, r->compute_us);
     if (check_scores(g, r, &st) != ST_OK ||
         sched_result(g->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, (uint32_t)r->n_prompt_scores,
                      &st) != ST_OK) {

@@ -110,6 +110,8 @@ struct coord_options {
     const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
     bool reflection;
     bool prefix_cache;
+    uint32_t tbt_target_ms, ttft_target_ms, short_first_us;
+    bool refuse_late;
     uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms;
     uint32_t max_connection_idle_ms, max_connection_age_ms, max_connection_age_grace_ms; /* 0: none */
     uint32_t tp; /* 0: whatever size the first group has */
@@ -416,7 +418,7 @@ struct group {
     struct kv_account kv;
     uint32_t slots, context, step_tokens, vocab_size, sample_options;
     uint64_t suspend_pages, suspend_bytes_per_s; /* the least of all ranks */
-    Tandem__V1__RankMessage *ready; /* of rank 0; the engine's from the time that it serves */
+    Tandem__V1__RankMessage *ready;              /* of rank 0; the engine's from the time that it serves */
     /* when it is gone */
     bool replays;          /* its requests wait for the next */
     int64_t wait_until_us; /* for that, new requests too; 0: nobody waits for one, or it is there */

@@ -114,6 +114,11 @@ static enum status_code make_scheduler(struct engine *e, struct group *g, struct
                                .depth = o->pipeline_depth,
                                .kv = g->kv,
                                .prefix_cache = o->prefix_cache,
+                               .policy = o->tbt_target_ms ? SCHED_TARGETS : SCHED_CHUNKED,
+                               .tbt_target_us = (int64_t)o->tbt_target_ms * 1000,
+                               .ttft_target_us = (int64_t)o->ttft_target_ms * 1000,
+                               .refuse_late = o->refuse_late,
+                               .age_us_per_token = o->short_first_us,
                                .replay_limit = o->replay_limit,
                                .ages = &e->ages};
     return sched_create(&g->sched, &cfg, st);
