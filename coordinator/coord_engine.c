@@ -151,6 +151,7 @@ static void publish_load(struct engine *e, int64_t now_us)
     metrics_set(&m->suspended_pages, l.suspended_pages);
     metrics_set(&m->recomputed_tokens, l.recomputed_tokens);
     metrics_set(&m->wasted_rows, l.wasted_rows);
+    live_publish(e, now_us);
 }
 
 /* ---- the end ---- */

@@ -15,12 +15,15 @@ void record_plan(struct coord *c, uint64_t epoch, const struct sched_plan *plan,
 {
     const uint32_t v[] = {plan->rows,    plan->n_decode,  plan->n_chunk, plan->cost.rows,
                           plan->n_admit, plan->n_release, plan->samples, cut_u32(plan->cost.context >> 10)};
+    live_plan(c->live, epoch, plan);
     flight_numbers(c->flight, now_us, FLIGHT_PLAN, epoch, FLIGHT_NO_RANK, plan->step, v, sizeof v / sizeof *v);
 }
 
 void record_result(struct coord *c, uint64_t epoch, uint32_t rank, const Tandem__V1__StepResult *r, int64_t now_us)
 {
     const uint32_t v[] = {cut_u32(r->compute_us), cut_u32(r->n_token_ids)};
+    if (rank == 0)
+        live_result(c->live, epoch, r->step, r->compute_us);
     flight_numbers(c->flight, now_us, FLIGHT_RESULT, epoch, rank, r->step, v, 2);
 }
 

@@ -504,6 +504,7 @@ struct coord {
     struct http *http; /* NULL: switched off */
     struct metrics metrics;
     struct flight *flight; /* NULL: switched off */
+    struct live *live;     /* NULL: no HTTP */
     struct mailbox box;
     struct intake intake;
     struct engine engine;
@@ -522,7 +523,15 @@ struct coord {
     atomic_uint live_requests, live_conns, live_control;
 };
 
-/* coord_flight.c: engine thread */
+/* coord_live.c: what the page at / shows. NULL is fine for all but live_json */
+STATUS_MUST_CHECK enum status_code live_create(struct live **out, struct status *st);
+void live_destroy(struct live *l);
+void live_plan(struct live *l, uint64_t epoch, const struct sched_plan *plan); /* engine thread, as the next two */
+void live_result(struct live *l, uint64_t epoch, uint64_t step, uint64_t took_us);
+void live_publish(struct engine *e, int64_t now_us);
+void live_json(struct coord *c, struct json_text *t); /* any thread */
+
+/* coord_flight.c: engine thread. What it is told goes to the live page as well */
 void record_plan(struct coord *c, uint64_t epoch, const struct sched_plan *plan, int64_t now_us);
 void record_result(struct coord *c, uint64_t epoch, uint32_t rank, const Tandem__V1__StepResult *r, int64_t now_us);
 void record_silence(struct coord *c, uint64_t epoch, struct rank_conn *conn, int64_t silent_us, int64_t now_us);

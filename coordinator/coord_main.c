@@ -176,6 +176,8 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     if (c->opt.flight_path &&
         flight_open(&c->flight, c->opt.flight_path, c->opt.flight_bytes, c->started_us, st) != ST_OK)
         return status_prefix(st, "--flight-recorder");
+    if (c->opt.http_listen && (rc = live_create(&c->live, st)) != ST_OK)
+        return rc;
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
         return rc;
@@ -232,6 +234,7 @@ static void stop(struct coord *c, bool served)
     rpc_server_destroy(c->control_server);
     rpc_health_destroy(c->health);
     rpc_reflection_destroy(c->reflection);
+    live_destroy(c->live);
     chat_free(c->chat);
     tok_free(c->tok);
     if (c->engine.coord)
