@@ -1,4 +1,4 @@
-/* coord_flight.c - what the engine tells the flight recorder. Engine thread; all of it is nothing without a recorder. */
+/* coord_flight.c - what the engine tells the flight recorder, and with it the live page and the file of spans. Engine thread; all of it is nothing without a recorder. */
 #include <stdio.h>
 
 #include "coordinator/coord_internal.h"
@@ -70,6 +70,7 @@ void record_refuse(struct coord *c, const struct request *r, enum status_code co
 void record_end(struct coord *c, const struct request *r, enum status_code code, int64_t now_us)
 {
     uint32_t tokens = 0;
+    span_end(c, r, code, now_us);
     for (uint32_t i = 0; i < r->n_choices; i++)
         tokens += r->choice[i].n_new;
     const uint32_t v[] = {(uint32_t)code, r->n_prompt, tokens};

@@ -27,6 +27,7 @@
 #include "coordinator/coord_stop.h"
 #include "coordinator/metrics.h"
 #include "coordinator/scheduler.h"
+#include "coordinator/spans.h"
 #include "coordinator/tokenizer.h"
 #include "proto/rpc.h"
 #include "proto/status.h"
@@ -77,9 +78,13 @@ enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 struct coord_log {
     enum log_level level;
+    bool json; /* a line is a JSON object */
 };
 
 void log_line(const struct coord_log *log, enum log_level level, const char *fmt, ...) STATUS_PRINTF(3, 4);
+/* About one request: its name in front, or in a field of its own. */
+void log_request(const struct coord_log *log, enum log_level level, const char *name, const char *fmt, ...)
+    STATUS_PRINTF(4, 5);
 
 /* Copies text of a peer for a log line or message: what is not printable ASCII becomes '?'; cut at cap - 1 bytes. */
 void text_sanitize(char *out, size_t cap, const void *text, size_t len);
@@ -132,8 +137,10 @@ struct coord_options {
     uint32_t replay_timeout_ms, replay_limit;
     int supervisor_fd;       /* -1: none */
     const char *flight_path; /* NULL: none */
+    const char *spans_path;  /* the same */
     uint64_t flight_bytes;
     enum log_level log_level;
+    bool log_json;
 };
 
 /* *done: --help or --version was printed, nothing else is to do. The error is one line that says what to do. */
@@ -268,6 +275,7 @@ struct request {
     const struct sink_ops *ops;
     void *sink;
     int64_t arrived_us, deadline_us;
+    struct spans_parent parent;
     /* intake; the engine's from REQUEST_SUBMIT on */
     struct request *intake_next;
     void *raw;
@@ -504,6 +512,7 @@ struct coord {
     struct http *http; /* NULL: switched off */
     struct metrics metrics;
     struct flight *flight; /* NULL: switched off */
+    int spans_fd;          /* -1: switched off */
     struct live *live;     /* NULL: no HTTP */
     struct mailbox box;
     struct intake intake;
@@ -522,6 +531,10 @@ struct coord {
     /* counted where they are made and freed */
     atomic_uint live_requests, live_conns, live_control;
 };
+
+/* coord_spans.c: engine thread, but span_file_open */
+STATUS_MUST_CHECK enum status_code span_file_open(struct coord *c, struct status *st);
+void span_end(struct coord *c, const struct request *r, enum status_code code, int64_t now_us);
 
 /* coord_live.c: what the page at / shows. NULL is fine for all but live_json */
 STATUS_MUST_CHECK enum status_code live_create(struct live **out, struct status *st);

@@ -161,6 +161,7 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     c->started_us = coord_now_us();
     c->started_s = time(NULL);
     c->log.level = c->opt.log_level;
+    c->log.json = c->opt.log_json;
     c->stop_mail.kind = MAIL_STOP;
     atomic_init(&c->alive_us, c->started_us);
     atomic_init(&c->max_live, c->opt.max_queued);
@@ -176,6 +177,8 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     if (c->opt.flight_path &&
         flight_open(&c->flight, c->opt.flight_path, c->opt.flight_bytes, c->started_us, st) != ST_OK)
         return status_prefix(st, "--flight-recorder");
+    if (c->opt.spans_path && (rc = span_file_open(c, st)) != ST_OK)
+        return rc;
     if (c->opt.http_listen && (rc = live_create(&c->live, st)) != ST_OK)
         return rc;
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
@@ -235,6 +238,8 @@ static void stop(struct coord *c, bool served)
     rpc_health_destroy(c->health);
     rpc_reflection_destroy(c->reflection);
     live_destroy(c->live);
+    if (c->spans_fd >= 0)
+        close(c->spans_fd);
     chat_free(c->chat);
     tok_free(c->tok);
     if (c->engine.coord)
@@ -256,7 +261,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "tandem-coordinator: out of memory\n");
         return 1;
     }
-    c->done_fd = -1;
+    c->done_fd = c->spans_fd = -1;
     enum status_code rc = options_parse(&c->opt, argc, argv, &done, &st);
     if (rc != ST_OK || done) {
         if (rc != ST_OK)

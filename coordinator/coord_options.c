@@ -9,7 +9,7 @@
 #include "coordinator/coord_internal.h"
 #include "coordinator/flight.h"
 
-enum kind { TEXT, LISTEN, HEALTH_LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, SWITCH };
+enum kind { TEXT, LISTEN, HEALTH_LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, FORMAT, SWITCH };
 
 struct option {
     const char *name;
@@ -109,8 +109,11 @@ static const struct option options[] = {
      "the last steps, groups and requests, for `tandem dump`, whatever ends this process; default: none"},
     {"--flight-recorder-bytes", U64, AT(flight_bytes), FLIGHT_MIN_BYTES, FLIGHT_MAX_BYTES, "N",
      "size of that file; default 16777216"},
+    {"--spans", TEXT, AT(spans_path), 0, 0, "FILE",
+     "a line for each request: its spans, as OTLP in JSON, in the trace that its traceparent names; default: none"},
     {"--supervisor-fd", FD, AT(supervisor_fd), 0, 1u << 20, "N", "pipe for events, set by `tandem serve`"},
     {"--log-level", LEVEL, AT(log_level), 0, 0, "L", "error, warning, info (the default) or debug"},
+    {"--log-format", FORMAT, AT(log_json), 0, 0, "text|json", "of a line on stderr; default text"},
     {"--help", TEXT, 0, 0, 0, NULL, "this text"},
     {"--version", TEXT, 0, 0, 0, NULL, "the version"},
 };
@@ -214,6 +217,11 @@ static enum status_code parse_value(struct coord_options *o, const struct option
         if (!*(bool *)field && strcmp(text, "off") != 0)
             return status_set(st, ST_INVALID_ARGUMENT, "%s: %.60s, expected on or off", opt->name, text);
         return ST_OK;
+    case FORMAT:
+        *(bool *)field = strcmp(text, "json") == 0;
+        if (*(bool *)field || strcmp(text, "text") == 0)
+            return ST_OK;
+        return status_set(st, ST_INVALID_ARGUMENT, "%s: %.60s, expected text or json", opt->name, text);
     case LEVEL:
         return parse_level(text, (enum log_level *)field, st);
     case U32:

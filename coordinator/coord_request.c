@@ -157,7 +157,7 @@ static void fail(struct engine *e, struct request *r, const struct status *st, u
     if (!r->closed)
         r->ops->finish(r->sink, st, retry_after_ms);
     metrics_error(&e->coord->metrics, st->code);
-    log_line(&e->coord->log, LOG_DEBUG, "%s: %s: %s", r->name, status_name(st->code), st->message);
+    log_request(&e->coord->log, LOG_DEBUG, r->name, "%s: %s", status_name(st->code), st->message);
     to_closing(e, r, st->code, now_us);
 }
 
@@ -344,8 +344,8 @@ static void take_finished(struct engine *e, struct choice *c, const struct sched
     if (r->n_live == 0)
         r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
     mark_dirty(e, r);
-    log_line(&e->coord->log, LOG_DEBUG, "%s: %u prompt tokens, %u new, %s", r->name, ev->n_prompt, c->n_new,
-             ev->stopped || c->matched ? "stop" : "length");
+    log_request(&e->coord->log, LOG_DEBUG, r->name, "%u prompt tokens, %u new, %s", ev->n_prompt, c->n_new,
+                ev->stopped || c->matched ? "stop" : "length");
 }
 
 static void take_failed(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)

@@ -258,6 +258,42 @@ START_TEST(live_numbers_are_those_of_what_was_served)
 }
 END_TEST
 
+/* The caller's trace goes on in a file; one that the caller does not keep is not written. */
+START_TEST(spans_go_on_in_the_trace_of_the_caller)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    char path[] = "/tmp/tandem-spans-XXXXXX", text[4096] = "", body[1024];
+    int fd = mkstemp(path);
+    const char *args[] = {"--http", "127.0.0.1:0", "--spans", path, NULL};
+    static const char *const headers[] = {"traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00\r\n",
+                                          "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7-01\r\n"};
+    ck_assert_int_ge(fd, 0);
+    struct fake_group *g = start_ready(&p, &o, args);
+    for (int i = 0; i < 2; i++) {
+        struct http_answer a;
+        ids_body(body, sizeof body, 30, 7, 5, "");
+        http_ask(&p, "POST", COMPLETIONS, headers[i], body, &a);
+        check_code(&a, 200, NULL);
+        http_answer_free(&a);
+    }
+    for (int64_t until = proc_now_ms() + WAIT_MS; proc_now_ms() < until && !strchr(text, '\n'); usleep(10000)) {
+        ssize_t n = pread(fd, text, sizeof text - 1, 0);
+        text[n > 0 ? n : 0] = '\0';
+    }
+    json_t *line = json_loads(text, 0, NULL); /* one line, so only the second request's */
+    ck_assert_msg(line != NULL, "%s", text);
+    ck_assert_ptr_nonnull(strstr(text, "\"traceId\":\"4bf92f3577b34da6a3ce929d0e0e4737\""));
+    ck_assert_ptr_nonnull(strstr(text, "\"parentSpanId\":\"00f067aa0ba902b7\",\"name\":\"generate\""));
+    ck_assert_ptr_nonnull(strstr(text, "\"gen_ai.usage.output_tokens\",\"value\":{\"intValue\":\"5\"}"));
+    ck_assert_ptr_nonnull(strstr(text, "\"name\":\"decode\""));
+    json_decref(line);
+    close(fd);
+    unlink(path);
+    finish(&p, g);
+}
+END_TEST
+
 START_TEST(metrics_count_what_was_served)
 {
     struct proc p;
@@ -722,6 +758,7 @@ int main(void)
     tcase_add_test(core, a_connection_serves_one_request_after_the_other);
     tcase_add_test(core, pages_say_what_is);
     tcase_add_test(core, live_numbers_are_those_of_what_was_served);
+    tcase_add_test(core, spans_go_on_in_the_trace_of_the_caller);
     tcase_add_test(core, metrics_count_what_was_served);
     tcase_add_test(core, suspended_requests_are_counted);
     tcase_add_test(limits, bodies_and_heads_are_bounded);
