@@ -27,6 +27,7 @@ enum {
     OPT_DEVICES,
     OPT_THREADS,
     OPT_BACKEND,
+    OPT_FLIGHT,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -112,6 +113,18 @@ static const struct cli_option own_options[] = {
      .arg = "SIZE",
      .help =
          "host memory of each rank for preempted requests, so that they need not be computed again (default: none)"},
+    {.name = "tbt-target-ms",
+     .id = OPT_FORWARD,
+     .arg = "T",
+     .fallback = "0",
+     .help = "between two tokens of an answer: chunks of prompts are cut to what it leaves; 0: steps are filled"},
+    {.name = "ttft-target-ms", .id = OPT_FORWARD, .arg = "T", .fallback = "0", .help = "to the first token; 0: none"},
+    {.name = "refuse-late",
+     .id = OPT_FORWARD,
+     .arg = "on|off",
+     .choices = "on|off",
+     .fallback = "off",
+     .help = "requests that would miss it are refused at once"},
     {.name = "prefix-cache",
      .id = OPT_FORWARD,
      .arg = "on|off",
@@ -178,6 +191,12 @@ static const struct cli_option own_options[] = {
      .id = OPT_CONTROL,
      .arg = "ADDR",
      .help = "where ranks connect (default: a unix socket in a private folder)"},
+    {.name = "flight-recorder",
+     .id = OPT_FLIGHT,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "the last steps, groups and requests, for `tandem dump` (default: in a private folder that goes with this "
+             "process); off: none"},
     {.name = "mpirun",
      .id = OPT_MPIRUN,
      .arg = "PATH",
@@ -242,6 +261,9 @@ static const struct forward {
     {"chat-template", "--chat-template", NULL},
     {"max-queued", "--max-queued", NULL},
     {"prefix-cache", "--prefix-cache", NULL},
+    {"tbt-target-ms", "--tbt-target-ms", NULL},
+    {"ttft-target-ms", "--ttft-target-ms", NULL},
+    {"refuse-late", "--refuse-late", NULL},
     {"default-max-tokens", "--default-max-tokens", NULL},
     {"log-level", "--log-level", "--log-level"},
     {"step-tokens", "--step-tokens", "--max-step-tokens"},
@@ -311,6 +333,9 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
         break;
     case OPT_CONTROL:
         s->control_listen = text;
+        break;
+    case OPT_FLIGHT:
+        s->flight = text;
         break;
     case OPT_MPIRUN:
         s->mpirun_path = text;
@@ -475,7 +500,12 @@ static bool build_commands(struct serve_setup *s)
         ok = ok && arguments_push2(c, "--listen", CMD_DEFAULT_ADDRESS);
     char drain[32];
     snprintf(drain, sizeof drain, "%.0f", s->drain_s * 1000);
-    ok = ok && arguments_push2(c, "--drain-timeout-ms", drain) && append(c, &s->coordinator_extra);
+    ok = ok && arguments_push2(c, "--drain-timeout-ms", drain);
+    if (!s->flight || strcmp(s->flight, "off") != 0) {
+        snprintf(path, sizeof path, "%s/flight", s->run_dir);
+        ok = ok && arguments_push2(c, "--flight-recorder", s->flight ? s->flight : path);
+    }
+    ok = ok && append(c, &s->coordinator_extra);
     for (uint64_t i = 0; i < s->groups; i++)
         ok = ok && build_mpirun(s, i);
     return ok;

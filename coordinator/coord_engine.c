@@ -92,6 +92,7 @@ static void send_plans(struct engine *e, struct group *g, int64_t now_us)
         g->last_sent = plan.step;
         sent = true;
         g->sent_us[plan.step % COORD_STEP_RING] = now_us;
+        record_plan(e->coord, g->epoch, &plan, now_us);
         metrics_tokens(&e->coord->metrics.step_rows, plan.rows);
         if (plan.rows > plan.n_decode)
             metrics_tokens(&e->coord->metrics.step_chunk, plan.rows - plan.n_decode);
@@ -150,6 +151,7 @@ static void publish_load(struct engine *e, int64_t now_us)
     metrics_set(&m->suspended_pages, l.suspended_pages);
     metrics_set(&m->recomputed_tokens, l.recomputed_tokens);
     metrics_set(&m->wasted_rows, l.wasted_rows);
+    live_publish(e, now_us);
 }
 
 /* ---- the end ---- */

@@ -73,6 +73,7 @@ void group_lost(struct engine *e, struct group *g, int64_t now_us, bool permanen
     group_word(g, word, sizeof word);
     log_line(&c->log, LOG_ERROR, "the worker group of epoch %" PRIu64 "%s is lost: %s", g->epoch, word, g->lost_reason);
     bool served = g->serving, leaves = g->draining && !g->restart;
+    record_lost(c, g->epoch, g->lost_reason, now_us);
     metrics_add(&c->metrics.groups_lost, 1);
     dissolve(e, g, g->lost_reason, !leaves, now_us);
     replay_prepare(e, g, now_us, served, permanent);
@@ -210,6 +211,7 @@ static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V
     g->n_attached++;
     log_line(&e->coord->log, LOG_INFO, "rank %u of %u%s attached: pid %u on %s, %s", conn->rank, g->size,
              group_word(g, word, sizeof word), conn->pid, conn->host, conn->device);
+    record_attach(e->coord, g->epoch, conn, now_us);
     if (send_welcome(e, conn, &st) != ST_OK)
         group_lost(e, g, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
 }
@@ -291,6 +293,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
     }
     conn->last_step = r->step;
     conn->last_result_us = now_us;
+    record_result(e->coord, g->epoch, conn->rank, r, now_us);
     if (conn->rank != 0)
         return; /* the engine looks for plans to send after each batch of mail */
     for (size_t i = 0; i < r->n_token_ids; i++)
@@ -300,6 +303,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
             return;
         }
     sched_step_took(g->sched, r->step, r->compute_us); /* what rows cost, against what a suspension costs */
+    sched_step_took(g->sched, r->step, r->compute_us);
     if (check_scores(g, r, &st) != ST_OK ||
         sched_result(g->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, (uint32_t)r->n_prompt_scores,
                      &st) != ST_OK) {
@@ -426,6 +430,7 @@ static void check_rank(struct engine *e, struct rank_conn *conn, int64_t now_us)
     const struct coord_options *o = &e->coord->opt;
     struct group *g = conn->group;
     int64_t silent_us = now_us - atomic_load(&conn->heard_us);
+    record_silence(e->coord, g->epoch, conn, silent_us, now_us);
     if (silent_us >= (int64_t)o->heartbeat_timeout_ms * 1000) {
         group_lost(e, conn->group, now_us, false, "rank %u was lost: no heartbeat for %.1f s", conn->rank,
                    (double)silent_us / 1e6);

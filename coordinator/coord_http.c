@@ -30,11 +30,11 @@ static bool is_admitted(struct http *h, struct MHD_Connection *connection)
     return value && rpc_tokens_accept(h->tokens, value, strlen(value));
 }
 
-/* Probes have no token. */
-static bool is_probe(const char *url)
+/* Probes have no token, and the page has nothing in it: it asks for one itself. */
+static bool is_open(const char *url)
 {
-    return strcmp(url, "/health") == 0 || strcmp(url, "/healthz") == 0 || strcmp(url, "/livez") == 0 ||
-           strcmp(url, "/readyz") == 0 || strcmp(url, "/startupz") == 0;
+    return strcmp(url, "/") == 0 || strcmp(url, "/health") == 0 || strcmp(url, "/healthz") == 0 ||
+           strcmp(url, "/livez") == 0 || strcmp(url, "/readyz") == 0 || strcmp(url, "/startupz") == 0;
 }
 
 /* A body that says that it is too long. */
@@ -76,7 +76,7 @@ static enum MHD_Result on_access(void *ctx, struct MHD_Connection *connection, c
         return exchange_advance(*data, bytes, n);
     if (strcmp(method, MHD_HTTP_METHOD_POST) == 0)
         return open_post(h, connection, url, data);
-    if (!is_probe(url) && !is_admitted(h, connection)) {
+    if (!is_open(url) && !is_admitted(h, connection)) {
         status_set(&st, ST_UNAUTHENTICATED, "authorization: expected Bearer and a token of this server");
         return http_refuse(connection, 0, NULL, &st, 0);
     }

@@ -116,6 +116,12 @@ static void sink_release(void *sink)
     exchange_unref(sink);
 }
 
+static const char *sink_header(const void *sink, const char *name)
+{
+    const struct exchange *x = sink;
+    return MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, name);
+}
+
 static const struct sink_ops exchange_ops = {
     .decode = sink_decode,
     .pending = sink_pending,
@@ -123,6 +129,7 @@ static const struct sink_ops exchange_ops = {
     .finish = sink_finish,
     .cancel = sink_cancel,
     .peer = sink_peer,
+    .header = sink_header,
     .release = sink_release,
 };
 

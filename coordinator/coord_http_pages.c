@@ -116,10 +116,32 @@ static enum MHD_Result version(struct MHD_Connection *connection)
     return http_answer(connection, 200, JSON, &text, 0);
 }
 
+/* ---- the page for people ---- */
+
+/* coordinator/live.html, as it was when this was built */
+extern const uint8_t live_html[];
+extern const size_t live_html_len;
+
+static enum MHD_Result live_page(struct MHD_Connection *connection)
+{
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer(live_html_len, (void *)(uintptr_t)live_html, MHD_RESPMEM_PERSISTENT);
+    if (!response)
+        return MHD_NO;
+    MHD_add_response_header(response, "Content-Type", "text/html; charset=utf-8");
+    MHD_add_response_header(
+        response, "Content-Security-Policy",
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'");
+    enum MHD_Result rc = MHD_queue_response(connection, 200, response);
+    MHD_destroy_response(response);
+    return rc;
+}
+
 /* ---- the table ---- */
 
-static const char *const pages[] = {"/health",    "/healthz", "/livez",   "/readyz",         "/startupz",
-                                    "/v1/models", "/version", "/metrics", "/v1/completions", "/v1/chat/completions"};
+static const char *const pages[] = {"/",        "/live.json", "/health",         "/healthz",
+                                    "/livez",   "/readyz",    "/startupz",       "/v1/models",
+                                    "/version", "/metrics",   "/v1/completions", "/v1/chat/completions"};
 
 enum MHD_Result http_page(struct http *h, struct MHD_Connection *connection, const char *url, const char *method)
 {
@@ -137,7 +159,7 @@ enum MHD_Result http_page(struct http *h, struct MHD_Connection *connection, con
         status_set(&st, ST_NOT_FOUND, "no such path");
         return http_refuse(connection, 0, NULL, &st, 0);
     }
-    if (url[1] != 'v' && url[1] != 'm')
+    if (url[1] == 'h' || url[1] == 'r' || url[1] == 's' || strcmp(url, "/livez") == 0)
         return health(h, connection, url);
     if (strcmp(url, "/metrics") == 0) {
         struct json_text text = {0};
@@ -148,6 +170,13 @@ enum MHD_Result http_page(struct http *h, struct MHD_Connection *connection, con
     if (h->listener->security.health_only) {
         status_set(&st, ST_PERMISSION_DENIED, "this listener answers health and metrics only");
         return http_refuse(connection, 0, NULL, &st, 0);
+    }
+    if (url[1] == '\0')
+        return live_page(connection);
+    if (strcmp(url, "/live.json") == 0) {
+        struct json_text text = {0};
+        live_json(h->c, &text);
+        return http_answer(connection, 200, JSON, &text, 0);
     }
     if (strcmp(url, "/version") == 0)
         return version(connection);

@@ -27,6 +27,7 @@
 #include "coordinator/coord_stop.h"
 #include "coordinator/metrics.h"
 #include "coordinator/scheduler.h"
+#include "coordinator/spans.h"
 #include "coordinator/tokenizer.h"
 #include "proto/rpc.h"
 #include "proto/status.h"
@@ -77,9 +78,13 @@ enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 struct coord_log {
     enum log_level level;
+    bool json; /* a line is a JSON object */
 };
 
 void log_line(const struct coord_log *log, enum log_level level, const char *fmt, ...) STATUS_PRINTF(3, 4);
+/* About one request: its name in front, or in a field of its own. */
+void log_request(const struct coord_log *log, enum log_level level, const char *name, const char *fmt, ...)
+    STATUS_PRINTF(4, 5);
 
 /* Copies text of a peer for a log line or message: what is not printable ASCII becomes '?'; cut at cap - 1 bytes. */
 void text_sanitize(char *out, size_t cap, const void *text, size_t len);
@@ -110,6 +115,8 @@ struct coord_options {
     const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
     bool reflection;
     bool prefix_cache;
+    uint32_t tbt_target_ms, ttft_target_ms, short_first_us;
+    bool refuse_late;
     uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms;
     uint32_t max_connection_idle_ms, max_connection_age_ms, max_connection_age_grace_ms; /* 0: none */
     uint32_t tp; /* 0: whatever size the first group has */
@@ -128,8 +135,12 @@ struct coord_options {
     uint32_t drain_timeout_ms;
     bool replay;
     uint32_t replay_timeout_ms, replay_limit;
-    int supervisor_fd; /* -1: none */
+    int supervisor_fd;       /* -1: none */
+    const char *flight_path; /* NULL: none */
+    const char *spans_path;  /* the same */
+    uint64_t flight_bytes;
     enum log_level log_level;
+    bool log_json;
 };
 
 /* *done: --help or --version was printed, nothing else is to do. The error is one line that says what to do. */
@@ -264,6 +275,7 @@ struct request {
     const struct sink_ops *ops;
     void *sink;
     int64_t arrived_us, deadline_us;
+    struct spans_parent parent;
     /* intake; the engine's from REQUEST_SUBMIT on */
     struct request *intake_next;
     void *raw;
@@ -381,6 +393,7 @@ struct rank_conn {
     uint32_t rank, pid;
     char host[80], device[80];
     uint64_t last_step;
+    int64_t silence_told_us; /* to the flight recorder */
     int64_t last_result_us;
     uint64_t loaded_bytes;
     int64_t progress_us; /* when loaded_bytes grew last; until then when it attached */
@@ -413,7 +426,7 @@ struct group {
     struct kv_account kv;
     uint32_t slots, context, step_tokens, vocab_size, sample_options;
     uint64_t suspend_pages, suspend_bytes_per_s; /* the least of all ranks */
-    Tandem__V1__RankMessage *ready; /* of rank 0; the engine's from the time that it serves */
+    Tandem__V1__RankMessage *ready;              /* of rank 0; the engine's from the time that it serves */
     /* when it is gone */
     bool replays;          /* its requests wait for the next */
     int64_t wait_until_us; /* for that, new requests too; 0: nobody waits for one, or it is there */
@@ -498,6 +511,9 @@ struct coord {
     struct rpc_server *public_server, *control_server;
     struct http *http; /* NULL: switched off */
     struct metrics metrics;
+    struct flight *flight; /* NULL: switched off */
+    int spans_fd;          /* -1: switched off */
+    struct live *live;     /* NULL: no HTTP */
     struct mailbox box;
     struct intake intake;
     struct engine engine;
@@ -515,6 +531,29 @@ struct coord {
     /* counted where they are made and freed */
     atomic_uint live_requests, live_conns, live_control;
 };
+
+/* coord_spans.c: engine thread, but span_file_open */
+STATUS_MUST_CHECK enum status_code span_file_open(struct coord *c, struct status *st);
+void span_end(struct coord *c, const struct request *r, enum status_code code, int64_t now_us);
+
+/* coord_live.c: what the page at / shows. NULL is fine for all but live_json */
+STATUS_MUST_CHECK enum status_code live_create(struct live **out, struct status *st);
+void live_destroy(struct live *l);
+void live_plan(struct live *l, uint64_t epoch, const struct sched_plan *plan); /* engine thread, as the next two */
+void live_result(struct live *l, uint64_t epoch, uint64_t step, uint64_t took_us);
+void live_publish(struct engine *e, int64_t now_us);
+void live_json(struct coord *c, struct json_text *t); /* any thread */
+
+/* coord_flight.c: engine thread. What it is told goes to the live page as well */
+void record_plan(struct coord *c, uint64_t epoch, const struct sched_plan *plan, int64_t now_us);
+void record_result(struct coord *c, uint64_t epoch, uint32_t rank, const Tandem__V1__StepResult *r, int64_t now_us);
+void record_silence(struct coord *c, uint64_t epoch, struct rank_conn *conn, int64_t silent_us, int64_t now_us);
+void record_attach(struct coord *c, uint64_t epoch, const struct rank_conn *conn, int64_t now_us);
+void record_ready(struct coord *c, const struct group *g, int64_t now_us);
+void record_lost(struct coord *c, uint64_t epoch, const char *reason, int64_t now_us);
+void record_admit(struct coord *c, const struct request *r, int64_t now_us);
+void record_refuse(struct coord *c, const struct request *r, enum status_code code, int64_t now_us);
+void record_end(struct coord *c, const struct request *r, enum status_code code, int64_t now_us);
 
 /* coord_engine.c */
 STATUS_MUST_CHECK enum status_code engine_start(struct coord *c, struct status *st);

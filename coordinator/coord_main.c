@@ -13,6 +13,7 @@
 
 #include "coordinator/coord_http.h"
 #include "coordinator/coord_internal.h"
+#include "coordinator/flight.h"
 
 #define ALIVE_CHECK_MS    500
 #define FAREWELL_S        2
@@ -160,6 +161,7 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     c->started_us = coord_now_us();
     c->started_s = time(NULL);
     c->log.level = c->opt.log_level;
+    c->log.json = c->opt.log_json;
     c->stop_mail.kind = MAIL_STOP;
     atomic_init(&c->alive_us, c->started_us);
     atomic_init(&c->max_live, c->opt.max_queued);
@@ -172,6 +174,13 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
         return status_prefix(st, "--model");
     if (chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st) != ST_OK)
         return status_prefix(st, c->opt.chat_template ? "--chat-template" : "--model");
+    if (c->opt.flight_path &&
+        flight_open(&c->flight, c->opt.flight_path, c->opt.flight_bytes, c->started_us, st) != ST_OK)
+        return status_prefix(st, "--flight-recorder");
+    if (c->opt.spans_path && (rc = span_file_open(c, st)) != ST_OK)
+        return rc;
+    if (c->opt.http_listen && (rc = live_create(&c->live, st)) != ST_OK)
+        return rc;
     if ((rc = mailbox_init(&c->box, st)) != ST_OK || (rc = rpc_health_create(&c->health, st)) != ST_OK ||
         (rc = engine_start(c, st)) != ST_OK || (rc = intake_start(c, st)) != ST_OK)
         return rc;
@@ -221,12 +230,16 @@ static void stop(struct coord *c, bool served)
     if (c->intake.n_threads)
         intake_stop(c);
     engine_stop(c); /* last: it takes the mail that the others left */
+    flight_close(c->flight, coord_now_us());
     if (served)
         bound_farewell();
     rpc_server_destroy(c->public_server);
     rpc_server_destroy(c->control_server);
     rpc_health_destroy(c->health);
     rpc_reflection_destroy(c->reflection);
+    live_destroy(c->live);
+    if (c->spans_fd >= 0)
+        close(c->spans_fd);
     chat_free(c->chat);
     tok_free(c->tok);
     if (c->engine.coord)
@@ -248,7 +261,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "tandem-coordinator: out of memory\n");
         return 1;
     }
-    c->done_fd = -1;
+    c->done_fd = c->spans_fd = -1;
     enum status_code rc = options_parse(&c->opt, argc, argv, &done, &st);
     if (rc != ST_OK || done) {
         if (rc != ST_OK)

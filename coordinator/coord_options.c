@@ -7,8 +7,9 @@
 #include <unistd.h>
 
 #include "coordinator/coord_internal.h"
+#include "coordinator/flight.h"
 
-enum kind { TEXT, LISTEN, HEALTH_LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, SWITCH };
+enum kind { TEXT, LISTEN, HEALTH_LISTEN, CONTROL_LISTEN, NAME, U32, U64, FD, LEVEL, FORMAT, SWITCH };
 
 struct option {
     const char *name;
@@ -75,6 +76,13 @@ static const struct option options[] = {
     {"--default-max-tokens", U32, AT(default_max_tokens), 1, UINT32_MAX, "N", "where a request sets none; default 256"},
     {"", TEXT, 0, 0, 0, NULL, "Batching"},
     {"--step-tokens", U32, AT(step_tokens), 1, 65536, "N", "rows of a step at most; default 512"},
+    {"--tbt-target-ms", U32, AT(tbt_target_ms), 0, 60000, "T",
+     "between two tokens of an answer: chunks of prompts are cut to what it leaves; 0 (the default): whole steps"},
+    {"--ttft-target-ms", U32, AT(ttft_target_ms), 0, 3600000, "T", "to the first token; 0 (the default): none"},
+    {"--refuse-late", SWITCH, AT(refuse_late), 0, 0, "on|off",
+     "a request that would miss it behind what waits gets RESOURCE_EXHAUSTED at once; default off"},
+    {"--short-first-us", U32, AT(short_first_us), 0, 1000000, "T",
+     "a prompt shorter by a token may pass one that came so much earlier; 0 (the default): by age"},
     {"--prefix-cache", SWITCH, AT(prefix_cache), 0, 0, "on|off",
      "prompts that begin as others did are not computed again; default on"},
     {"--pipeline-depth", U32, AT(pipeline_depth), 1, 2, "N", "plans in flight, 1 or 2; default 2"},
@@ -97,8 +105,15 @@ static const struct option options[] = {
     {"--replay-limit", U32, AT(replay_limit), 0, 1000000, "N",
      "what loses more groups in a row without a new token gets INTERNAL: it may be the cause; default 3"},
     {"", TEXT, 0, 0, 0, NULL, "Other"},
+    {"--flight-recorder", TEXT, AT(flight_path), 0, 0, "FILE",
+     "the last steps, groups and requests, for `tandem dump`, whatever ends this process; default: none"},
+    {"--flight-recorder-bytes", U64, AT(flight_bytes), FLIGHT_MIN_BYTES, FLIGHT_MAX_BYTES, "N",
+     "size of that file; default 16777216"},
+    {"--spans", TEXT, AT(spans_path), 0, 0, "FILE",
+     "a line for each request: its spans, as OTLP in JSON, in the trace that its traceparent names; default: none"},
     {"--supervisor-fd", FD, AT(supervisor_fd), 0, 1u << 20, "N", "pipe for events, set by `tandem serve`"},
     {"--log-level", LEVEL, AT(log_level), 0, 0, "L", "error, warning, info (the default) or debug"},
+    {"--log-format", FORMAT, AT(log_json), 0, 0, "text|json", "of a line on stderr; default text"},
     {"--help", TEXT, 0, 0, 0, NULL, "this text"},
     {"--version", TEXT, 0, 0, 0, NULL, "the version"},
 };
@@ -202,6 +217,11 @@ static enum status_code parse_value(struct coord_options *o, const struct option
         if (!*(bool *)field && strcmp(text, "off") != 0)
             return status_set(st, ST_INVALID_ARGUMENT, "%s: %.60s, expected on or off", opt->name, text);
         return ST_OK;
+    case FORMAT:
+        *(bool *)field = strcmp(text, "json") == 0;
+        if (*(bool *)field || strcmp(text, "text") == 0)
+            return ST_OK;
+        return status_set(st, ST_INVALID_ARGUMENT, "%s: %.60s, expected text or json", opt->name, text);
     case LEVEL:
         return parse_level(text, (enum log_level *)field, st);
     case U32:
@@ -311,6 +331,7 @@ enum status_code options_parse(struct coord_options *o, int argc, char **argv, b
         .max_connection_idle_ms = 900000,
         .max_connection_age_ms = 1800000,
         .supervisor_fd = -1,
+        .flight_bytes = 16u << 20,
         .log_level = LOG_INFO,
     };
     *done = false;

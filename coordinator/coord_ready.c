@@ -137,6 +137,11 @@ static enum status_code make_scheduler(struct engine *e, struct group *g, struct
                                .depth = o->pipeline_depth,
                                .kv = g->kv,
                                .prefix_cache = o->prefix_cache,
+                               .policy = o->tbt_target_ms ? SCHED_TARGETS : SCHED_CHUNKED,
+                               .tbt_target_us = (int64_t)o->tbt_target_ms * 1000,
+                               .ttft_target_us = (int64_t)o->ttft_target_ms * 1000,
+                               .refuse_late = o->refuse_late,
+                               .age_us_per_token = o->short_first_us,
                                .replay_limit = o->replay_limit,
                                .ages = &e->ages};
     return sched_create(&g->sched, &cfg, st);
@@ -180,6 +185,7 @@ enum status_code group_serve(struct engine *e, struct group *g, int64_t now_us, 
     g->had_one = true;
     set_facts(e, g);
     metrics_add(&c->metrics.groups, 1);
+    record_ready(c, g, now_us);
     g->last_sent = 0;
     /* a slot's worth of requests may have ended and wait for their clients to read the rest */
     atomic_store(&c->max_live, c->opt.max_queued + 2 * all_slots(e) + 64);

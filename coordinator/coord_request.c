@@ -137,6 +137,7 @@ static void leave_scheduler(struct engine *e, struct request *r, enum status_cod
 static void to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
 {
     if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
+        record_end(e->coord, r, code, now_us);
         leave_scheduler(e, r, code, now_us);
         name_remove(e, r);
     }
@@ -156,7 +157,7 @@ static void fail(struct engine *e, struct request *r, const struct status *st, u
     if (!r->closed)
         r->ops->finish(r->sink, st, retry_after_ms);
     metrics_error(&e->coord->metrics, st->code);
-    log_line(&e->coord->log, LOG_DEBUG, "%s: %s: %s", r->name, status_name(st->code), st->message);
+    log_request(&e->coord->log, LOG_DEBUG, r->name, "%s: %s", status_name(st->code), st->message);
     to_closing(e, r, st->code, now_us);
 }
 
@@ -343,8 +344,8 @@ static void take_finished(struct engine *e, struct choice *c, const struct sched
     if (r->n_live == 0)
         r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
     mark_dirty(e, r);
-    log_line(&e->coord->log, LOG_DEBUG, "%s: %u prompt tokens, %u new, %s", r->name, ev->n_prompt, c->n_new,
-             ev->stopped || c->matched ? "stop" : "length");
+    log_request(&e->coord->log, LOG_DEBUG, r->name, "%u prompt tokens, %u new, %s", ev->n_prompt, c->n_new,
+                ev->stopped || c->matched ? "stop" : "length");
 }
 
 static void take_failed(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
@@ -511,6 +512,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
             goto refuse;
         }
     name_add(e, r);
+    record_admit(c, r, now_us);
     r->n_live = r->n_choices;
     r->state = REQUEST_LIVE;
     request_ref(r); /* the engine's */
@@ -520,6 +522,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
     }
     return;
 refuse:
+    record_refuse(c, r, st.code, now_us);
     metrics_error(&c->metrics, st.code);
     r->ops->finish(r->sink, &st, st.code == ST_UNAVAILABLE || st.code == ST_RESOURCE_EXHAUSTED ? retry : 0);
     r->state = REQUEST_GONE;

@@ -42,6 +42,11 @@ static const char *call_peer(const void *sink)
     return rpc_call_peer(sink);
 }
 
+static const char *call_header(const void *sink, const char *name)
+{
+    return rpc_call_metadata(sink, name);
+}
+
 static void call_release(void *sink)
 {
     rpc_call_unref(sink);
@@ -54,6 +59,7 @@ static const struct sink_ops call_ops = {
     .finish = call_finish,
     .cancel = call_cancel,
     .peer = call_peer,
+    .header = call_header,
     .release = call_release,
 };
 

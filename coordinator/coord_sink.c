@@ -84,6 +84,7 @@ enum status_code request_open(struct coord *c, const struct sink_ops *ops, void 
     r->ops = ops;
     r->sink = sink;
     r->deadline_us = deadline_us;
+    r->parent = spans_parent_parse(ops->header(sink, "traceparent"));
     *out = r; /* before others can see it: they may answer at once */
     rc = intake_push(c, r, st);
     if (rc != ST_OK) {

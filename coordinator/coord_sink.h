@@ -35,13 +35,15 @@ struct sink_ops {
     /* The same, and what waits for the client is dropped. */
     void (*cancel)(void *sink, const struct status *st);
     const char *(*peer)(const void *sink);
+    /* A header of the request, NULL: it has none of this name (lower case). Within request_open only. */
+    const char *(*header)(const void *sink, const char *name);
     /* The last operation: the request is freed. */
     void (*release)(void *sink);
 };
 
 /* Begins a request; `raw` is copied. *out holds one reference, which request_closed takes back: call that once, when the
  * protocol's object is at its end, be it done or given up. It may come on another thread before this has returned.
- * On an error nothing was begun, and nothing of `sink` is called: the caller answers, with *retry_after_ms. */
+ * On an error nothing was begun, and nothing of `sink` is called but header: the caller answers, with *retry_after_ms. */
 STATUS_MUST_CHECK enum status_code request_open(struct coord *c, const struct sink_ops *ops, void *sink,
                                                 const void *raw, size_t len, int64_t deadline_us, struct request **out,
                                                 uint32_t *retry_after_ms, struct status *st);

@@ -76,6 +76,12 @@ static void bounds_of(enum metric_type type, const uint64_t **bounds, size_t *n)
     *n = type == TIME ? COUNT(time_bounds) : type == STEP_TIME ? COUNT(step_bounds) : COUNT(token_bounds);
 }
 
+size_t metrics_time_bounds(const uint64_t **bounds)
+{
+    *bounds = time_bounds;
+    return COUNT(time_bounds);
+}
+
 static void observe(struct metrics_histogram *h, enum metric_type type, uint64_t v)
 {
     const uint64_t *bounds;

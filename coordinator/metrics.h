@@ -57,6 +57,8 @@ static inline void metrics_set(metrics_counter *c, uint64_t v)
 void metrics_time(struct metrics_histogram *h, int64_t us);      /* less than 0 counts as 0 */
 void metrics_step_time(struct metrics_histogram *h, int64_t us); /* finer, for what takes no second */
 void metrics_tokens(struct metrics_histogram *h, uint64_t n);
+/* Upper bounds of the buckets of metrics_time, in microseconds; returns how many. */
+size_t metrics_time_bounds(const uint64_t **bounds);
 /* Any thread. */
 void metrics_error(struct metrics *m, enum status_code code);
 void metrics_render(const struct metrics *m, bool vllm_names, struct json_text *out);

@@ -173,6 +173,9 @@ START_TEST(pages_say_what_is)
         {"GET", "/v1/models/demo-model", 200, 200, "\"id\":\"demo-model\""},
         {"GET", "/v1/models/other", 404, 404, "\"model_not_found\""},
         {"GET", "/version", 200, 200, "\"version\""},
+        {"GET", "/", 200, 200, "fetch(\"live.json\""},
+        {"GET", "/live.json", 200, 200, "\"state\":\"READY\""},
+        {"POST", "/", 404, 404, NULL},
         {"GET", "/nothing", 404, 404, "no such path"},
         {"POST", "/v1/embeddings", 404, 404, "no such path"},
         {"GET", COMPLETIONS, 405, 405, "takes POST"},
@@ -197,6 +200,96 @@ START_TEST(pages_say_what_is)
             g = fake_group_start(p.control, &o);
         ck_assert(proc_wait_state(&p, STATE(READY), WAIT_MS));
     }
+    finish(&p, g);
+}
+END_TEST
+
+static json_int_t sum_of(const json_t *numbers)
+{
+    json_int_t sum = 0;
+    for (size_t i = 0; i < json_array_size(numbers); i++)
+        sum += json_integer_value(json_array_get(numbers, i));
+    return sum;
+}
+
+/* What the page at / draws. */
+START_TEST(live_numbers_are_those_of_what_was_served)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    struct fake_group *g = start_ready(&p, &o, WITH_HTTP);
+    json_t *live = NULL;
+    free(grpc_text(&p, 20, 1, 10));
+    ck_assert(wait_live(&p, 0));
+    for (int64_t until = proc_now_ms() + WAIT_MS; proc_now_ms() < until; usleep(10000)) {
+        struct http_answer a;
+        json_decref(live);
+        http_ask(&p, "GET", "/live.json", "", NULL, &a);
+        check_code(&a, 200, NULL);
+        live = json_loads(a.body, 0, NULL);
+        ck_assert_msg(live != NULL, "%s", a.body);
+        http_answer_free(&a);
+        if (json_integer_value(json_object_get(live, "finished")) == 1) /* the engine tells once a turn */
+            break;
+    }
+    const json_t *steps = json_object_get(live, "steps"), *ttft = json_object_get(live, "ttft"),
+                 *tbt = json_object_get(live, "tbt"), *group = json_array_get(json_object_get(live, "groups"), 0);
+    json_int_t decodes = 0, rows = 0, took = 0;
+    for (size_t i = 0; i < json_array_size(steps); i++) {
+        const json_t *s = json_array_get(steps, i);
+        ck_assert_int_eq(json_integer_value(json_array_get(s, 0)), 1);
+        decodes += json_integer_value(json_array_get(s, 2));
+        rows += json_integer_value(json_array_get(s, 3));
+        took += json_integer_value(json_array_get(s, 4)) > 0;
+    }
+    ck_assert_int_eq(rows, 20);
+    ck_assert_int_eq(decodes, 9);
+    ck_assert_int_eq(took, (json_int_t)json_array_size(steps));
+    ck_assert_int_eq(sum_of(json_object_get(ttft, "count")), 1);
+    ck_assert_int_eq(sum_of(json_object_get(tbt, "count")), 9);
+    ck_assert_uint_eq(json_array_size(json_object_get(tbt, "count")),
+                      json_array_size(json_object_get(tbt, "bounds_us")) + 1);
+    ck_assert_int_eq(json_integer_value(json_object_get(json_object_get(live, "pages"), "total")), 1024);
+    ck_assert_int_eq(json_integer_value(json_object_get(live, "slots")), 8);
+    ck_assert(json_is_true(json_object_get(group, "serving")));
+    ck_assert_uint_eq(json_array_size(json_object_get(group, "ranks")), 2);
+    json_decref(live);
+    finish(&p, g);
+}
+END_TEST
+
+/* The caller's trace goes on in a file; one that the caller does not keep is not written. */
+START_TEST(spans_go_on_in_the_trace_of_the_caller)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    char path[] = "/tmp/tandem-spans-XXXXXX", text[4096] = "", body[1024];
+    int fd = mkstemp(path);
+    const char *args[] = {"--http", "127.0.0.1:0", "--spans", path, NULL};
+    static const char *const headers[] = {"traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00\r\n",
+                                          "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7-01\r\n"};
+    ck_assert_int_ge(fd, 0);
+    struct fake_group *g = start_ready(&p, &o, args);
+    for (int i = 0; i < 2; i++) {
+        struct http_answer a;
+        ids_body(body, sizeof body, 30, 7, 5, "");
+        http_ask(&p, "POST", COMPLETIONS, headers[i], body, &a);
+        check_code(&a, 200, NULL);
+        http_answer_free(&a);
+    }
+    for (int64_t until = proc_now_ms() + WAIT_MS; proc_now_ms() < until && !strchr(text, '\n'); usleep(10000)) {
+        ssize_t n = pread(fd, text, sizeof text - 1, 0);
+        text[n > 0 ? n : 0] = '\0';
+    }
+    json_t *line = json_loads(text, 0, NULL); /* one line, so only the second request's */
+    ck_assert_msg(line != NULL, "%s", text);
+    ck_assert_ptr_nonnull(strstr(text, "\"traceId\":\"4bf92f3577b34da6a3ce929d0e0e4737\""));
+    ck_assert_ptr_nonnull(strstr(text, "\"parentSpanId\":\"00f067aa0ba902b7\",\"name\":\"generate\""));
+    ck_assert_ptr_nonnull(strstr(text, "\"gen_ai.usage.output_tokens\",\"value\":{\"intValue\":\"5\"}"));
+    ck_assert_ptr_nonnull(strstr(text, "\"name\":\"decode\""));
+    json_decref(line);
+    close(fd);
+    unlink(path);
     finish(&p, g);
 }
 END_TEST
@@ -367,6 +460,9 @@ START_TEST(tokens_are_those_of_grpc)
         {"/livez", "", 200},
         {"/v1/models", "", 401},
         {"/metrics", "", 401},
+        {"/", "", 200},
+        {"/live.json", "", 401},
+        {"/live.json", "Authorization: Bearer 0123456789abcdef0123\r\n", 200},
         {"/v1/models", "Authorization: Bearer 0123456789abcdef0124\r\n", 401},
         {"/v1/models", "Authorization: Bearer 0123456789abcdef0123\r\n", 200},
         {"/metrics", "Authorization: Bearer 0123456789abcdef0123\r\n", 200},
@@ -397,6 +493,9 @@ START_TEST(a_listener_for_health_generates_nothing)
     struct http_answer a;
     http_ask(&p, "GET", "/metrics", "", NULL, &a);
     check_code(&a, 200, "tandem_ready 1");
+    http_answer_free(&a);
+    http_ask(&p, "GET", "/live.json", "", NULL, &a);
+    check_code(&a, 403, "health and metrics only");
     http_answer_free(&a);
     http_ask(&p, "POST", COMPLETIONS, "", "{\"prompt\":\"x\"}", &a);
     check_code(&a, 403, "health and metrics only");
@@ -658,6 +757,8 @@ int main(void)
     tcase_add_test(core, many_streams_at_once_get_their_own_tokens);
     tcase_add_test(core, a_connection_serves_one_request_after_the_other);
     tcase_add_test(core, pages_say_what_is);
+    tcase_add_test(core, live_numbers_are_those_of_what_was_served);
+    tcase_add_test(core, spans_go_on_in_the_trace_of_the_caller);
     tcase_add_test(core, metrics_count_what_was_served);
     tcase_add_test(core, suspended_requests_are_counted);
     tcase_add_test(limits, bodies_and_heads_are_bounded);

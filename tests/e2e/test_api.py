@@ -1,4 +1,5 @@
 """A stock grpcio client against the server: streaming, cancel, deadline, health, limits, every kind of bad input."""
+import json
 import math
 import os
 import subprocess
@@ -139,6 +140,19 @@ class Api(unittest.TestCase):
             code, _ = self.code_of(raw(self.c.channel, path, b""))
             self.assertEqual(code, grpc.StatusCode.UNIMPLEMENTED)
             self.assertLess(time.monotonic() - start, 1 * SLOW)
+
+    def test_top_command(self):
+        rc, out, err = tandem("top", "--address", self.c.address, "--once", "--json", "--interval", "0.1")
+        self.assertEqual((rc, err), (0, ""))
+        look = json.loads(out)
+        self.assertEqual((look["state"], [r["rank"] for r in look["ranks"]]), ("READY", [0, 1]))
+        self.assertGreater(look["pages_total"], 0)
+        rc, out, err = tandem("top", "--address", self.c.address, "--once", "--interval", "0.1")
+        self.assertEqual((rc, err), (0, ""))
+        self.assertIn("READY", out)
+        self.assertIn("rank 1", out)
+        self.assertEqual(tandem("top", "--json")[0], 2)
+        self.assertEqual(tandem("top", "--address", "unix:/nonexistent", "--once")[0], 3)
 
     def test_probe_command(self):
         self.assertEqual(tandem("probe", "--address", self.c.address), (0, "SERVING\n", ""))

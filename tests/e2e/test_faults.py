@@ -239,12 +239,27 @@ class LostRanks(unittest.TestCase):
                 os.kill(c.workers()[rank], signal.SIGKILL)
                 self.after_loss(c, *running)
 
+    def dump(self, path):
+        rc, out, err = tandem("dump", "--json", "--all", path)
+        self.assertEqual((rc, err), (0, ""))
+        lines = [json.loads(line) for line in out.splitlines()]
+        return lines[:-1], lines[-1]
+
     def test_stopped_rank_is_named(self):
-        with self.cluster(2) as c:
+        flight = os.path.join(self.dir.name, "flight")
+        with Cluster(model=self.model, tp=2, args=(*SLOW_ARGS, "--flight-recorder", flight)) as c:
             running = self.start(c)
             pid = c.workers()[1]
             os.kill(pid, signal.SIGSTOP)
+            wait_for("a record of its silence", lambda: self.dump(flight)[1]["ranks"][1]["silent_ms"])
+            records, verdict = self.dump(flight)  # before anybody has given it up
+            self.assertEqual((verdict["ranks"][0]["silent_ms"], verdict["lost"]), (0, None))
+            self.assertIn("Rank 1 was silent", verdict["text"])
+            kinds = {r["kind"] for r in records}
+            self.assertLessEqual({"start", "attach", "ready", "admit", "plan", "result", "silent"}, kinds)
             self.after_loss(c, *running)
+            lost = [r for r in self.dump(flight)[0] if r["kind"] == "lost"]
+            self.assertEqual([(r["epoch"], r["text"][:33]) for r in lost], [(running[1], "rank 1 was lost: no heartbeat for")])
             self.assertIn("is lost: rank 1 was lost: no heartbeat", c.log())
             wait_for("end of the stopped process", lambda: process_name(pid) != "tandem-worker")
 
