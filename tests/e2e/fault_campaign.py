@@ -199,6 +199,15 @@ class Server:
                 self.ready.clear()
                 self.down_since = self.down_since or time.monotonic()
 
+    def wait_all(self, seconds):
+        """Until every group serves: of several one is always there."""
+        until = time.monotonic() + seconds
+        while not all(g.ready for g in self.groups):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
+
     def down_within(self, start, end):
         with self.lock:
             spans = [*self.down, *([(self.down_since, end)] if self.down_since else [])]
@@ -303,7 +312,7 @@ class Campaign:
         workers = group.workers()
         kind = self.rng.choice(["kill", "stop", "mpirun", "cut"] + several * ["drain"])
         if not several:
-            self.server.lost(group)  # what follows is the fault's, not a hang; where another serves even that is one
+            self.server.lost(group)  # what follows is the fault's, not a hang; where another serves it may be one
         if kind == "cut":
             self.server.proxy.cut(self.rng)
         elif kind == "drain":
@@ -326,11 +335,14 @@ class Campaign:
         time.sleep(1)
         fds, memory, kinds, start = self.server.descriptors(), None, {}, time.monotonic()
         for k in range(self.o.faults):
-            if not self.server.ready.wait(30):
+            if not self.server.wait_all(30):
                 self.fail("no group came back within 30 s")
                 break
             time.sleep(self.rng.uniform(0, 0.6))
-            kind = self.fault()
+            try:
+                kind = self.fault()
+            except ProcessLookupError:  # it has just ended by itself: mpirun takes its time after a lost rank
+                continue
             kinds[kind] = kinds.get(kind, 0) + 1
             if k == min(20, self.o.faults // 2):
                 memory = self.server.memory_kb()
@@ -380,6 +392,7 @@ def main():
         try:
             campaign.run()
         finally:
+            campaign.done = True
             status = server.stop()
         if status:
             campaign.fail(f"the coordinator ended with status {status}")
