@@ -13,6 +13,9 @@
  * What waits is looked over every BALANCE_US: the next of a group that has no room for it goes where there is room, the
  * youngest where it is cheaper by MOVE_TOKENS. A request that holds a slot, or has something in flight, stays.
  *
+ * What has lost SUSPECT_LOSSES groups in a row, without a new token in between, may be what kills them: it waits for the
+ * one that it was in, as long as that is awaited, so that the others live.
+ *
  * With one group nothing of this happens. */
 #include <stdio.h>
 
@@ -21,7 +24,8 @@
 #define RUNNING_TOKENS 32
 #define MOVE_TOKENS    512 /* less is not worth the cached prefix of whoever comes next */
 #define BALANCE_US     5000
-#define BALANCE_MOVES  32      /* at a time, of each group */
+#define BALANCE_MOVES  32 /* at a time, of each group */
+#define SUSPECT_LOSSES 2
 #define SLOW_US        1000000 /* and SLOW_STEPS times its last step */
 #define SLOW_STEPS     8
 
@@ -158,7 +162,9 @@ void route_leave(struct engine *e, struct group *g, int64_t now_us)
         return;
     for (uint64_t id = sched_next_waiting(g->sched, 0), next; id; id = next) {
         next = sched_next_waiting(g->sched, id);
-        struct group *to = sched_wish_of(g->sched, id, &w) ? best_for(e, &w, g, now_us, &fare) : NULL;
+        if (!sched_wish_of(g->sched, id, &w) || (w.losses >= SUSPECT_LOSSES && g->wait_until_us))
+            continue;
+        struct group *to = best_for(e, &w, g, now_us, &fare);
         moved += to && move(e, g, to, id);
     }
     if (moved)

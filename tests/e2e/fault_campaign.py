@@ -132,8 +132,10 @@ class Group:
 
     def launch(self):
         name = ["--group", self.name] if self.name else []
+        own = f"{self.server.folder}/mpi{self.name}"  # its files: of several launches at a time none meets another's
+        os.mkdir(own)
         while not self.server.stopping:
-            self.ranks = subprocess.Popen([*MPI, "-np", str(self.server.tp), f"{BIN}/tandem-worker", "--model", DEMO,
+            self.ranks = subprocess.Popen([*MPI, "--mca", "orte_tmpdir_base", own, "-np", str(self.server.tp), f"{BIN}/tandem-worker", "--model", DEMO,
                                            "--coordinator", f"unix:{self.server.folder}/proxy", "--threads", "1",
                                            "--kv-memory", "64M", *name], env=self.server.env, stdout=self.server.log,
                                           stderr=self.server.log, start_new_session=True)
@@ -198,6 +200,13 @@ class Server:
             if not any(g.ready for g in self.groups):
                 self.ready.clear()
                 self.down_since = self.down_since or time.monotonic()
+
+    def tree(self):
+        """What is there of each group, for whoever asks why it does not come."""
+        def line(pid):
+            with open(f"/proc/{pid}/stat") as f:
+                return f"{process_name(pid)} {pid} {f.read().rsplit(')', 1)[1].split()[0]}"
+        return [(g.name, g.ready, [line(p) for p in [g.ranks.pid, *children(g.ranks.pid)]]) for g in self.groups]
 
     def wait_all(self, seconds):
         """Until every group serves: of several one is always there."""
@@ -336,7 +345,7 @@ class Campaign:
         fds, memory, kinds, start = self.server.descriptors(), None, {}, time.monotonic()
         for k in range(self.o.faults):
             if not self.server.wait_all(30):
-                self.fail("no group came back within 30 s")
+                self.fail(f"no group came back within 30 s: {self.server.tree()}")
                 break
             time.sleep(self.rng.uniform(0, 0.6))
             try:
