@@ -144,7 +144,10 @@ class Group:
     def workers(self):
         return [p for p in children(self.ranks.pid) if process_name(p) == "tandem-worker"] if self.ranks else []
 
-    def end(self):
+    def end(self, launch=None):
+        """Of this launch only, if one is given."""
+        if launch and launch is not self.ranks:
+            return
         for p in [*self.workers(), self.ranks.pid]:
             try:
                 os.kill(p, signal.SIGKILL)
@@ -192,6 +195,7 @@ class Server:
                 group.end()
             elif line.startswith("group-drained"):
                 self.lost(group)
+                threading.Timer(2.5, group.end, [group.ranks]).start()  # one that was stopped cannot leave by itself
 
     def lost(self, group):
         """When no other is there this is the time without a group."""
@@ -274,7 +278,7 @@ class Campaign:
             with self.lock:
                 self.longest = max(self.longest, pause)
             if pause > self.o.hang:
-                self.fail(f"a stream paused for {pause:.1f} s while a group served")
+                self.fail(f"a stream paused for {pause:.1f} s while a group served, until {time.strftime('%T')}")
             answer.add(m)
             if leave_after is not None and n >= leave_after:
                 call.cancel()
