@@ -448,10 +448,10 @@ START_TEST(what_may_kill_groups_does_not_go_on_to_the_next)
     struct rpc_stream *s = open_one(&t.p, 8, 1, 20);
     ck_assert(wait_running(&t.p, 1, 0));
     ck_assert_uint_eq(of_group(&t.p, "a").running_requests, 1);
-    fake_group_mood(t.a, 0, FAKE_DROP);
+    fake_group_mood(t.a, 1, FAKE_DROP);
     ck_assert(wait_groups(&t.p, 2));
     ck_assert_uint_eq(of_group(&t.p, "b").running_requests, 1);
-    fake_group_mood(t.b, 0, FAKE_DROP);
+    fake_group_mood(t.b, 1, FAKE_DROP);
     ck_assert(wait_groups(&t.p, 1));
     struct rpc_stream *other = open_one(&t.p, 8, 2, 20);
     ck_assert_uint_eq(close_one(other, 8, 2, 20), 0);
