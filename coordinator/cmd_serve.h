@@ -1,5 +1,5 @@
-/* cmd_serve.h - what the two files of `tandem serve` share: cmd_serve_setup.c reads options, makes the private folders and
- * builds the two command lines; cmd_serve.c runs and watches them. */
+/* cmd_serve.h - what the files of `tandem serve` share: cmd_serve_setup.c reads options and makes the private folders,
+ * cmd_serve_commands.c builds the command lines, cmd_serve.c runs and watches them. */
 #ifndef TANDEM_CMD_SERVE_H
 #define TANDEM_CMD_SERVE_H
 
@@ -42,8 +42,13 @@ struct serve_setup {
     struct argument_list coordinator, mpirun[SERVE_MAX_GROUPS]; /* what to run */
 };
 
-/* Of the i-th of several groups. */
+/* Name of the i-th of several groups. */
 void serve_group_name(char *out, size_t cap, uint64_t i);
+
+/* The devices of group i out of the list that was given, *len bytes; NULL: that has not as many for each. */
+const char *serve_devices_of(const struct serve_setup *s, uint64_t i, size_t *len);
+/* False: too many arguments. */
+bool serve_build_commands(struct serve_setup *s);
 
 /* CMD_OK, CMD_USAGE or CMD_FAILED (a line on stderr has said why), or -1 after --help. */
 int serve_parse(int argc, char **argv, struct serve_setup *s);

@@ -125,16 +125,18 @@ void engine_pump(struct engine *e, int64_t now_us)
 static void publish_load(struct engine *e, int64_t now_us)
 {
     struct metrics *m = &e->coord->metrics;
-    uint64_t ranks = 0, slots = 0;
+    uint64_t ranks = 0, slots = 0, serving = 0;
     if (now_us - e->published_us < PUBLISH_US)
         return;
     e->published_us = now_us;
     for (uint32_t i = 0; i < e->n_groups; i++) {
         ranks += e->group[i].live ? e->group[i].n_attached : 0;
         slots += e->group[i].serving ? e->group[i].slots : 0;
+        serving += e->group[i].serving;
     }
     metrics_set(&m->ranks, ranks);
     metrics_set(&m->slots, slots);
+    metrics_set(&m->groups_serving, serving);
     struct sched_load l = engine_load(e);
     metrics_set(&m->running, l.running);
     metrics_set(&m->waiting, l.queued);

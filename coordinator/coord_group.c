@@ -99,13 +99,19 @@ uint32_t group_leave(struct engine *e, struct group *g, int64_t now_us)
     log_line(&c->log, LOG_INFO, "the worker group of epoch %" PRIu64 "%s was drained; %u requests go on elsewhere",
              g->epoch, group_word(g, word, sizeof word), left);
     g->replays = true;
-    g->wait_until_us = restart ? now_us + (int64_t)c->opt.replay_timeout_ms * 1000 : 0;
+    bool others = groups_others_serve(e, g);
+    g->wait_until_us = restart || !others ? now_us + (int64_t)c->opt.replay_timeout_ms * 1000 : 0;
     snprintf(reason, sizeof reason, "%s; waiting for it to come back", g->lost_reason);
     engine_publish(e, reason);
     if (served)
         sched_recall(g->sched, now_us);
     engine_events(e, now_us);
     route_leave(e, g, now_us);
+    if (!g->wait_until_us) {
+        struct status st = STATUS_INIT;
+        status_set(&st, ST_UNAVAILABLE, "the worker group was drained, and no other can hold the request");
+        requests_end_group(e, g, &st, now_us);
+    }
     supervisor_line(c, "group-drained epoch=%" PRIu64 "%s restart=%d", g->epoch, word, restart);
     return left;
 }

@@ -68,6 +68,7 @@ static void wait_is_over(struct engine *e, struct group *g, int64_t now_us)
              e->coord->opt.replay_timeout_ms);
     g->wait_until_us = 0;
     engine_publish(e, reason);
+    route_leave(e, g, now_us); /* what was kept for it */
     uint32_t n = end_group(e, g, reason, now_us);
     if (n || !groups_others_serve(e, g))
         log_line(&e->coord->log, LOG_ERROR, "%s", reason);

@@ -13,6 +13,9 @@
  * What waits is looked over every BALANCE_US: the next of a group that has no room for it goes where there is room, the
  * youngest where it is cheaper by MOVE_TOKENS. A request that holds a slot, or has something in flight, stays.
  *
+ * What has lost more groups in a row than half of --replay-limit, without a new token in between, may be what kills them: it
+ * waits for the one that it was in, as long as that is awaited, so that the others live.
+ *
  * With one group nothing of this happens. */
 #include <stdio.h>
 
@@ -144,8 +147,14 @@ static bool move(struct engine *e, struct group *from, struct group *to, uint64_
     if (!sched_move(from->sched, to->sched, id)) /* it stays, and is asked again later */
         return false;
     to->moved++;
+    metrics_add(&e->coord->metrics.moved, 1);
     request_moved(e, id, to);
     return true;
+}
+
+static bool is_suspect(const struct engine *e, const struct sched_wish *w)
+{
+    return (uint64_t)w->losses * 2 > e->coord->opt.replay_limit;
 }
 
 /* All events of `from` are taken: whoever calls has pumped, or has just lost it. */
@@ -158,7 +167,9 @@ void route_leave(struct engine *e, struct group *g, int64_t now_us)
         return;
     for (uint64_t id = sched_next_waiting(g->sched, 0), next; id; id = next) {
         next = sched_next_waiting(g->sched, id);
-        struct group *to = sched_wish_of(g->sched, id, &w) ? best_for(e, &w, g, now_us, &fare) : NULL;
+        if (!sched_wish_of(g->sched, id, &w) || (is_suspect(e, &w) && g->wait_until_us))
+            continue;
+        struct group *to = best_for(e, &w, g, now_us, &fare);
         moved += to && move(e, g, to, id);
     }
     if (moved)

@@ -30,12 +30,12 @@ struct metrics {
     /* gauges */
     metrics_counter running, waiting, waiting_tokens;
     metrics_counter pages_used, pages_total, pages_shared, pages_kept, suspended_pages;
-    metrics_counter slots, ranks, ready;
+    metrics_counter slots, ranks, groups_serving, ready;
     /* counters of the scheduler, copied */
     metrics_counter steps, prompt_tokens, generation_tokens, preemptions, suspensions, recomputed_tokens, wasted_rows,
         cached_tokens;
     /* counters */
-    metrics_counter finished_stop, finished_length, groups, groups_lost;
+    metrics_counter finished_stop, finished_length, groups, groups_lost, moved;
     metrics_counter errors[METRICS_CODES]; /* several threads */
     metrics_counter http_requests;
     /* times in microseconds */

@@ -443,7 +443,8 @@ static enum status_code check_together(struct openai_taker *t, struct status *st
 {
     struct openai_form *f = t->form;
     Tandem__V1__GenerateRequest *m = t->m;
-    uint32_t n = m->sampling->n_is_case && m->sampling->n <= 64 ? m->sampling->n : 1; /* more is refused later */
+    uint32_t n = m->sampling->n_is_case && m->sampling->n >= 1 && m->sampling->n <= 64 ? m->sampling->n : 1;
+    /* others are refused later */
     bool chat = f->kind == OPENAI_CHAT;
     f->n = n;
     if (chat ? !t->messages : !m->prompt_case)

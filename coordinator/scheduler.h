@@ -237,6 +237,7 @@ struct sched_wish {
     uint32_t n_total; /* prompt and completion */
     uint64_t salt;
     bool cache_read;
+    uint32_t losses; /* groups lost since its last new token */
 };
 /* How it would fare there. */
 struct sched_look {

@@ -100,7 +100,8 @@ bool sched_wish_of(const struct sched *s, uint64_t id, struct sched_wish *out)
                                .n_tokens = r->n_known,
                                .n_total = r->n_total,
                                .salt = r->salt,
-                               .cache_read = r->cache_read};
+                               .cache_read = r->cache_read,
+                               .losses = r->losses};
     return true;
 }
 

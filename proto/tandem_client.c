@@ -205,6 +205,26 @@ enum status_code tandem_client_abort(struct tandem_client *c, const char *const 
     return rc;
 }
 
+enum status_code tandem_client_drain(struct tandem_client *c, const char *group, bool restart, uint64_t timeout_ms,
+                                     uint32_t *remaining, struct status *st)
+{
+    ProtobufCMessage *reply = NULL;
+    Tandem__V1__DrainRequest request = TANDEM__V1__DRAIN_REQUEST__INIT;
+    uint64_t call_ms = c->timeout_ms ? timeout_ms + c->timeout_ms : 0;
+    if (group)
+        request.group = (char *)group;
+    request.restart = restart;
+    request.timeout_ms = timeout_ms;
+    enum status_code rc =
+        rpc_unary(c->channel, "/tandem.v1.Control/Drain", &request.base, &tandem__v1__drain_response__descriptor,
+                  &reply, call_ms < UINT32_MAX ? (uint32_t)call_ms : UINT32_MAX, st);
+    if (rc != ST_OK)
+        return rc;
+    *remaining = ((Tandem__V1__DrainResponse *)reply)->remaining_requests;
+    tandem_free(reply);
+    return ST_OK;
+}
+
 void tandem_free(void *message)
 {
     if (message)

@@ -92,6 +92,9 @@ STATUS_MUST_CHECK enum status_code tandem_client_load(struct tandem_client *c, T
 /* Ends requests by their ids; NOT_FOUND when one of them is not live. */
 STATUS_MUST_CHECK enum status_code tandem_client_abort(struct tandem_client *c, const char *const *request_ids,
                                                        size_t n, struct status *st);
+/* Control.Drain: of a group (NULL: the server), within the call's own time and the client's timeout_ms on top. */
+STATUS_MUST_CHECK enum status_code tandem_client_drain(struct tandem_client *c, const char *group, bool restart,
+                                                       uint64_t timeout_ms, uint32_t *remaining, struct status *st);
 void tandem_free(void *message); /* with all that it holds; NULL is fine */
 
 #endif

@@ -337,6 +337,7 @@ START_TEST(metrics_count_what_was_served)
         {"tandem_ranks", 2},
         {"tandem_slots_total", 8},
         {"tandem_worker_groups_total", 1},
+        {"tandem_worker_groups_serving", 1},
     };
     for (size_t i = 0; i < sizeof is / sizeof *is; i++)
         ck_assert_msg(http_metric(&p, is[i].name) == is[i].v, "%s: %g", is[i].name, http_metric(&p, is[i].name));

@@ -655,6 +655,7 @@ static Suite *suite(void)
     suite_add_tcase(suite, scheduler_limits());
     suite_add_tcase(suite, scheduler_faults());
     suite_add_tcase(suite, scheduler_suspension());
+    suite_add_tcase(suite, scheduler_move());
     TCase *sim = tcase_create("sim");
     tcase_set_timeout(sim, 3600);
     tcase_add_test(sim, sim_every_request_finishes_when_nothing_goes_wrong);

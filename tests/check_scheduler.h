@@ -12,6 +12,8 @@ TCase *scheduler_limits(void);
 TCase *scheduler_faults(void);
 /* check_scheduler_suspend.c */
 TCase *scheduler_suspension(void);
+/* check_scheduler_move.c */
+TCase *scheduler_move(void);
 
 /* One page holds 4 tokens. */
 static const struct kv_account ROOMY = {.page_bytes = 4096, .token_bytes = 1024, .total_pages = 1000};

@@ -432,6 +432,63 @@ START_TEST(a_group_that_hangs_gets_nothing_new)
 }
 END_TEST
 
+/* It loses two groups before they answer anything; the third, which serves others, does not get it. */
+START_TEST(what_may_kill_groups_does_not_go_on_to_the_next)
+{
+    struct two t = TWO;
+    struct fake_options oc = FAKE_OPTIONS;
+    oc.group = "c";
+    oc.launch_id = 200;
+    oc.step_us = 2000;
+    start_two(&t, NULL);
+    struct fake_group *c = fake_group_start(t.p.control, &oc);
+    ck_assert(wait_groups(&t.p, 3));
+    fake_group_mood(t.a, 0, FAKE_HOLD);
+    fake_group_mood(t.b, 0, FAKE_HOLD);
+    struct rpc_stream *s = open_one(&t.p, 8, 1, 20);
+    ck_assert(wait_running(&t.p, 1, 0));
+    ck_assert_uint_eq(of_group(&t.p, "a").running_requests, 1);
+    fake_group_mood(t.a, 1, FAKE_DROP);
+    ck_assert(wait_groups(&t.p, 2));
+    ck_assert_uint_eq(of_group(&t.p, "b").running_requests, 1);
+    fake_group_mood(t.b, 1, FAKE_DROP);
+    ck_assert(wait_groups(&t.p, 1));
+    struct rpc_stream *other = open_one(&t.p, 8, 2, 20);
+    ck_assert_uint_eq(close_one(other, 8, 2, 20), 0);
+    ck_assert_uint_eq(of_group(&t.p, "b").running_requests, 1);
+    ck_assert_uint_eq(of_group(&t.p, "c").moved_requests, 0);
+    ck_assert(fake_group_stop(t.b));
+    t.ob.launch_id++;
+    t.b = fake_group_start(t.p.control, &t.ob);
+    ck_assert_uint_eq(close_one(s, 8, 1, 20), 2);
+    ck_assert(fake_group_stop(c));
+    finish_two(&t);
+}
+END_TEST
+
+/* What only the one that goes for good could hold is told so. */
+START_TEST(a_drained_group_leaves_nothing_behind)
+{
+    struct two t = TWO;
+    struct status st = STATUS_INIT;
+    struct proc_reply r = {0};
+    uint32_t moved = 0;
+    t.oa.max_context = 256;
+    t.ob.step_us = 2000;
+    start_two(&t, NULL);
+    struct rpc_stream *s = open_one(&t.p, 500, 1, 500);
+    ck_assert(wait_running(&t.p, 1, 0));
+    ck_assert_int_eq(drain_group(&t.p, "b", 10, false, &moved, &st), ST_OK);
+    proc_drain(s, &r);
+    ck_assert_int_eq(r.code, ST_UNAVAILABLE);
+    ck_assert_msg(strstr(r.message, "no other can hold") != NULL, "%s", r.message);
+    rpc_stream_close(s);
+    proc_reply_free(&r);
+    ck_assert(wait_running(&t.p, 0, 0));
+    finish_two(&t);
+}
+END_TEST
+
 /* Names come and go, as those of pods do: what is known of the oldest is given up. */
 START_TEST(entries_of_groups_that_are_gone_are_used_again)
 {
@@ -477,6 +534,8 @@ TCase *coord_groups(void)
     tcase_add_test(groups, groups_may_differ_in_size);
     tcase_add_test(groups, a_group_that_does_not_fit_in_is_refused);
     tcase_add_test(groups, a_group_that_hangs_gets_nothing_new);
+    tcase_add_test(groups, what_may_kill_groups_does_not_go_on_to_the_next);
+    tcase_add_test(groups, a_drained_group_leaves_nothing_behind);
     tcase_add_test(groups, entries_of_groups_that_are_gone_are_used_again);
     return groups;
 }

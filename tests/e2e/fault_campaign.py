@@ -1,10 +1,12 @@
 """Faults at random moments under random load, by hand: every answer must be the one of a quiet run.
 
     fault_campaign.py --faults 1000 --seed 1        # environment as in cluster.py
+    fault_campaign.py --groups 2 --tp 1 --faults 500
 
 A coordinator and mpirun as `tandem serve` starts them, but launched again at once and for ever. Clients repeat a fixed set
 of requests: greedy, sampled, log probabilities, stop strings, penalties, several answers; some read slowly, some vanish.
-Faults: a rank is killed, stopped, cut off from the coordinator; the whole mpirun is killed. Exit status 0 when
+Faults: a rank is killed, stopped, cut off from the coordinator; the whole mpirun is killed; of several groups, one is also
+drained to be started again. Exit status 0 when
   - no token, text, log probability or reason differs from the quiet run, and no call failed
   - no stream paused for more than --hang seconds, the time without a group not counted
   - at the end no request, page or process is left, and the coordinator has no more descriptors than at the start
@@ -25,7 +27,7 @@ import grpc
 from cluster import BIN, DEMO, children, control_pb2, free_port, inference_pb2, process_name, request
 
 STORY = ["Once upon a time", "One day, a little girl", "The dog ran", "Tom and his mother went to the park"]
-MPI = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", "--mca", "plm", "isolated", "--mca",
+MPI = ["mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "plm", "isolated", "--mca",
        "mpi_yield_when_idle", "1"]
 
 
@@ -121,27 +123,58 @@ class Proxy:
                     pass
 
 
+class Group:
+    """The ranks of one mpirun, launched again at once when it ends."""
+
+    def __init__(self, server, name):
+        self.server, self.name, self.ranks, self.ready = server, name, None, False
+        threading.Thread(target=self.launch, daemon=True).start()
+
+    def launch(self):
+        name = ["--group", self.name] if self.name else []
+        own = f"{self.server.folder}/mpi{self.name}"  # its files: of several launches at a time none meets another's
+        os.mkdir(own)
+        while not self.server.stopping:
+            self.ranks = subprocess.Popen([*MPI, "--mca", "orte_tmpdir_base", own, "-np", str(self.server.tp), f"{BIN}/tandem-worker", "--model", DEMO,
+                                           "--coordinator", f"unix:{self.server.folder}/proxy", "--threads", "1",
+                                           "--kv-memory", "64M", *name], env=self.server.env, stdout=self.server.log,
+                                          stderr=self.server.log, start_new_session=True)
+            self.ranks.wait()
+
+    def workers(self):
+        return [p for p in children(self.ranks.pid) if process_name(p) == "tandem-worker"] if self.ranks else []
+
+    def end(self, launch=None):
+        """Of this launch only, if one is given."""
+        if launch and launch is not self.ranks:
+            return
+        for p in [*self.workers(), self.ranks.pid]:
+            try:
+                os.kill(p, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
 class Server:
     """The part of `tandem serve` that matters here, without its pauses and without giving up."""
 
-    def __init__(self, folder, log):
-        self.log, self.folder, self.stopping = log, folder, False
+    def __init__(self, folder, log, groups, tp):
+        self.log, self.folder, self.stopping, self.tp = log, folder, False, tp
         self.address = f"127.0.0.1:{free_port()}"
         self.env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         self.down, self.down_since, self.ready = [], time.monotonic(), threading.Event()
         self.lock = threading.Lock()
         read, write = os.pipe()
         self.coordinator = subprocess.Popen(
-            [f"{BIN}/tandem-coordinator", "--model", DEMO, "--tp", "2", "--listen", self.address, "--control-listen",
-             f"unix:{folder}/control", "--supervisor-fd", str(write), "--heartbeat-interval-ms", "100",
-             "--heartbeat-timeout-ms", "700", "--replay-limit", "50"], pass_fds=[write], stdout=log, stderr=log)
+            [f"{BIN}/tandem-coordinator", "--model", DEMO, "--tp", str(tp), "--listen", self.address,
+             "--control-listen", f"unix:{folder}/control", "--supervisor-fd", str(write), "--heartbeat-interval-ms",
+             "100", "--heartbeat-timeout-ms", "700", "--replay-limit", "50"], pass_fds=[write], stdout=log, stderr=log)
         os.close(write)
         self.events = os.fdopen(read)
         self.expect("listening")
         self.proxy = Proxy(f"{folder}/proxy", f"{folder}/control")
-        self.ranks = None
+        self.groups = [Group(self, f"g{i}" if groups > 1 else "") for i in range(groups)]
         threading.Thread(target=self.watch, daemon=True).start()
-        threading.Thread(target=self.launch, daemon=True).start()
 
     def expect(self, word):
         line = self.events.readline()
@@ -150,36 +183,43 @@ class Server:
 
     def watch(self):
         for line in self.events:
+            group = next((g for g in self.groups if f"group={g.name} " in line.strip() + " "), self.groups[0])
             if line.startswith("ready"):
                 with self.lock:
-                    self.down.append((self.down_since, time.monotonic()))
-                    self.down_since = None
+                    if self.down_since:
+                        self.down.append((self.down_since, time.monotonic()))
+                    self.down_since, group.ready = None, True
                 self.ready.set()
             elif line.startswith("group-lost"):
-                self.lost()
-                self.end_ranks()
+                self.lost(group)
+                group.end()
+            elif line.startswith("group-drained"):
+                self.lost(group)
+                threading.Timer(2.5, group.end, [group.ranks]).start()  # one that was stopped cannot leave by itself
 
-    def lost(self):
+    def lost(self, group):
+        """When no other is there this is the time without a group."""
         with self.lock:
-            self.ready.clear()
-            self.down_since = self.down_since or time.monotonic()
+            group.ready = False
+            if not any(g.ready for g in self.groups):
+                self.ready.clear()
+                self.down_since = self.down_since or time.monotonic()
 
-    def launch(self):
-        while not self.stopping:
-            self.ranks = subprocess.Popen([*MPI, f"{BIN}/tandem-worker", "--model", DEMO, "--coordinator",
-                                           f"unix:{self.folder}/proxy", "--threads", "1", "--kv-memory", "64M"],
-                                          env=self.env, stdout=self.log, stderr=self.log, start_new_session=True)
-            self.ranks.wait()
+    def tree(self):
+        """What is there of each group, for whoever asks why it does not come."""
+        def line(pid):
+            with open(f"/proc/{pid}/stat") as f:
+                return f"{process_name(pid)} {pid} {f.read().rsplit(')', 1)[1].split()[0]}"
+        return [(g.name, g.ready, [line(p) for p in [g.ranks.pid, *children(g.ranks.pid)]]) for g in self.groups]
 
-    def workers(self):
-        return [p for p in children(self.ranks.pid) if process_name(p) == "tandem-worker"] if self.ranks else []
-
-    def end_ranks(self):
-        for p in [*self.workers(), self.ranks.pid]:
-            try:
-                os.kill(p, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+    def wait_all(self, seconds):
+        """Until every group serves: of several one is always there."""
+        until = time.monotonic() + seconds
+        while not all(g.ready for g in self.groups):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
 
     def down_within(self, start, end):
         with self.lock:
@@ -197,11 +237,12 @@ class Server:
         self.stopping = True
         self.coordinator.terminate()
         status = self.coordinator.wait(60)
-        try:
-            self.ranks.wait(10)
-        except subprocess.TimeoutExpired:
-            self.end_ranks()
-            self.ranks.wait()
+        for g in self.groups:
+            try:
+                g.ranks.wait(10)
+            except subprocess.TimeoutExpired:
+                g.end()
+                g.ranks.wait()
         return status
 
 
@@ -237,7 +278,7 @@ class Campaign:
             with self.lock:
                 self.longest = max(self.longest, pause)
             if pause > self.o.hang:
-                self.fail(f"a stream paused for {pause:.1f} s while a group served")
+                self.fail(f"a stream paused for {pause:.1f} s while a group served, until {time.strftime('%T')}")
             answer.add(m)
             if leave_after is not None and n >= leave_after:
                 call.cancel()
@@ -268,14 +309,29 @@ class Campaign:
                 self.fail(f"request {i} after {answer.replays} replays: {answer.ids} {answer.end}, quiet: "
                           f"{self.quiet[i].ids} {self.quiet[i].end}")
 
+    def drain(self, group):
+        call = self.channel.unary_unary("/tandem.v1.Control/Drain", control_pb2.DrainRequest.SerializeToString,
+                                        control_pb2.DrainResponse.FromString)
+        try:
+            call(control_pb2.DrainRequest(group=group.name, restart=True, timeout_ms=self.rng.choice([0, 20, 300])),
+                 timeout=30)
+        except grpc.RpcError as e:
+            if e.code() != grpc.StatusCode.NOT_FOUND:  # it was lost just now
+                self.fail(f"Drain: {e.code().name}: {e.details()}")
+
     def fault(self):
-        workers = self.server.workers()
-        kind = self.rng.choice(["kill", "stop", "mpirun", "cut"])
-        self.server.lost()  # what follows is the fault's, not a hang
+        several = len(self.server.groups) > 1
+        group = self.rng.choice(self.server.groups)
+        workers = group.workers()
+        kind = self.rng.choice(["kill", "stop", "mpirun", "cut"] + several * ["drain"])
+        if not several:
+            self.server.lost(group)  # what follows is the fault's, not a hang; where another serves it may be one
         if kind == "cut":
             self.server.proxy.cut(self.rng)
+        elif kind == "drain":
+            self.drain(group)
         elif kind == "mpirun":
-            os.kill(self.server.ranks.pid, signal.SIGKILL)
+            os.kill(group.ranks.pid, signal.SIGKILL)
             for p in workers:
                 os.kill(p, signal.SIGKILL)
         elif workers:
@@ -292,11 +348,14 @@ class Campaign:
         time.sleep(1)
         fds, memory, kinds, start = self.server.descriptors(), None, {}, time.monotonic()
         for k in range(self.o.faults):
-            if not self.server.ready.wait(30):
-                self.fail("no group came back within 30 s")
+            if not self.server.wait_all(30):
+                self.fail(f"no group came back within 30 s: {self.server.tree()}")
                 break
             time.sleep(self.rng.uniform(0, 0.6))
-            kind = self.fault()
+            try:
+                kind = self.fault()
+            except ProcessLookupError:  # it has just ended by itself: mpirun takes its time after a lost rank
+                continue
             kinds[kind] = kinds.get(kind, 0) + 1
             if k == min(20, self.o.faults // 2):
                 memory = self.server.memory_kb()
@@ -335,15 +394,18 @@ def main():
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=2, help="ranks of each group")
     parser.add_argument("--hang", type=float, default=5.0)
     parser.add_argument("--log", default=os.devnull, help="file for what the programs say")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, open(options.log, "w") as log:
-        server = Server(folder, log)
+        server = Server(folder, log, options.groups, options.tp)
         campaign = Campaign(options, server)
         try:
             campaign.run()
         finally:
+            campaign.done = True
             status = server.stop()
         if status:
             campaign.fail(f"the coordinator ended with status {status}")

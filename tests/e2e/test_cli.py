@@ -51,7 +51,7 @@ class Tokenize(unittest.TestCase):
 class Usage(unittest.TestCase):
     def test_help_of_every_command(self):
         for args in (("--help",), ("serve", "--help"), ("generate", "--help"), ("tokenize", "--help"),
-                     ("probe", "--help"), ("chat", "--help"), ("models", "--help"), ("config", "--help"), ("completion", "--help"), ("man", "--help")):
+                     ("probe", "--help"), ("drain", "--help"), ("chat", "--help"), ("models", "--help"), ("config", "--help"), ("completion", "--help"), ("man", "--help")):
             rc, out, err = tandem(*args)
             self.assertEqual((rc, err), (0, ""), args)
             self.assertIn("usage:", out)
@@ -86,7 +86,7 @@ class Usage(unittest.TestCase):
                      ("generate", "--logprobs", "21", "--json", "x"), ("generate", "--stop", "", "x"),
                      ("generate", "--json", "--print-ids", "x"), ("generate", "--min-tokens", "-1", "x"),
                      ("generate", "--prompt-ids", "[]"), ("generate", "--prompt-ids", "[1,-2]"),
-                     ("generate", "a", "b"), ("generate", "--nope"), ("generate", "--seed"), ("probe", "extra"), ("chat", "extra"), ("models",), ("models", "inspect"), ("models", "list", DEMO),
+                     ("generate", "a", "b"), ("generate", "--nope"), ("generate", "--seed"), ("probe", "extra"), ("drain", "extra"), ("drain", "--restart"), ("drain", "--rolling", "--group", "a"), ("chat", "extra"), ("models",), ("models", "inspect"), ("models", "list", DEMO),
                      ("models", "inspect", DEMO, "--memory", "much"), ("models", "inspect", DEMO, "--backend", "x"), ("chat", "--n", "2"),
                      ("probe", "--wait", "-1"), ("serve",), ("serve", "--model", DEMO, "--tp", "0"),
                      ("tokenize",), ("tokenize", "--nope")):
@@ -215,7 +215,7 @@ class Models(unittest.TestCase):
 
 
 class Generated(unittest.TestCase):
-    COMMANDS = ("serve", "generate", "chat", "tokenize", "probe", "models", "config")
+    COMMANDS = ("serve", "generate", "chat", "tokenize", "probe", "drain", "models", "config")
 
     def complete(self, *words):
         script = ('source <("$0" completion bash); compopt() { :; }; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tandem; '

@@ -8,8 +8,7 @@ import unittest
 
 import grpc
 
-from cluster import (FOREVER, SLOW, SLOW_ARGS, Cluster, Result, control_pb2, expected, process_name, slow_model, tandem,
-                     wait_for)
+from cluster import FOREVER, SLOW, SLOW_ARGS, Cluster, Result, expected, process_name, slow_model, tandem, wait_for
 
 
 class Groups(unittest.TestCase):
@@ -77,23 +76,23 @@ class Groups(unittest.TestCase):
             clients = [threading.Thread(target=client) for _ in range(4)]
             for t in clients:
                 t.start()
-            for name in ("g0", "g1"):
-                before = self.pid_of(c, name)
-                c.control("Drain", control_pb2.DrainResponse,
-                          control_pb2.DrainRequest(group=name, timeout_ms=100, restart=True))
-                wait_for("its ranks are gone", lambda: process_name(before) != "tandem-worker")
-                self.both_serve(c)
-                self.assertNotEqual(self.pid_of(c, name), before)
+            before = {name: self.pid_of(c, name) for name in ("g0", "g1")}
+            rc, out, err = tandem("drain", "--address", c.address, "--rolling", "--timeout", 0.1)
+            self.assertEqual((rc, err), (0, ""))
+            self.assertEqual(out.count("serves again"), 2)
+            for name, pid in before.items():
+                self.assertNotEqual(process_name(pid), "tandem-worker")
+                self.assertNotEqual(self.pid_of(c, name), pid)
             done.set()
             for t in clients:
                 t.join()
             self.assertEqual(errors, [])
             self.assertGreater(answers[0], 4)
             # drained for good: it stays away, and the last cannot be
-            c.control("Drain", control_pb2.DrainResponse, control_pb2.DrainRequest(group="g0", timeout_ms=1000))
-            with self.assertRaises(grpc.RpcError) as e:
-                c.control("Drain", control_pb2.DrainResponse, control_pb2.DrainRequest(group="g1"))
-            self.assertEqual(e.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
+            self.assertEqual(tandem("drain", "--address", c.address, "--group", "g0", "--timeout", 1)[0], 0)
+            rc, _, err = tandem("drain", "--address", c.address, "--group", "g1")
+            self.assertEqual(rc, 1)
+            self.assertIn('no other than "g1" serves', err)
             wait_for("mpirun of g0 is gone", lambda: "was drained" in c.log())
             self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=8).ids, case["greedy_ids"][:8])
             self.assertEqual([g.name for g in c.load().groups if g.serving], ["g1"])
