@@ -222,6 +222,7 @@ class Pod:
                 f.write(text)
             self.extra_mounts.append({"source": source, "target": path, "read_only": True})
         self.make_sandbox()
+        self.mounted = []
         self.volumes = {v["name"]: self.make_volume(v) for v in self.spec.get("volumes", [])}
         self.inits = [Container(self, c, True) for c in self.spec.get("initContainers", [])]
         self.main = Container(self, self.spec["containers"][0], False)
@@ -253,6 +254,7 @@ class Pod:
             if v["emptyDir"].get("medium") == "Memory":
                 subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(policy.quantity(v['emptyDir']['sizeLimit']))}",
                                 "tmpfs", path], check=True)
+                self.mounted.append(path)
             os.chown(path, 0, self.fs_group)
             os.chmod(path, 0o2777)
             return path
@@ -358,6 +360,8 @@ class Pod:
         self.thread.join(10)
         for c in [*self.inits, self.main]:
             c.log.close()
+        while self.mounted:
+            subprocess.run(["umount", "--lazy", self.mounted.pop()])
         if self.sandbox.poll() is None:
             self.sandbox.kill()
             self.sandbox.wait()

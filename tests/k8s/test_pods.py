@@ -44,7 +44,7 @@ def setUpModule():
 
 
 def tearDownModule():
-    shutil.rmtree(ROOM, ignore_errors=True)
+    shutil.rmtree(ROOM)
 
 
 def make_image(variant, to):
