@@ -329,6 +329,8 @@ START_TEST(metrics_count_what_was_served)
         {"tandem_request_generation_tokens_sum", 50},
         {"tandem_request_generation_tokens_bucket{le=\"20\"}", 1},
         {"tandem_request_generation_tokens_bucket{le=\"50\"}", 2},
+        {"tandem_answers_within_targets_total", 2},
+        {"tandem_replays_total", 0},
         {"tandem_num_requests_running", 0},
         {"tandem_num_requests_waiting", 0},
         {"tandem_kv_pages_total", 1024},
