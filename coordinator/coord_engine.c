@@ -153,6 +153,7 @@ static void publish_load(struct engine *e, int64_t now_us)
     metrics_set(&m->suspended_pages, l.suspended_pages);
     metrics_set(&m->recomputed_tokens, l.recomputed_tokens);
     metrics_set(&m->wasted_rows, l.wasted_rows);
+    metrics_set(&m->replays, l.replays);
     live_publish(e, now_us);
 }
 

@@ -310,10 +310,20 @@ static void take_scores(struct engine *e, struct choice *c, const struct sched_e
     mark_dirty(e, c->request);
 }
 
+/* A target that is not set is kept by all. */
+static bool kept_targets(const struct coord_options *o, const struct choice *c, const struct sched_event *ev)
+{
+    int64_t between_us = ev->last_token_us - ev->first_token_us, tokens = (int64_t)ev->n_new - 1;
+    return ev->first_token_us &&
+           (!o->ttft_target_ms || ev->first_token_us - c->request->arrived_us <= (int64_t)o->ttft_target_ms * 1000) &&
+           (!o->tbt_target_ms || between_us <= (int64_t)o->tbt_target_ms * 1000 * tokens);
+}
+
 static void count_finished(struct metrics *m, const struct choice *c, const struct sched_event *ev, int64_t now_us)
 {
     metrics_add(ev->stopped || c->matched ? &m->finished_stop : &m->finished_length, 1);
     metrics_tokens(&m->generation_length, c->n_new);
+    metrics_add(&m->within_targets, kept_targets(&c->request->coord->opt, c, ev));
     metrics_time(&m->whole, now_us - c->request->arrived_us);
     if (ev->started_us)
         metrics_time(&m->queue, ev->started_us - c->request->arrived_us);

@@ -54,7 +54,7 @@ static void take_result(struct flight_verdict *v, struct open_step open[OPEN_STE
     struct open_step *o = &open[r->id % OPEN_STEPS];
     if (o->step != r->id)
         *o = (struct open_step){.step = r->id, .first_us = r->time_us};
-    double behind_us = (double)(r->time_us - o->first_us);
+    double behind_us = (double)r->time_us - (double)o->first_us; /* of any bytes: no overflow */
     k->seen = true;
     k->silent_ms = 0;
     k->last_step = r->id;
@@ -109,7 +109,8 @@ static void find_owing(struct flight_verdict *v)
             say(v,
                 " ha%s not answered step %" PRIu64
                 ", which others have; last heard %.3f s before the end of the record. ",
-                v->owing > 1 ? "ve" : "s", v->rank[i].last_step + 1, (double)(v->end_us - v->rank[i].last_us) / 1e6);
+                v->owing > 1 ? "ve" : "s", v->rank[i].last_step + 1,
+                ((double)v->end_us - (double)v->rank[i].last_us) / 1e6);
             break;
         }
     if (!v->owing && v->planned > most)

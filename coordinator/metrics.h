@@ -35,7 +35,8 @@ struct metrics {
     metrics_counter steps, prompt_tokens, generation_tokens, preemptions, suspensions, recomputed_tokens, wasted_rows,
         cached_tokens;
     /* counters */
-    metrics_counter finished_stop, finished_length, groups, groups_lost, moved;
+    metrics_counter replays; /* copied, too */
+    metrics_counter within_targets, finished_stop, finished_length, groups, groups_lost, moved;
     metrics_counter errors[METRICS_CODES]; /* several threads */
     metrics_counter http_requests;
     /* times in microseconds */

@@ -229,7 +229,9 @@ START_TEST(live_numbers_are_those_of_what_was_served)
         live = json_loads(a.body, 0, NULL);
         ck_assert_msg(live != NULL, "%s", a.body);
         http_answer_free(&a);
-        if (json_integer_value(json_object_get(live, "finished")) == 1) /* the engine tells once a turn */
+        if (json_integer_value(json_object_get(live, "finished")) == 1 &&
+            json_integer_value(
+                json_object_get(json_object_get(live, "pages"), "total"))) /* the engine tells once a turn */
             break;
     }
     const json_t *steps = json_object_get(live, "steps"), *ttft = json_object_get(live, "ttft"),
@@ -329,6 +331,8 @@ START_TEST(metrics_count_what_was_served)
         {"tandem_request_generation_tokens_sum", 50},
         {"tandem_request_generation_tokens_bucket{le=\"20\"}", 1},
         {"tandem_request_generation_tokens_bucket{le=\"50\"}", 2},
+        {"tandem_answers_within_targets_total", 2},
+        {"tandem_replays_total", 0},
         {"tandem_num_requests_running", 0},
         {"tandem_num_requests_waiting", 0},
         {"tandem_kv_pages_total", 1024},
@@ -381,7 +385,9 @@ START_TEST(suspended_requests_are_counted)
     ck_assert_uint_eq(l->suspended_slots + l->suspended_pages, 0);
     ck_assert_uint_eq(fake_group_suspensions(g), l->suspensions);
     for (int64_t until = proc_now_ms() + WAIT_MS;
-         http_metric(&p, "tandem_suspensions_total") < (double)l->suspensions && proc_now_ms() < until;)
+         (http_metric(&p, "tandem_suspensions_total") < (double)l->suspensions ||
+          http_metric(&p, "tandem_num_preemptions_total") < (double)l->preemptions) &&
+         proc_now_ms() < until;)
         usleep(10000);
     ck_assert(http_metric(&p, "tandem_suspensions_total") == (double)l->suspensions);
     ck_assert(http_metric(&p, "tandem_num_preemptions_total") == (double)l->preemptions);
