@@ -25,8 +25,8 @@ struct rule {
 
 struct totals {
     unsigned long long tiles[ROLES];
-    uint32_t units[ROLES]; /* of one KV head */
-    uint32_t longest;      /* tiles of a prefill unit */
+    uint32_t units[ROLES];   /* of one KV head */
+    uint32_t longest[ROLES]; /* tiles of a unit */
     uint32_t fault;
 };
 
@@ -71,6 +71,28 @@ __device__ uint32_t part_tiles(uint32_t tiles, uint32_t of_rule, uint32_t most)
     return (tiles + parts - 1) / parts;
 }
 
+/* Decodes alone: the longest unit in as many parts as make the last block be done soonest, if `units` of it made up all the
+ * work and blocks took parts in rounds. A part costs a tile beside its own, a cut one two. Slots are enough: a unit that
+ * is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of items. */
+__device__ uint32_t decode_tiles_alone(const sm90_plan_args &a, uint64_t tiles, uint32_t longest)
+{
+    const uint64_t blocks = DECODE_BLOCKS_PER_SM * a.sms;
+    uint64_t least = UINT64_MAX;
+    uint32_t best = longest;
+    for (uint32_t k = 1; k <= MAX_DECODE_PARTS; k++) {
+        uint32_t each = (longest + k - 1) / k;
+        uint64_t items = (tiles + each - 1) / each;
+        if (k > 1 && (each < MIN_DECODE_TILES || items > 4 * blocks))
+            break;
+        uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2));
+        if (cost < least) {
+            least = cost;
+            best = each;
+        }
+    }
+    return best;
+}
+
 /* Prefill: as many parts per unit as make the waves of blocks cheapest. Decode: about a wave of parts, more where there is
  * more to balance. Slots are enough by construction (size_lists in attention_sm90.cu): units are cut into few parts where
  * there are many, and a sum of quotients rounded up is less than the quotient of the sum and their number. */
@@ -84,8 +106,8 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t)
     if (units > 0) {
         /* Of units that are about equally long the longest counts: a part more of a few would be a wave more. */
         uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1, best = 1;
-        if (t.longest <= mean + mean / 4)
-            mean = t.longest;
+        if (t.longest[ROLE_PREFILL] <= mean + mean / 4)
+            mean = t.longest[ROLE_PREFILL];
         uint64_t least = UINT64_MAX;
         for (uint32_t s = 1;
              s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * a.sms)); s++) {
@@ -103,7 +125,9 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
     }
     const uint64_t decodes = (uint64_t)t.units[ROLE_DECODE] * a.kv_heads, wave = DECODE_BLOCKS_PER_SM * a.sms;
-    if (decodes > 0) {
+    if (decodes > 0 && units == 0) {
+        r.tiles[ROLE_DECODE] = decode_tiles_alone(a, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
+    } else if (decodes > 0) {
         uint64_t waves = (4 * decodes + wave - 1) / wave;
         uint64_t part = t.tiles[ROLE_DECODE] * a.kv_heads / (waves * wave - decodes * (waves * wave > decodes)) + 1;
         uint64_t least = waves > 4 ? 8 * MIN_DECODE_TILES : MIN_DECODE_TILES;
@@ -148,8 +172,7 @@ __device__ void look(const sm90_plan_args &a, uint32_t seqs, totals *t)
         for (uint32_t u = 0; u < n; u++) {
             keys_of(a, s, u * UNIT_ROWS, lo, hi);
             tiles += tiles_of(lo, hi);
-            if (role == ROLE_PREFILL)
-                atomicMax(&t->longest, tiles_of(lo, hi));
+            atomicMax(&t->longest[role], tiles_of(lo, hi));
         }
         atomicAdd(&t->tiles[role], tiles);
         atomicAdd(&t->units[role], n);
@@ -207,7 +230,7 @@ __device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const 
                 uint32_t at = my_item + h * items + p;
                 if (at >= a.ws.max_items[role])
                     break;
-                sm90_item it;
+                attn_item it;
                 it.seq = i;
                 it.kv_head = h;
                 it.first = (n - 1 - u) * UNIT_ROWS;

@@ -78,7 +78,7 @@ template <typename C> __device__ void prefill_produce(const sm90_args &a, prefil
         at.next();
         if (index >= items)
             break;
-        const sm90_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const attn_item it = a.run.ws.items[ROLE_PREFILL][index];
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_map_acquire(u.k_map);
         sm90_map_acquire(u.v_map);
@@ -102,7 +102,7 @@ template <typename C> __device__ void prefill_produce(const sm90_args &a, prefil
 
 /* 64 packed rows of Q into shared memory by a warpgroup; zeros behind the sequence and behind the head. */
 template <typename C>
-__device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                                uint32_t group, uint32_t tid, uint32_t shared)
 {
     constexpr uint32_t CHUNKS = C::D / 8;
@@ -212,7 +212,7 @@ template <typename C> __device__ __forceinline__ void prefill_scale(float (&o)[C
 
 /* Divides and writes 64 rows, through this warpgroup's part of Q. */
 template <typename C>
-__device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                               uint32_t group, uint32_t tid, uint32_t shared, const float (&o)[C::D / 2],
                                               const prefill_rows &r)
 {
@@ -245,7 +245,7 @@ __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_uni
 
 /* Adds up the parts of 64 rows, in order of keys. */
 template <typename C>
-__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const sm90_item &it, uint32_t group, uint32_t tid)
+__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const attn_item &it, uint32_t group, uint32_t tid)
 {
     const sm90_workspace &ws = a.run.ws;
     const uint32_t lane = tid % 32;
@@ -279,7 +279,7 @@ __device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const sm90
 
 /* Leaves a part in the workspace; who brings the last one of these 64 rows adds all up. */
 template <typename C>
-__device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                               prefill_bars *b, uint32_t group, uint32_t tid, const float (&o)[C::D / 2],
                                               const prefill_rows &r, float scale)
 {
@@ -324,7 +324,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         const uint32_t index = b->item[at.slot];
         if (index == NO_ITEM)
             break;
-        const sm90_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const attn_item it = a.run.ws.items[ROLE_PREFILL][index];
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the item, and the last output from Q's place */
         if (tid == 0)
@@ -377,10 +377,11 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         k_at.next();
         weigh();
         prefill_pack<C>(p, s);
+        if (tiles > 1)
+            sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
 
         for (uint32_t i = 1; i < tiles; i++) {
             key -= C::KEYS;
-            sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
             sm90_bar_sync(BAR_TURN + group, 2 * GROUP_THREADS);
             sm90_pin(s);
             sm90_pin(o);
@@ -399,6 +400,9 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
                 sm90_mbar_arrive(sm90_shared(&b->k_empty[k_at.slot]));
             k_at.next();
             weigh();
+            sm90_pin(s);
+            if (i + 1 < tiles)
+                sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
             sm90_wgmma_wait<0>();
             sm90_pin(o);
             if (tid == 0)
