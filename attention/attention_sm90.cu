@@ -64,13 +64,14 @@ template <typename T> void take(arena *a, T **out, uint64_t n)
     a->used += (n * sizeof(T) + 255) / 256 * 256;
 }
 
-/* See rule_of in the planner. Prefill: at most 2 * sms units are cut, into at most 4 * sms parts plus one each. */
+/* See rule_of in the planner. Prefill: at most 2 * sms units are cut, into at most 4 * sms parts plus one each. Decode: four
+ * parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are cut finer. */
 void size_lists(sm90_state *s)
 {
     const attn_gpu_config *c = &s->cfg;
     const uint64_t group = c->heads / c->kv_heads, fixed = c->fixed_split_keys,
                    seqs = (uint64_t)c->kv_heads * c->max_seqs;
-    uint64_t slots[ROLES] = {6 * s->sms, 4 * seqs + 8 * DECODE_BLOCKS_PER_SM * s->sms};
+    uint64_t slots[ROLES] = {6 * s->sms, 5 * seqs + 14 * DECODE_BLOCKS_PER_SM * s->sms};
     if (fixed) {
         uint64_t by_tokens = c->kv_heads * (c->max_kv_tokens / fixed + c->max_seqs), by_parts = seqs * MAX_DECODE_PARTS;
         slots[ROLE_PREFILL] = 0;
