@@ -333,17 +333,18 @@ __device__ __forceinline__ void decode_finish(const sm90_args &a, const sm90_uni
     }
 }
 
-/* None is taken any more once *stop is set: a launch of a decode kernel follows. stop: NULL where nothing sets it. */
-__device__ __forceinline__ uint32_t decode_take(const sm90_args &a, const uint32_t *stop)
+/* None is taken any more once *stop is set: a launch of a decode kernel follows. stop: NULL where nothing sets it. Read by
+ * an atomic, since prefill's producer sets it at any time. */
+__device__ __forceinline__ uint32_t decode_take(const sm90_args &a, uint32_t *stop)
 {
-    if (stop && *(const volatile uint32_t *)stop)
+    if (stop && atomicOr(stop, 0))
         return NO_ITEM;
     return atomicAdd(&a.run.counters->next[ROLE_DECODE], 1);
 }
 
 /* A warpgroup; tid 0 .. 127. */
 template <typename C>
-__device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, uint32_t tid, const uint32_t *stop)
+__device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, uint32_t tid, uint32_t *stop)
 {
     const uint32_t items = a.run.ws.lists->count[ROLE_DECODE], warp = tid / 32;
     decode_stream<C> st;

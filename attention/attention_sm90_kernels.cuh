@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
                 prefill_produce<P>(a, &bars.prefill, sm90_shared(memory));
             else
                 prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory));
-            *(volatile uint32_t *)&bars.decode.stop = a.run.decode_follows;
+            atomicExch(&bars.decode.stop, a.run.decode_follows);
         }
     } else if (group == 3) {
         if (alone) {
