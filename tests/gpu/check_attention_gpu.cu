@@ -5,8 +5,10 @@
  * KV is token-major with LAYERS layers, of which one is asked for; it lies against unmapped memory on both sides, and
  * whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory behind each length.
  *
- * Tolerance: weights and results are rounded to 16 bits, both off by at most half a unit (2^-9 of bf16, 2^-12 of f16),
- * relatively: for |v| <= 1 an element may be off by that times (1 + |element|), and a little for sums in float.
+ * Tolerance: weights and results are rounded to 16 bits, relatively by up to u = 2^-8 of bf16, 2^-11 of f16. With A, the mean
+ * of |v| by a row's weights, an element may be off by u * (A + |element|), A <= 1. Allowed is half of that for A = 1, and a little
+ * for sums in float: errors of many weights cancel out, and one weight above all others is exact where it is the maximum
+ * that powers are relative to. A kernel that is further off has rounded that one as well.
  */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
