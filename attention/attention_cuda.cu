@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "attention/attention_cuda.cuh"
+#include "attention/attention_launch.cuh"
 
 namespace
 {
@@ -14,6 +15,7 @@ struct cuda_state {
     const cuda_kernel *kernel;
     uint32_t sms;
     uint32_t blocks; /* of a launch */
+    bool early;      /* the device knows launches that begin early */
     cuda_workspace ws;
     char *memory;
     uint64_t bytes;
@@ -26,12 +28,12 @@ enum status_code failed(struct status *st, enum status_code code, cudaError_t er
     return status_set(st, code, "%s: %s (%s)", what, cudaGetErrorString(err), cudaGetErrorName(err));
 }
 
-const cuda_kernel *kernel_for(const attn_gpu_config *cfg)
+const cuda_kernel *kernel_for(uint32_t head_dim, attn_dtype dtype)
 {
-    const cuda_kernel *by_dtype = cfg->head_dim <= 64    ? cuda_kernels_64
-                                  : cfg->head_dim <= 128 ? cuda_kernels_128
-                                                         : cuda_kernels_256;
-    return &by_dtype[cfg->dtype == ATTN_F16];
+    const cuda_kernel *by_dtype = head_dim <= 64    ? cuda_kernels_64
+                                  : head_dim <= 128 ? cuda_kernels_128
+                                                    : cuda_kernels_256;
+    return &by_dtype[dtype == ATTN_F16];
 }
 
 enum status_code query(const struct attn_gpu_config *cfg, struct status *st)
@@ -50,7 +52,7 @@ enum status_code query(const struct attn_gpu_config *cfg, struct status *st)
     if (cfg->max_seqs > PLAN_MAX_SEQS)
         return status_set(st, ST_UNIMPLEMENTED, "max_seqs: %u, this back end takes at most %u", cfg->max_seqs,
                           PLAN_MAX_SEQS);
-    uint32_t needed = kernel_for(cfg)->shared_bytes + 1024;
+    uint32_t needed = kernel_for(cfg->head_dim, cfg->dtype)->shared_bytes + 1024;
     if (needed > (uint32_t)shared)
         return status_set(st, ST_UNIMPLEMENTED, "CUDA device %d: %d bytes of shared memory per block, expected %u",
                           cfg->device, shared, needed);
@@ -135,13 +137,15 @@ enum status_code create(void **state, const struct attn_gpu_config *cfg, struct 
     if (!s)
         return status_nomem(st, "attention", sizeof *s);
     s->cfg = *cfg;
-    s->kernel = kernel_for(cfg);
+    s->kernel = kernel_for(cfg->head_dim, cfg->dtype);
     enum status_code rc = ST_OK;
     arena a = {};
-    int sms = 0, per_sm = 0;
+    int sms = 0, per_sm = 0, major = 0;
     cudaError_t err = cudaSetDevice(cfg->device);
     if (err == cudaSuccess)
         err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, cfg->device);
+    if (err == cudaSuccess)
+        err = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, cfg->device);
     if (err == cudaSuccess)
         err = cudaFuncSetAttribute((const void *)s->kernel->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    (int)s->kernel->shared_bytes);
@@ -153,6 +157,7 @@ enum status_code create(void **state, const struct attn_gpu_config *cfg, struct 
         goto fail;
     }
     s->sms = (uint32_t)sms;
+    s->early = major >= 9 && cfg->policy != ATTN_GPU_STREAMS;
     s->blocks = s->sms * (per_sm < (int)BLOCKS_PER_SM ? (uint32_t)per_sm : BLOCKS_PER_SM);
     size_lists(s);
     lay_out(s, &a);
@@ -227,8 +232,7 @@ cudaError_t launch(const cuda_state *s, cuda_run_args *a, uint32_t roles, uint32
         a->taken[r] = roles != BOTH_ROLES ? blocks : (rounds + (r == ROLE_PREFILL)) / ROLES * s->sms;
     }
     a->counters = s->ws.counters + set;
-    s->kernel->run<<<blocks, THREADS, s->kernel->shared_bytes, (cudaStream_t)stream>>>(*a);
-    return cudaGetLastError();
+    return attn_launch(s->kernel->run, {blocks, THREADS, s->kernel->shared_bytes, s->early, (cudaStream_t)stream}, *a);
 }
 
 /* Decode's work on the side stream, between prefill's and whatever comes behind. One block of each per SM. */
@@ -284,6 +288,22 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention kernel");
 }
 } // namespace
+
+cudaError_t cuda_prepare_decode(uint32_t head_dim, attn_dtype dtype)
+{
+    const cuda_kernel *k = kernel_for(head_dim, dtype);
+    return cudaFuncSetAttribute((const void *)k->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                (int)k->shared_bytes);
+}
+
+cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t stream)
+{
+    const cuda_kernel *k = kernel_for(a.head_dim, dtype);
+    const uint32_t blocks = BLOCKS_PER_SM * a.sms;
+    a.roles = 1 << ROLE_DECODE;
+    a.taken[ROLE_DECODE] = a.follows ? 0 : blocks;
+    return attn_launch(k->run, {blocks, THREADS, k->shared_bytes, true, stream}, a);
+}
 
 extern const struct attn_gpu_ops attn_gpu_ops_cuda = {
     "cuda", query, create, destroy, workspace_bytes, fault, plan, run,

@@ -32,7 +32,7 @@ __device__ bool breaks_rule(const cuda_plan_args &a, const attn_seq &s)
            s.first_row >= a.max_rows || s.rows > a.max_rows - s.first_row;
 }
 
-__device__ cuda_role role_of(const cuda_plan_args &a, const attn_seq &s)
+__device__ attn_role role_of(const cuda_plan_args &a, const attn_seq &s)
 {
     return s.rows * a.group <= DECODE_ROWS ? ROLE_DECODE : ROLE_PREFILL;
 }
@@ -64,7 +64,7 @@ struct part_rule {
 };
 
 /* What a part costs beside its own tiles, in tiles: start and end; of a unit in k parts the sums too, k times over. */
-__device__ uint32_t overhead(cuda_role role, uint32_t k)
+__device__ uint32_t overhead(attn_role role, uint32_t k)
 {
     return k == 1 ? 1 : role == ROLE_DECODE ? 2 : 2 + k / 2;
 }
@@ -72,7 +72,7 @@ __device__ uint32_t overhead(cuda_role role, uint32_t k)
 /* Into how many parts the longest unit is cut, so that the last block is done soonest: `units` of it would make up all the
  * work, and blocks take parts in rounds. Slots are enough by construction: a unit that is cut has fewer than
  * 2 * tiles / (tiles of a part) parts, so all have fewer than 2 * units * k, and that is bounded here. */
-__device__ uint32_t best_parts(const cuda_plan_args &a, cuda_role role, uint64_t total, uint32_t longest)
+__device__ uint32_t best_parts(const cuda_plan_args &a, attn_role role, uint64_t total, uint32_t longest)
 {
     uint32_t most_parts = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
     uint64_t most_items = (role == ROLE_DECODE ? 4 : 2) * (uint64_t)a.blocks;
@@ -99,7 +99,7 @@ __device__ part_rule rule_for(const cuda_plan_args &a, const uint64_t (&total)[R
     r.tiles[ROLE_PREFILL] = 0;
     r.tiles[ROLE_DECODE] = a.fixed_tiles;
     for (uint32_t role = 0; role < ROLES && !a.fixed_tiles; role++) {
-        uint32_t k = best_parts(a, (cuda_role)role, total[role] * a.kv_heads, longest[role]);
+        uint32_t k = best_parts(a, (attn_role)role, total[role] * a.kv_heads, longest[role]);
         r.tiles[role] = (longest[role] + k - 1) / k;
     }
     return r;
@@ -107,7 +107,7 @@ __device__ part_rule rule_for(const cuda_plan_args &a, const uint64_t (&total)[R
 
 /* Tiles of each part of a unit, the last of which may have fewer. Under a fixed cut all parts but the last are of the
  * rule's size; else they are about equal. */
-__device__ uint32_t part_tiles(const cuda_plan_args &a, const part_rule &r, cuda_role role, uint32_t tiles)
+__device__ uint32_t part_tiles(const cuda_plan_args &a, const part_rule &r, attn_role role, uint32_t tiles)
 {
     uint32_t of_rule = r.tiles[role];
     if (of_rule == 0 || tiles <= of_rule)
@@ -169,13 +169,13 @@ __device__ void walk(const cuda_plan_args &a, const uint32_t *first_entry, uint3
         if (n == 0)
             continue;
         const attn_seq s = a.seq[i];
-        cuda_role role = role_of(a, s);
+        attn_role role = role_of(a, s);
         for (; e < end && e < from + n; e++)
             fn(e, i, entry_at(a, s, e - from, n), role);
     }
 }
 
-__device__ void write_items(const cuda_plan_args &a, uint32_t seq, const entry &e, cuda_role role, uint32_t tiles,
+__device__ void write_items(const cuda_plan_args &a, uint32_t seq, const entry &e, attn_role role, uint32_t tiles,
                             uint32_t parts, uint32_t item, uint32_t slot)
 {
     const cuda_workspace &ws = a.ws;
@@ -183,7 +183,7 @@ __device__ void write_items(const cuda_plan_args &a, uint32_t seq, const entry &
         for (uint32_t h = 0; h < a.kv_heads; h++, item++) {
             if (item >= ws.max_items[role])
                 return;
-            cuda_item it;
+            attn_item it;
             it.seq = seq;
             it.kv_head = h;
             it.first = e.first;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     end = begin + per < entries ? begin + per : entries;
     uint64_t tiles[ROLES] = {0, 0}, total[ROLES];
     uint32_t longest[ROLES] = {0, 0};
-    walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, cuda_role role) {
+    walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, attn_role role) {
         tiles[role] += e.tiles;
         longest[role] = e.tiles > longest[role] ? e.tiles : longest[role];
     });
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     const part_rule rule = rule_for(a, total, longest);
 
     counts n = {}, all, from;
-    walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, cuda_role role) {
+    walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, attn_role role) {
         uint32_t each = part_tiles(a, rule, role, e.tiles), parts = (e.tiles + each - 1) / each;
         n.v[role] += parts * a.kv_heads;
         n.v[ROLES + role] += parts > 1 ? parts * a.kv_heads : 0;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     for (uint32_t i = 0; i < 2 * ROLES; i++)
         from.v[i] = block_scan(n.v[i], &all.v[i]);
 
-    walk(a, first_entry, seqs, begin, end, [&](uint32_t index, uint32_t seq, const entry &e, cuda_role role) {
+    walk(a, first_entry, seqs, begin, end, [&](uint32_t index, uint32_t seq, const entry &e, attn_role role) {
         uint32_t each = part_tiles(a, rule, role, e.tiles), parts = (e.tiles + each - 1) / each;
         uint32_t item = from.v[role], slot = from.v[ROLES + role];
         from.v[role] += parts * a.kv_heads;
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
             if (index % PLAN_BLOCKS == blockIdx.x)
                 write_items(a, seq, e, role, e.tiles, 1, item, 0);
             for (uint32_t i = a.kv_heads; i < parts * a.kv_heads; i++) {
-                cuda_item none = {};
+                attn_item none = {};
                 if (index % PLAN_BLOCKS == blockIdx.x && item + i < a.ws.max_items[role])
                     a.ws.items[role][item + i] = none; /* parts 0: skipped */
             }

@@ -22,6 +22,7 @@
 #define TANDEM_ATTENTION_CUDA_RUN_CUH
 
 #include "attention/attention_cuda.cuh"
+#include "attention/attention_launch.cuh"
 #include "attention/attention_ptx.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -54,7 +55,7 @@ struct run_seq {
 };
 
 struct run_shared {
-    cuda_item item;
+    attn_item item;
     uint32_t role; /* ROLES: no more items */
     uint2 counts;  /* items of prefill, of decode */
     uint32_t last; /* this block finished the last part of its unit */
@@ -282,7 +283,7 @@ template <typename C, uint32_t MT> __device__ __forceinline__ void clear(float (
 
 /* After a part's sums were written by all threads: whether the block's was the last part of the unit; then the others'
  * sums can be read. */
-__device__ __forceinline__ bool arrive_last(const cuda_run_args &a, cuda_role role, run_shared &sh)
+__device__ __forceinline__ bool arrive_last(const cuda_run_args &a, attn_role role, run_shared &sh)
 {
     __threadfence();
     __syncthreads();
@@ -299,7 +300,7 @@ __device__ __forceinline__ bool arrive_last(const cuda_run_args &a, cuda_role ro
 
 /* out of a unit whose parts have all been written: ROWS rows per slot. Sums in order of keys, whoever came last. */
 template <typename C, uint32_t ROWS>
-__device__ void combine(const cuda_run_args &a, const run_seq &s, cuda_role role, const cuda_item &it)
+__device__ void combine(const cuda_run_args &a, const run_seq &s, attn_role role, const attn_item &it)
 {
     constexpr uint32_t QUADS = C::DP / 4;
     const uint32_t rows = s.packed - it.first < ROWS ? s.packed - it.first : ROWS;
@@ -353,7 +354,7 @@ __device__ void combine(const cuda_run_args &a, const run_seq &s, cuda_role role
 
 /* The rows of a warp, complete, by way of shared memory (its own rows of Q, which it has read for the last time). */
 template <typename C>
-__device__ __forceinline__ void store_rows(const cuda_run_args &a, const run_seq &s, const cuda_item &it,
+__device__ __forceinline__ void store_rows(const cuda_run_args &a, const run_seq &s, const attn_item &it,
                                            const float (&o)[C::MTILES][C::CHUNKS][4], const running<C::MTILES> &run,
                                            char *q_bytes, uint32_t warp_row)
 {
@@ -381,7 +382,7 @@ __device__ __forceinline__ void store_rows(const cuda_run_args &a, const run_seq
 
 /* The rows of a warp, of one part. */
 template <typename C>
-__device__ __forceinline__ void store_part(const cuda_run_args &a, const run_seq &s, const cuda_item &it,
+__device__ __forceinline__ void store_part(const cuda_run_args &a, const run_seq &s, const attn_item &it,
                                            const float (&o)[C::MTILES][C::CHUNKS][4], const running<C::MTILES> &run,
                                            uint32_t warp_row)
 {
@@ -411,7 +412,7 @@ __device__ __forceinline__ void prefill(const cuda_run_args &a, const run_seq &s
     const uint32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * MT * 16;
     const uint32_t q_shared = ptx_shared(bytes), k_shared = q_shared + C::UNIT_ROWS * C::ROW_BYTES;
     const uint32_t v_shared = k_shared + C::TILE * C::ROW_BYTES;
-    const cuda_item it = sh.item; /* read from shared memory each time it cost 6 % */
+    const attn_item it = sh.item; /* read from shared memory each time it cost 6 % */
 
     load_q<C, C::UNIT_ROWS>(a, s, it.kv_head, it.first, q_shared);
     load_keys<C, C::TILE, THREADS>(a, s.k, it.key_begin, it.key_end, threadIdx.x, k_shared);
@@ -468,7 +469,7 @@ __device__ __forceinline__ void prefill(const cuda_run_args &a, const run_seq &s
 
 /* The four warps' shares, from shared memory, added up in their order: to out, or to the part's slot. */
 template <typename C>
-__device__ __forceinline__ void merge(const cuda_run_args &a, const run_seq &s, const cuda_item &it,
+__device__ __forceinline__ void merge(const cuda_run_args &a, const run_seq &s, const attn_item &it,
                                       const run_shared &sh, const char *bytes)
 {
     constexpr uint32_t QUADS = C::DP / 4;
@@ -509,7 +510,7 @@ __device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s,
     constexpr int BEHIND = 2 * C::STAGES - 1;        /* groups of copies that may be on their way at a wait */
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t q_shared = ptx_shared(bytes), ring = q_shared + KV_BYTES + warp * C::RING_BYTES;
-    const cuda_item &it = sh.item;
+    const attn_item &it = sh.item;
 
     load_q<C, DECODE_ROWS>(a, s, it.kv_head, 0, q_shared);
     const uint32_t begin = it.key_begin + warp * 16;
@@ -610,11 +611,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
     extern __shared__ __align__(128) char bytes[];
     __shared__ run_shared sh;
     uint32_t role = 0, place = 0; /* of thread 0 */
+    if (!a.follows)
+        attn_wait_earlier();
+    attn_let_next();
     if (threadIdx.x == 0) {
         /* The blocks of an SM come in rounds over all SMs: those of every other round begin with the other role. */
         uint32_t round = blockIdx.x / a.sms;
         role = a.roles == BOTH_ROLES ? round % ROLES : a.roles >> ROLE_DECODE;
         place = a.roles == BOTH_ROLES ? round / ROLES * a.sms + blockIdx.x % a.sms : blockIdx.x;
+        if (a.follows)
+            place = atomicAdd(&a.counters->next[role], 1);
         sh.counts = make_uint2(a.ws.lists->count[ROLE_PREFILL], a.ws.lists->count[ROLE_DECODE]);
     }
     for (;;) {
@@ -645,6 +651,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         }
         __syncthreads(); /* the item and shared memory are free */
     }
+    if (a.follows)
+        attn_wait_earlier(); /* the counters are in use until then */
     if (threadIdx.x == 0)
         leave(a);
 }

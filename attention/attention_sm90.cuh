@@ -1,10 +1,7 @@
 /* attention_sm90.cuh - what the Hopper kernels share: shapes, arguments, what a block keeps in shared memory.
  *
- * A packed row is one query head of one query row: packed row p of a sequence and KV head is query row p / G, head
- * kv_head * G + p % G. A unit is a block of packed rows of one sequence and KV head with all keys they see; an item is a
- * unit, or a part of its keys. Units of at most DECODE_ROWS packed rows (decodes, tiny chunks) are "decode", whose cost is
- * reading K and V; others are "prefill". The plan writes two lists of items once per step; the kernels take items from
- * them until they are empty, and who finishes the last part of a unit adds the parts up, in order of keys.
+ * The plan writes two lists of items once per step (attention_items.cuh); the kernels take items from them until they are
+ * empty.
  *
  * K and V come in by the copy engine, through two tensor maps per sequence that the plan writes:
  *
@@ -19,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/attention_internal.h"
+#include "attention/attention_items.cuh"
 #include "attention/ptx_sm90.cuh"
 
 constexpr uint32_t BOX_KEYS = 32;
@@ -41,42 +39,14 @@ cudaError_t sm90_map_template(sm90_map *out, uint32_t head_dim, uint64_t token_s
 cudaError_t sm90_launch_maps(const attn_seq *seq, const uint32_t *counts, uint32_t max_seqs, const sm90_map &from,
                              sm90_map *k_maps, sm90_map *v_maps, cudaStream_t stream);
 
-enum sm90_role { ROLE_PREFILL = 0, ROLE_DECODE = 1, ROLES = 2 };
-
-constexpr uint32_t DECODE_ROWS = 16; /* two columns of mma.sync */
-constexpr uint32_t WARPS = 4;
-constexpr uint32_t TILE_KEYS = 64; /* the plan counts in tiles of so many keys */
-
-struct sm90_item {
-    uint32_t seq;
-    uint32_t kv_head;
-    uint32_t first;     /* packed row */
-    uint32_t key_begin; /* of this part */
-    uint32_t key_end;
-    uint32_t part;  /* index */
-    uint32_t parts; /* of the unit */
-    uint32_t slot;  /* of the unit's part 0; its number of arrived parts stands at the same index */
-};
-
-/* Counters that the blocks of one launch share; zero between runs. */
-struct sm90_counters {
-    uint32_t next[ROLES];
-    uint32_t left; /* blocks */
-};
-
-struct sm90_lists {
-    uint32_t count[ROLES]; /* items */
-    uint32_t fault;
-};
-
 /* Device memory of the back end; slots hold the parts of units that are cut. */
 struct sm90_workspace {
-    sm90_lists *lists;
-    sm90_counters *counters;      /* [2]: of two launches at the same time */
+    attn_lists *lists;
+    attn_counters *counters;      /* [2]: of two launches at the same time */
     uint32_t *arrived[ROLES];     /* [max_slots], zero between launches */
     sm90_map *k_maps, *v_maps;    /* [max_seqs] */
     uint32_t *offsets[2 * ROLES]; /* [max_seqs], of the plan: first item of a sequence by role, first slot by role */
-    sm90_item *items[ROLES];      /* [max_items] */
+    attn_item *items[ROLES];      /* [max_items] */
     float2 *weights[ROLES];       /* [max_slots][rows of a unit] maximum (of scores times log2 e), sum of powers */
     float *sums[ROLES];           /* [max_slots][rows of a unit][padded D], not yet divided by the weight */
     uint32_t max_items[ROLES];
@@ -100,10 +70,11 @@ struct sm90_run_args {
     uint64_t q_row_stride, out_row_stride, kv_offset, head_stride;
     uint32_t group, head_dim, window;
     uint32_t decode_follows; /* 1: a fused launch leaves the rest of decode to a launch of the decode kernel */
+    uint32_t one_shape;      /* 1: prefill's tiles are the same whether there are decodes or not, and so are all bits */
     float score_scale;       /* scores times this are powers of 2; 1 where they are bent first; positive */
     uint32_t bent;           /* scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
     float bend_in, bend_out;
-    sm90_counters *counters;
+    attn_counters *counters;
     sm90_workspace ws;
 };
 
@@ -133,7 +104,7 @@ struct sm90_unit {
     uint32_t first_row, rows, kv_len, packed;
 };
 
-__device__ __forceinline__ sm90_unit sm90_unit_of(const sm90_args &a, const sm90_item &it)
+__device__ __forceinline__ sm90_unit sm90_unit_of(const sm90_args &a, const attn_item &it)
 {
     const attn_seq s = a.run.seq[it.seq];
     sm90_unit u;

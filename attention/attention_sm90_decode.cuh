@@ -29,6 +29,7 @@ constexpr uint32_t DECODE_SLOTS_MAX = 8;
 struct decode_bars {
     uint64_t full[WARPS][DECODE_SLOTS_MAX];
     uint32_t item, last;
+    uint32_t stop; /* set when this block has no prefill any more and may leave decode to others */
     float max[WARPS][DECODE_ROWS], sum[WARPS][DECODE_ROWS], by[WARPS][DECODE_ROWS];
     float all_max[DECODE_ROWS], all_sum[DECODE_ROWS];
 };
@@ -175,7 +176,7 @@ __device__ __forceinline__ void decode_tile(const sm90_args &a, const sm90_unit 
 
 /* Q of the item's packed rows as the second operand; zeros behind the sequence and the head. */
 template <typename C, uint32_t NT>
-__device__ __forceinline__ void decode_load_q(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void decode_load_q(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                               uint32_t (&q)[C::D / 16][NT][2])
 {
     const uint32_t lane = threadIdx.x % 32;
@@ -196,7 +197,7 @@ __device__ __forceinline__ void decode_load_q(const sm90_args &a, const sm90_uni
 
 /* One item by one warp, up to its sums in shared memory. */
 template <typename C, uint32_t NT>
-__device__ __forceinline__ void decode_item(const sm90_args &a, const sm90_unit &u, const sm90_item &it, decode_bars *b,
+__device__ __forceinline__ void decode_item(const sm90_args &a, const sm90_unit &u, const attn_item &it, decode_bars *b,
                                             decode_stream<C> &st, uint32_t warp, float *sums)
 {
     const uint32_t lane = threadIdx.x % 32;
@@ -260,7 +261,7 @@ __device__ __forceinline__ void decode_item(const sm90_args &a, const sm90_unit 
 }
 
 template <typename C>
-__device__ __forceinline__ void decode_put(const sm90_args &a, const sm90_unit &u, const sm90_item &it, uint32_t r,
+__device__ __forceinline__ void decode_put(const sm90_args &a, const sm90_unit &u, const attn_item &it, uint32_t r,
                                            uint32_t d, float x)
 {
     uint32_t pair = sm90_pack<C::BF16>(x, 0);
@@ -271,7 +272,7 @@ __device__ __forceinline__ void decode_put(const sm90_args &a, const sm90_unit &
 
 /* Adds up the four warps, then, where this item is the last part of its unit, the parts. */
 template <typename C>
-__device__ __forceinline__ void decode_finish(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void decode_finish(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                               decode_bars *b, uint32_t tid, const float *sums)
 {
     const sm90_workspace &ws = a.run.ws;
@@ -332,18 +333,18 @@ __device__ __forceinline__ void decode_finish(const sm90_args &a, const sm90_uni
     }
 }
 
-/* With stop_with_prefill none is taken any more once prefill's list is empty: a launch of the decode kernel follows. */
-__device__ __forceinline__ uint32_t decode_take(const sm90_args &a, bool stop_with_prefill)
+/* None is taken any more once *stop is set: a launch of a decode kernel follows. stop: NULL where nothing sets it. Read by
+ * an atomic, since prefill's producer sets it at any time. */
+__device__ __forceinline__ uint32_t decode_take(const sm90_args &a, uint32_t *stop)
 {
-    if (stop_with_prefill &&
-        *(volatile uint32_t *)&a.run.counters->next[ROLE_PREFILL] >= a.run.ws.lists->count[ROLE_PREFILL] + gridDim.x)
+    if (stop && atomicOr(stop, 0))
         return NO_ITEM;
     return atomicAdd(&a.run.counters->next[ROLE_DECODE], 1);
 }
 
 /* A warpgroup; tid 0 .. 127. */
 template <typename C>
-__device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, uint32_t tid, bool stop_with_prefill)
+__device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, uint32_t tid, uint32_t *stop)
 {
     const uint32_t items = a.run.ws.lists->count[ROLE_DECODE], warp = tid / 32;
     decode_stream<C> st;
@@ -352,12 +353,12 @@ __device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, ui
     float *sums = (float *)memory;
     for (;;) {
         if (tid == 0)
-            b->item = decode_take(a, stop_with_prefill);
+            b->item = decode_take(a, stop);
         sm90_bar_sync(BAR_DECODE, GROUP_THREADS);
         const uint32_t index = b->item;
         if (index >= items)
             break;
-        const sm90_item it = a.run.ws.items[ROLE_DECODE][index];
+        const attn_item it = a.run.ws.items[ROLE_DECODE][index];
         if (it.parts > 0) {
             const sm90_unit u = sm90_unit_of(a, it);
             if (u.packed - it.first <= 8)

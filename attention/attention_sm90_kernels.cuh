@@ -9,6 +9,7 @@
 #ifndef TANDEM_ATTENTION_SM90_KERNELS_CUH
 #define TANDEM_ATTENTION_SM90_KERNELS_CUH
 
+#include "attention/attention_launch.cuh"
 #include "attention/attention_sm90_decode.cuh"
 #include "attention/attention_sm90_prefill.cuh"
 
@@ -25,7 +26,7 @@ __device__ __forceinline__ char *sm90_aligned(char *p)
 }
 
 /* One thread of each block, when all of the block is done. */
-__device__ __forceinline__ void sm90_leave(sm90_counters *c, uint32_t role_bits)
+__device__ __forceinline__ void sm90_leave(attn_counters *c, uint32_t role_bits)
 {
     __threadfence();
     if (atomicAdd(&c->left, 1) != gridDim.x - 1)
@@ -47,6 +48,8 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
         sm90_mbar_init_fence();
     }
     __syncthreads();
+    attn_wait_earlier();
+    attn_let_next();
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0)
@@ -80,8 +83,13 @@ template <typename C> __device__ __forceinline__ void decode_block(const sm90_ar
         sm90_mbar_init_fence();
     }
     __syncthreads();
-    decode_role<C>(a, &bars, sm90_aligned(raw), threadIdx.x, false);
+    if (!a.run.decode_follows)
+        attn_wait_earlier();
+    attn_let_next();
+    decode_role<C>(a, &bars, sm90_aligned(raw), threadIdx.x, NULL);
     __syncthreads();
+    if (a.run.decode_follows)
+        attn_wait_earlier(); /* the counters are in use until then */
     if (threadIdx.x == 0)
         sm90_leave(a.run.counters, 1 << ROLE_DECODE | a.run.decode_follows << ROLE_PREFILL);
 }
@@ -97,33 +105,51 @@ template <typename C> __global__ void __launch_bounds__(128, 4) sm90_decode_besi
     decode_block<C>(a);
 }
 
-template <typename P, typename C>
+/* NARROW is prefill's shape where decode's rings stand beside it, P where the batch has no decodes (unless one_shape). */
+template <typename P, typename NARROW, typename C>
 __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm90_args a)
 {
     extern __shared__ char raw[];
     __shared__ sm90_bars bars;
+    static_assert(P::STAGES == NARROW::STAGES, "barriers of both shapes");
     char *memory = sm90_aligned(raw);
     const uint32_t group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
         prefill_init<P>(&bars.prefill);
         decode_init<C>(&bars.decode);
+        bars.decode.stop = 0;
         sm90_mbar_init_fence();
     }
     __syncthreads();
+    attn_wait_earlier();
+    attn_let_next();
+    const bool alone = !a.run.one_shape && a.run.ws.lists->count[ROLE_DECODE] == 0;
     if (group == 0) {
         sm90_regs_less<24>();
-        if (threadIdx.x == 0)
-            prefill_produce<P>(a, &bars.prefill, sm90_shared(memory));
+        if (threadIdx.x == 0) {
+            if (alone)
+                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory));
+            else
+                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory));
+            atomicExch(&bars.decode.stop, a.run.decode_follows);
+        }
     } else if (group == 3) {
-        sm90_regs_more<136>();
-        decode_role<C>(a, &bars.decode, memory + P::BYTES, threadIdx.x % GROUP_THREADS, a.run.decode_follows);
+        if (alone) {
+            sm90_regs_less<24>();
+        } else {
+            sm90_regs_more<136>();
+            decode_role<C>(a, &bars.decode, memory + NARROW::BYTES, threadIdx.x % GROUP_THREADS, &bars.decode.stop);
+        }
+    } else if (alone) {
+        sm90_regs_more<232>();
+        prefill_consume<P>(a, &bars.prefill, sm90_shared(memory), group - 1);
     } else {
         sm90_regs_more<176>();
-        prefill_consume<P>(a, &bars.prefill, sm90_shared(memory), group - 1);
+        prefill_consume<NARROW>(a, &bars.prefill, sm90_shared(memory), group - 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0)
-        sm90_leave(a.run.counters, a.run.decode_follows ? 0 : 1 << ROLE_PREFILL | 1 << ROLE_DECODE);
+    if (threadIdx.x == 0 && !a.run.decode_follows)
+        sm90_leave(a.run.counters, 1 << ROLE_PREFILL | 1 << ROLE_DECODE);
 }
 
 template <typename P, typename NARROW, typename C, typename SMALL> constexpr sm90_kernels sm90_kernels_of()
@@ -131,7 +157,8 @@ template <typename P, typename NARROW, typename C, typename SMALL> constexpr sm9
     return {
         {sm90_prefill<P>, 384, P::BYTES + SHARED_ALIGN, 1},
         {sm90_decode<C>, 128, C::BYTES + SHARED_ALIGN, DECODE_BLOCKS_PER_SM},
-        {sm90_fused<NARROW, C>, 512, NARROW::BYTES + C::BYTES + SHARED_ALIGN, 1},
+        {sm90_fused<P, NARROW, C>, 512,
+         (P::BYTES > NARROW::BYTES + C::BYTES ? P::BYTES : NARROW::BYTES + C::BYTES) + SHARED_ALIGN, 1},
         {sm90_prefill_beside<NARROW>, 384, NARROW::BYTES + SHARED_ALIGN, 1},
         {sm90_decode_beside<SMALL>, 128, SMALL::BYTES + SHARED_ALIGN, 1},
         P::D,

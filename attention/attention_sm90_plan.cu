@@ -18,15 +18,21 @@ constexpr uint32_t MAX_PREFILL_PARTS = 16;
 constexpr uint32_t MIN_PREFILL_TILES = 8; /* 512 keys */
 constexpr uint32_t MIN_DECODE_TILES = 2;  /* a tile of 32 keys for each warp */
 constexpr uint32_t UNIT_COST_TILES = 6;   /* start and end of a prefill item, in tiles of 64 keys */
+constexpr uint32_t DECODE_WAVES = 6;      /* of parts, beside prefill, where these are long enough */
+constexpr uint32_t LAST_WAVES = 8;        /* of the parts of the last decodes */
+constexpr uint32_t LONG_PART_TILES = 16;
 
 struct rule {
     uint32_t tiles[ROLES]; /* most of a part; 0: not cut */
+    uint32_t last_tiles;   /* the same of decodes from sequence `last` on */
+    uint32_t last;
 };
 
 struct totals {
     unsigned long long tiles[ROLES];
-    uint32_t units[ROLES]; /* of one KV head */
-    uint32_t longest;      /* tiles of a prefill unit */
+    unsigned long long last_tiles; /* of the last quarter's decodes */
+    uint32_t units[ROLES];         /* of one KV head */
+    uint32_t longest[ROLES];       /* tiles of a unit */
     uint32_t fault;
 };
 
@@ -71,21 +77,61 @@ __device__ uint32_t part_tiles(uint32_t tiles, uint32_t of_rule, uint32_t most)
     return (tiles + parts - 1) / parts;
 }
 
-/* Prefill: as many parts per unit as make the waves of blocks cheapest. Decode: about a wave of parts, more where there is
- * more to balance. Slots are enough by construction (size_lists in attention_sm90.cu): units are cut into few parts where
- * there are many, and a sum of quotients rounded up is less than the quotient of the sum and their number. */
-__device__ rule rule_of(const sm90_plan_args &a, const totals &t)
+/* Decodes alone: the longest unit in as many parts as make the last block be done soonest, if `units` of it made up all the
+ * work and blocks took parts in rounds. A part costs a tile beside its own, a cut one two. Slots are enough: a unit that
+ * is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of items. */
+__device__ uint32_t decode_tiles_alone(const sm90_plan_args &a, uint64_t tiles, uint32_t longest)
+{
+    const uint64_t blocks = DECODE_BLOCKS_PER_SM * a.sms;
+    uint64_t least = UINT64_MAX;
+    uint32_t best = longest;
+    for (uint32_t k = 1; k <= MAX_DECODE_PARTS; k++) {
+        uint32_t each = (longest + k - 1) / k;
+        uint64_t items = (tiles + each - 1) / each;
+        if (k > 1 && (each < MIN_DECODE_TILES || items > 4 * blocks))
+            break;
+        uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2));
+        if (cost < least) {
+            least = cost;
+            best = each;
+        }
+    }
+    return best;
+}
+
+/* Decodes beside prefill: about a wave of parts, more where there is more to balance. The last sequences are cut finer: a part
+ * takes long beside prefill, and whoever begins one when prefill ends lets all others wait. */
+__device__ void decode_tiles_beside(const sm90_plan_args &a, const totals &t, rule *r)
+{
+    const uint64_t decodes = (uint64_t)t.units[ROLE_DECODE] * a.kv_heads, wave = DECODE_BLOCKS_PER_SM * a.sms;
+    const uint64_t tiles = t.tiles[ROLE_DECODE] * a.kv_heads;
+    uint64_t waves = (4 * decodes + wave - 1) / wave;
+    if (waves < DECODE_WAVES && tiles >= DECODE_WAVES * wave * LONG_PART_TILES)
+        waves = DECODE_WAVES;
+    uint64_t part = tiles / (waves * wave - decodes * (waves * wave > decodes)) + 1;
+    uint64_t least = waves > 4 ? LONG_PART_TILES : MIN_DECODE_TILES;
+    r->tiles[ROLE_DECODE] = (uint32_t)(part > least ? part : least);
+    uint64_t last = t.last_tiles * a.kv_heads / (LAST_WAVES * wave) + 1;
+    last = last > LONG_PART_TILES ? last : LONG_PART_TILES;
+    r->last_tiles = last < r->tiles[ROLE_DECODE] ? (uint32_t)last : r->tiles[ROLE_DECODE];
+}
+
+/* Prefill: as many parts per unit as make the waves of blocks cheapest. Slots are enough by construction (size_lists in
+ * attention_sm90.cu): units are cut into few parts where there are many, and a sum of quotients rounded up is less than
+ * the quotient of the sum and their number. */
+__device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
 {
     rule r = {};
-    r.tiles[ROLE_DECODE] = a.fixed_tiles;
+    r.last = last;
+    r.tiles[ROLE_DECODE] = r.last_tiles = a.fixed_tiles;
     if (a.fixed_tiles)
         return r;
     const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
     if (units > 0) {
         /* Of units that are about equally long the longest counts: a part more of a few would be a wave more. */
         uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1, best = 1;
-        if (t.longest <= mean + mean / 4)
-            mean = t.longest;
+        if (t.longest[ROLE_PREFILL] <= mean + mean / 4)
+            mean = t.longest[ROLE_PREFILL];
         uint64_t least = UINT64_MAX;
         for (uint32_t s = 1;
              s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * a.sms)); s++) {
@@ -102,13 +148,11 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t)
         if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
     }
-    const uint64_t decodes = (uint64_t)t.units[ROLE_DECODE] * a.kv_heads, wave = DECODE_BLOCKS_PER_SM * a.sms;
-    if (decodes > 0) {
-        uint64_t waves = (4 * decodes + wave - 1) / wave;
-        uint64_t part = t.tiles[ROLE_DECODE] * a.kv_heads / (waves * wave - decodes * (waves * wave > decodes)) + 1;
-        uint64_t least = waves > 4 ? 8 * MIN_DECODE_TILES : MIN_DECODE_TILES;
-        r.tiles[ROLE_DECODE] = (uint32_t)(part > least ? part : least);
-    }
+    if (t.units[ROLE_DECODE] > 0 && units == 0)
+        r.tiles[ROLE_DECODE] = r.last_tiles =
+            decode_tiles_alone(a, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
+    else if (t.units[ROLE_DECODE] > 0)
+        decode_tiles_beside(a, t, &r);
     return r;
 }
 
@@ -135,7 +179,7 @@ __device__ uint32_t block_scan(uint32_t x, uint32_t *total)
     return before + inclusive - x;
 }
 
-__device__ void look(const sm90_plan_args &a, uint32_t seqs, totals *t)
+__device__ void look(const sm90_plan_args &a, uint32_t seqs, uint32_t last, totals *t)
 {
     for (uint32_t i = threadIdx.x; i < seqs; i += PLAN_THREADS) {
         const attn_seq s = a.seq[i];
@@ -148,25 +192,32 @@ __device__ void look(const sm90_plan_args &a, uint32_t seqs, totals *t)
         for (uint32_t u = 0; u < n; u++) {
             keys_of(a, s, u * UNIT_ROWS, lo, hi);
             tiles += tiles_of(lo, hi);
-            if (role == ROLE_PREFILL)
-                atomicMax(&t->longest, tiles_of(lo, hi));
+            atomicMax(&t->longest[role], tiles_of(lo, hi));
         }
         atomicAdd(&t->tiles[role], tiles);
         atomicAdd(&t->units[role], n);
+        if (role == ROLE_DECODE && i >= last)
+            atomicAdd(&t->last_tiles, tiles);
     }
 }
 
-/* Items and slots of one KV head of a sequence, by a warp; each lane has every 32nd unit. */
-__device__ void count(const sm90_plan_args &a, const rule &r, const attn_seq &s, uint32_t lane, uint32_t &items,
-                      uint32_t &slots)
+__device__ uint32_t rule_tiles(const rule &r, uint32_t role, uint32_t i)
 {
-    const uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s);
+    return role == ROLE_DECODE && i >= r.last ? r.last_tiles : r.tiles[role];
+}
+
+/* Items and slots of one KV head of sequence i, by a warp; each lane has every 32nd unit. */
+__device__ void count(const sm90_plan_args &a, const rule &r, uint32_t i, const attn_seq &s, uint32_t lane,
+                      uint32_t &items, uint32_t &slots)
+{
+    const uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s),
+                   most_tiles = rule_tiles(r, role, i);
     const uint32_t most = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
     items = slots = 0;
     for (uint32_t u = lane; u < n; u += 32) {
         uint32_t lo, hi;
         keys_of(a, s, u * UNIT_ROWS, lo, hi);
-        uint32_t tiles = tiles_of(lo, hi), each = part_tiles(tiles, r.tiles[role], most);
+        uint32_t tiles = tiles_of(lo, hi), each = part_tiles(tiles, most_tiles, most);
         uint32_t parts = (tiles + each - 1) / each;
         items += parts;
         slots += parts > 1 ? parts : 0;
@@ -192,13 +243,14 @@ __device__ uint32_t warp_before(uint32_t x)
 __device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const attn_seq &s, uint32_t lane,
                       uint32_t items, uint32_t slots, uint32_t item, uint32_t slot)
 {
-    const uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s);
+    const uint32_t role = role_of(a, s), n = role == ROLE_DECODE ? 1 : units_of(a, s),
+                   most_tiles = rule_tiles(r, role, i);
     const uint32_t most = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
     for (uint32_t from = 0; from < n; from += 32) {
         uint32_t u = from + lane, lo = 0, hi = 0, each = 0, parts = 0;
         if (u < n) { /* the last rows, which see most, first */
             keys_of(a, s, (n - 1 - u) * UNIT_ROWS, lo, hi);
-            each = part_tiles(tiles_of(lo, hi), r.tiles[role], most);
+            each = part_tiles(tiles_of(lo, hi), most_tiles, most);
             parts = (tiles_of(lo, hi) + each - 1) / each;
         }
         uint32_t cut = parts > 1 ? parts : 0, my_item = item + warp_before(parts), my_slot = slot + warp_before(cut);
@@ -207,7 +259,7 @@ __device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const 
                 uint32_t at = my_item + h * items + p;
                 if (at >= a.ws.max_items[role])
                     break;
-                sm90_item it;
+                attn_item it;
                 it.seq = i;
                 it.kv_head = h;
                 it.first = (n - 1 - u) * UNIT_ROWS;
@@ -233,15 +285,16 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         t.fault = given > a.max_seqs ? a.max_seqs + 1 : UINT32_MAX;
     }
     __syncthreads();
-    look(a, seqs, &t);
+    const uint32_t last = seqs - seqs / 4;
+    look(a, seqs, last, &t);
     __syncthreads();
-    const rule r = rule_of(a, t);
+    const rule r = rule_of(a, t, last);
     for (uint32_t i = warp; i < seqs; i += PLAN_WARPS) {
         const attn_seq s = a.seq[i];
         uint32_t items = 0, slots = 0;
         bool bad = breaks_rule(a, s);
         if (!bad)
-            count(a, r, s, lane, items, slots);
+            count(a, r, i, s, lane, items, slots);
         items = warp_sum(items);
         slots = warp_sum(slots);
         if (lane < ROLES) {
@@ -266,7 +319,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         if (breaks_rule(a, s))
             continue;
         uint32_t role = role_of(a, s), items, slots;
-        count(a, r, s, lane, items, slots);
+        count(a, r, i, s, lane, items, slots);
         write(a, r, i, s, lane, warp_sum(items), warp_sum(slots), a.ws.offsets[role][i], a.ws.offsets[ROLES + role][i]);
     }
     if (threadIdx.x < ROLES) {

@@ -78,7 +78,7 @@ template <typename C> __device__ void prefill_produce(const sm90_args &a, prefil
         at.next();
         if (index >= items)
             break;
-        const sm90_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const attn_item it = a.run.ws.items[ROLE_PREFILL][index];
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_map_acquire(u.k_map);
         sm90_map_acquire(u.v_map);
@@ -102,7 +102,7 @@ template <typename C> __device__ void prefill_produce(const sm90_args &a, prefil
 
 /* 64 packed rows of Q into shared memory by a warpgroup; zeros behind the sequence and behind the head. */
 template <typename C>
-__device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                                uint32_t group, uint32_t tid, uint32_t shared)
 {
     constexpr uint32_t CHUNKS = C::D / 8;
@@ -138,11 +138,18 @@ __device__ __forceinline__ void prefill_pv(float (&o)[C::D / 2], const uint32_t 
         sm90_wgmma_rs<C::BF16>(o, p + k * 4, sm90_desc(v_shared + k * 16 * 128, C::BLOCK), 1);
 }
 
-/* What a thread knows of its two rows. */
+/* What a thread knows of its two rows. Powers are relative to 2^base: the maximum as it was when a score last stood more than
+ * GROWTH above it. `sum` is of the thread's own columns, in two chains. */
 struct prefill_rows {
     uint32_t limit[2], first[2];
-    float max[2], sum[2];
+    float base[2], most[2]; /* most: the score up to which base may stay */
+    float sum[2][2];
 };
+
+/* Weights are 2^4 at most: nothing to float, nor to 16-bit weights, rounded relatively. A row's largest weight is exact
+ * where base is its maximum, else off by up to half a unit: the less growth passes, the more rows are exact in it. */
+constexpr float GROWTH = 4;
+constexpr float LOW_BASE = -1e30f; /* of a row that has seen nothing: less than any score, and no infinity */
 
 template <typename C>
 __device__ __forceinline__ void prefill_mask(float (&s)[C::KEYS / 2], const prefill_rows &r, uint32_t key)
@@ -156,43 +163,57 @@ __device__ __forceinline__ void prefill_mask(float (&s)[C::KEYS / 2], const pref
     }
 }
 
-/* s becomes powers of 2 below the new maximum; by[] is what sums so far are to be multiplied with. */
+/* Where a row of this warp has a score far above its base, all its rows get a new base, and what was summed so far is to be
+ * multiplied with by[]: true then. Rare after the first tiles, so that the four threads of a row seldom exchange their
+ * maxima, and O is seldom touched. */
 template <typename C>
-__device__ __forceinline__ void prefill_softmax(float (&s)[C::KEYS / 2], prefill_rows &r, float scale, float (&by)[2])
+__device__ __forceinline__ bool prefill_rebase(const float (&s)[C::KEYS / 2], prefill_rows &r, float scale,
+                                               float (&by)[2])
 {
+    float most[2][C::CHAINS];
 #pragma unroll
     for (uint32_t row = 0; row < 2; row++) {
-        float most[C::CHAINS];
 #pragma unroll
         for (uint32_t i = 0; i < C::CHAINS; i++)
-            most[i] = r.max[row];
+            most[row][i] = fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]);
 #pragma unroll
-        for (uint32_t i = 0; i < C::KEYS / 8; i++)
-            most[i % C::CHAINS] = fmaxf(most[i % C::CHAINS], fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
-        float m = most[0];
+        for (uint32_t i = C::CHAINS; i < C::KEYS / 8; i++)
+            most[row][i % C::CHAINS] =
+                fmaxf(most[row][i % C::CHAINS], fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
 #pragma unroll
         for (uint32_t i = 1; i < C::CHAINS; i++)
-            m = fmaxf(m, most[i]);
+            most[row][0] = fmaxf(most[row][0], most[row][i]);
+    }
+    if (!__any_sync(0xffffffff, most[0][0] > r.most[0] || most[1][0] > r.most[1]))
+        return false;
+#pragma unroll
+    for (uint32_t row = 0; row < 2; row++) {
+        float m = most[row][0];
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
-        float base = m == -INFINITY ? 0 : m * scale; /* a row that has seen nothing yet */
-        by[row] = sm90_exp2(r.max[row] * scale - base);
-        r.max[row] = m;
-        float sum[C::CHAINS] = {};
-#pragma unroll
-        for (uint32_t i = 0; i < C::KEYS / 8; i++) {
-#pragma unroll
-            for (uint32_t j = 0; j < 2; j++) {
-                float e = sm90_exp2(s[i * 4 + row * 2 + j] * scale - base);
-                s[i * 4 + row * 2 + j] = e;
-                sum[(i * 2 + j) % C::CHAINS] += e;
-            }
-        }
-        r.sum[row] *= by[row];
-#pragma unroll
-        for (uint32_t i = 0; i < C::CHAINS; i++)
-            r.sum[row] += sum[i];
+        float base = fmaxf(r.base[row], m * scale);
+        by[row] = sm90_exp2(r.base[row] - base);
+        r.base[row] = base;
+        r.most[row] = (base + GROWTH) / scale;
+        r.sum[row][0] *= by[row];
+        r.sum[row][1] *= by[row];
     }
+    return true;
+}
+
+/* Scores become weights. */
+template <typename C>
+__device__ __forceinline__ void prefill_weigh(float (&s)[C::KEYS / 2], prefill_rows &r, float scale)
+{
+#pragma unroll
+    for (uint32_t i = 0; i < C::KEYS / 2; i++) {
+        const uint32_t row = i / 2 % 2;
+        s[i] = sm90_exp2(s[i] * scale - r.base[row]);
+        r.sum[row][i % 2] += s[i];
+    }
+    /* The assembler would leave the sums for later, when the products are waited for, and it is the next ones' turn. */
+    sm90_need(r.sum[0][0], r.sum[0][1]);
+    sm90_need(r.sum[1][0], r.sum[1][1]);
 }
 
 template <typename C>
@@ -212,7 +233,7 @@ template <typename C> __device__ __forceinline__ void prefill_scale(float (&o)[C
 
 /* Divides and writes 64 rows, through this warpgroup's part of Q. */
 template <typename C>
-__device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                               uint32_t group, uint32_t tid, uint32_t shared, const float (&o)[C::D / 2],
                                               const prefill_rows &r)
 {
@@ -220,7 +241,7 @@ __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_uni
     float inv[2];
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++)
-        inv[i] = r.sum[i] > 0 ? 1 / r.sum[i] : 0;
+        inv[i] = r.sum[i][0] > 0 ? 1 / r.sum[i][0] : 0;
 #pragma unroll
     for (uint32_t i = 0; i < C::D / 4; i++) {
         uint32_t at = sm90_swizzled(row + i % 2 * 8, i / 2, UNIT_ROWS) + tid % 4 * 4;
@@ -245,7 +266,7 @@ __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_uni
 
 /* Adds up the parts of 64 rows, in order of keys. */
 template <typename C>
-__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const sm90_item &it, uint32_t group, uint32_t tid)
+__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const attn_item &it, uint32_t group, uint32_t tid)
 {
     const sm90_workspace &ws = a.run.ws;
     const uint32_t lane = tid % 32;
@@ -279,9 +300,9 @@ __device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const sm90
 
 /* Leaves a part in the workspace; who brings the last one of these 64 rows adds all up. */
 template <typename C>
-__device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_unit &u, const sm90_item &it,
+__device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_unit &u, const attn_item &it,
                                               prefill_bars *b, uint32_t group, uint32_t tid, const float (&o)[C::D / 2],
-                                              const prefill_rows &r, float scale)
+                                              const prefill_rows &r)
 {
     const sm90_workspace &ws = a.run.ws;
     const uint32_t row = group * 64 + tid / 32 * 16 + tid % 32 / 4;
@@ -292,7 +313,7 @@ __device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_uni
         *(float2 *)(sums + i % 2 * 8 * C::D + i / 2 * 8) = {o[i * 2], o[i * 2 + 1]};
     if (tid % 4 == 0)
         for (uint32_t i = 0; i < 2; i++)
-            ws.weights[ROLE_PREFILL][at + i * 8] = {r.max[i] * scale, r.sum[i]};
+            ws.weights[ROLE_PREFILL][at + i * 8] = {r.base[i], r.sum[i][0]};
     __threadfence();
     sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
     if (tid == 0) {
@@ -324,7 +345,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         const uint32_t index = b->item[at.slot];
         if (index == NO_ITEM)
             break;
-        const sm90_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const attn_item it = a.run.ws.items[ROLE_PREFILL][index];
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the item, and the last output from Q's place */
         if (tid == 0)
@@ -340,8 +361,8 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             rows.limit[i] = sm90_limit(a, u, row + i * 8);
             rows.first[i] = sm90_first(a, rows.limit[i]);
             rows.limit[i] = rows.limit[i] < it.key_end ? rows.limit[i] : it.key_end;
-            rows.max[i] = -INFINITY;
-            rows.sum[i] = 0;
+            rows.base[i] = rows.most[i] = LOW_BASE;
+            rows.sum[i][0] = rows.sum[i][1] = 0;
         }
         uint32_t all_see_to = sm90_limit(a, u, it.first + group * 64), all_see_from;
         all_see_to = all_see_to < it.key_end ? all_see_to : it.key_end;
@@ -355,7 +376,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         for (uint32_t i = 0; i < C::D / 2; i++)
             o[i] = 0;
 
-        auto weigh = [&]() {
+        auto weigh = [&]() -> bool {
             if (a.run.bent) {
 #pragma unroll
                 for (uint32_t i = 0; i < C::KEYS / 2; i++)
@@ -363,7 +384,9 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             }
             if (key + C::KEYS > all_see_to || key < all_see_from)
                 prefill_mask<C>(s, rows, key);
-            prefill_softmax<C>(s, rows, scale, by);
+            bool grown = prefill_rebase<C>(s, rows, scale, by);
+            prefill_weigh<C>(s, rows, scale);
+            return grown;
         };
 
         sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
@@ -377,10 +400,11 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         k_at.next();
         weigh();
         prefill_pack<C>(p, s);
+        if (tiles > 1)
+            sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
 
         for (uint32_t i = 1; i < tiles; i++) {
             key -= C::KEYS;
-            sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
             sm90_bar_sync(BAR_TURN + group, 2 * GROUP_THREADS);
             sm90_pin(s);
             sm90_pin(o);
@@ -398,13 +422,17 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             if (tid == 0)
                 sm90_mbar_arrive(sm90_shared(&b->k_empty[k_at.slot]));
             k_at.next();
-            weigh();
+            const bool grown = weigh();
+            sm90_pin(s);
+            if (i + 1 < tiles)
+                sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
             sm90_wgmma_wait<0>();
             sm90_pin(o);
             if (tid == 0)
                 sm90_mbar_arrive(sm90_shared(&b->v_empty[v_at.slot]));
             v_at.next();
-            prefill_scale<C>(o, by);
+            if (grown)
+                prefill_scale<C>(o, by);
             prefill_pack<C>(p, s);
         }
         sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
@@ -421,13 +449,14 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
 
 #pragma unroll
         for (uint32_t i = 0; i < 2; i++) {
-            rows.sum[i] += __shfl_xor_sync(0xffffffff, rows.sum[i], 1);
-            rows.sum[i] += __shfl_xor_sync(0xffffffff, rows.sum[i], 2);
+            rows.sum[i][0] += rows.sum[i][1];
+            rows.sum[i][0] += __shfl_xor_sync(0xffffffff, rows.sum[i][0], 1);
+            rows.sum[i][0] += __shfl_xor_sync(0xffffffff, rows.sum[i][0], 2);
         }
         if (it.parts == 1)
             prefill_write<C>(a, u, it, group, tid, shared, o, rows);
         else
-            prefill_leave<C>(a, u, it, b, group, tid, o, rows, scale);
+            prefill_leave<C>(a, u, it, b, group, tid, o, rows);
     }
 }
 

@@ -232,6 +232,15 @@ template <uint32_t N> __device__ __forceinline__ void sm90_pin(uint32_t (&d)[N])
         asm volatile("" : "+r"(d[i])::"memory");
 }
 
+/* Has a and b, which are never negative, computed here. */
+__device__ __forceinline__ void sm90_need(float a, float b)
+{
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .f32 x;\nmin.f32 x, %0, %1;\nsetp.lt.f32 p, x, 0f00000000;\n@p trap;\n}\n" ::"f"(a),
+        "f"(b)
+        : "memory");
+}
+
 /* d = add ? d + A * B : A * B. _ss: A and B rows along the sum (Q and K); _rs: A in registers, B's rows across it (V). */
 template <bool BF16> __device__ __forceinline__ void sm90_wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, uint32_t add)
 {

@@ -41,6 +41,9 @@ static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000
 static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
 static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
 static const struct attn_span attn_speculation[] = {{30, 5, 4000}, {10, 2, 3000}, {10, 1, 1000}, {0, 0, 0}};
+/* Decodes that are cut as beside a long prefill, the last quarter of the sequences finer; both sides take several rounds. */
+static const struct attn_span attn_long_both[] = {{1, 700, 3000}, {20, 1, 9000}, {1, 1000, 1000},
+                                                  {2, 1, 40000},  {12, 1, 7000}, {0, 0, 0}};
 
 static const struct attn_case attn_cases[] = {
     {"decodes 32/8", 32, 8, 128, 0, 0, 0, attn_edges},
@@ -74,6 +77,7 @@ static const struct attn_case attn_cases[] = {
     {"256 decodes of 2K, a chunk", 32, 8, 128, 0, 0, 1, attn_full_decodes},
     {"8 chunks of 512, 64 decodes", 32, 8, 128, 0, 0, 1, attn_full_chunks},
     {"chunk at 32K, decodes", 8, 2, 128, 0, 0, 1, attn_at_32k},
+    {"both sides cut", 32, 8, 128, 0, 0, 1, attn_long_both},
     {"context of 128K", 4, 1, 128, 0, 0, 1, attn_at_128k},
     {"speculation", 32, 4, 128, 0, 0, 1, attn_speculation},
 };

@@ -5,8 +5,10 @@
  * KV is token-major with LAYERS layers, of which one is asked for; it lies against unmapped memory on both sides, and
  * whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory behind each length.
  *
- * Tolerance: weights and results are rounded to 16 bits, both off by at most half a unit (2^-9 of bf16, 2^-12 of f16),
- * relatively: for |v| <= 1 an element may be off by that times (1 + |element|), and a little for sums in float.
+ * Tolerance: weights and results are rounded to 16 bits, relatively by up to u = 2^-8 of bf16, 2^-11 of f16. With A, the mean
+ * of |v| by a row's weights, an element may be off by u * (A + |element|), A <= 1. Allowed is half of that for A = 1, and a little
+ * for sums in float: errors of many weights cancel out, and one weight above all others is exact where it is the maximum
+ * that powers are relative to. A kernel that is further off has rounded that one as well.
  */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,6 +22,7 @@ namespace
 constexpr uint32_t LAYERS = 2, LAYER = 1; /* the last: what follows a sequence's last token is not its own */
 constexpr uint32_t FIXED_KEYS = 256;
 constexpr uint32_t SPARE_ROWS = 2; /* in front and behind, of no sequence */
+constexpr uint64_t Q_SEED = 77;
 constexpr uint32_t REF_THREADS = 256, REF_BLOCKS = 528;
 constexpr uint32_t REF_ROWS = 48; /* of a long chunk: every so-manieth row is compared */
 
@@ -135,6 +138,13 @@ void lay_out(problem *p)
     p->rows = row + SPARE_ROWS;
 }
 
+void write_q(const problem *p, uint64_t seed, cudaStream_t stream)
+{
+    const attn_case *c = p->c;
+    fill<<<256, 256, 0, stream>>>((char *)p->q.at + SPARE_ROWS * p->io.q_row_stride, p->rows - 2 * SPARE_ROWS,
+                                  p->io.q_row_stride, c->H * c->D, 2, seed, p->dtype == ATTN_F16);
+}
+
 /* KV ends, with the last layer's V of the last token, where the mapping ends. */
 void make(problem *p, const attn_case *c, attn_dtype dtype)
 {
@@ -181,8 +191,7 @@ void make(problem *p, const attn_case *c, attn_dtype dtype)
     take(&p->out, p->rows * p->io.out_row_stride);
     p->io.q = (void *)p->q.at;
     p->io.out = (void *)p->out.at;
-    fill<<<256, 256>>>((char *)p->q.at + SPARE_ROWS * p->io.q_row_stride, p->rows - 2 * SPARE_ROWS, p->io.q_row_stride,
-                       c->H * c->D, 2, 77, f16);
+    write_q(p, Q_SEED, NULL);
     CUDA_MUST(cudaMalloc(&p->d_seq, p->seq.size() * sizeof *p->d_seq));
     CUDA_MUST(cudaMalloc(&p->d_count, sizeof *p->d_count));
     CUDA_MUST(cudaDeviceSynchronize());
@@ -524,6 +533,33 @@ void check_graph(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy poli
     stop(&r);
 }
 
+/* Layers one after the other, each with a q that a kernel in front of it writes into the same memory: no launch may read it,
+ * or write out, before its turn. */
+void check_layers(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, const char *what)
+{
+    runner r;
+    if (!start(&r, p, ops, policy, 0))
+        return;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
+    CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
+    ATTN_MUST([&](struct status *st) { return attn_gpu_plan(r.attn, &r.step, st); });
+    for (uint32_t layer = 0; layer < 6; layer++) {
+        write_q(p, layer % 2 ? Q_SEED : Q_SEED + 1, r.stream);
+        ATTN_MUST([&](struct status *st) { return attn_gpu_run(r.attn, &r.step, &p->io, st); });
+    }
+    CUDA_MUST(cudaStreamEndCapture(r.stream, &graph));
+    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
+    for (uint32_t pass = 0; pass < 3; pass++) {
+        CUDA_MUST(cudaGraphLaunch(exec, r.stream));
+        compare(p, result(&r, p), what);
+    }
+    CUDA_MUST(cudaGraphExecDestroy(exec));
+    CUDA_MUST(cudaGraphDestroy(graph));
+    stop(&r);
+}
+
 /* Sequences that break a rule are named and left out; the others are computed. */
 void check_faults(const problem *p, const attn_gpu_ops *ops)
 {
@@ -582,11 +618,16 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, b
             fail(&p, what, "a fault is reported");
         stop(&r);
         snprintf(what, sizeof what, "%s %s, fixed", ops->name, policy_names[policy]);
-        if (!quick && (policy == ATTN_GPU_AUTO || policy == ATTN_GPU_STREAMS))
+        if (policy == ATTN_GPU_AUTO || (!quick && policy == ATTN_GPU_STREAMS))
             check_fixed(&p, ops, (attn_gpu_policy)policy, what);
     }
     if (did && !c->large)
         check_graph(&p, ops, ATTN_GPU_AUTO, "graph");
+    for (int policy = 0; did && !c->large && policy <= ATTN_GPU_STREAMS; policy++) {
+        char what[100];
+        snprintf(what, sizeof what, "%s %s, layers", ops->name, policy_names[policy]);
+        check_layers(&p, ops, (attn_gpu_policy)policy, what);
+    }
     if (did)
         printf("%-10s %-28s %2u/%u x %3u %-4s %6u rows, %8llu keys: error %.2f of what is allowed\n", ops->name,
                c->name, c->H, c->HK, c->D, dtype == ATTN_F16 ? "f16" : "bf16", p.rows - 2 * SPARE_ROWS,

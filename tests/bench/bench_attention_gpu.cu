@@ -1,0 +1,261 @@
+/* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
+ *
+ *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams] [--tag TEXT] BATCH ...
+ *
+ * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
+ * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of one run per layer
+ * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer: median, p10, p90.
+ */
+#include <cmath>
+#include <string>
+
+#include "attention/attention_internal.h"
+#include "tests/bench/bench_cuda.h"
+
+namespace
+{
+constexpr uint32_t D = 128, MIN_LAYERS = 8, MAX_LAYERS = 64, WARM_ROUNDS = 2;
+constexpr uint64_t DISTINCT_BYTES = 2ull << 30, MOST_BYTES = 60ull << 30;
+constexpr double PEAK_FLOPS = 790e12, PEAK_BYTES = 4.3e12;
+
+const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
+
+#define ATTN_MUST(call)                                                                                                \
+    do {                                                                                                               \
+        struct status must_st = STATUS_INIT;                                                                           \
+        if ((call) != ST_OK) {                                                                                         \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, must_st.message);                                       \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+/* About normal, deviation 1: zeros and uniform bits draw less power than what models compute with. */
+__global__ void fill(uint16_t *at, uint64_t n)
+{
+    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n; i += (uint64_t)gridDim.x * blockDim.x) {
+        uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull;
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+        x ^= x >> 31;
+        float sum = (float)(x & 0xffff) + (float)(x >> 16 & 0xffff) + (float)(x >> 32 & 0xffff) + (float)(x >> 48);
+        float y = (sum / 65536 - 2) * 1.732f;
+        at[i] = (uint16_t)(__float_as_uint(y) >> 16);
+    }
+}
+
+struct batch {
+    std::string text;
+    uint32_t heads, kv_heads, layers, rows, max_seq_rows, max_len;
+    uint64_t tokens, bytes; /* bytes: KV of decodes, a layer */
+    double flops;
+    std::vector<attn_seq> seq;
+    char *kv, *q, *out;
+    attn_seq *d_seq;
+    uint32_t *d_count;
+};
+
+void add(batch *b, uint32_t times, uint32_t rows, uint32_t context)
+{
+    for (uint32_t i = 0; i < times; i++) {
+        attn_seq s = {};
+        s.k = (const void *)(uintptr_t)b->tokens; /* becomes an address later */
+        s.first_row = b->rows;
+        s.rows = rows;
+        s.kv_len = context;
+        b->seq.push_back(s);
+        b->rows += rows;
+        b->tokens += context;
+    }
+    b->max_seq_rows = std::max(b->max_seq_rows, rows);
+    b->max_len = std::max(b->max_len, context);
+    if (rows > 1)
+        b->flops += times * 4.0 * b->heads * D * ((double)rows * (context - rows) + rows * (rows + 1.0) / 2);
+    else
+        b->bytes += 4ull * b->kv_heads * D * times * context;
+}
+
+bool parse(batch *b, const char *text)
+{
+    b->text = text;
+    std::string copy = text;
+    for (char *word = strtok(&copy[0], " "); word; word = strtok(NULL, " ")) {
+        uint32_t x, y;
+        char between, end;
+        if (sscanf(word, "%u%c%u%c", &x, &between, &y, &end) != 3 || x == 0 || y == 0)
+            return false;
+        if (between == '/' && x % y == 0) {
+            b->heads = x;
+            b->kv_heads = y;
+        } else if (b->kv_heads && between == ':' && x <= y) {
+            add(b, 1, x, y);
+        } else if (b->kv_heads && between == 'x') {
+            add(b, x, 1, y);
+        } else {
+            return false;
+        }
+    }
+    return !b->seq.empty();
+}
+
+void allocate(batch *b)
+{
+    uint64_t layer = b->tokens * 4 * b->kv_heads * D, q_bytes = (uint64_t)b->rows * b->heads * D * 2;
+    b->layers = (uint32_t)std::min<uint64_t>(MAX_LAYERS, (DISTINCT_BYTES + layer - 1) / layer);
+    b->layers = std::max(b->layers, std::min(MIN_LAYERS, (uint32_t)(MOST_BYTES / layer)));
+    CUDA_MUST(cudaMalloc(&b->kv, layer * b->layers));
+    CUDA_MUST(cudaMalloc(&b->q, q_bytes));
+    CUDA_MUST(cudaMalloc(&b->out, q_bytes));
+    fill<<<1024, 256>>>((uint16_t *)b->kv, layer * b->layers / 2);
+    fill<<<1024, 256>>>((uint16_t *)b->q, q_bytes / 2);
+    for (attn_seq &s : b->seq) {
+        s.k = b->kv + (uintptr_t)s.k * b->layers * 4 * b->kv_heads * D;
+        s.v = (const char *)s.k + b->kv_heads * D * 2;
+    }
+    uint32_t n = (uint32_t)b->seq.size();
+    CUDA_MUST(cudaMalloc(&b->d_seq, n * sizeof(attn_seq)));
+    CUDA_MUST(cudaMalloc(&b->d_count, sizeof n));
+    CUDA_MUST(cudaMemcpy(b->d_seq, b->seq.data(), n * sizeof(attn_seq), cudaMemcpyHostToDevice));
+    CUDA_MUST(cudaMemcpy(b->d_count, &n, sizeof n, cudaMemcpyHostToDevice));
+    CUDA_MUST(cudaDeviceSynchronize());
+}
+
+struct contender {
+    const char *back_end, *policy;
+    attn_gpu *attn;
+    cudaGraphExec_t exec;
+    samples times;
+};
+
+void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, cudaStream_t stream)
+{
+    attn_gpu_config cfg = {};
+    cfg.ops = ops;
+    cfg.dtype = ATTN_BF16;
+    cfg.heads = b->heads;
+    cfg.kv_heads = b->kv_heads;
+    cfg.head_dim = D;
+    cfg.scale = 1 / sqrtf((float)D);
+    cfg.token_stride = (uint64_t)b->layers * 4 * b->kv_heads * D;
+    cfg.head_stride = D * 2;
+    cfg.max_seqs = (uint32_t)b->seq.size();
+    cfg.max_rows = b->rows;
+    cfg.max_kv_len = b->max_len;
+    cfg.policy = (attn_gpu_policy)policy;
+    struct status st = STATUS_INIT;
+    if (attn_gpu_create(&c->attn, &cfg, &st) != ST_OK) {
+        fprintf(stderr, "%s, %s: %s\n", ops->name, policy_names[policy], st.message);
+        exit(1);
+    }
+    attn_gpu_step step = {};
+    step.seq = b->d_seq;
+    step.counts = b->d_count;
+    step.max_seqs = cfg.max_seqs;
+    step.max_rows = b->rows;
+    step.max_seq_rows = b->max_seq_rows;
+    step.stream = stream;
+    ATTN_MUST(attn_gpu_plan(c->attn, &step, &must_st));
+    cudaGraph_t graph;
+    CUDA_MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    for (uint32_t l = 0; l < b->layers; l++) {
+        attn_gpu_io io = {};
+        io.q = b->q;
+        io.out = b->out;
+        io.q_row_stride = io.out_row_stride = b->heads * D * 2;
+        io.kv_offset = (uint64_t)l * 4 * b->kv_heads * D;
+        ATTN_MUST(attn_gpu_run(c->attn, &step, &io, &must_st));
+    }
+    CUDA_MUST(cudaStreamEndCapture(stream, &graph));
+    CUDA_MUST(cudaGraphInstantiate(&c->exec, graph, 0));
+    CUDA_MUST(cudaGraphDestroy(graph));
+    c->back_end = ops->name;
+    c->policy = policy_names[policy];
+}
+
+void measure(batch *b, const char *back_end, const char *policies, const char *tag, uint32_t rounds)
+{
+    allocate(b);
+    cudaStream_t stream;
+    cudaEvent_t from, to;
+    CUDA_MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA_MUST(cudaEventCreate(&from));
+    CUDA_MUST(cudaEventCreate(&to));
+    std::vector<contender> all;
+    for (uint32_t i = 0; attn_gpu_back_ends[i]; i++)
+        for (int p = 0; p <= ATTN_GPU_STREAMS; p++)
+            if (strstr(policies, policy_names[p]) && (!back_end || !strcmp(back_end, attn_gpu_back_ends[i]->name))) {
+                all.emplace_back();
+                capture(&all.back(), b, attn_gpu_back_ends[i], p, stream);
+            }
+    for (uint32_t r = 0; r < rounds + WARM_ROUNDS; r++)
+        for (contender &c : all) {
+            float ms;
+            CUDA_MUST(cudaEventRecord(from, stream));
+            CUDA_MUST(cudaGraphLaunch(c.exec, stream));
+            CUDA_MUST(cudaEventRecord(to, stream));
+            CUDA_MUST(cudaEventSynchronize(to));
+            CUDA_MUST(cudaEventElapsedTime(&ms, from, to));
+            if (r >= WARM_ROUNDS)
+                c.times.us.push_back(ms * 1e3 / b->layers);
+        }
+    double limit = std::max(b->flops / PEAK_FLOPS, (double)b->bytes / PEAK_BYTES) * 1e6;
+    for (contender &c : all) {
+        double us = sample_at(&c.times, 0.5);
+        printf("%-32s %-6s %-5s %-8s %8.1f %8.1f %8.1f %6.0f %6.2f %6.2f\n", b->text.c_str(), tag, c.back_end, c.policy,
+               us, sample_at(&c.times, 0.1), sample_at(&c.times, 0.9), b->flops / us * 1e-6,
+               (double)b->bytes / us * 1e-6, limit / us);
+        CUDA_MUST(cudaGraphExecDestroy(c.exec));
+        attn_gpu_destroy(c.attn);
+    }
+    fflush(stdout);
+    CUDA_MUST(cudaFree(b->kv));
+    CUDA_MUST(cudaFree(b->q));
+    CUDA_MUST(cudaFree(b->out));
+    CUDA_MUST(cudaFree(b->d_seq));
+    CUDA_MUST(cudaFree(b->d_count));
+    CUDA_MUST(cudaEventDestroy(from));
+    CUDA_MUST(cudaEventDestroy(to));
+    CUDA_MUST(cudaStreamDestroy(stream));
+}
+} // namespace
+
+int main(int argc, char **argv)
+{
+    const char *back_end = NULL, *policies = "auto,fused,serial", *tag = "";
+    uint32_t rounds = 7;
+    int devices = 0;
+    int i = 1;
+    for (; i + 1 < argc && !strncmp(argv[i], "--", 2); i += 2) {
+        if (!strcmp(argv[i], "--rounds"))
+            rounds = (uint32_t)strtoul(argv[i + 1], NULL, 10);
+        else if (!strcmp(argv[i], "--back-end"))
+            back_end = argv[i + 1];
+        else if (!strcmp(argv[i], "--policies"))
+            policies = argv[i + 1];
+        else if (!strcmp(argv[i], "--tag"))
+            tag = argv[i + 1];
+        else
+            break;
+    }
+    if (i >= argc || rounds == 0 || !strncmp(argv[i], "--", 2)) {
+        fprintf(stderr,
+                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] "
+                "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
+                argv[0]);
+        return 2;
+    }
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        printf("no GPU\n");
+        return 77;
+    }
+    printf("%-32s %-6s %-5s %-8s %8s %8s %8s TFLOP/s TB/s  limit\n", "batch", "tag", "by", "policy", "us", "p10",
+           "p90");
+    for (; i < argc; i++) {
+        batch b = {};
+        if (!parse(&b, argv[i])) {
+            fprintf(stderr, "%s: expected \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\"\n", argv[i]);
+            return 2;
+        }
+        measure(&b, back_end, policies, tag, rounds);
+    }
+    return 0;
+}
