@@ -386,7 +386,8 @@ START_TEST(suspended_requests_are_counted)
     ck_assert_uint_eq(fake_group_suspensions(g), l->suspensions);
     for (int64_t until = proc_now_ms() + WAIT_MS;
          (http_metric(&p, "tandem_suspensions_total") < (double)l->suspensions ||
-          http_metric(&p, "tandem_num_preemptions_total") < (double)l->preemptions) &&
+          http_metric(&p, "tandem_num_preemptions_total") < (double)l->preemptions ||
+          http_metric(&p, "tandem_kv_pages_suspended") > 0) &&
          proc_now_ms() < until;)
         usleep(10000);
     ck_assert(http_metric(&p, "tandem_suspensions_total") == (double)l->suspensions);
