@@ -137,7 +137,8 @@ static bool send_ready(struct fake_rank *r)
     ready.token_bytes = o->token_bytes;
     ready.total_pages = o->total_pages + 7 * r->rank;
     ready.suspend_pages = o->suspend_pages + 3 * r->rank;
-    ready.suspend_bytes_per_s = o->suspend_pages ? UINT64_C(1) << 40 : 0;
+    ready.suspend_bytes_per_s =
+        0; /* not known: suspension is tried whatever rows cost, which is next to nothing here */
     ready.max_step_tokens = o->max_step_tokens;
     ready.vocab_size = o->vocab_size;
     ready.sample_options = TANDEM__V1__SAMPLE_OPTION__ALL & ~o->lacks;
