@@ -272,12 +272,16 @@ enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *pla
     f->submitted_us = e->timed ? now_us() : 0;
     f->finished = false;
     f->n_tokens = f->n_sample_scores = f->n_prompt_scores = 0;
-    if ((rc = release_and_admit(e, plan, st)) != ST_OK || (rc = add_all(e, f, &b, plan, st)) != ST_OK)
+    rc = release_and_admit(e, plan, st);
+    if (rc == ST_OK)
+        rc = add_all(e, f, &b, plan, st);
+    if (rc != ST_OK)
         return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     f->samples = b.samples;
     f->rows = b.rows;
     f->decodes = (uint32_t)plan->n_decode_slots;
-    if ((rc = launch(e, f, &b, st)) != ST_OK)
+    rc = launch(e, f, &b, st);
+    if (rc != ST_OK)
         return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     e->step = plan->step;
     e->in_flight++;

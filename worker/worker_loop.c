@@ -170,6 +170,7 @@ static void send_ready(struct worker *w)
 /* Steps under way: a plan each, oldest first. */
 struct steps {
     Tandem__V1__CoordinatorMessage *message[WORKER_STEPS_MAX];
+    uint64_t step[WORKER_STEPS_MAX];
     int64_t submitted_us[WORKER_STEPS_MAX];
     uint32_t first, count;
     int64_t ended_us; /* the last one */
@@ -180,6 +181,7 @@ static enum status_code submit(struct worker *w, struct steps *s, Tandem__V1__Co
 {
     uint32_t at = (s->first + s->count++) % WORKER_STEPS_MAX;
     s->message[at] = message;
+    s->step[at] = message->plan->step;
     s->submitted_us[at] = worker_now_us();
     enum status_code rc = engine_submit(w->engine, message->plan, st);
     worker_trace_host(w->trace, "submit", message->plan->step, s->submitted_us[at], worker_now_us());
@@ -191,7 +193,7 @@ static enum status_code collect(struct worker *w, struct steps *s, struct status
 {
     struct engine_result result = {0};
     Tandem__V1__CoordinatorMessage *message = s->message[s->first];
-    uint64_t step = message->plan->step;
+    uint64_t step = s->step[s->first];
     int64_t waits_us = worker_now_us();
     enum status_code rc = engine_collect(w->engine, &result, st);
     int64_t now_us = worker_now_us(), start_us = s->submitted_us[s->first];
