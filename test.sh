@@ -19,9 +19,9 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 CK_VERBOSITY=mi
 started=$SECONDS second_tries='' timed='^(e2e_|k8s_pods|coordinator|worker|comm|rpc|client|http|agent$)'
 # What makes no thread, or those that another test makes too, has nothing to show the thread sanitizer.
 one_thread='^(agent|bench|trace|openai|cost|engine_share|engine_flights|e2e_sampling|e2e_chat|status|coord_stop|prefix|scheduler|fuzz_.*|shard|sample.*|safetensors|model_config|gguf|chat|jinja|tokenizer.*|cmd_tokenize|cli)$'
-# The sanitizer builds leave out end-to-end tests that go where others go too; TANDEM_TEST_ALL=1 runs them in every build.
-repeated='^(e2e_sampling|e2e_chat|e2e_prefix)$'
-one_thread="${one_thread%)\$}|e2e_prefix|e2e_tokens)\$"
+# The sanitizer builds leave out tests that go where others go too; TANDEM_TEST_ALL=1 runs all in every build (for an hour).
+repeated='^(e2e_sampling|e2e_chat|e2e_prefix|e2e_tokens)$'
+one_thread="${one_thread%)\$}|gemm|engine_options|engine_reference|e2e_prefix|e2e_tokens|e2e_cli|e2e_api|e2e_security)\$"
 [ "${TANDEM_TEST_ALL:-0}" = 0 ] || { repeated='' one_thread=''; }
 say() { printf '== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
