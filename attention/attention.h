@@ -23,6 +23,7 @@
 #ifndef TANDEM_ATTENTION_H
 #define TANDEM_ATTENTION_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "proto/status.h"
@@ -151,6 +152,10 @@ struct attn_gpu_config {
      * depends on the sequence's own rows and kv_len alone (parts of so many keys, a multiple of 64, for decodes; chunks
      * are not cut), and so do all bits of its rows. */
     uint32_t fixed_split_keys;
+    /* A row's bits depend on its own q and on the keys that it sees, and on nothing else: neither on the batch nor on the
+     * chunk that it came in. All work goes one way, whatever its size, and keys are never cut: slow where few sequences are
+     * long. Takes no window, whose first key depends on the chunk, and no fixed_split_keys. */
+    bool batch_invariant;
     enum attn_gpu_policy policy;
 };
 

@@ -83,6 +83,8 @@ void size_lists(cuda_state *s)
         slots[ROLE_PREFILL] = 0;
         slots[ROLE_DECODE] = c->kv_heads * (by_tokens < by_parts ? by_tokens : by_parts);
     }
+    if (c->batch_invariant)
+        slots[ROLE_PREFILL] = slots[ROLE_DECODE] = 0;
     uint64_t units[ROLES] = {c->kv_heads * ((uint64_t)c->max_rows * group / s->kernel->unit_rows + c->max_seqs),
                              (uint64_t)c->kv_heads * c->max_seqs};
     for (uint32_t r = 0; r < ROLES; r++) {
@@ -217,6 +219,7 @@ enum status_code plan(void *state, const struct attn_gpu_step *step, struct stat
     a.unit_rows = s->kernel->unit_rows;
     a.blocks = s->blocks;
     a.fixed_tiles = s->cfg.fixed_split_keys / TILE_KEYS;
+    a.one_way = s->cfg.batch_invariant;
     a.ws = s->ws;
     cudaError_t err = cuda_launch_plan(a, (cudaStream_t)step->stream);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention plan");
@@ -276,7 +279,9 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
 
     bool decodes_only = step->max_seq_rows * a.group <= DECODE_ROWS;
     cudaError_t err;
-    if (decodes_only || c->policy == ATTN_GPU_AUTO || c->policy == ATTN_GPU_FUSED) {
+    if (c->batch_invariant) {
+        err = launch(s, &a, 1 << ROLE_PREFILL, 0, s->blocks, step->stream);
+    } else if (decodes_only || c->policy == ATTN_GPU_AUTO || c->policy == ATTN_GPU_FUSED) {
         err = launch(s, &a, decodes_only ? 1 << ROLE_DECODE : BOTH_ROLES, 0, s->blocks, step->stream);
     } else if (c->policy == ATTN_GPU_SERIAL) {
         err = launch(s, &a, 1 << ROLE_PREFILL, 0, s->blocks, step->stream);

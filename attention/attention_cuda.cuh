@@ -38,6 +38,7 @@ struct cuda_plan_args {
     uint32_t unit_rows;   /* of prefill */
     uint32_t blocks;      /* of a launch of run */
     uint32_t fixed_tiles; /* 0: parts by the batch */
+    uint32_t one_way;     /* 1: all is prefill's, and not cut */
     cuda_workspace ws;
 };
 

@@ -34,7 +34,7 @@ __device__ bool breaks_rule(const cuda_plan_args &a, const attn_seq &s)
 
 __device__ attn_role role_of(const cuda_plan_args &a, const attn_seq &s)
 {
-    return s.rows * a.group <= DECODE_ROWS ? ROLE_DECODE : ROLE_PREFILL;
+    return !a.one_way && s.rows * a.group <= DECODE_ROWS ? ROLE_DECODE : ROLE_PREFILL;
 }
 
 __device__ uint32_t entries_of(const cuda_plan_args &a, const attn_seq &s)
@@ -98,7 +98,7 @@ __device__ part_rule rule_for(const cuda_plan_args &a, const uint64_t (&total)[R
     part_rule r;
     r.tiles[ROLE_PREFILL] = 0;
     r.tiles[ROLE_DECODE] = a.fixed_tiles;
-    for (uint32_t role = 0; role < ROLES && !a.fixed_tiles; role++) {
+    for (uint32_t role = 0; role < ROLES && !a.fixed_tiles && !a.one_way; role++) {
         uint32_t k = best_parts(a, (attn_role)role, total[role] * a.kv_heads, longest[role]);
         r.tiles[role] = (longest[role] + k - 1) / k;
     }

@@ -53,6 +53,11 @@ static enum status_code check_maxima(const struct attn_gpu_config *c, struct sta
     if (c->fixed_split_keys % 64)
         return status_set(st, ST_INVALID_ARGUMENT, "fixed_split_keys: %u, expected a multiple of 64",
                           c->fixed_split_keys);
+    if (c->batch_invariant && c->fixed_split_keys)
+        return status_set(st, ST_INVALID_ARGUMENT, "fixed_split_keys: %u, expected 0 with batch_invariant",
+                          c->fixed_split_keys);
+    if (c->batch_invariant && c->window)
+        return status_set(st, ST_UNIMPLEMENTED, "window: %u, expected 0 with batch_invariant", c->window);
     if ((unsigned)c->policy > ATTN_GPU_STREAMS)
         return status_set(st, ST_INVALID_ARGUMENT, "policy: %d, expected 0 to %d", (int)c->policy, ATTN_GPU_STREAMS);
     return ST_OK;

@@ -39,6 +39,8 @@ enum status_code query(const struct attn_gpu_config *cfg, struct status *st)
     if (major != 9 || minor != 0)
         return status_set(st, ST_UNIMPLEMENTED, "CUDA device %d: compute capability %d.%d, expected 9.0", cfg->device,
                           major, minor);
+    if (cfg->batch_invariant)
+        return status_set(st, ST_UNIMPLEMENTED, "batch_invariant: the portable back end has it");
     if (cfg->head_dim > MAX_HEAD_DIM)
         return status_set(st, ST_UNIMPLEMENTED, "head_dim: %u, this back end takes at most %u", cfg->head_dim,
                           MAX_HEAD_DIM);

@@ -113,6 +113,18 @@ static const struct cli_option own_options[] = {
      .arg = "SIZE",
      .help =
          "host memory of each rank for preempted requests, so that they need not be computed again (default: none)"},
+    {.name = "attention",
+     .id = OPT_FORWARD,
+     .arg = "auto|fused|serial|streams",
+     .choices = "auto|fused|serial|streams",
+     .fallback = "auto",
+     .help = "how chunks and decodes share a CUDA device (auto: the fastest; fused: one kernel)"},
+    {.name = "batch-invariant",
+     .id = OPT_FORWARD,
+     .arg = "0|1",
+     .choices = "0|1",
+     .fallback = "0",
+     .help = "1: answers do not depend on what else is served at the same time, to the bit; slower, on CUDA only"},
     {.name = "tbt-target-ms",
      .id = OPT_FORWARD,
      .arg = "T",
@@ -259,6 +271,8 @@ static const struct forward {
     {"page-size", NULL, "--page-size"},
     {"kv-ahead", NULL, "--kv-ahead"},
     {"suspend-memory", NULL, "--suspend-memory"},
+    {"attention", NULL, "--attention"},
+    {"batch-invariant", NULL, "--batch-invariant"},
 };
 
 static bool take_option(struct serve_setup *s, int opt, bool *ok)

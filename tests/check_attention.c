@@ -877,6 +877,13 @@ START_TEST(wrong_gpu_configs_are_refused)
     REFUSE_GPU_CONFIG(fixed_split_keys, 100, "fixed_split_keys: 100");
     REFUSE_GPU_CONFIG(policy, (enum attn_gpu_policy)9, "policy: 9");
     struct attn_gpu_config cfg = gpu_good;
+    cfg.batch_invariant = true;
+    cfg.fixed_split_keys = 64;
+    refuse_gpu_config(cfg, ST_INVALID_ARGUMENT, "fixed_split_keys: 64, expected 0 with batch_invariant");
+    cfg.fixed_split_keys = 0;
+    cfg.window = 100;
+    refuse_gpu_config(cfg, ST_UNIMPLEMENTED, "window: 100, expected 0 with batch_invariant");
+    cfg = gpu_good;
     cfg.device = 7;
     refuse_gpu_config(cfg, ST_UNIMPLEMENTED, "device 7");
     cfg.device = 8;

@@ -118,6 +118,8 @@ static enum status_code create_attention(struct attn_gpu **out, const struct for
         .max_seqs = cuda_forward_max_seqs(c),
         .max_rows = c->max_rows,
         .max_kv_len = c->max_context,
+        .policy = c->attention,
+        .batch_invariant = c->batch_invariant,
     };
     enum status_code rc = cuda_check(cudaGetDevice(&cfg.device), st, "cudaGetDevice");
     if (rc == ST_OK)
@@ -176,6 +178,7 @@ static struct comm_gpu_config group_config(const struct forward_config *c)
         .cols_first = c->shard->vocab.first,
         .cols_count = c->shard->vocab.count,
         .cols_total = c->model->vocab_size,
+        .way = c->batch_invariant ? COMM_GPU_PEER : COMM_GPU_AUTO, /* one order of the sum for all sizes */
     };
 }
 
@@ -365,9 +368,9 @@ static enum status_code forward_create(struct forward **out, const struct forwar
     enum status_code rc;
     if ((rc = check_model(cfg, st)) != ST_OK ||
         (rc = cuda_check(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
-        (rc = cuda_gemm_create(&f->gemm, f->stream, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
-        (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
-        (rc = create_group(&f->group, cfg, st)) != ST_OK ||
+        (rc = cuda_gemm_create(&f->gemm, f->stream, cfg->batch_invariant, st)) != ST_OK ||
+        (rc = allocate(f, st)) != ST_OK || (rc = create_attentions(f->attn, cfg, st)) != ST_OK ||
+        (rc = fill_rope(f, st)) != ST_OK || (rc = create_group(&f->group, cfg, st)) != ST_OK ||
         (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK ||
         (cfg->timed && (rc = set_mark(f, st)) != ST_OK)) {
         forward_destroy(f);

@@ -25,6 +25,7 @@ struct shape {
 struct cuda_gemm {
     cublasLtHandle_t handle;
     cudaStream_t stream;
+    bool one_way;
     cudaEvent_t begin, end;
     void *workspace;
     struct shape *shapes; /* a few hundred at most, the ones of a model by the buckets */
@@ -40,12 +41,13 @@ static enum status_code check(cublasStatus_t rc, struct status *st, const char *
     return status_set(st, code, "%s: %s", what, cublasLtGetStatusString(rc));
 }
 
-enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, struct status *st)
+enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, bool one_way, struct status *st)
 {
     struct cuda_gemm *g = calloc(1, sizeof *g);
     if (!g)
         return status_nomem(st, "products", sizeof *g);
     g->stream = stream;
+    g->one_way = one_way;
     enum status_code rc = check(cublasLtCreate(&g->handle), st, "cublasLtCreate");
     if (rc == ST_OK)
         rc = cuda_check(cudaEventCreate(&g->begin), st, "cudaEventCreate");
@@ -61,7 +63,7 @@ enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, s
     return ST_OK;
 }
 
-static void free_shape(struct shape *s)
+static void free_layouts(struct shape *s)
 {
     if (s->y)
         cublasLtMatrixLayoutDestroy(s->y);
@@ -71,6 +73,11 @@ static void free_shape(struct shape *s)
         cublasLtMatrixLayoutDestroy(s->w);
     if (s->desc)
         cublasLtMatmulDescDestroy(s->desc);
+}
+
+static void free_shape(struct shape *s)
+{
+    free_layouts(s);
     free(s);
 }
 
@@ -232,6 +239,51 @@ static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struc
     return ST_OK;
 }
 
+/* ---- one way for all rows ---- */
+
+#define ONE_WAY_ROWS 64 /* what the library is asked for */
+
+static bool adds_in_order(const cublasLtMatmulAlgo_t *algo)
+{
+    uint32_t parts = 0, reduction = ~0u;
+    size_t n;
+    return cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts, &n) ==
+               CUBLAS_STATUS_SUCCESS &&
+           cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                                                sizeof reduction, &n) == CUBLAS_STATUS_SUCCESS &&
+           parts <= 1 && reduction == CUBLASLT_REDUCTION_SCHEME_NONE;
+}
+
+static bool can_take(const struct cuda_gemm *g, const struct shape *s, const cublasLtMatmulAlgo_t *algo)
+{
+    cublasLtMatmulHeuristicResult_t result;
+    return cublasLtMatmulAlgoCheck(g->handle, s->desc, s->w, s->x, s->y, s->y, algo, &result) ==
+               CUBLAS_STATUS_SUCCESS &&
+           result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= CUDA_GEMM_WORKSPACE_BYTES;
+}
+
+/* The library's first suggestion for ONE_WAY_ROWS rows that keeps to one order: the same in every run. */
+static enum status_code choose_one_way(const struct cuda_gemm *g, struct shape *s, struct status *st)
+{
+    struct shape model = {.n = s->n, .k = s->k, .t = ONE_WAY_ROWS, .out = s->out};
+    cublasLtMatmulHeuristicResult_t found[TRIES_MAX];
+    int n = 0, i = 0;
+    enum status_code rc = describe(&model, st);
+    if (rc == ST_OK)
+        rc = candidates(g, &model, found, &n, st);
+    free_layouts(&model);
+    if (rc != ST_OK)
+        return rc;
+    while (i < n && !(found[i].state == CUBLAS_STATUS_SUCCESS && adds_in_order(&found[i].algo)))
+        i++;
+    if (i == n || !can_take(g, s, &found[i].algo))
+        return status_set(st, ST_UNIMPLEMENTED,
+                          "batch_invariant: cublasLt has no such product of %u rows with a matrix of %u x %u", s->t,
+                          s->n, s->k);
+    s->algo = found[i].algo;
+    return ST_OK;
+}
+
 enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p,
                                    const void *const w[CUDA_GEMM_TURNS], void *scratch, struct status *st)
 {
@@ -246,7 +298,7 @@ enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_produc
     s->out = p->out;
     enum status_code rc = describe(s, st);
     if (rc == ST_OK)
-        rc = choose(g, s, &(struct trial){p, w, scratch}, st);
+        rc = g->one_way ? choose_one_way(g, s, st) : choose(g, s, &(struct trial){p, w, scratch}, st);
     if (rc != ST_OK) {
         free_shape(s);
         return rc;

@@ -34,7 +34,10 @@ struct cuda_product {
     uint32_t rows;
 };
 
-STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, struct status *st);
+/* one_way: whatever its rows, a product with matrices of one shape goes by one algorithm that adds up k in one order, so that
+ * a row's bits do not depend on the others; nothing is measured then. */
+STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, bool one_way,
+                                                    struct status *st);
 void cuda_gemm_destroy(struct cuda_gemm *g); /* NULL is fine */
 #define CUDA_GEMM_TURNS 4
 

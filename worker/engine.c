@@ -242,6 +242,8 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
     uint32_t threads = cfg->threads ? cfg->threads : default_threads(cfg->comm);
     if ((rc = model_config_load(&e->model, cfg->model_dir, st)) != ST_OK || (rc = read_limits(e, cfg, st)) != ST_OK)
         return rc;
+    if (cfg->batch_invariant && !cfg->parts)
+        return status_set(st, ST_UNIMPLEMENTED, "batch_invariant: the host back end does not have it, CUDA does");
     e->comm = cfg->comm;
     e->timed = cfg->timed;
     e->parts = cfg->parts;
@@ -265,6 +267,8 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .max_context = e->info.max_context,
         .eager = cfg->eager,
         .timed = cfg->timed,
+        .attention = cfg->attention,
+        .batch_invariant = cfg->batch_invariant,
     };
     if ((rc = load_weights(e, cfg, &forward, st)) != ST_OK)
         return rc;

@@ -20,6 +20,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "attention/attention.h"
 #include "comm/comm.h"
 #include "proto/kv_account.h"
 #include "proto/status.h"
@@ -39,7 +40,13 @@ struct engine_config {
     const char *model_dir;
     struct comm *comm;                 /* owned by the caller, outlives the engine */
     const struct backend_parts *parts; /* of a device, outlives the engine; NULL: the host */
-    bool eager;               /* a device: each kernel is launched by itself, none as part of a graph; for debugging */
+    bool eager; /* a device: each kernel is launched by itself, none as part of a graph; for debugging */
+    enum attn_gpu_policy attention; /* a device: how prefill and decode share it; AUTO: what is fastest */
+    /* A device: a token's logits depend on the tokens before it alone, to the bit, and so do answers: not on what else is in
+     * the batch, how the prompt was cut, what was computed again or taken from another slot, nor on an earlier run on the same
+     * kind of device. Slower: products are not picked by measurement, and attention does not share long keys among SMs.
+     * UNIMPLEMENTED on the host and for models with sliding windows. */
+    bool batch_invariant;
     bool timed;               /* results have a timing; a device takes about 1 us more a step */
     bool random_weights;      /* the folder has only its config.json: model_loader_open says what they are */
     uint32_t threads;         /* of this rank; 0: its share of the machine's cores */

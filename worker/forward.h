@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include "attention/attention.h"
 #include "comm/comm.h"
 #include "memory/memory.h"
 #include "proto/status.h"
@@ -36,6 +37,8 @@ struct forward_config {
     uint32_t max_context; /* of a sequence */
     bool eager;           /* a device: no graphs; for debugging */
     bool timed;           /* time_of is asked */
+    enum attn_gpu_policy attention; /* a device */
+    bool batch_invariant;           /* the same bits in any batch: engine.h; UNIMPLEMENTED where a back end cannot */
 };
 
 /* Rows first_row .. first_row + rows - 1 continue the slot: they stand at positions position, position + 1, ... */

@@ -90,12 +90,14 @@ struct worker_options {
     uint64_t kv_bytes;
     uint64_t page_bytes;
     uint64_t suspend_bytes;
-    uint32_t kv_ahead;       /* enum engine_ahead */
-    const char *devices;     /* "0,2"; NULL: all */
-    uint32_t memory_percent; /* of a device; 0: default */
-    uint32_t random_weights; /* 0 or 1 */
-    uint32_t eager;          /* 0 or 1 */
-    const char *trace;       /* file of the timeline; NULL: none */
+    uint32_t kv_ahead;        /* enum engine_ahead */
+    const char *devices;      /* "0,2"; NULL: all */
+    uint32_t memory_percent;  /* of a device; 0: default */
+    uint32_t random_weights;  /* 0 or 1 */
+    uint32_t eager;           /* 0 or 1 */
+    uint32_t attention;       /* enum attn_gpu_policy */
+    uint32_t batch_invariant; /* 0 or 1 */
+    const char *trace;        /* file of the timeline; NULL: none */
 };
 
 enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION, WORKER_INSPECT };

@@ -74,6 +74,8 @@ static enum status_code load(struct worker *w, struct status *st)
         .parts = w->backend.parts,
         .random_weights = o->random_weights,
         .eager = o->eager,
+        .attention = (enum attn_gpu_policy)o->attention,
+        .batch_invariant = o->batch_invariant,
         .timed = w->trace != NULL,
         .threads = o->threads,
         .max_slots = o->max_slots,

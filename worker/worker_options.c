@@ -19,7 +19,8 @@ struct option_spec {
 };
 
 static const char *const backend_names[] = {"auto", "cuda", "host", NULL};
-static const char *const ahead_names[] = {"auto", "on", "off", NULL}; /* enum engine_ahead */
+static const char *const ahead_names[] = {"auto", "on", "off", NULL};                      /* enum engine_ahead */
+static const char *const attention_names[] = {"auto", "fused", "serial", "streams", NULL}; /* enum attn_gpu_policy */
 static const char *const level_names[] = {"error", "warning", "info", "debug", NULL};
 
 #define AT(field) offsetof(struct worker_options, field)
@@ -56,6 +57,11 @@ static const struct option_spec specs[] = {
     {"trace", "FILE", OPTION_TEXT, AT(trace), 0, 0, NULL,
      "a timeline of the steps, for ui.perfetto.dev; with several ranks FILE.0, FILE.1 ..."},
     {"eager", "0|1", OPTION_NUMBER, AT(eager), 0, 1, NULL, "1: CUDA kernels are launched one by one; for debugging"},
+    {"attention", "HOW", OPTION_CHOICE, AT(attention), 0, 0, attention_names,
+     "how chunks and decodes share a CUDA device: auto (the fastest), fused (one kernel), serial or streams; default "
+     "auto"},
+    {"batch-invariant", "0|1", OPTION_NUMBER, AT(batch_invariant), 0, 1, NULL,
+     "1: answers do not depend on what else is served at the same time, to the bit; slower, on CUDA only"},
     {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
      "1: the folder needs no weights, only config.json; for benchmarks of any shape"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},

@@ -491,6 +491,45 @@ void check_fixed(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy poli
     stop(&r);
 }
 
+/* Batch-invariant: every sequence again in two chunks, and in single rows at its end, has the bits of the whole batch. */
+void check_invariant(const problem *p, const attn_gpu_ops *ops, const char *what)
+{
+    problem q = *p;
+    q.cfg.batch_invariant = true;
+    runner r;
+    if (!start(&r, &q, ops, ATTN_GPU_AUTO, 0))
+        return;
+    set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
+    plan_and_run(&r, p);
+    std::vector<uint16_t> whole = result(&r, p);
+    compare(p, whole, what);
+    const uint32_t kinds = 3;
+    for (uint32_t kind = 0; kind < kinds; kind++) {
+        std::vector<attn_seq> cut;
+        for (const attn_seq &s : p->seq) {
+            uint32_t rows = kind == 2 ? 1 : (s.rows + kind) / 2, first = kind == 2 ? s.rows - 1
+                                                                         : kind    ? s.rows - rows
+                                                                                   : 0;
+            attn_seq c = s;
+            if (rows == 0)
+                continue;
+            c.first_row += first;
+            c.rows = rows;
+            c.kv_len -= s.rows - first - rows;
+            cut.push_back(c);
+        }
+        set_batch(p, cut.data(), (uint32_t)cut.size());
+        plan_and_run(&r, p);
+        std::vector<uint16_t> out = result(&r, p);
+        for (const attn_seq &s : cut)
+            if (!same_rows(p, s, whole, out)) {
+                fail(p, what, kind == 2 ? "single rows have other bits" : "a half chunk has other bits");
+                break;
+            }
+    }
+    stop(&r);
+}
+
 /* One captured graph: the whole batch, nobody, one sequence, the whole batch. */
 void check_graph(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, const char *what)
 {
@@ -621,6 +660,10 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, b
         if (policy == ATTN_GPU_AUTO || (!quick && policy == ATTN_GPU_STREAMS))
             check_fixed(&p, ops, (attn_gpu_policy)policy, what);
     }
+    char invariant[100];
+    snprintf(invariant, sizeof invariant, "%s, batch-invariant", ops->name);
+    if (did)
+        check_invariant(&p, ops, invariant);
     if (did && !c->large)
         check_graph(&p, ops, ATTN_GPU_AUTO, "graph");
     for (int policy = 0; did && !c->large && policy <= ATTN_GPU_STREAMS; policy++) {
