@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""The same requests through PyTorch Transformers' continuous batching, to stand beside `tandem bench`.
+
+    tests/bench/bench_transformers.py --make trace.csv [--requests 1000] [--input 220] [--output 200] [--sigma 1.0]
+    tests/bench/bench_transformers.py CONFIG_DIR trace.csv [--attention sdpa] [--limit SECONDS]
+    tandem bench --trace trace.csv --warm-up 64                    # the same, on a running server
+
+--make writes log-normal lengths of those means as a trace whose requests are all due at 0. The second form builds the model of
+CONFIG_DIR/config.json with random bf16 weights on the GPU, warms up, sends all at once with the output lengths of the trace and
+prints output tokens per second. Needs torch and transformers (5.x); both are nowhere else needed.
+"""
+import argparse
+import csv
+import math
+import random
+import sys
+import time
+
+
+def make(path, args):
+    rng = random.Random(1)
+
+    def length(mean):
+        mu = math.log(mean) - args.sigma**2 / 2
+        return max(1, min(int(16 * mean), round(rng.lognormvariate(mu, args.sigma))))
+
+    with open(path, "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["arrival_s", "prompt_tokens", "output_tokens"])
+        for _ in range(args.requests):
+            out.writerow([0, length(args.input), length(args.output)])
+
+
+def run(config_dir, trace, args):
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
+    with open(trace, newline="") as f:
+        lengths = [(int(r["prompt_tokens"]), int(r["output_tokens"])) for r in csv.DictReader(f)]
+    config = AutoConfig.from_pretrained(config_dir)
+    torch.manual_seed(1)
+    start = time.monotonic()
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=args.attention)
+    model.eval()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name(0)}, "
+          f"{args.attention}; {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters in "
+          f"{time.monotonic() - start:.1f} s", flush=True)
+    longest_in, longest_out = max(p for p, _ in lengths), max(o for _, o in lengths)
+    hints = WorkloadHints(max_prompt_length=longest_in, max_generated_length=longest_out, num_requests=len(lengths))
+    generation = GenerationConfig(max_new_tokens=longest_out, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(allow_block_sharing=False, default_compile_level=args.compile)
+    if args.batch_tokens:
+        batching.max_batch_tokens = args.batch_tokens
+    rng = random.Random(2)
+    prompts = [[rng.randrange(10, config.vocab_size - 1000) for _ in range(p)] for p, _ in lengths]
+    start = time.monotonic()
+    with model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=batching,
+                                                   workload_hints=hints, block=True, timeout=30) as manager:
+        def burst(which):
+            for i in which:
+                manager.add_request(prompts[i], max_new_tokens=lengths[i][1], eos_token_id=-1)
+            done = tokens = 0
+            begin = time.monotonic()
+            while done < len(which) and time.monotonic() - begin < args.limit:
+                result = manager.get_result(timeout=1)
+                if result is None:
+                    if not manager.is_running():
+                        break
+                elif result.is_finished():
+                    if result.error:
+                        sys.exit(f"a request failed: {result.error}")
+                    done += 1
+                    tokens += len(result.generated_tokens)
+            return done, tokens, time.monotonic() - begin
+
+        burst(range(min(64, len(prompts))))
+        print(f"warm after {time.monotonic() - start:.1f} s", flush=True)
+        done, tokens, seconds = burst(range(len(prompts)))
+    whole = "" if done == len(prompts) else f" ({done} of {len(prompts)} ended within the limit)"
+    print(f"{tokens} output tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s{whole}", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("paths", nargs="*", metavar="CONFIG_DIR TRACE")
+    p.add_argument("--make", metavar="TRACE")
+    p.add_argument("--requests", type=int, default=1000)
+    p.add_argument("--input", type=float, default=220)
+    p.add_argument("--output", type=float, default=200)
+    p.add_argument("--sigma", type=float, default=1.0)
+    p.add_argument("--attention", default="sdpa")
+    p.add_argument("--compile", type=int, default=0)
+    p.add_argument("--batch-tokens", type=int, default=0)
+    p.add_argument("--limit", type=float, default=600, help="seconds")
+    args = p.parse_args()
+    if args.make:
+        make(args.make, args)
+    elif len(args.paths) == 2:
+        run(*args.paths, args)
+    else:
+        p.error("CONFIG_DIR and TRACE, or --make TRACE")
+
+
+if __name__ == "__main__":
+    main()
