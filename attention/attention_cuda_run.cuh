@@ -242,8 +242,9 @@ __device__ __forceinline__ void softmax(float (&s)[MT][NT][4], float (&o)[MT][C:
             for (uint32_t n = 0; n < NT; n++)
                 top = fmaxf(top, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
             top = quad_max(top);
-            float base = top == -INFINITY ? 0 : top * scale; /* no key seen yet: all powers are 0, not NaN */
-            float shrink = ptx_exp2(run.max[m][h] * scale - base);
+            float base = top == -INFINITY ? 0 : __fmul_rn(top, scale); /* no key seen yet: all powers are 0, not NaN */
+            /* Rounded as base was, not fused: exactly 1 where the maximum stays. */
+            float shrink = ptx_exp2(__fmul_rn(run.max[m][h], scale) - base);
             run.max[m][h] = top;
             float sum = run.sum[m][h] * shrink;
 #pragma unroll

@@ -2,6 +2,7 @@
 """The same requests through PyTorch Transformers' continuous batching, to stand beside `tandem bench`.
 
     tests/bench/bench_transformers.py --make trace.csv [--requests 1000] [--input 220] [--output 200] [--sigma 1.0]
+                                   [--longest 1024]
     tests/bench/bench_transformers.py CONFIG_DIR trace.csv [--attention sdpa] [--limit SECONDS]
     tandem bench --trace trace.csv --warm-up 64                    # the same, on a running server
 
@@ -11,7 +12,9 @@ prints output tokens per second. Needs torch and transformers (5.x); both are no
 """
 import argparse
 import csv
+import json
 import math
+import os
 import random
 import sys
 import time
@@ -22,7 +25,7 @@ def make(path, args):
 
     def length(mean):
         mu = math.log(mean) - args.sigma**2 / 2
-        return max(1, min(int(16 * mean), round(rng.lognormvariate(mu, args.sigma))))
+        return max(4, min(args.longest, round(rng.lognormvariate(mu, args.sigma))))
 
     with open(path, "w", newline="") as f:
         out = csv.writer(f)
@@ -40,7 +43,9 @@ def run(config_dir, trace, args):
 
     with open(trace, newline="") as f:
         lengths = [(int(r["prompt_tokens"]), int(r["output_tokens"])) for r in csv.DictReader(f)]
-    config = AutoConfig.from_pretrained(config_dir)
+    with open(os.path.join(config_dir, "config.json")) as f:
+        values = json.load(f)
+    config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
     torch.manual_seed(1)
     start = time.monotonic()
     with torch.device("cuda"):
@@ -92,6 +97,7 @@ def main():
     p.add_argument("--input", type=float, default=220)
     p.add_argument("--output", type=float, default=200)
     p.add_argument("--sigma", type=float, default=1.0)
+    p.add_argument("--longest", type=int, default=1024, help="of prompts and of answers, as in ShareGPT's usual cut")
     p.add_argument("--attention", default="sdpa")
     p.add_argument("--compile", type=int, default=0)
     p.add_argument("--batch-tokens", type=int, default=0)
