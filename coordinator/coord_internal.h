@@ -122,6 +122,8 @@ struct coord_options {
     uint32_t tp; /* 0: whatever size the first group has */
     uint32_t max_queued;
     uint64_t max_queued_tokens;
+    uint32_t max_queued_tenant; /* 0: no bound of its own; so the next */
+    uint64_t max_queued_tokens_tenant;
     uint32_t step_tokens;
     uint32_t max_running; /* 0: what the ranks report */
     uint32_t default_max_tokens;
@@ -475,7 +477,7 @@ struct engine {
     struct group group[COORD_MAX_GROUPS];
     uint32_t n_groups;              /* entries that were in use */
     uint64_t epoch;                 /* of the newest group */
-    uint64_t ages;                  /* of all schedulers */
+    struct sched_book *book;        /* of all schedulers */
     uint64_t model_digest;          /* of the model that is served, or was last; 0: none */
     Tandem__V1__RankMessage *ready; /* what the group that came last said of it; for GetModelInfo */
     struct sched_load retired;      /* counters of groups whose entry was used again */
@@ -644,8 +646,6 @@ void groups_fini(struct engine *e);
 /* coord_route.c: which group a request goes to. Engine thread */
 /* NULL: none is there, and none is waited for. */
 struct group *route_request(struct engine *e, const struct request *r, int64_t now_us);
-/* The bounds of the queue, which all groups share. */
-STATUS_MUST_CHECK enum status_code route_check_queue(const struct engine *e, uint32_t n_prompt, struct status *st);
 /* What waits in a group that is gone or is to go moves to others, where these can take it. */
 void route_leave(struct engine *e, struct group *g, int64_t now_us);
 /* From time to time: what waits moves to where it is served earlier. */

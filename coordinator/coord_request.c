@@ -463,9 +463,7 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, struct
                                       struct status *st)
 {
     const struct request *r = c->request;
-    enum status_code rc = route_check_queue(e, r->n_prompt, st);
-    if (rc == ST_OK)
-        rc = table_add(e, c, st);
+    enum status_code rc = table_add(e, c, st);
     if (rc != ST_OK)
         return rc;
     const struct sched_request req = {.id = c->id,
