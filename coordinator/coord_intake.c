@@ -184,7 +184,8 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     enum status_code rc;
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
         (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = check_answers(c, r, st)) != ST_OK ||
-        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK)
+        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK ||
+        (rc = take_scheduling(c, r, m->scheduling, st)) != ST_OK)
         return rc;
     /* last, because it can take long */
     if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||

@@ -40,7 +40,7 @@ struct sched_book;
 /* What a step is made of. */
 enum sched_policy {
     SCHED_CHUNKED,       /* all decodes, then chunks up to the budget: Sarathi-Serve's fixed chunk */
-    SCHED_TARGETS,       /* the same, but with a token-time target chunks are cut to what the target leaves them */
+    SCHED_TARGETS,       /* the same, but beside whom has a token-time target chunks are cut to what that leaves them */
     SCHED_PREFILL_FIRST, /* whole prompts before any decode, as vLLM began; to compare with */
 };
 

@@ -191,6 +191,22 @@ class Api(unittest.TestCase):
         self.assertEqual(violation[1], b"sampling.temperature")
         self.assertIn(b"expected 0 to 100", violation[2])
 
+    def test_scheduling(self):
+        wishes = dict(ttft_target_ms=60000, tbt_target_ms=50, priority=-1, tenant="someone")
+        quiet = self.c.run("Once", temperature=0, max_tokens=8).ids
+        self.assertEqual(self.c.run("Once", temperature=0, max_tokens=8, **wishes).ids, quiet)
+        self.refused("scheduling.priority: 3, expected -1, 0 or 1", priority=3)
+        self.refused("scheduling.tbt_target_ms: 70000, expected at most 60000", tbt_target_ms=70000)
+        options = ["--ttft-target-ms", 60000, "--tbt-target-ms", 50, "--priority", -1, "--tenant", "someone"]
+        say = ["generate", "--address", self.c.address, "--greedy", "--max-tokens", 8]
+        plain = tandem(*say, "Once")
+        self.assertEqual(plain[0], 0)
+        self.assertEqual(tandem(*say, *options, "Once"), plain)
+        rc, _, err = tandem(*say, "--ttft-target-ms", 3600001, "Once")
+        self.assertEqual(rc, 1, err)
+        self.assertIn("scheduling.ttft_target_ms: 3600001, expected at most 3600000", err)
+        self.assertIn("--priority 0.5: expected -1, 0 or 1", tandem(*say, "--priority", 0.5, "Once")[2])
+
     def test_bad_prompts(self):
         self.refused("prompt", prompt="")
         self.refused("prompt", prompt=[])
