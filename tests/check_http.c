@@ -621,7 +621,7 @@ START_TEST(a_client_that_does_not_read_is_cut_off)
     char body[512];
     ids_body(body, sizeof body, 4, 1, 59000, ",\"stream\":true,\"temperature\":1,\"n\":8");
     http_send(fd, "POST", COMPLETIONS, "", body);
-    for (int64_t until = proc_now_ms() + 6 * WAIT_MS; /* the sockets' buffers hold 100,000 tokens */
+    for (int64_t until = proc_now_ms() + 6 * WAIT_MS; /* the sockets hold some 10,000 tokens */
          http_metric(&p, "tandem_request_errors_total{code=\"RESOURCE_EXHAUSTED\"}") < 1 && proc_now_ms() < until;)
         usleep(20000);
     ck_assert_msg(http_metric(&p, "tandem_request_errors_total{code=\"RESOURCE_EXHAUSTED\"}") == 1, "tokens %g",
