@@ -19,6 +19,7 @@ enum {
     OPT_GROUPS,
     OPT_LISTEN,
     OPT_DRAIN,
+    OPT_LAUNCH,
     OPT_COORD_ARG,
     OPT_WORKER_ARG,
     OPT_MPI_ARG,
@@ -152,6 +153,11 @@ static const struct cli_option own_options[] = {
      .arg = "S",
      .fallback = "30",
      .help = "on SIGTERM: seconds that running requests get to end"},
+    {.name = "launch-timeout",
+     .id = OPT_LAUNCH,
+     .arg = "S",
+     .fallback = "300",
+     .help = "seconds from the start of mpirun until a rank attaches; then it is ended and started again"},
     {.name = "tls-cert",
      .id = OPT_FORWARD,
      .arg = "FILE",
@@ -306,6 +312,10 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     case OPT_DRAIN:
         if (!cmd_parse_double(text, 0, 86400, &s->drain_s))
             return cmd_error(CMD_USAGE, where, "--drain-timeout %s: expected seconds, 0 to 86400", text), false;
+        break;
+    case OPT_LAUNCH:
+        if (!cmd_parse_double(text, 0.1, 86400, &s->launch_s))
+            return cmd_error(CMD_USAGE, where, "--launch-timeout %s: expected seconds, 0.1 to 86400", text), false;
         break;
     case OPT_COORD_ARG:
         *ok = arguments_push(&s->coordinator_extra, text);
