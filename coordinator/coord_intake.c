@@ -227,7 +227,7 @@ static void work(struct coord *c, struct request *r)
     }
     leave(&c->intake, bytes);
     if (rc != ST_OK) {
-        log_line(&c->log, LOG_DEBUG, "refused %s: %s", r->name, st.message);
+        log_request(&c->log, LOG_DEBUG, r->name, "refused: %s", st.message);
         metrics_error(&c->metrics, rc);
         r->ops->finish(r->sink, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
         return;

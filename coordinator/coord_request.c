@@ -569,7 +569,7 @@ void requests_check_slow(struct engine *e, int64_t now_us)
         struct status st = STATUS_INIT;
         status_set(&st, ST_RESOURCE_EXHAUSTED, "the client read nothing for %u ms (--slow-client-timeout-ms)",
                    e->coord->opt.slow_client_timeout_ms);
-        log_line(&e->coord->log, LOG_INFO, "%s from %s: %s", r->name, r->ops->peer(r->sink), st.message);
+        log_request(&e->coord->log, LOG_INFO, r->name, "from %s: %s", r->ops->peer(r->sink), st.message);
         r->ops->cancel(r->sink, &st);
         if (r->state == REQUEST_CLOSING) { /* cancelled now; request_closed comes */
             list_remove(&r->stalled_link);

@@ -1,4 +1,5 @@
 /* What is refused, and with which words. Part of check_coordinator. */
+#include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -420,6 +421,61 @@ START_TEST(one_event_is_one_line_of_the_log)
 }
 END_TEST
 
+/* Whether the line is one event; what is said of a request has its name in a field. */
+static void check_log_line(const char *line, unsigned *mine, unsigned *refused)
+{
+    json_error_t error;
+    json_t *o = json_loads(line, JSON_REJECT_DUPLICATES, &error);
+    ck_assert_msg(json_is_object(o), "%s: %s", error.text, line);
+    static const char *const fields[] = {"time", "level", "program", "message"};
+    for (int i = 0; i < 4; i++)
+        ck_assert_msg(json_is_string(json_object_get(o, fields[i])), "%s: %s", fields[i], line);
+    const char *request = json_string_value(json_object_get(o, "request"));
+    const char *message = json_string_value(json_object_get(o, "message"));
+    *mine += request && strcmp(request, "mine") == 0 && strcmp(message, "8 prompt tokens, 4 new, length") == 0;
+    *refused += request && strcmp(request, "bad:one") == 0 && strstr(message, "sampling.top_p: 7") != NULL;
+    ck_assert_msg(request || !strstr(message, "mine"), "%s", line);
+    json_decref(o);
+}
+
+START_TEST(every_json_line_of_the_log_parses_and_names_its_request)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    const char *args[] = {"--log-format", "json", "--log-level", "debug", "--served-name", "q\"uo\\te\x7f\xff\n", NULL};
+    char path[] = "/tmp/tandem-log-XXXXXX", line[2048];
+    unsigned mine = 0, refused = 0, lines = 0;
+    int fd = mkstemp(path), keep = dup(STDERR_FILENO);
+    ck_assert(fd >= 0 && keep >= 0 && dup2(fd, STDERR_FILENO) >= 0);
+    struct fake_group *g = start_ready(&p, &o, args);
+    dup2(keep, STDERR_FILENO); /* only the program's own lines */
+    close(keep);
+    struct proc_reply r;
+    struct ask a;
+    ask_ids(&a, 8, 1, 4);
+    ask_name(&a, "mine");
+    proc_generate(&p, &a.m, 0, &r);
+    check_ids(&r, 8, 1, 4);
+    proc_reply_free(&r);
+    ask_name(&a, "bad:one");
+    a.sampling.top_p_is_case = TANDEM__V1__SAMPLING__TOP_P_IS_TOP_P;
+    a.sampling.top_p = 7;
+    proc_generate(&p, &a.m, 0, &r);
+    ck_assert_int_eq(r.code, ST_INVALID_ARGUMENT);
+    proc_reply_free(&r);
+    fake_group_mood(g, 1, FAKE_DROP);
+    ck_assert(proc_wait_state(&p, STATE(RECOVERING), WAIT_MS));
+    finish(&p, g);
+    FILE *f = fdopen(fd, "r");
+    rewind(f);
+    for (; fgets(line, sizeof line, f); lines++)
+        check_log_line(line, &mine, &refused);
+    ck_assert_msg(mine == 1 && refused == 1 && lines >= 6, "%u, %u of %u lines", mine, refused, lines);
+    fclose(f);
+    unlink(path);
+}
+END_TEST
+
 TCase *coord_limits(void)
 {
     TCase *limits = tcase_create("limits");
@@ -432,5 +488,6 @@ TCase *coord_limits(void)
     tcase_add_test(limits, options_are_checked_in_one_line);
     tcase_add_test(limits, an_address_in_use_is_named);
     tcase_add_test(limits, one_event_is_one_line_of_the_log);
+    tcase_add_test(limits, every_json_line_of_the_log_parses_and_names_its_request);
     return limits;
 }
