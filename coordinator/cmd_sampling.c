@@ -58,6 +58,19 @@ const struct cli_option cmd_sampling_options[] = {
     {.name = "include-stop", .id = CMD_OPT_INCLUDE_STOP, .help = "do not leave it out"},
     {.name = "min-tokens", .id = CMD_OPT_MIN_TOKENS, .arg = "N", .help = "do not stop before N tokens"},
     {.name = "ignore-eos", .id = CMD_OPT_IGNORE_EOS, .help = "go on after the model's end-of-sequence token"},
+    {.name = "ttft-target-ms",
+     .id = CMD_OPT_TTFT_TARGET,
+     .arg = "T",
+     .help = "milliseconds to the first token; 0: any (default: the server's)"},
+    {.name = "tbt-target-ms",
+     .id = CMD_OPT_TBT_TARGET,
+     .arg = "T",
+     .help = "milliseconds between two tokens; 0: any (default: the server's)"},
+    {.name = "priority", .id = CMD_OPT_PRIORITY, .arg = "N", .help = "1 goes before 0, and 0 before -1 (default: 0)"},
+    {.name = "tenant",
+     .id = CMD_OPT_TENANT,
+     .arg = "NAME",
+     .help = "for whom; tenants get equally much of a server that is full"},
     {0},
 };
 
@@ -81,6 +94,7 @@ void cmd_sampling_init(struct cmd_sampling *s)
     tandem__v1__sampling__init(&s->sampling);
     tandem__v1__stopping__init(&s->stopping);
     tandem__v1__output__init(&s->output);
+    tandem__v1__scheduling__init(&s->scheduling);
     s->sampling.logit_bias = s->biases;
     s->stopping.stop_token_ids = s->stop_ids;
     s->stopping.stop = s->stops;
@@ -96,6 +110,7 @@ void cmd_sampling_apply(struct cmd_sampling *s, Tandem__V1__GenerateRequest *m)
     m->sampling = &s->sampling;
     m->stopping = &s->stopping;
     m->output = &s->output;
+    m->scheduling = &s->scheduling;
 }
 
 int cmd_parse_ids(const char *command, const char *option, const char *text, uint32_t **ids, size_t *n)
@@ -238,9 +253,37 @@ static int seed_option(struct cmd_sampling *s, const char *command, const char *
     return CMD_OK;
 }
 
+/* The server knows what is too much. */
+static bool scheduling_option(Tandem__V1__Scheduling *s, const char *command, int opt, char *text, int *rc)
+{
+    double d;
+    *rc = CMD_OK;
+    switch (opt) {
+    case CMD_OPT_TTFT_TARGET:
+        s->ttft_target_ms_is_case = TANDEM__V1__SCHEDULING__TTFT_TARGET_MS_IS_TTFT_TARGET_MS;
+        *rc = count_option(command, "ttft-target-ms", text, 0, UINT32_MAX, &s->ttft_target_ms);
+        return true;
+    case CMD_OPT_TBT_TARGET:
+        s->tbt_target_ms_is_case = TANDEM__V1__SCHEDULING__TBT_TARGET_MS_IS_TBT_TARGET_MS;
+        *rc = count_option(command, "tbt-target-ms", text, 0, UINT32_MAX, &s->tbt_target_ms);
+        return true;
+    case CMD_OPT_PRIORITY:
+        if (!cmd_parse_double(text, -1, 1, &d) || d != (int)d)
+            *rc = USAGE("--priority %s: expected -1, 0 or 1", text);
+        else
+            s->priority = (int32_t)d;
+        return true;
+    case CMD_OPT_TENANT:
+        s->tenant = (ProtobufCBinaryData){strlen(text), (uint8_t *)text};
+        return true;
+    default:
+        return false;
+    }
+}
+
 bool cmd_sampling_option(struct cmd_sampling *s, const char *command, int opt, char *text, int *rc)
 {
-    if (real_option(s, command, opt, text, rc))
+    if (real_option(s, command, opt, text, rc) || scheduling_option(&s->scheduling, command, opt, text, rc))
         return true;
     *rc = CMD_OK;
     switch (opt) {

@@ -1,4 +1,4 @@
-/* cmd_sampling.h - the options of a command that say how an answer is made: Sampling, Stopping and Output. Prefix
+/* cmd_sampling.h - the options of a command that say how an answer is made: Sampling, Stopping, Output and Scheduling. Prefix
  * cmd_sampling_. */
 #ifndef TANDEM_CMD_SAMPLING_H
 #define TANDEM_CMD_SAMPLING_H
@@ -32,14 +32,19 @@ enum {
     CMD_OPT_LOGPROBS,
     CMD_OPT_PROMPT_LOGPROBS,
     CMD_OPT_ECHO,
+    CMD_OPT_TTFT_TARGET,
+    CMD_OPT_TBT_TARGET,
+    CMD_OPT_PRIORITY,
+    CMD_OPT_TENANT,
 };
-extern const struct cli_option cmd_sampling_options[]; /* Sampling and Stopping but n */
+extern const struct cli_option cmd_sampling_options[]; /* Sampling and Stopping but n; Scheduling */
 extern const struct cli_option cmd_output_options[];   /* n and Output */
 
 struct cmd_sampling {
     Tandem__V1__Sampling sampling;
     Tandem__V1__Stopping stopping;
     Tandem__V1__Output output;
+    Tandem__V1__Scheduling scheduling;
     /* what they point to; the struct does not move after cmd_sampling_init */
     uint32_t stop_ids[CMD_MAX_STOP_IDS];
     char *stops[CMD_MAX_STOPS];

@@ -1,6 +1,6 @@
 /* cmd_serve.c - `tandem serve`: starts tandem-coordinator, launches the ranks with mpirun, keeps both running.
  *
- *     tandem serve ---- pipe: listening, ready, group-lost, group-drained, drained ----- tandem-coordinator
+ *     tandem serve ---- pipe: listening, attaching, ready, group-lost, ... ----- tandem-coordinator
  *          |---- mpirun ---- tandem-worker rank 0 .. R-1      group g0 (with --groups 1 it has no name)
  *          '---- mpirun ---- tandem-worker rank 0 .. R-1      group g1 ...
  *
@@ -11,6 +11,7 @@
  *     group-lost permanent=0   end mpirun (SIGTERM, then SIGKILL; its ranks die with it), launch it again
  *     group-drained restart=1  its ranks leave; launch it again
  *     group-drained restart=0  its ranks leave, and it stays away
+ *     no "attaching" in time   end mpirun, launch it again
  *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready"
  *     all groups given up      stop all, exit 1
  *     coordinator ended        start it again, with a growing pause when that fails (a file may be on its way to its place);
@@ -54,6 +55,7 @@ struct ranks {
     unsigned failures;    /* launches without a ready since the last healthy time */
     int64_t ready_ms;     /* of the present epoch */
     int64_t launch_at_ms; /* the next mpirun; INT64_MAX: none planned */
+    int64_t attach_by_ms; /* a first rank, or mpirun hangs; INT64_MAX: none is waited for */
 };
 
 struct serve {
@@ -156,12 +158,20 @@ static bool start_coordinator(struct serve *s)
     return true;
 }
 
+/* Before its first rank attaches nobody else watches a launch. */
+static void await_ranks(const struct serve *s, struct ranks *g)
+{
+    g->attach_by_ms = now_ms() + (int64_t)(s->set.launch_s * 1000);
+}
+
 static bool start_ranks(struct serve *s, struct ranks *g)
 {
     g->launch_at_ms = INT64_MAX;
     g->child = (struct child){spawn(s->set.mpirun[g - s->group].v, -1, SIGKILL), INT64_MAX};
-    if (g->child.pid > 0)
+    if (g->child.pid > 0) {
+        await_ranks(s, g);
         return true;
+    }
     g->child.pid = 0;
     return cmd_error(CMD_FAILED, "serve", "cannot start mpirun: %s", strerror(errno)), false;
 }
@@ -257,7 +267,9 @@ static void on_listening(struct serve *s, const char *rest)
     copy_word(s->http_address, sizeof s->http_address, rest, " http=");
     for (uint64_t i = 0; i < s->set.groups; i++) {
         struct ranks *g = &s->group[i];
-        if (!g->child.pid && g->launch_at_ms == INT64_MAX && !s->stopping && !g->gone)
+        if (g->child.pid)
+            await_ranks(s, g); /* those of before come back */
+        else if (g->launch_at_ms == INT64_MAX && !s->stopping && !g->gone)
             g->launch_at_ms = now_ms();
     }
 }
@@ -286,6 +298,13 @@ static void announce(struct serve *s)
     fprintf(stderr, "tandem serve: ready on %s%s%s%s after %.2f s, %llu rank%s%s; Ctrl-C stops\n", s->public_address,
             s->http_address[0] ? " and http://" : "", s->http_address, s->http_address[0] ? "/v1" : "",
             (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s", of);
+}
+
+static void on_attaching(struct serve *s, const char *rest)
+{
+    struct ranks *g = group_of(s, rest);
+    if (g)
+        g->attach_by_ms = INT64_MAX; /* from here on the coordinator watches it */
 }
 
 static void on_ready(struct serve *s, const char *rest)
@@ -345,6 +364,8 @@ static void on_line(struct serve *s, const char *line)
 {
     if (!strncmp(line, "listening ", 10))
         on_listening(s, line + 10);
+    else if (!strncmp(line, "attaching ", 10))
+        on_attaching(s, line);
     else if (!strncmp(line, "ready ", 6))
         on_ready(s, line);
     else if (!strncmp(line, "group-lost ", 11))
@@ -407,8 +428,10 @@ static void coordinator_ended(struct serve *s, int status)
     s->coord = (struct child){0, INT64_MAX};
     s->listening = false;
     s->listen_by_ms = INT64_MAX;
-    for (uint64_t i = 0; i < s->set.groups; i++)
+    for (uint64_t i = 0; i < s->set.groups; i++) {
         s->group[i].ready = false;
+        s->group[i].attach_by_ms = INT64_MAX; /* to whom? */
+    }
     if (s->stopping) {
         let_ranks_leave(s);
         return;
@@ -430,6 +453,7 @@ static void ranks_ended(struct serve *s, struct ranks *g, int status)
     bool asked = g->child.kill_at_ms != INT64_MAX;
     kill(-g->child.pid, SIGKILL); /* what may be left of its process group */
     g->child = (struct child){0, INT64_MAX};
+    g->attach_by_ms = INT64_MAX;
     if (s->stopping || g->gone)
         return;
     char how[96];
@@ -476,6 +500,7 @@ static int64_t earliest(const struct serve *s)
     for (uint64_t i = 0; i < s->set.groups; i++) {
         const struct ranks *g = &s->group[i];
         t = min_ms(t, min_ms(g->launch_at_ms, g->child.pid ? g->child.kill_at_ms : INT64_MAX));
+        t = min_ms(t, g->attach_by_ms);
     }
     return t;
 }
@@ -486,6 +511,16 @@ static void kill_late(struct child *c, int64_t now)
         return;
     kill(-c->pid, SIGKILL);
     c->kill_at_ms = INT64_MAX - 1; /* asked; nothing stronger is left */
+}
+
+static void end_hung_launch(const struct serve *s, struct ranks *g)
+{
+    g->attach_by_ms = INT64_MAX;
+    if (!g->child.pid || g->child.kill_at_ms != INT64_MAX || s->stopping)
+        return;
+    fprintf(stderr, "tandem serve: no rank%s%s attached within %g s (--launch-timeout); starting mpirun again\n",
+            g->name[0] ? " of group " : "", g->name, s->set.launch_s);
+    end_child(&g->child, TERM_WAIT_MS);
 }
 
 static void on_time(struct serve *s)
@@ -503,6 +538,8 @@ static void on_time(struct serve *s)
     }
     for (uint64_t i = 0; i < s->set.groups; i++) {
         struct ranks *g = &s->group[i];
+        if (now >= g->attach_by_ms)
+            end_hung_launch(s, g);
         if (now >= g->launch_at_ms && s->listening && !g->child.pid && !s->stopping && !start_ranks(s, g))
             stop(s, CMD_FAILED);
     }
@@ -531,14 +568,14 @@ static void supervise(struct serve *s, int signal_fd)
 
 int cmd_serve(int argc, char **argv)
 {
-    struct serve s = {.set = {.tp = 1, .groups = 1, .drain_s = 30, .local_only = true},
+    struct serve s = {.set = {.tp = 1, .groups = 1, .drain_s = 30, .launch_s = 300, .local_only = true},
                       .pipe_fd = -1,
                       .start_ms = now_ms(),
                       .listen_by_ms = INT64_MAX,
                       .coord_at_ms = INT64_MAX,
                       .coord = {0, INT64_MAX}};
     for (int i = 0; i < SERVE_MAX_GROUPS; i++) {
-        s.group[i].child.kill_at_ms = s.group[i].launch_at_ms = INT64_MAX;
+        s.group[i].child.kill_at_ms = s.group[i].launch_at_ms = s.group[i].attach_by_ms = INT64_MAX;
     }
     int rc = serve_parse(argc, argv, &s.set);
     for (uint64_t i = 0; s.set.groups > 1 && i < s.set.groups; i++)

@@ -31,7 +31,7 @@ struct serve_setup {
     struct argument_list coordinator_extra, worker_extra, mpi_extra;
     bool listens;    /* --listen was given */
     bool local_only; /* all ranks on this machine */
-    double drain_s;
+    double drain_s, launch_s;
     uint64_t tp;
     uint64_t groups;
     /* by serve_prepare */

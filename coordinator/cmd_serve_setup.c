@@ -19,6 +19,7 @@ enum {
     OPT_GROUPS,
     OPT_LISTEN,
     OPT_DRAIN,
+    OPT_LAUNCH,
     OPT_COORD_ARG,
     OPT_WORKER_ARG,
     OPT_MPI_ARG,
@@ -146,6 +147,14 @@ static const struct cli_option own_options[] = {
      .id = OPT_FORWARD,
      .arg = "N",
      .help = "requests that may wait (default: the coordinator's)"},
+    {.name = "max-queued-tenant",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .help = "those of one tenant; 0: no bound of its own (default: 0)"},
+    {.name = "max-queued-tokens-tenant",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .help = "prompt tokens of those; 0: no bound of its own (default: 0)"},
     {.name = "default-max-tokens",
      .id = OPT_FORWARD,
      .arg = "N",
@@ -156,6 +165,11 @@ static const struct cli_option own_options[] = {
      .arg = "S",
      .fallback = "30",
      .help = "on SIGTERM: seconds that running requests get to end"},
+    {.name = "launch-timeout",
+     .id = OPT_LAUNCH,
+     .arg = "S",
+     .fallback = "300",
+     .help = "seconds from the start of mpirun until a rank attaches; then it is ended and started again"},
     {.name = "tls-cert",
      .id = OPT_FORWARD,
      .arg = "FILE",
@@ -248,6 +262,8 @@ static const struct forward {
     {"served-name", "--served-name", NULL},
     {"chat-template", "--chat-template", NULL},
     {"max-queued", "--max-queued", NULL},
+    {"max-queued-tenant", "--max-queued-tenant", NULL},
+    {"max-queued-tokens-tenant", "--max-queued-tokens-tenant", NULL},
     {"prefix-cache", "--prefix-cache", NULL},
     {"tbt-target-ms", "--tbt-target-ms", NULL},
     {"ttft-target-ms", "--ttft-target-ms", NULL},
@@ -310,6 +326,10 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     case OPT_DRAIN:
         if (!cmd_parse_double(text, 0, 86400, &s->drain_s))
             return cmd_error(CMD_USAGE, where, "--drain-timeout %s: expected seconds, 0 to 86400", text), false;
+        break;
+    case OPT_LAUNCH:
+        if (!cmd_parse_double(text, 0.1, 86400, &s->launch_s))
+            return cmd_error(CMD_USAGE, where, "--launch-timeout %s: expected seconds, 0.1 to 86400", text), false;
         break;
     case OPT_COORD_ARG:
         *ok = arguments_push(&s->coordinator_extra, text);

@@ -22,6 +22,7 @@ enum {
     OPT_REFUSE,
     OPT_QUEUED,
     OPT_QUEUED_TOKENS,
+    OPT_QUEUED_TENANT,
     OPT_TRACE,
     OPT_SPEED,
     OPT_RATE,
@@ -66,8 +67,13 @@ static const struct cli_option cluster_options[] = {
      .fallback = "0",
      .help = "a prompt shorter by a token may pass one that came so much earlier; 0: by age alone"},
     {.name = "refuse-late", .id = OPT_REFUSE, .help = "requests that would miss the TTFT target are refused"},
-    {.name = "max-queued", .id = OPT_QUEUED, .arg = "N", .fallback = "100000", .help = "of each group"},
+    {.name = "max-queued", .id = OPT_QUEUED, .arg = "N", .fallback = "100000", .help = "in all groups together"},
     {.name = "max-queued-tokens", .id = OPT_QUEUED_TOKENS, .arg = "N", .fallback = "1000000000", .help = "the same"},
+    {.name = "max-queued-tenant",
+     .id = OPT_QUEUED_TENANT,
+     .arg = "N",
+     .fallback = "0",
+     .help = "of one tenant; 0: no bound of its own"},
     {0},
 };
 static const struct cli_option load_options[] = {
@@ -231,6 +237,8 @@ static int take_cluster(struct options *o, int opt)
         return number(o, 1, UINT32_MAX, &o->cfg.max_queued);
     case OPT_QUEUED_TOKENS:
         return whole(o, 1, &o->cfg.max_queued_tokens);
+    case OPT_QUEUED_TENANT:
+        return number(o, 0, UINT32_MAX, &o->cfg.max_queued_tenant);
     default:
         return -1;
     }

@@ -323,6 +323,8 @@ enum status_code engine_start(struct coord *c, struct status *st)
     list_init(&e->stalled);
     enum status_code rc = requests_init(e, st);
     if (rc == ST_OK)
+        rc = sched_book_create(&e->book, st);
+    if (rc == ST_OK)
         rc = plan_scratch_create(&e->scratch, st);
     if (rc != ST_OK)
         return rc;
@@ -347,6 +349,7 @@ void engine_stop(struct coord *c)
         control_unref(cc);
     }
     groups_fini(e);
+    sched_book_destroy(e->book);
     plan_scratch_destroy(e->scratch);
     if (e->coord)
         requests_fini(e);

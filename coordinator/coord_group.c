@@ -174,6 +174,8 @@ static void new_epoch(struct engine *e, struct group *g, const Tandem__V1__Hello
     g->started_us = now_us;
     g->attach_until_us = now_us + COORD_ATTACH_MS * 1000;
     g->last_sent = 0;
+    char word[COORD_MAX_GROUP_NAME + 16];
+    supervisor_line(e->coord, "attaching epoch=%" PRIu64 "%s", g->epoch, group_word(g, word, sizeof word));
     if (e->coord->opt.tp == 0)
         log_line(&e->coord->log, LOG_INFO, "epoch %" PRIu64 ": a group of %u ranks attaches", g->epoch, g->size);
 }

@@ -15,10 +15,13 @@
 
 #include "coordinator/coord_http_internal.h"
 
-#define TURN_MS    250
-#define BACKLOG    1024
-#define SPARE_FDS  256 /* beside the connections: gRPC, ranks, files */
-#define LAST_TURNS 64  /* of the daemon, after all connections were told to end */
+#define TURN_MS   250
+#define BACKLOG   1024
+#define SPARE_FDS 256 /* beside the connections: gRPC, ranks, files */
+/* Of a connection, in the kernel, which doubles it. Left to itself that grows to megabytes for a client that does not read, which
+ * would be found slow that much later; events are some hundred bytes each. */
+#define SEND_BYTES (64 << 10)
+#define LAST_TURNS 64 /* of the daemon, after all connections were told to end */
 
 /* ---- who and where: HTTP thread ---- */
 
@@ -198,11 +201,12 @@ static enum status_code split(const char *address, char host[256], char port[8],
 /* 0 or an errno. */
 static int listen_at(const struct addrinfo *ai, int *out)
 {
-    int on = 1, off = 0;
+    int on = 1, off = 0, bytes = SEND_BYTES;
     int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return errno;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes); /* accepted ones have it, too */
     if (ai->ai_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
     if (bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, BACKLOG) == 0) {

@@ -184,7 +184,8 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     enum status_code rc;
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
         (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = check_answers(c, r, st)) != ST_OK ||
-        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK)
+        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK ||
+        (rc = take_scheduling(c, r, m->scheduling, st)) != ST_OK)
         return rc;
     /* last, because it can take long */
     if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||
@@ -194,12 +195,24 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     return take_echo(c, r, m, st);
 }
 
+/* It does not wait here any more. Before anybody is told: who hears of it may send the next at once. */
+static void leave(struct intake *in, size_t bytes)
+{
+    pthread_mutex_lock(&in->mu);
+    in->n--;
+    in->bytes -= bytes;
+    pthread_mutex_unlock(&in->mu);
+}
+
 static void work(struct coord *c, struct request *r)
 {
+    size_t bytes = r->raw_len;
     struct status st = STATUS_INIT;
     enum status_code rc = ST_OK;
-    if (atomic_load_explicit(&r->cancelled, memory_order_relaxed))
+    if (atomic_load_explicit(&r->cancelled, memory_order_relaxed)) {
+        leave(&c->intake, bytes);
         return;
+    }
     if (r->deadline_us <= coord_now_us()) {
         rc = status_set(&st, ST_DEADLINE_EXCEEDED, "the deadline passed before the prompt was read");
     } else {
@@ -212,8 +225,9 @@ static void work(struct coord *c, struct request *r)
         if (m)
             protobuf_c_message_free_unpacked(&m->base, NULL);
     }
+    leave(&c->intake, bytes);
     if (rc != ST_OK) {
-        log_line(&c->log, LOG_DEBUG, "refused %s: %s", r->name, st.message);
+        log_request(&c->log, LOG_DEBUG, r->name, "refused: %s", st.message);
         metrics_error(&c->metrics, rc);
         r->ops->finish(r->sink, &st, rc == ST_RESOURCE_EXHAUSTED ? COORD_RETRY_AFTER_MS : 0);
         return;
@@ -254,10 +268,10 @@ static void *intake_main(void *p)
     pthread_mutex_lock(&in->mu);
     for (struct request *r; (r = intake_pop(in, arg.lane));) {
         bool stopping = in->stop;
-        size_t bytes = r->raw_len;
         pthread_mutex_unlock(&in->mu);
         if (stopping) {
             struct status st = STATUS_INIT;
+            leave(in, r->raw_len);
             status_set(&st, ST_UNAVAILABLE, "the server is stopping");
             metrics_error(&arg.c->metrics, st.code);
             r->ops->finish(r->sink, &st, 0);
@@ -266,8 +280,6 @@ static void *intake_main(void *p)
         }
         request_unref(r);
         pthread_mutex_lock(&in->mu);
-        in->n--;
-        in->bytes -= bytes;
     }
     pthread_mutex_unlock(&in->mu);
     return NULL;

@@ -119,9 +119,9 @@ struct coord_options {
     bool refuse_late;
     uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms;
     uint32_t max_connection_idle_ms, max_connection_age_ms, max_connection_age_grace_ms; /* 0: none */
-    uint32_t tp; /* 0: whatever size the first group has */
-    uint32_t max_queued;
-    uint64_t max_queued_tokens;
+    uint32_t tp;                            /* 0: whatever size the first group has */
+    uint32_t max_queued, max_queued_tenant; /* the latter, and of tokens: 0: no such bound */
+    uint64_t max_queued_tokens, max_queued_tokens_tenant;
     uint32_t step_tokens;
     uint32_t max_running; /* 0: what the ranks report */
     uint32_t default_max_tokens;
@@ -292,6 +292,9 @@ struct request {
     Tandem__V1__SampleParams params; /* of all answers; but output_at, scores and the seed, which each has of its own */
     struct stop_set *stop_strings;   /* NULL: none */
     uint64_t salt;                   /* of the prefix cache */
+    uint64_t tenant;
+    int32_t priority;
+    int64_t ttft_target_us, tbt_target_us; /* its own or the server's; 0: none */
     struct choice *choice;
     /* engine */
     enum request_state state;
@@ -346,6 +349,13 @@ void options_fini(struct request *r);
 /* INVALID_ARGUMENT names the field; m NULL: not given. */
 STATUS_MUST_CHECK enum status_code take_prefix_cache(const struct coord *c, struct request *r,
                                                      const Tandem__V1__PrefixCache *m, struct status *st);
+/* A number for bytes of a client, at most `most` of them: nobody outside finds two texts that give the same. */
+STATUS_MUST_CHECK enum status_code intake_hash(const struct coord *c, const char *field,
+                                               const ProtobufCBinaryData *text, size_t most, uint64_t *out,
+                                               struct status *st);
+/* coord_scheduling.c: the same as take_prefix_cache of Scheduling. */
+STATUS_MUST_CHECK enum status_code take_scheduling(const struct coord *c, struct request *r,
+                                                   const Tandem__V1__Scheduling *m, struct status *st);
 STATUS_MUST_CHECK enum status_code draw_seed(uint64_t *seed, struct status *st);
 uint64_t choice_seed(uint64_t seed, uint32_t index);
 
@@ -475,7 +485,7 @@ struct engine {
     struct group group[COORD_MAX_GROUPS];
     uint32_t n_groups;              /* entries that were in use */
     uint64_t epoch;                 /* of the newest group */
-    uint64_t ages;                  /* of all schedulers */
+    struct sched_book *book;        /* of all schedulers */
     uint64_t model_digest;          /* of the model that is served, or was last; 0: none */
     Tandem__V1__RankMessage *ready; /* what the group that came last said of it; for GetModelInfo */
     struct sched_load retired;      /* counters of groups whose entry was used again */
@@ -644,8 +654,6 @@ void groups_fini(struct engine *e);
 /* coord_route.c: which group a request goes to. Engine thread */
 /* NULL: none is there, and none is waited for. */
 struct group *route_request(struct engine *e, const struct request *r, int64_t now_us);
-/* The bounds of the queue, which all groups share. */
-STATUS_MUST_CHECK enum status_code route_check_queue(const struct engine *e, uint32_t n_prompt, struct status *st);
 /* What waits in a group that is gone or is to go moves to others, where these can take it. */
 void route_leave(struct engine *e, struct group *g, int64_t now_us);
 /* From time to time: what waits moves to where it is served earlier. */

@@ -134,16 +134,16 @@ static enum status_code make_scheduler(struct engine *e, struct group *g, struct
                                .step_token_budget = o->step_tokens,
                                .max_queued = o->max_queued,
                                .max_queued_tokens = o->max_queued_tokens,
+                               .max_queued_tenant = o->max_queued_tenant,
+                               .max_queued_tokens_tenant = o->max_queued_tokens_tenant,
                                .depth = o->pipeline_depth,
                                .kv = g->kv,
                                .prefix_cache = o->prefix_cache,
-                               .policy = o->tbt_target_ms ? SCHED_TARGETS : SCHED_CHUNKED,
-                               .tbt_target_us = (int64_t)o->tbt_target_ms * 1000,
-                               .ttft_target_us = (int64_t)o->ttft_target_ms * 1000,
+                               .policy = SCHED_TARGETS,
                                .refuse_late = o->refuse_late,
                                .age_us_per_token = o->short_first_us,
                                .replay_limit = o->replay_limit,
-                               .ages = &e->ages};
+                               .book = e->book};
     return sched_create(&g->sched, &cfg, st);
 }
 

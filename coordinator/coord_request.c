@@ -311,19 +311,19 @@ static void take_scores(struct engine *e, struct choice *c, const struct sched_e
 }
 
 /* A target that is not set is kept by all. */
-static bool kept_targets(const struct coord_options *o, const struct choice *c, const struct sched_event *ev)
+static bool kept_targets(const struct choice *c, const struct sched_event *ev)
 {
+    const struct request *r = c->request;
     int64_t between_us = ev->last_token_us - ev->first_token_us, tokens = (int64_t)ev->n_new - 1;
-    return ev->first_token_us &&
-           (!o->ttft_target_ms || ev->first_token_us - c->request->arrived_us <= (int64_t)o->ttft_target_ms * 1000) &&
-           (!o->tbt_target_ms || between_us <= (int64_t)o->tbt_target_ms * 1000 * tokens);
+    return ev->first_token_us && (!r->ttft_target_us || ev->first_token_us - r->arrived_us <= r->ttft_target_us) &&
+           (!r->tbt_target_us || between_us <= r->tbt_target_us * tokens);
 }
 
 static void count_finished(struct metrics *m, const struct choice *c, const struct sched_event *ev, int64_t now_us)
 {
     metrics_add(ev->stopped || c->matched ? &m->finished_stop : &m->finished_length, 1);
     metrics_tokens(&m->generation_length, c->n_new);
-    metrics_add(&m->within_targets, kept_targets(&c->request->coord->opt, c, ev));
+    metrics_add(&m->within_targets, kept_targets(c, ev));
     metrics_time(&m->whole, now_us - c->request->arrived_us);
     if (ev->started_us)
         metrics_time(&m->queue, ev->started_us - c->request->arrived_us);
@@ -463,9 +463,7 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, struct
                                       struct status *st)
 {
     const struct request *r = c->request;
-    enum status_code rc = route_check_queue(e, r->n_prompt, st);
-    if (rc == ST_OK)
-        rc = table_add(e, c, st);
+    enum status_code rc = table_add(e, c, st);
     if (rc != ST_OK)
         return rc;
     const struct sched_request req = {.id = c->id,
@@ -475,6 +473,10 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, struct
                                       .stop_ids = r->stop,
                                       .n_stop = r->n_stop,
                                       .deadline_us = r->deadline_us,
+                                      .ttft_target_us = r->ttft_target_us,
+                                      .tbt_target_us = r->tbt_target_us,
+                                      .tenant = r->tenant,
+                                      .priority = r->priority,
                                       .sample = {.temperature = r->params.temperature,
                                                  .top_k = r->params.top_k,
                                                  .top_p = r->params.top_p,
@@ -519,6 +521,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
     for (uint32_t i = 0; i < r->n_choices; i++)
         if (submit_choice(e, &r->choice[i], g, now_us, &st) != ST_OK) {
             leave_scheduler(e, r, ST_CANCELLED, now_us);
+            retry = st.code == ST_RESOURCE_EXHAUSTED ? sched_retry_ms(g->sched) : retry;
             goto refuse;
         }
     name_add(e, r);
@@ -566,7 +569,7 @@ void requests_check_slow(struct engine *e, int64_t now_us)
         struct status st = STATUS_INIT;
         status_set(&st, ST_RESOURCE_EXHAUSTED, "the client read nothing for %u ms (--slow-client-timeout-ms)",
                    e->coord->opt.slow_client_timeout_ms);
-        log_line(&e->coord->log, LOG_INFO, "%s from %s: %s", r->name, r->ops->peer(r->sink), st.message);
+        log_request(&e->coord->log, LOG_INFO, r->name, "from %s: %s", r->ops->peer(r->sink), st.message);
         r->ops->cancel(r->sink, &st);
         if (r->state == REQUEST_CLOSING) { /* cancelled now; request_closed comes */
             list_remove(&r->stalled_link);

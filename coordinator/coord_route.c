@@ -119,29 +119,6 @@ struct group *route_request(struct engine *e, const struct request *r, int64_t n
     return g ? g : last_resort(e, &w);
 }
 
-/* Each scheduler has the same bounds, and a part of the queue. */
-enum status_code route_check_queue(const struct engine *e, uint32_t n_prompt, struct status *st)
-{
-    const struct coord_options *o = &e->coord->opt;
-    if (e->n_groups == 1)
-        return ST_OK;
-    uint64_t queued = 0, tokens = 0;
-    for (uint32_t i = 0; i < e->n_groups; i++)
-        if (e->group[i].sched) {
-            struct sched_queue q = sched_queue(e->group[i].sched);
-            queued += q.requests;
-            tokens += q.tokens;
-        }
-    if (queued >= o->max_queued)
-        return status_set(st, ST_RESOURCE_EXHAUSTED, "the queue is full: %llu requests wait (max_queued %u)",
-                          (unsigned long long)queued, o->max_queued);
-    if (tokens + n_prompt > o->max_queued_tokens)
-        return status_set(st, ST_RESOURCE_EXHAUSTED,
-                          "the queue is full: %llu prompt tokens wait, %u more would pass max_queued_tokens %llu",
-                          (unsigned long long)tokens, n_prompt, (unsigned long long)o->max_queued_tokens);
-    return ST_OK;
-}
-
 static bool move(struct engine *e, struct group *from, struct group *to, uint64_t id)
 {
     if (!sched_move(from->sched, to->sched, id)) /* it stays, and is asked again later */

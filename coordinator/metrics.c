@@ -50,7 +50,7 @@ static const struct metric {
     {"replays_total", NULL, "Requests that lost their worker group and went on, once for each time.", COUNTER,
      M(replays)},
     {"answers_within_targets_total", NULL,
-     "Answers whose first token and mean time between tokens kept the server's targets: goodput.", COUNTER,
+     "Answers whose first token and mean time between tokens kept its targets or the server's: goodput.", COUNTER,
      M(within_targets)},
     {"wasted_rows_total", NULL, "Rows of requests that had ended one step before.", COUNTER, M(wasted_rows)},
     {"prefix_cache_queries_total", "prefix_cache_queries_total", "Prompt tokens looked up for a prefix that is there.",

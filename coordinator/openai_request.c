@@ -144,7 +144,40 @@ static enum status_code take_chat_switch(struct openai_taker *t, const char *nam
     return copy(&t->chat->base, name, name, v, st);
 }
 
+static Tandem__V1__Scheduling *scheduling(struct openai_taker *t)
+{
+    if (!t->m->scheduling && (t->m->scheduling = malloc(sizeof *t->m->scheduling)))
+        tandem__v1__scheduling__init(t->m->scheduling);
+    return t->m->scheduling;
+}
+
+static enum status_code take_target(struct openai_taker *t, const char *name, const json_t *v, struct status *st)
+{
+    Tandem__V1__Scheduling *s = scheduling(t);
+    return s ? copy(&s->base, name, name, v, st) : status_nomem(st, name, sizeof *s);
+}
+
 /* ---- fields with a form of their own ---- */
+
+static enum status_code take_tenant(struct openai_taker *t, const char *name, const json_t *v, struct status *st)
+{
+    Tandem__V1__Scheduling *s = scheduling(t);
+    if (!s)
+        return status_nomem(st, name, sizeof *s);
+    return json_is_string(v) ? openai_bytes(&s->tenant, v, name, st) : wrong(st, name, "a string");
+}
+
+/* vLLM's: the less, the earlier; 0 is what all have. */
+static enum status_code take_priority(struct openai_taker *t, const char *name, const json_t *v, struct status *st)
+{
+    Tandem__V1__Scheduling *s = scheduling(t);
+    if (!s)
+        return status_nomem(st, name, sizeof *s);
+    if (!json_is_integer(v))
+        return wrong(st, name, "an integer");
+    s->priority = json_integer_value(v) < 0 ? 1 : json_integer_value(v) > 0 ? -1 : 0;
+    return ST_OK;
+}
 
 static enum status_code take_model(struct openai_taker *t, const char *name, const json_t *v, struct status *st)
 {
@@ -402,6 +435,11 @@ static const struct field {
     {"add_generation_prompt", CHAT, take_chat_switch},
     {"continue_final_message", CHAT, take_chat_switch},
     {"chat_template_kwargs", CHAT, take_template_arguments},
+    {"priority", BOTH, take_priority},
+    /* our own */
+    {"ttft_target_ms", BOTH, take_target},
+    {"tbt_target_ms", BOTH, take_target},
+    {"tenant", BOTH, take_tenant},
     /* of OpenAI's own service */
     {"user", BOTH, ignore},
     {"metadata", BOTH, ignore},

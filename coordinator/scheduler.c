@@ -67,9 +67,11 @@ enum status_code sched_create(struct sched **out, const struct sched_config *cfg
     s->max_context = cfg->max_context;
     s->kv = cfg->kv;
     s->step_budget = cfg->step_token_budget;
-    s->next_seq = cfg->ages ? cfg->ages : &s->own_seq;
-    if (*s->next_seq == 0)
-        *s->next_seq = 1;
+    if (!cfg->book && (rc = sched_book_create(&s->own_book, st)) != ST_OK) {
+        free(s);
+        return rc;
+    }
+    s->book = cfg->book ? cfg->book : s->own_book;
     s->margin = 1;
     cost_init(&s->cost, cfg->cost.pure.fixed_us > 0 ? &cfg->cost : &cost_default);
     s->plan_tokens = malloc(cfg->step_token_budget * sizeof *s->plan_tokens);
@@ -158,6 +160,7 @@ void sched_destroy(struct sched *s)
     free_slot_arrays(s);
     free(s->plan_tokens);
     tenants_fini(s);
+    sched_book_destroy(s->own_book);
     req_pool_fini(&s->pool);
     free(s->map.cell);
     free(s->heap.item);
@@ -412,7 +415,7 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     if (req->n_stop)
         memcpy(tokens + n_total, req->stop_ids, req->n_stop * sizeof(uint32_t));
     r->id = req->id;
-    r->seq = (*s->next_seq)++;
+    r->seq = s->book->next_seq++;
     r->state = REQ_QUEUED;
     r->n_known = r->n_prompt = req->n_prompt;
     r->n_total = n_total;

@@ -35,11 +35,12 @@
 #include "proto/status.h"
 
 struct sched;
+struct sched_book;
 
 /* What a step is made of. */
 enum sched_policy {
     SCHED_CHUNKED,       /* all decodes, then chunks up to the budget: Sarathi-Serve's fixed chunk */
-    SCHED_TARGETS,       /* the same, but with a token-time target chunks are cut to what the target leaves them */
+    SCHED_TARGETS,       /* the same, but beside whom has a token-time target chunks are cut to what that leaves them */
     SCHED_PREFILL_FIRST, /* whole prompts before any decode, as vLLM began; to compare with */
 };
 
@@ -47,7 +48,7 @@ struct sched_config {
     uint32_t max_slots;         /* running requests at most: 1 to 65536 */
     uint32_t max_context;       /* tokens of one request, prompt and completion */
     uint32_t step_token_budget; /* rows of a step at most; at least max_slots is advised: less starves prefill */
-    uint32_t max_queued;        /* requests that wait to be admitted for the first time */
+    uint32_t max_queued; /* requests that wait to be admitted for the first time, in all schedulers of the book */
     uint64_t max_queued_tokens; /* their prompt tokens together */
     uint32_t depth;             /* plans in flight: 1 or 2 */
     struct kv_account kv;       /* page_bytes 0: not known before the first attach, requests are not measured by it */
@@ -60,8 +61,8 @@ struct sched_config {
     uint32_t age_us_per_token; /* a prompt shorter by a token may pass one that came so much earlier; 0: by age alone */
     uint32_t max_queued_tenant; /* max_queued of each tenant; 0: none */
     uint64_t max_queued_tokens_tenant;
-    uint32_t replay_limit; /* groups that a request may lose without a new token in between: sched_lose */
-    uint64_t *ages;        /* the order of submission of all schedulers between which requests move; NULL: its own */
+    uint32_t replay_limit;   /* groups that a request may lose without a new token in between: sched_lose */
+    struct sched_book *book; /* NULL: its own. See sched_book_create */
 };
 
 struct sched_sample {
@@ -174,6 +175,11 @@ struct sched_load {
     uint64_t wasted_rows;       /* samples dropped because their request had ended */
 };
 
+/* What schedulers between which requests move have in common: the order of submission, the bounds of the queue, what tenants
+ * have had. The caller's; it outlives them. */
+STATUS_MUST_CHECK enum status_code sched_book_create(struct sched_book **out, struct status *st);
+void sched_book_destroy(struct sched_book *b); /* NULL is fine */
+
 STATUS_MUST_CHECK enum status_code sched_create(struct sched **out, const struct sched_config *cfg, struct status *st);
 void sched_destroy(struct sched *s); /* NULL is fine */
 
@@ -262,7 +268,7 @@ struct sched_queue sched_queue(const struct sched *s);
 uint32_t sched_runs(const struct sched *s);          /* requests that were admitted, preempted ones too */
 uint64_t sched_first_waiting(const struct sched *s); /* who is admitted next; 0: nobody, or it cannot move */
 uint64_t sched_last_waiting(const struct sched *s);  /* the youngest that never ran; 0: none */
-/* Such a request goes on in another scheduler, which must have the same `ages`; the bounds of its queue do not count, age and
+/* Such a request goes on in another scheduler, which must have the same book; the bounds of its queue do not count, age and
  * deadline are kept. Take all events of `from` before. False: it cannot move, or memory is short; nothing has changed. */
 STATUS_MUST_CHECK bool sched_move(struct sched *from, struct sched *to, uint64_t id);
 

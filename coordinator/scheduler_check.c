@@ -63,7 +63,7 @@ static void check_suspended(const struct sched *s, const struct req *r)
 static void check_request(const struct sched *s, const struct req *r, struct tally *t)
 {
     unsigned long long id = r->id;
-    require(r->seq > 0 && r->seq < *s->next_seq, "request %llu: age %llu", id, (unsigned long long)r->seq);
+    require(r->seq > 0 && r->seq < s->book->next_seq, "request %llu: age %llu", id, (unsigned long long)r->seq);
     require(req_map_find(&s->map, r->id) == r, "request %llu: not found by its id", id);
     require(r->n_known >= r->n_prompt && r->n_known < r->n_total && r->n_known + r->n_unknown <= r->n_total,
             "request %llu: %u prompt, %u known, %u in flight of %u", id, r->n_prompt, r->n_known, r->n_unknown,
@@ -134,13 +134,17 @@ static void check_tenants(const struct sched *s)
     uint64_t tokens = 0;
     for (const struct tenant *t = s->tenants.active; t; t = t->next) {
         uint32_t own = 0;
-        require(t->n_live > 0, "tenant %llu: active without a request", (unsigned long long)t->id);
+        require(t->n_live > 0, "tenant %llu: active without a request", (unsigned long long)t->account->id);
         for (uint32_t cls = 0; cls < SCHED_CLASSES; cls++) {
             uint32_t n = check_heap(t, cls, t->queue[cls]);
             of_class[cls] += n;
             own += n;
         }
-        require(own == t->n_queued, "tenant %llu: %u queued, %u found", (unsigned long long)t->id, t->n_queued, own);
+        require(t->n_live <= t->account->n_live && own <= t->account->n_queued &&
+                    t->queued_tokens <= t->account->queued_tokens,
+                "tenant %llu: fewer requests in all than here", (unsigned long long)t->account->id);
+        require(own == t->n_queued, "tenant %llu: %u queued, %u found", (unsigned long long)t->account->id, t->n_queued,
+                own);
         live += t->n_live;
         queued += own;
         tokens += t->queued_tokens;
@@ -153,6 +157,24 @@ static void check_tenants(const struct sched *s)
                 "class %u: %u counted, %u found", cls, s->n_class_queued[cls], of_class[cls]);
 }
 
+static void check_book(const struct sched *s)
+{
+    const struct sched_book *b = s->book;
+    const struct sched_config *cfg = &s->cfg;
+    uint32_t queued = 0;
+    uint64_t tokens = 0;
+    for (const struct account *a = b->active; a; a = a->next) {
+        require(a->n_live > 0 && a->refs > 0 && account_find(b, a->id) == a, "account %llu: %u requests, %u schedulers",
+                (unsigned long long)a->id, a->n_live, a->refs);
+        require(!cfg->max_queued_tenant || a->n_queued <= cfg->max_queued_tenant, "account %llu: queue over its limit",
+                (unsigned long long)a->id);
+        queued += a->n_queued;
+        tokens += a->queued_tokens;
+    }
+    require(queued == b->n_queued && tokens == b->queued_tokens, "book: %u queued, %u found", b->n_queued, queued);
+    require(queued <= cfg->max_queued && tokens <= cfg->max_queued_tokens, "queue: over its limit");
+}
+
 static void check_lists(const struct sched *s, struct tally *t)
 {
     check_list(s, &s->run, REQ_RUNNING, true, t);
@@ -160,6 +182,7 @@ static void check_lists(const struct sched *s, struct tally *t)
     check_list(s, &s->queued, REQ_QUEUED, true, t);
     check_list(s, &s->draining, REQ_DRAINING, false, t);
     check_tenants(s);
+    check_book(s);
 }
 
 /* Every slot is in exactly one place, every page is counted once. */
@@ -240,7 +263,6 @@ void sched_check(const struct sched *s)
             s->map.count);
     require(t.queued == s->n_queued && t.queued_tokens == s->queued_tokens, "queue: %u counted, %u found", s->n_queued,
             t.queued);
-    require(s->n_queued <= s->cfg.max_queued && s->queued_tokens <= s->cfg.max_queued_tokens, "queue: over its limit");
     require(t.timed == s->heap.count, "%u deadlines, %u requests have one", s->heap.count, t.timed);
     for (uint32_t i = 1; i < s->heap.count; i++)
         require(s->heap.item[(i - 1) / 2]->deadline_us <= s->heap.item[i]->deadline_us, "deadline heap: order");

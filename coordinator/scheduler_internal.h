@@ -86,17 +86,37 @@ struct req_list {
     struct req *head, *tail;
 };
 
-/* Whoever shares the server with others. It stays for a while after its last request, so that what it has used counts. */
-struct tenant {
-    struct tenant *hash_next;
-    struct tenant *next, *prev; /* of those with live requests */
+#define TENANT_BUCKETS 256
+
+/* Whoever shares the server with others, in all schedulers of a book: scheduler_tenants.c. It stays for a while after its
+ * last request, so that what it has used counts. */
+struct account {
+    struct account *hash_next;
+    struct account *next, *prev; /* of those with live requests */
     uint64_t id;
     uint64_t served; /* weighted tokens; the least is served next */
     uint32_t n_live, n_queued;
     uint64_t queued_tokens;
+    uint32_t refs; /* tenants of schedulers */
+};
+
+struct sched_book {
+    uint64_t next_seq; /* order of submission, from 1 */
+    uint32_t n_queued;
+    uint64_t queued_tokens;
+    struct account *bucket[TENANT_BUCKETS];
+    struct account *active; /* with live requests */
+};
+
+/* Its requests in one scheduler. */
+struct tenant {
+    struct tenant *hash_next;
+    struct tenant *next, *prev; /* of those with live requests */
+    struct account *account;
+    uint32_t n_live, n_queued;
+    uint64_t queued_tokens;
     struct req *queue[SCHED_CLASSES]; /* tops of pairing heaps */
 };
-#define TENANT_BUCKETS 256
 
 struct tenant_table {
     struct tenant *bucket[TENANT_BUCKETS];
@@ -182,8 +202,8 @@ struct sched {
     int64_t last_result_us;
     uint64_t last_victim_seq; /* preempted last */
     uint64_t plan_seq;        /* calls of sched_plan */
-    uint64_t *next_seq;       /* cfg.ages, or own_seq */
-    uint64_t own_seq;
+    struct sched_book *book;  /* cfg.book, or own_book */
+    struct sched_book *own_book;
     struct req_pool pool;
     struct req_map map;
     struct req_heap heap;
@@ -248,12 +268,19 @@ void req_list_append(struct req_list *l, struct req *r);
 void req_list_insert(struct req_list *l, struct req *r, struct req *before); /* NULL: at the end */
 void req_list_remove(struct req_list *l, struct req *r);
 
-/* scheduler_queue.c: queued requests, tenants, and who is next. */
-STATUS_MUST_CHECK enum status_code queue_check(const struct sched *s, int64_t now_us, const struct sched_request *req,
-                                               struct status *st);
+/* scheduler_tenants.c */
+struct account *account_find(const struct sched_book *b, uint64_t id); /* NULL: not known */
+struct tenant *tenant_find(const struct sched *s, uint64_t id);        /* the same */
 struct tenant *tenant_get(struct sched *s, uint64_t id); /* with one live request more; NULL: out of memory */
 void tenant_put(struct sched *s, struct tenant *t);      /* with one less */
+void tenant_queue(struct sched *s, struct tenant *t,
+                  uint32_t tokens); /* counts one more that waits, of so many tokens */
+void tenant_unqueue(struct sched *s, struct tenant *t, uint32_t tokens);
 void tenants_fini(struct sched *s);
+
+/* scheduler_queue.c: queued requests, and who is next. */
+STATUS_MUST_CHECK enum status_code queue_check(const struct sched *s, int64_t now_us, const struct sched_request *req,
+                                               struct status *st);
 void queue_add(struct sched *s, struct req *r, int64_t now_us);
 void queue_remove(struct sched *s, struct req *r);
 struct req *queue_next(const struct sched *s);      /* to be admitted, preempted ones first; NULL: nobody waits */

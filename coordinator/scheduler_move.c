@@ -113,7 +113,7 @@ bool sched_move(struct sched *from, struct sched *to, uint64_t id)
     if (!req_map_reserve(&to->map) || !req_heap_reserve(&to->heap) ||
         !event_ring_reserve(&to->events, (uint64_t)to->n_live + 1) || !(new = req_pool_get(&to->pool)))
         return false;
-    struct tenant *tenant = tenant_get(to, r->tenant->id);
+    struct tenant *tenant = tenant_get(to, r->tenant->account->id);
     if (!tenant) {
         req_pool_put(&to->pool, new);
         return false;

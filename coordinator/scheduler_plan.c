@@ -63,12 +63,34 @@ uint32_t req_growth(const struct req *r)
     return r->n_total - r->n_known < HEADROOM_TOKENS ? r->n_total - r->n_known : HEADROOM_TOKENS;
 }
 
+static bool by_targets(const struct sched *s)
+{
+    return s->cfg.policy == SCHED_TARGETS && cost_known(&s->cost);
+}
+
+/* A step is to be so much shorter than the target that the usual error does not pass it. */
+static double safe_us(const struct sched *s, int64_t target_us)
+{
+    double spread = 2 * cost_spread(&s->cost);
+    return (double)target_us * (spread < 0.03 ? 0.97 : spread > 0.3 ? 0.7 : 1 - spread);
+}
+
+/* Whether r has a target under least_us (0: none) that counts. One that it would miss with the server for itself must not
+ * keep all others out. */
+static bool wants_less(const struct sched *s, const struct req *r, int64_t least_us)
+{
+    const struct cost_step alone = {.decodes = 1, .context = r->n_known};
+    if (r->tbt_target_us == 0 || (least_us && r->tbt_target_us >= least_us))
+        return false;
+    return !by_targets(s) || cost_predict_us(&s->cost, &alone) <= safe_us(s, r->tbt_target_us);
+}
+
 /* It runs: its decodes are to come, or are there, and it has a target or not. */
-static void settle(struct build *b, const struct req *r)
+static void settle(const struct sched *s, struct build *b, const struct req *r)
 {
     b->settled.decodes++;
     b->settled.context += r->n_known;
-    if (r->tbt_target_us && (!b->target_us || r->tbt_target_us < b->target_us))
+    if (wants_less(s, r, b->target_us))
         b->target_us = r->tbt_target_us;
 }
 
@@ -88,7 +110,7 @@ static void collect(struct sched *s, struct build *b)
             continue;
         }
         b->growth += req_growth(r);
-        settle(b, r);
+        settle(s, b, r);
         if (r->decoding) {
             s->decodable[b->n_decodable++] = r;
         } else {
@@ -108,25 +130,13 @@ static uint32_t admission_tokens(const struct req *r)
     return r->n_known + 1 < r->n_total ? r->n_known + 1 : r->n_total - 1;
 }
 
-static bool by_targets(const struct sched *s)
-{
-    return s->cfg.policy == SCHED_TARGETS && cost_known(&s->cost);
-}
-
-/* A step is to be so much shorter than the target that the usual error does not pass it. */
-static double safe_us(const struct sched *s, int64_t target_us)
-{
-    double spread = 2 * cost_spread(&s->cost);
-    return (double)target_us * (spread < 0.03 ? 0.97 : spread > 0.3 ? 0.7 : 1 - spread);
-}
-
 /* Whether all that run and r could decode in one step within the least target, with a share left for prefill. */
 static bool keeps_target(const struct sched *s, const struct build *b, const struct req *r)
 {
     if (!by_targets(s) || b->settled.decodes == 0)
         return true;
     int64_t target_us = b->target_us;
-    if (r->tbt_target_us && (!target_us || r->tbt_target_us < target_us))
+    if (wants_less(s, r, target_us))
         target_us = r->tbt_target_us;
     struct cost_step all = b->settled;
     all.decodes++;
@@ -378,7 +388,7 @@ static void admit(struct sched *s, struct build *b, struct req *r)
     if (r->state == REQ_QUEUED)
         r->started_us = b->now_us;
     queue_admit(s, r);
-    settle(b, r);
+    settle(s, b, r);
     r->state = REQ_RUNNING;
     r->slot = take_slot(s, b);
     s->owner[r->slot] = r;
@@ -399,7 +409,7 @@ static void admit(struct sched *s, struct build *b, struct req *r)
 static void resume(struct sched *s, struct build *b, struct req *r)
 {
     queue_admit(s, r);
-    settle(b, r);
+    settle(s, b, r);
     b->growth += req_growth(r);
     b->resumed_pages += r->host_pages;
     r->state = REQ_RUNNING;

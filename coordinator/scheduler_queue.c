@@ -19,7 +19,6 @@
 #include "coordinator/scheduler_internal.h"
 
 #define RESERVE      8
-#define MAX_TENANTS  4096 /* remembered without a request, at most */
 #define RETRY_MIN_MS 50
 #define RETRY_MAX_MS 60000
 #define RETRY_MS     1000 /* while the pace is not known */
@@ -94,98 +93,9 @@ static void heap_take(struct req **top, struct req *r)
     r->heap_child = r->heap_next = r->heap_prev = NULL;
 }
 
-/* ---- tenants ---- */
-
-static struct tenant **bucket_of(struct tenant_table *t, uint64_t id)
-{
-    return &t->bucket[(id * 0x9e3779b97f4a7c15u) >> 56];
-}
-
-static struct tenant *tenant_find(const struct sched *s, uint64_t id)
-{
-    struct tenant *t = s->tenants.bucket[(id * 0x9e3779b97f4a7c15u) >> 56];
-    while (t && t->id != id)
-        t = t->hash_next;
-    return t;
-}
-
-/* What the least served of those with requests has had. */
-static uint64_t least_served(const struct sched *s)
-{
-    uint64_t least = UINT64_MAX;
-    for (const struct tenant *t = s->tenants.active; t; t = t->next)
-        least = t->served < least ? t->served : least;
-    return least == UINT64_MAX ? 0 : least;
-}
-
-/* Those without requests, but of one bucket at a time only those whose past does not count any more. */
-static void sweep(struct sched *s, bool all)
-{
-    uint64_t least = least_served(s);
-    for (int i = 0; i < TENANT_BUCKETS; i++)
-        for (struct tenant **at = &s->tenants.bucket[i]; *at;) {
-            struct tenant *t = *at;
-            if (t->n_live > 0 || (!all && t->served > least)) {
-                at = &t->hash_next;
-                continue;
-            }
-            *at = t->hash_next;
-            s->tenants.n--;
-            free(t);
-        }
-}
-
-struct tenant *tenant_get(struct sched *s, uint64_t id)
-{
-    struct tenant *t = tenant_find(s, id);
-    if (!t) {
-        if (s->tenants.n >= MAX_TENANTS && s->tenants.n % (MAX_TENANTS / 4) == 0) /* not at every request */
-            sweep(s, s->tenants.n >= 2 * MAX_TENANTS);
-        t = calloc(1, sizeof *t);
-        if (!t)
-            return NULL;
-        struct tenant **bucket = bucket_of(&s->tenants, id);
-        t->id = id;
-        t->hash_next = *bucket;
-        *bucket = t;
-        s->tenants.n++;
-    }
-    if (t->n_live++ == 0) {
-        uint64_t least = least_served(s);
-        t->served = t->served > least ? t->served : least;
-        t->prev = NULL;
-        t->next = s->tenants.active;
-        if (t->next)
-            t->next->prev = t;
-        s->tenants.active = t;
-    }
-    return t;
-}
-
-void tenant_put(struct sched *s, struct tenant *t)
-{
-    if (--t->n_live > 0)
-        return;
-    if (t->prev)
-        t->prev->next = t->next;
-    else
-        s->tenants.active = t->next;
-    if (t->next)
-        t->next->prev = t->prev;
-}
-
-void tenants_fini(struct sched *s)
-{
-    for (int i = 0; i < TENANT_BUCKETS; i++)
-        for (struct tenant *t = s->tenants.bucket[i], *next; t; t = next) {
-            next = t->hash_next;
-            free(t);
-        }
-}
-
 void queue_charge(struct req *r, uint64_t tokens)
 {
-    r->tenant->served += tokens;
+    r->tenant->account->served += tokens;
 }
 
 /* ---- in and out ---- */
@@ -205,10 +115,7 @@ void queue_add(struct sched *s, struct req *r, int64_t now_us)
     r->key_us = s->cfg.age_us_per_token ? prefill_key_us(s, r, now_us, r->n_prompt) : 0;
     run_insert(&s->queued, r); /* at the end, unless it comes from another group */
     t->queue[r->cls] = meld(t->queue[r->cls], r);
-    t->n_queued++;
-    t->queued_tokens += r->n_prompt;
-    s->n_queued++;
-    s->queued_tokens += r->n_prompt;
+    tenant_queue(s, t, r->n_prompt);
     s->n_class_queued[r->cls]++;
 }
 
@@ -217,10 +124,7 @@ void queue_remove(struct sched *s, struct req *r)
     struct tenant *t = r->tenant;
     req_list_remove(&s->queued, r);
     heap_take(&t->queue[r->cls], r);
-    t->n_queued--;
-    t->queued_tokens -= r->n_prompt;
-    s->n_queued--;
-    s->queued_tokens -= r->n_prompt;
+    tenant_unqueue(s, t, r->n_prompt);
     if (--s->n_class_queued[r->cls] == 0)
         s->class_credit[r->cls] = 0;
 }
@@ -239,7 +143,8 @@ static struct req *next_of_class(const struct sched *s, uint32_t cls)
     for (const struct tenant *t = s->tenants.active; t; t = t->next) {
         if (!t->queue[cls])
             continue;
-        if (!best || t->served < best->served || (t->served == best->served && before(t->queue[cls], best->queue[cls])))
+        uint64_t served = t->account->served, least = best ? best->account->served : UINT64_MAX;
+        if (!best || served < least || (served == least && before(t->queue[cls], best->queue[cls])))
             best = t;
     }
     return best ? best->queue[cls] : NULL;
@@ -381,25 +286,26 @@ static enum status_code check_time(const struct sched *s, int64_t now_us, const 
 enum status_code queue_check(const struct sched *s, int64_t now_us, const struct sched_request *req, struct status *st)
 {
     const struct sched_config *cfg = &s->cfg;
-    const struct tenant *t = tenant_find(s, req->tenant);
-    if (s->n_queued >= cfg->max_queued)
-        return status_set(st, ST_RESOURCE_EXHAUSTED, "the queue is full: %u requests wait (max_queued %u)", s->n_queued,
+    const struct sched_book *b = s->book;
+    const struct account *a = account_find(b, req->tenant);
+    if (b->n_queued >= cfg->max_queued)
+        return status_set(st, ST_RESOURCE_EXHAUSTED, "the queue is full: %u requests wait (max_queued %u)", b->n_queued,
                           cfg->max_queued);
-    if (s->queued_tokens + req->n_prompt > cfg->max_queued_tokens)
+    if (b->queued_tokens + req->n_prompt > cfg->max_queued_tokens)
         return status_set(st, ST_RESOURCE_EXHAUSTED,
                           "the queue is full: %llu prompt tokens wait, %u more would pass max_queued_tokens %llu",
-                          (unsigned long long)s->queued_tokens, req->n_prompt,
+                          (unsigned long long)b->queued_tokens, req->n_prompt,
                           (unsigned long long)cfg->max_queued_tokens);
-    if (t && cfg->max_queued_tenant && t->n_queued >= cfg->max_queued_tenant)
+    if (a && cfg->max_queued_tenant && a->n_queued >= cfg->max_queued_tenant)
         return status_set(st, ST_RESOURCE_EXHAUSTED,
-                          "the tenant's queue is full: %u requests wait (max_queued_tenant %u)", t->n_queued,
+                          "the tenant's queue is full: %u requests wait (max_queued_tenant %u)", a->n_queued,
                           cfg->max_queued_tenant);
-    if (t && cfg->max_queued_tokens_tenant && t->n_queued &&
-        t->queued_tokens + req->n_prompt > cfg->max_queued_tokens_tenant)
+    if (a && cfg->max_queued_tokens_tenant && a->n_queued &&
+        a->queued_tokens + req->n_prompt > cfg->max_queued_tokens_tenant)
         return status_set(st, ST_RESOURCE_EXHAUSTED,
                           "the tenant's queue is full: %llu prompt tokens wait, %u more would pass "
                           "max_queued_tokens_tenant %llu",
-                          (unsigned long long)t->queued_tokens, req->n_prompt,
+                          (unsigned long long)a->queued_tokens, req->n_prompt,
                           (unsigned long long)cfg->max_queued_tokens_tenant);
     return check_time(s, now_us, req, st);
 }

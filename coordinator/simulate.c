@@ -33,6 +33,7 @@ struct run {
     const struct simulate_config *cfg;
     struct simulate_result *result;
     struct bench_request *request;
+    struct sched_book *book; /* of all groups */
     struct group *group;
     uint32_t *home; /* of each request: its group */
     /* groups with a step under way, the first to end on top */
@@ -349,7 +350,8 @@ static double fairness(const struct simulate_result *r, uint32_t n)
     return squares > 0 ? sum * sum / (counted * squares) : 1;
 }
 
-static enum status_code make_group(const struct simulate_config *cfg, struct group *g, struct status *st)
+static enum status_code make_group(const struct simulate_config *cfg, struct group *g, struct sched_book *book,
+                                   struct status *st)
 {
     const struct simulate_cost *c = cfg->cost;
     uint32_t slots = cfg->slots ? cfg->slots : c->slots;
@@ -358,6 +360,7 @@ static enum status_code make_group(const struct simulate_config *cfg, struct gro
                                     .step_token_budget = cfg->step_tokens,
                                     .max_queued = cfg->max_queued,
                                     .max_queued_tokens = cfg->max_queued_tokens,
+                                    .max_queued_tenant = cfg->max_queued_tenant,
                                     .depth = cfg->depth,
                                     .kv = c->kv,
                                     .prefix_cache = cfg->shared_prefix > 0,
@@ -365,7 +368,8 @@ static enum status_code make_group(const struct simulate_config *cfg, struct gro
                                     .ttft_target_us = cfg->ttft_target_us,
                                     .tbt_target_us = cfg->tbt_target_us,
                                     .refuse_late = cfg->refuse_late,
-                                    .age_us_per_token = cfg->age_us_per_token};
+                                    .age_us_per_token = cfg->age_us_per_token,
+                                    .book = book};
     g->at = UINT32_MAX;
     enum status_code rc = sched_create(&g->sched, &sc, st);
     return rc == ST_OK ? sched_attach(g->sched, 0, slots, c->max_context, &c->kv, st) : rc;
@@ -385,9 +389,9 @@ static enum status_code prepare(struct run *run, struct status *st)
     if (!run->group || !run->heap || !run->home || !run->tokens || !run->zero)
         return status_nomem(st, "simulation", cfg->groups * sizeof *run->group + n * sizeof *run->home);
     run->last_arrival_s = n ? run->request[n - 1].due_s : 0;
-    enum status_code rc = ST_OK;
+    enum status_code rc = sched_book_create(&run->book, st);
     for (uint32_t i = 0; rc == ST_OK && i < cfg->groups; i++)
-        rc = make_group(cfg, &run->group[i], st);
+        rc = make_group(cfg, &run->group[i], run->book, st);
     return rc;
 }
 
@@ -434,6 +438,7 @@ enum status_code simulate_run(struct simulate_result *r, struct bench_request *r
     }
     for (uint32_t i = 0; run.group && i < cfg->groups; i++)
         sched_destroy(run.group[i].sched);
+    sched_book_destroy(run.book);
     free(run.group);
     free(run.heap);
     free(run.home);

@@ -55,8 +55,9 @@ struct simulate_config {
     enum sched_policy policy;
     uint32_t step_tokens, slots; /* slots 0: the file's */
     uint32_t depth;
-    uint32_t max_queued; /* of each group */
+    uint32_t max_queued; /* in all groups together */
     uint64_t max_queued_tokens;
+    uint32_t max_queued_tenant; /* 0: no bound of its own */
     int64_t ttft_target_us, tbt_target_us;
     bool refuse_late;
     uint32_t age_us_per_token;

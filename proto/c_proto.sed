@@ -3,5 +3,5 @@
 s/^\( *\)optional \([a-z0-9]*\) \([a-z_0-9]*\) = \([0-9]*\);/\1oneof \3_is { \2 \3 = \4; }/
 # 2. A C string loses what follows a NUL: where users' text comes in or goes out, take length and bytes.
 /^package tandem.v1;/,$ {
-  s/^\( *\)string \(text\|model\|request_id\|content\|salt\) =/\1bytes \2 =/
+  s/^\( *\)string \(text\|model\|request_id\|content\|salt\|tenant\) =/\1bytes \2 =/
 }

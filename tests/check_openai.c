@@ -30,7 +30,7 @@ START_TEST(completion_becomes_a_request)
         "\"logit_bias\":{\"5\":-100,\"7\":1.5},\"top_k\":4,\"min_p\":0.125,\"repetition_penalty\":1.25,"
         "\"ignore_eos\":true,\"min_tokens\":2,\"stop_token_ids\":[9,8],\"include_stop_str_in_output\":true,"
         "\"stream\":true,\"stream_options\":{\"include_usage\":true},\"user\":\"u\",\"suffix\":null,\"best_of\":3,"
-        "\"add_special_tokens\":false}",
+        "\"add_special_tokens\":false,\"ttft_target_ms\":500,\"tbt_target_ms\":0,\"tenant\":\"t\",\"priority\":-7}",
         &f);
     ck_assert_int_eq(m->prompt_case, TANDEM__V1__GENERATE_REQUEST__PROMPT_TEXT);
     ck_assert_uint_eq(m->text.len, 3);
@@ -48,6 +48,10 @@ START_TEST(completion_becomes_a_request)
     ck_assert(t->n_stop_token_ids == 2 && t->stop_token_ids[1] == 8);
     ck_assert(m->output->logprobs_is_case && m->output->logprobs == 2 && !m->output->echo);
     ck_assert(f.stream && f.include_usage && f.logprobs && f.n == 3);
+    const Tandem__V1__Scheduling *d = m->scheduling;
+    ck_assert(d->ttft_target_ms_is_case && d->ttft_target_ms == 500 && d->tbt_target_ms_is_case &&
+              d->tbt_target_ms == 0);
+    ck_assert(d->priority == 1 && d->tenant.len == 1 && d->tenant.data[0] == 't');
     drop(m);
 }
 END_TEST
@@ -114,6 +118,10 @@ static const struct {
     {OPENAI_COMPLETION, "{\"prompt\":[1,-1]}", "prompt"},
     {OPENAI_COMPLETION, "{\"prompt\":[1,4294967296]}", "prompt"},
     {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"temperature\":\"1\"}", "temperature"},
+    {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"ttft_target_ms\":-1}", "ttft_target_ms"},
+    {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"tbt_target_ms\":1.5}", "tbt_target_ms"},
+    {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"tenant\":7}", "tenant"},
+    {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"priority\":\"1\"}", "priority"},
     {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"max_tokens\":-1}", "max_tokens"},
     {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"max_tokens\":1.5}", "max_tokens"},
     {OPENAI_COMPLETION, "{\"prompt\":\"x\",\"n\":4294967296}", "n"},

@@ -437,6 +437,43 @@ START_TEST(check_aborts_when_a_request_is_in_the_wrong_list)
 }
 END_TEST
 
+/* Rows of the second request's first chunk, beside a first one that decodes and has a target of its own (0: none). */
+static uint32_t chunk_beside(int64_t tbt_target_us)
+{
+    static const struct cost_coef step = {.fixed_us = 100, .decode_us = 10, .row_us = 10};
+    struct sched_config cfg = config(4, 300, 1);
+    uint32_t prompt[200] = {0}, token = 50;
+    cfg.policy = SCHED_TARGETS;
+    cfg.cost = (struct cost_profile){.pure = step, .hybrid = step, .known = true};
+    struct sched *s = create_attached(cfg);
+    struct sched_request first = {.id = 1,
+                                  .prompt = prompt,
+                                  .n_prompt = 8,
+                                  .max_new = 50,
+                                  .deadline_us = INT64_MAX,
+                                  .tbt_target_us = tbt_target_us};
+    struct sched_request second = {.id = 2, .prompt = prompt, .n_prompt = 200, .max_new = 5, .deadline_us = INT64_MAX};
+    ck_assert_int_eq(sched_submit(s, 1000, &first, NULL), ST_OK);
+    struct sched_plan p = plan(s);
+    result(s, p.step, 1, &token);
+    ck_assert_int_eq(sched_submit(s, 1000, &second, NULL), ST_OK);
+    p = plan(s);
+    ck_assert(p.n_decode == 1 && p.n_chunk == 1 && p.chunk[0].id == 2);
+    uint32_t rows = p.chunk[0].n_tokens;
+    sched_destroy(s);
+    return rows;
+}
+
+START_TEST(the_target_of_one_request_cuts_the_chunks_of_others)
+{
+    ck_assert_uint_eq(chunk_beside(0), 200);
+    ck_assert_uint_eq(chunk_beside(100000), 200);
+    uint32_t rows = chunk_beside(1000);
+    ck_assert_msg(rows >= 50 && rows <= 89, "%u rows of 10 us in a step of 1000 us", rows);
+    ck_assert_uint_eq(chunk_beside(1), 200); /* nobody could keep that, so nobody waits for it */
+}
+END_TEST
+
 TCase *scheduler_limits(void)
 {
     TCase *limits = tcase_create("limits");
@@ -445,6 +482,7 @@ TCase *scheduler_limits(void)
     tcase_add_test(limits, one_token_is_sampled_by_the_prompt_alone);
     tcase_add_test(limits, queue_is_bounded_in_requests_and_in_tokens);
     tcase_add_test(limits, step_budget_can_be_cut_to_what_a_group_takes);
+    tcase_add_test(limits, the_target_of_one_request_cuts_the_chunks_of_others);
     tcase_add_test(limits, ids_of_any_pattern_are_found_again);
     tcase_add_test(limits, chunk_tokens_stay_until_the_next_plan);
     tcase_add_test(limits, token_of_no_bytes_needs_no_pages);

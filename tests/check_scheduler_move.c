@@ -10,7 +10,7 @@ enum { GROUPS = 3, SLOTS = 6, REQUESTS = 4000, LIVE = 60 };
 struct groups {
     struct sched *s[GROUPS];
     bool attached[GROUPS];
-    uint64_t ages;
+    struct sched_book *book;
     uint64_t slot_id[GROUPS][SLOTS];
     uint64_t sampled[GROUPS][2][SLOTS]; /* ids, of step % 2 */
     uint32_t n_sampled[GROUPS][2], n_scored[GROUPS][2];
@@ -171,7 +171,8 @@ START_TEST(requests_move_between_groups_and_lose_nothing)
     struct sched_config cfg = config(SLOTS, 24, 2);
     cfg.prefix_cache = true;
     cfg.replay_limit = 1000000;
-    cfg.ages = &g->ages;
+    ck_assert_int_eq(sched_book_create(&g->book, NULL), ST_OK);
+    cfg.book = g->book;
     for (uint32_t k = 0; k < GROUPS; k++) {
         g->s[k] = create(&cfg);
         attach(g, k);
@@ -200,6 +201,7 @@ START_TEST(requests_move_between_groups_and_lose_nothing)
         ck_assert_uint_eq(l.queued + l.running, 0);
         sched_destroy(g->s[k]);
     }
+    sched_book_destroy(g->book);
     free(g);
 }
 END_TEST
@@ -207,11 +209,12 @@ END_TEST
 START_TEST(who_holds_something_stays)
 {
     struct sched_config cfg = config(4, 16, 2);
-    uint64_t ages = 0;
+    struct sched_book *book;
     uint32_t tokens[1] = {50};
     struct sched_plan p;
     struct sched_event ev;
-    cfg.ages = &ages;
+    ck_assert_int_eq(sched_book_create(&book, NULL), ST_OK);
+    cfg.book = book;
     cfg.replay_limit = 1;
     struct sched *a = create_attached(cfg), *b = create_attached(cfg);
     submit(a, 1, 8, 5);
@@ -234,6 +237,7 @@ START_TEST(who_holds_something_stays)
     sched_check(b);
     sched_destroy(a);
     sched_destroy(b);
+    sched_book_destroy(book);
 }
 END_TEST
 
@@ -257,6 +261,95 @@ START_TEST(a_held_group_empties)
 }
 END_TEST
 
+/* ---- tenants ---- */
+
+static enum status_code submit_of(struct sched *s, uint64_t id, uint64_t tenant, struct status *st)
+{
+    const uint32_t prompt[8] = {50, 51, 52, 53, 54, 55, 56, 57};
+    const struct sched_request req = {
+        .id = id, .prompt = prompt, .n_prompt = 8, .max_new = 1, .deadline_us = INT64_MAX, .tenant = tenant};
+    enum status_code rc = sched_submit(s, 1000, &req, st);
+    sched_check(s);
+    return rc;
+}
+
+/* One step, a request in it; ids of tenant 2 are odd. */
+static void serve_one(struct sched *s, uint32_t served[2])
+{
+    struct sched_plan p = plan(s);
+    uint32_t token = 50;
+    ck_assert_int_eq(sched_result(s, 1000, p.step, &token, 1, 0, NULL), ST_OK);
+    expect_token(s, p.chunk[0].id, token);
+    expect_finished(s, p.chunk[0].id);
+    served[p.chunk[0].id % 2]++;
+    sched_check(s);
+}
+
+/* Tenant 1 has group A for itself; so group B is for tenant 2 until both have had as much. */
+START_TEST(tenants_share_all_groups_evenly)
+{
+    struct sched_config cfg = config(1, 16, 1);
+    struct sched_book *book;
+    struct status st = STATUS_INIT;
+    uint32_t served[2] = {0};
+    cfg.max_queued = 200;
+    ck_assert_int_eq(sched_book_create(&book, NULL), ST_OK);
+    cfg.book = book;
+    struct sched *a = create_attached(cfg), *b = create_attached(cfg);
+    for (uint64_t i = 0; i < 40; i++) {
+        ck_assert_int_eq(submit_of(a, 1000 + 2 * i, 1, &st), ST_OK);
+        ck_assert_int_eq(submit_of(b, 2000 + 2 * i, 1, &st), ST_OK);
+        ck_assert_int_eq(submit_of(b, 3001 + 2 * i, 2, &st), ST_OK);
+    }
+    for (int i = 0; i < 30; i++) {
+        serve_one(a, served);
+        serve_one(b, served);
+    }
+    ck_assert_uint_eq(served[0] + served[1], 60);
+    ck_assert_msg(served[0] >= 29 && served[0] <= 31, "%u and %u", served[0], served[1]);
+    sched_destroy(a); /* with what waits there */
+    ck_assert_int_eq(submit_of(b, 4000, 3, &st), ST_OK);
+    serve_one(b, served); /* the newcomer begins at the least that anybody has had */
+    sched_destroy(b);
+    sched_book_destroy(book);
+}
+END_TEST
+
+START_TEST(the_queues_bounds_hold_over_all_groups)
+{
+    struct sched_config cfg = config(1, 16, 1);
+    struct sched_book *book;
+    struct status st = STATUS_INIT;
+    cfg.max_queued = 6;
+    cfg.max_queued_tenant = 3;
+    ck_assert_int_eq(sched_book_create(&book, NULL), ST_OK);
+    cfg.book = book;
+    struct sched *a = create_attached(cfg), *b = create_attached(cfg);
+    ck_assert_int_eq(submit_of(a, 1, 1, &st), ST_OK);
+    ck_assert_int_eq(submit_of(a, 2, 1, &st), ST_OK);
+    ck_assert_int_eq(submit_of(b, 3, 1, &st), ST_OK);
+    ck_assert_int_eq(submit_of(b, 4, 1, &st), ST_RESOURCE_EXHAUSTED);
+    ck_assert_str_eq(st.message, "the tenant's queue is full: 3 requests wait (max_queued_tenant 3)");
+    ck_assert_int_eq(submit_of(b, 5, 2, &st), ST_OK);
+    ck_assert(sched_move(a, b, 2)); /* a move is no new request */
+    sched_check(a);
+    sched_check(b);
+    st = (struct status)STATUS_INIT;
+    ck_assert_int_eq(submit_of(a, 6, 1, &st), ST_RESOURCE_EXHAUSTED);
+    for (uint64_t id = 7; id < 9; id++)
+        ck_assert_int_eq(submit_of(a, id, 2, &st), ST_OK);
+    st = (struct status)STATUS_INIT;
+    ck_assert_int_eq(submit_of(a, 9, 3, &st), ST_RESOURCE_EXHAUSTED);
+    ck_assert_str_eq(st.message, "the queue is full: 6 requests wait (max_queued 6)");
+    uint32_t served[2] = {0};
+    serve_one(a, served);
+    ck_assert_int_eq(submit_of(b, 9, 3, &st), ST_OK);
+    sched_destroy(a);
+    sched_destroy(b);
+    sched_book_destroy(book);
+}
+END_TEST
+
 TCase *scheduler_move(void)
 {
     TCase *moves = tcase_create("move");
@@ -264,5 +357,7 @@ TCase *scheduler_move(void)
     tcase_add_loop_test(moves, requests_move_between_groups_and_lose_nothing, 0, 2);
     tcase_add_test(moves, who_holds_something_stays);
     tcase_add_test(moves, a_held_group_empties);
+    tcase_add_test(moves, tenants_share_all_groups_evenly);
+    tcase_add_test(moves, the_queues_bounds_hold_over_all_groups);
     return moves;
 }

@@ -209,10 +209,11 @@ END_TEST
 /* An older request comes from another group's scheduler, where it ran and lost its ranks, and finds both slots taken. */
 START_TEST(older_request_takes_the_slot_of_a_suspended_one)
 {
-    uint64_t ages = 0;
+    struct sched_book *book;
     struct sched_config cfg = config(2, 64, 2);
     struct sched_plan p;
-    cfg.ages = &ages;
+    ck_assert_int_eq(sched_book_create(&book, NULL), ST_OK);
+    cfg.book = book;
     cfg.kv.total_pages = 27; /* it fits beside the one that runs */
     cfg.replay_limit = 1;
     struct run other = {.s = create_attached(cfg)};
@@ -245,6 +246,7 @@ START_TEST(older_request_takes_the_slot_of_a_suspended_one)
     struct sched_load l = stop(r);
     ck_assert_uint_gt(l.recomputed_tokens, 0);
     ck_assert_uint_lt(l.resumptions, l.suspensions);
+    sched_book_destroy(book);
 }
 END_TEST
 

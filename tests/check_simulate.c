@@ -174,6 +174,27 @@ START_TEST(at_three_times_the_load_accepted_requests_keep_their_targets)
 }
 END_TEST
 
+/* A queue that one tenant fills is closed to the other, unless each has a bound of its own. */
+START_TEST(a_greedy_tenant_does_not_fill_the_queue_of_several_groups)
+{
+    struct bench_load load = load_of(4 * 7.4, 4 * 7.4 * 60);
+    struct simulate_config cfg = config(SCHED_TARGETS);
+    cfg.groups = 4;
+    cfg.max_queued = 64;
+    cfg.n_tenants = 2;
+    cfg.tenant_share[0] = 0.8;
+    cfg.tenant_share[1] = 0.2;
+    struct simulate_result *open = run(&load, &cfg);
+    cfg.max_queued_tenant = 32;
+    struct simulate_result *bound = run(&load, &cfg);
+    ck_assert_double_lt(open->fairness, 0.9);
+    ck_assert_double_ge(bound->fairness, 0.95);
+    ck_assert_uint_le(bound->peak_queued, 64);
+    drop(open);
+    drop(bound);
+}
+END_TEST
+
 #define GOOD                                                                                                           \
     "{\"name\": \"m\", \"max_context\": 4096, \"slots\": 8,"                                                           \
     "\"kv\": {\"token_bytes\": 1024, \"page_bytes\": 65536, \"pages\": 100}, \"floor_us\": 10,"                        \
@@ -241,6 +262,7 @@ int main(void)
     tcase_add_test(core, targets_beat_fixed_chunks_and_prefill_first);
     tcase_add_loop_test(core, a_light_load_does_not_spoil_the_cost_model, 0, 2);
     tcase_add_test(core, at_three_times_the_load_accepted_requests_keep_their_targets);
+    tcase_add_test(core, a_greedy_tenant_does_not_fill_the_queue_of_several_groups);
     tcase_add_test(limits, what_is_wrong_in_a_cost_file_is_named);
     tcase_add_test(limits, what_can_never_fit_ends_the_run);
     suite_add_tcase(s, core);

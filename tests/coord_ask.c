@@ -30,6 +30,7 @@ void ask_ids(struct ask *a, uint32_t n, uint64_t seed, uint32_t max_tokens)
     tandem__v1__token_ids__init(&a->ids);
     tandem__v1__sampling__init(&a->sampling);
     tandem__v1__stopping__init(&a->stopping);
+    tandem__v1__scheduling__init(&a->scheduling);
     for (uint32_t i = 0; i < n && i < 2048; i++)
         a->prompt[i] = 40 + i % 60;
     a->ids.ids = a->prompt;

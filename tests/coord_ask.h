@@ -15,6 +15,7 @@ struct ask {
     Tandem__V1__TokenIds ids;
     Tandem__V1__Sampling sampling;
     Tandem__V1__Stopping stopping;
+    Tandem__V1__Scheduling scheduling; /* not set until it is wanted */
     uint32_t prompt[2048], stop[80];
 };
 

@@ -325,9 +325,22 @@ static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
     return n;
 }
 
+static bool kills(const struct fake_rank *r, const Tandem__V1__StepPlan *p)
+{
+    uint32_t chunk = r->rank == 0 ? r->group->o.dies_of_chunk : 0;
+    for (size_t i = 0; chunk && i < p->n_prefills; i++)
+        if (p->prefills[i]->n_token_ids == chunk)
+            return true;
+    return false;
+}
+
 static bool answer_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
 {
     uint32_t n = run_plan(r, p);
+    if (kills(r, p)) {
+        atomic_store(&r->mood, FAKE_DROP);
+        return true;
+    }
     if (r->group->o.step_us)
         usleep(r->group->o.step_us);
     while (atomic_load(&r->mood) == FAKE_HOLD && !atomic_load(&r->group->stop)) {

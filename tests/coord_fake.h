@@ -26,10 +26,12 @@ struct fake_options {
     uint32_t step_us;       /* a step takes this long */
     uint32_t eos_id;        /* FAKE_NO_STOP: the model has none */
     uint32_t eos_at;        /* position at which eos_id is sampled; 0: never */
-    uint32_t lacks;         /* SampleOption bits that Ready leaves out */
-    bool never_ready;       /* stays in loading */
-    uint32_t loading;       /* Loading messages that the ranks send before that, 100 ms apart, each with more bytes */
-    bool partial;           /* the last rank does not attach */
+    uint32_t
+        dies_of_chunk; /* rank 0 drops its stream instead of answering a plan with a chunk of so many tokens; 0: never */
+    uint32_t lacks;    /* SampleOption bits that Ready leaves out */
+    bool never_ready;  /* stays in loading */
+    uint32_t loading;  /* Loading messages that the ranks send before that, 100 ms apart, each with more bytes */
+    bool partial;      /* the last rank does not attach */
 };
 
 #define FAKE_OPTIONS                                                                                                   \

@@ -258,6 +258,7 @@ START_TEST(a_drained_group_loses_nothing)
     for (int i = 0; i < 3; i++)
         ck_assert(proc_event(&t.p, line, sizeof line, WAIT_MS));
     ck_assert_str_eq(line, "group-drained epoch=1 group=a restart=0");
+    ck_assert_str_eq(t.p.attaching, "attaching epoch=2 group=b");
     st = (struct status)STATUS_INIT;
     ck_assert_int_eq(drain_group(&t.p, "b", 0, false, &moved, &st), ST_FAILED_PRECONDITION);
     ck_assert_msg(strstr(st.message, "no other than \"b\" serves") != NULL, "%s", st.message);

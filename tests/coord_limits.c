@@ -1,4 +1,5 @@
 /* What is refused, and with which words. Part of check_coordinator. */
+#include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -108,6 +109,29 @@ static void other_model(struct ask *a)
 {
     a->m.model = (ProtobufCBinaryData){.len = 7, .data = (uint8_t *)"gpt\xff-99"};
 }
+static void late_first_token(struct ask *a)
+{
+    a->m.scheduling = &a->scheduling;
+    a->scheduling.ttft_target_ms_is_case = TANDEM__V1__SCHEDULING__TTFT_TARGET_MS_IS_TTFT_TARGET_MS;
+    a->scheduling.ttft_target_ms = 3600001;
+}
+static void late_tokens(struct ask *a)
+{
+    a->m.scheduling = &a->scheduling;
+    a->scheduling.tbt_target_ms_is_case = TANDEM__V1__SCHEDULING__TBT_TARGET_MS_IS_TBT_TARGET_MS;
+    a->scheduling.tbt_target_ms = 60001;
+}
+static void high_priority(struct ask *a)
+{
+    a->m.scheduling = &a->scheduling;
+    a->scheduling.priority = 2;
+}
+static void long_tenant(struct ask *a)
+{
+    static char name[257];
+    a->m.scheduling = &a->scheduling;
+    a->scheduling.tenant = (ProtobufCBinaryData){sizeof name, memset(name, 'x', sizeof name)};
+}
 static void never_fits(struct ask *a)
 {
     ask_ids(a, 900, 1, 100); /* 1000 tokens of 64 bytes, 12 pages of 4096 hold 768 */
@@ -134,6 +158,10 @@ static const struct bad bads[] = {
     {"charset", name_charset, ST_INVALID_ARGUMENT, "request_id: byte 0x20 at 1"},
     {"name length", name_length, ST_INVALID_ARGUMENT, "request_id: 129 bytes, expected at most 128"},
     {"model", other_model, ST_NOT_FOUND, "model: \"gpt?-99\" is not served here"},
+    {"TTFT", late_first_token, ST_INVALID_ARGUMENT, "scheduling.ttft_target_ms: 3600001, expected at most 3600000"},
+    {"TBT", late_tokens, ST_INVALID_ARGUMENT, "scheduling.tbt_target_ms: 60001, expected at most 60000"},
+    {"priority", high_priority, ST_INVALID_ARGUMENT, "scheduling.priority: 2, expected -1, 0 or 1"},
+    {"tenant", long_tenant, ST_INVALID_ARGUMENT, "scheduling.tenant: 257 bytes, expected at most 256"},
     {"pool", never_fits, ST_INVALID_ARGUMENT, ""},
 };
 
@@ -233,6 +261,61 @@ START_TEST(not_ready_and_full_queue_say_when_to_retry)
 }
 END_TEST
 
+static struct rpc_stream *open_for(struct proc *p, const char *tenant, int32_t priority)
+{
+    struct ask a;
+    ask_ids(&a, 8, 1, 10);
+    a.m.scheduling = &a.scheduling;
+    a.scheduling.tenant = (ProtobufCBinaryData){strlen(tenant), (uint8_t *)tenant};
+    a.scheduling.priority = priority;
+    return proc_open(p, &a.m, 0);
+}
+
+/* A tenant's queue has its own bound, and of what waits the urgent goes first though it came last. */
+START_TEST(tenants_have_their_bound_and_priority_its_turn)
+{
+    struct proc p;
+    const char *args[] = {"--max-queued-tenant", "2", NULL};
+    static const struct {
+        const char *tenant;
+        int32_t priority;
+    } order[] = {{"a", 0}, {"a", 0}, {"a", -1}, {"b", 1}};
+    struct fake_options o = FAKE_OPTIONS;
+    struct rpc_stream *s[4], *refused;
+    struct proc_reply r = {0};
+    int64_t began_us[4];
+    o.max_slots = 1;
+    o.step_us = 10000; /* an answer takes 100 ms */
+    struct fake_group *g = start_ready(&p, &o, args);
+    fake_group_mood(g, 0, FAKE_HOLD);
+    for (uint32_t i = 0; i < 4; i++) {
+        s[i] = open_for(&p, order[i].tenant, order[i].priority);
+        ck_assert(wait_running(&p, 1, i));
+        began_us[i] = proc_now_ms() * 1000;
+    }
+    refused = open_for(&p, "a", 1);
+    proc_drain(refused, &r);
+    ck_assert_int_eq(r.code, ST_RESOURCE_EXHAUSTED);
+    ck_assert_str_eq(r.message, "the tenant's queue is full: 2 requests wait (max_queued_tenant 2)");
+    ck_assert_uint_ge(r.retry_after_ms, 50);
+    rpc_stream_close(refused);
+    proc_reply_free(&r);
+    fake_group_mood(g, 0, FAKE_WELL);
+    for (int i = 0; i < 4; i++) {
+        struct proc_reply each = {0};
+        proc_drain(s[i], &each);
+        check_ids(&each, 8, 1, 10);
+        began_us[i] += (int64_t)each.queue_us;
+        proc_reply_free(&each);
+        rpc_stream_close(s[i]);
+    }
+    ck_assert_msg(began_us[0] < began_us[3] && began_us[3] < began_us[1] && began_us[1] < began_us[2],
+                  "%lld %lld %lld %lld", (long long)began_us[0], (long long)began_us[1], (long long)began_us[2],
+                  (long long)began_us[3]);
+    finish(&p, g);
+}
+END_TEST
+
 START_TEST(a_huge_prompt_stalls_nobody)
 {
     struct proc p;
@@ -280,6 +363,7 @@ START_TEST(options_are_checked_in_one_line)
         "--model " TEST_MODEL " --tp 65",
         "--model",
         "--max-queued x",
+        "--max-queued-tenant 1000001",
         "--model " TEST_MODEL " --listen nonsense",
         "--log-level chatter",
         "--step-tokens -1",
@@ -337,6 +421,61 @@ START_TEST(one_event_is_one_line_of_the_log)
 }
 END_TEST
 
+/* Whether the line is one event; what is said of a request has its name in a field. */
+static void check_log_line(const char *line, unsigned *mine, unsigned *refused)
+{
+    json_error_t error;
+    json_t *o = json_loads(line, JSON_REJECT_DUPLICATES, &error);
+    ck_assert_msg(json_is_object(o), "%s: %s", error.text, line);
+    static const char *const fields[] = {"time", "level", "program", "message"};
+    for (int i = 0; i < 4; i++)
+        ck_assert_msg(json_is_string(json_object_get(o, fields[i])), "%s: %s", fields[i], line);
+    const char *request = json_string_value(json_object_get(o, "request"));
+    const char *message = json_string_value(json_object_get(o, "message"));
+    *mine += request && strcmp(request, "mine") == 0 && strcmp(message, "8 prompt tokens, 4 new, length") == 0;
+    *refused += request && strcmp(request, "bad:one") == 0 && strstr(message, "sampling.top_p: 7") != NULL;
+    ck_assert_msg(request || !strstr(message, "mine"), "%s", line);
+    json_decref(o);
+}
+
+START_TEST(every_json_line_of_the_log_parses_and_names_its_request)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    const char *args[] = {"--log-format", "json", "--log-level", "debug", "--served-name", "q\"uo\\te\x7f\xff\n", NULL};
+    char path[] = "/tmp/tandem-log-XXXXXX", line[2048];
+    unsigned mine = 0, refused = 0, lines = 0;
+    int fd = mkstemp(path), keep = dup(STDERR_FILENO);
+    ck_assert(fd >= 0 && keep >= 0 && dup2(fd, STDERR_FILENO) >= 0);
+    struct fake_group *g = start_ready(&p, &o, args);
+    dup2(keep, STDERR_FILENO); /* only the program's own lines */
+    close(keep);
+    struct proc_reply r;
+    struct ask a;
+    ask_ids(&a, 8, 1, 4);
+    ask_name(&a, "mine");
+    proc_generate(&p, &a.m, 0, &r);
+    check_ids(&r, 8, 1, 4);
+    proc_reply_free(&r);
+    ask_name(&a, "bad:one");
+    a.sampling.top_p_is_case = TANDEM__V1__SAMPLING__TOP_P_IS_TOP_P;
+    a.sampling.top_p = 7;
+    proc_generate(&p, &a.m, 0, &r);
+    ck_assert_int_eq(r.code, ST_INVALID_ARGUMENT);
+    proc_reply_free(&r);
+    fake_group_mood(g, 1, FAKE_DROP);
+    ck_assert(proc_wait_state(&p, STATE(RECOVERING), WAIT_MS));
+    finish(&p, g);
+    FILE *f = fdopen(fd, "r");
+    rewind(f);
+    for (; fgets(line, sizeof line, f); lines++)
+        check_log_line(line, &mine, &refused);
+    ck_assert_msg(mine == 1 && refused == 1 && lines >= 6, "%u, %u of %u lines", mine, refused, lines);
+    fclose(f);
+    unlink(path);
+}
+END_TEST
+
 TCase *coord_limits(void)
 {
     TCase *limits = tcase_create("limits");
@@ -344,9 +483,11 @@ TCase *coord_limits(void)
     tcase_add_test(limits, every_bad_field_is_named);
     tcase_add_test(limits, a_live_request_id_is_taken);
     tcase_add_test(limits, not_ready_and_full_queue_say_when_to_retry);
+    tcase_add_test(limits, tenants_have_their_bound_and_priority_its_turn);
     tcase_add_test(limits, a_huge_prompt_stalls_nobody);
     tcase_add_test(limits, options_are_checked_in_one_line);
     tcase_add_test(limits, an_address_in_use_is_named);
     tcase_add_test(limits, one_event_is_one_line_of_the_log);
+    tcase_add_test(limits, every_json_line_of_the_log_parses_and_names_its_request);
     return limits;
 }

@@ -87,6 +87,8 @@ def request(prompt, **options):
                 r.sampling.logit_bias.add(token_id=token_id, bias=bias)
         elif name in ("logprobs", "prompt_logprobs", "echo"):
             setattr(r.output, name, value)
+        elif name in r.scheduling.DESCRIPTOR.fields_by_name:
+            setattr(r.scheduling, name, value)
         elif name in r.sampling.DESCRIPTOR.fields_by_name:
             setattr(r.sampling, name, value)
         elif name in r.stopping.DESCRIPTOR.fields_by_name:

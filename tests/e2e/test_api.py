@@ -11,7 +11,8 @@ import unittest
 
 import grpc
 
-from cluster import FOREVER, PB, SLOW, SLOW_ARGS, SOURCE, Cluster, Result, request, slow_model, tandem, wait_for
+from cluster import (FOREVER, GENERATE, PB, SLOW, SLOW_ARGS, SOURCE, Cluster, Result, request, slow_model, tandem,
+                     wait_for)
 import health_pb2  # found through cluster's path
 from tandem.v1 import control_pb2, inference_pb2
 
@@ -54,13 +55,16 @@ def fields(message):
 class Api(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.c = Cluster(tp=2, args=["--max-queued", 600, "--coordinator-arg", "--slow-client-timeout-ms",
-                                    "--coordinator-arg", "2000"])
+        cls.dir = tempfile.TemporaryDirectory()
+        cls.spans = os.path.join(cls.dir.name, "spans")
+        args = ["--slow-client-timeout-ms", "2000", "--spans", cls.spans]
+        cls.c = Cluster(tp=2, args=["--max-queued", 600, *(w for a in args for w in ("--coordinator-arg", a))])
         cls.c.__enter__()
 
     @classmethod
     def tearDownClass(cls):
         cls.c.__exit__(None, None, None)
+        cls.dir.cleanup()
 
     def tearDown(self):
         self.c.wait_idle()
@@ -96,6 +100,29 @@ class Api(unittest.TestCase):
         results = [Result(s) for s in calls]
         self.assertEqual(len({tuple(r.ids) for r in results}), 1)
         self.assertEqual(len(results[0].ids), 8)
+
+    def test_spans_go_on_in_the_callers_trace(self):
+        """traceparent in the call's metadata; a line of OTLP in the file, of that trace and below that span."""
+        trace, parent = os.urandom(16).hex(), os.urandom(8).hex()
+        call = self.c.channel.unary_stream(GENERATE, inference_pb2.GenerateRequest.SerializeToString,
+                                           inference_pb2.GenerateResponse.FromString)
+        self.code_of(call(request("Once", max_tokens=2, top_p=7), timeout=10 * SLOW))  # no trace of its own, no line
+        r = Result(call(request("Once", max_tokens=3, ignore_eos=True), timeout=10 * SLOW,
+                        metadata=(("traceparent", f"00-{trace}-{parent}-01"),)))
+        self.assertEqual(len(r.ids), 3)
+
+        def lines():
+            with open(self.spans) as f:
+                return [line for line in f if line.endswith("\n") and trace in line]
+        wait_for("a line of spans", lines, 5)
+        self.assertEqual(len(lines()), 1)
+        spans = [s for rs in json.loads(lines()[0])["resourceSpans"] for ss in rs["scopeSpans"] for s in ss["spans"]]
+        self.assertEqual({s["traceId"] for s in spans}, {trace})
+        self.assertEqual({s["name"] for s in spans}, {"generate", "queue", "prefill", "decode"})
+        whole = next(s for s in spans if s["name"] == "generate")
+        self.assertEqual(whole["parentSpanId"], parent)
+        self.assertEqual({s["parentSpanId"] for s in spans if s is not whole}, {whole["spanId"]})
+        self.assertIn(r.request_id, lines()[0])
 
     # -- health and control --
 
@@ -190,6 +217,22 @@ class Api(unittest.TestCase):
         violation = fields(fields(detail[2])[1])
         self.assertEqual(violation[1], b"sampling.temperature")
         self.assertIn(b"expected 0 to 100", violation[2])
+
+    def test_scheduling(self):
+        wishes = dict(ttft_target_ms=60000, tbt_target_ms=50, priority=-1, tenant="someone")
+        quiet = self.c.run("Once", temperature=0, max_tokens=8).ids
+        self.assertEqual(self.c.run("Once", temperature=0, max_tokens=8, **wishes).ids, quiet)
+        self.refused("scheduling.priority: 3, expected -1, 0 or 1", priority=3)
+        self.refused("scheduling.tbt_target_ms: 70000, expected at most 60000", tbt_target_ms=70000)
+        options = ["--ttft-target-ms", 60000, "--tbt-target-ms", 50, "--priority", -1, "--tenant", "someone"]
+        say = ["generate", "--address", self.c.address, "--greedy", "--max-tokens", 8]
+        plain = tandem(*say, "Once")
+        self.assertEqual(plain[0], 0)
+        self.assertEqual(tandem(*say, *options, "Once"), plain)
+        rc, _, err = tandem(*say, "--ttft-target-ms", 3600001, "Once")
+        self.assertEqual(rc, 1, err)
+        self.assertIn("scheduling.ttft_target_ms: 3600001, expected at most 3600000", err)
+        self.assertIn("--priority 0.5: expected -1, 0 or 1", tandem(*say, "--priority", 0.5, "Once")[2])
 
     def test_bad_prompts(self):
         self.refused("prompt", prompt="")

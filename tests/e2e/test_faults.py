@@ -170,6 +170,16 @@ class BadStart(unittest.TestCase):
     def test_mpirun_missing(self):
         self.fails("/no/such/mpirun", args=["--mpirun", "/no/such/mpirun"])
 
+    @unittest.skipIf(SLOW > 1, "it waits: in one build")
+    def test_mpirun_that_hangs_is_started_again(self):
+        mpirun = os.path.join(self.dir.name, "mpirun")
+        with open(mpirun, "w") as f:
+            f.write(f'#!/bin/bash\n[ -e {mpirun}.once ] && exec mpirun "$@"\ntouch {mpirun}.once\nsleep 1000\n')
+        os.chmod(mpirun, 0o755)
+        with Cluster(tp=2, args=["--mpirun", mpirun, "--launch-timeout", 2]) as c:
+            self.assertIn("no rank attached within 2 s (--launch-timeout); starting mpirun again", c.log())
+            self.assertEqual(len(c.run("Once", max_tokens=3, ignore_eos=True).ids), 3)
+
     def test_one_rank_cannot_load(self):
         """Rank 1 of 3 gets another, broken folder; the others are well and must not hang."""
         bad = self.model()
