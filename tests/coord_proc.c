@@ -79,6 +79,10 @@ bool proc_event(struct proc *p, char *line, size_t cap, int timeout_ms)
             snprintf(line, cap, "%.*s", (int)n, p->line);
             p->line_len -= n + 1;
             memmove(p->line, end + 1, p->line_len);
+            if (strncmp(line, "loading ", 8) == 0) { /* of two groups that start at once, at either's time */
+                p->loading++;
+                continue;
+            }
             return true;
         }
         int64_t left = until - proc_now_ms();
