@@ -55,6 +55,10 @@ int cmd_man(int argc, char **argv);
 
 /* Prints "tandem <command>: <text>" on stderr and returns `rc`. */
 int cmd_error(int rc, const char *command, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* The same of a call's end, with its code; json: also {"error":{"code":...,"message":...}} on standard output, on a line. */
+int cmd_failed(int rc, const char *command, bool json, const struct status *st);
+/* A JSON string of any bytes; what is no UTF-8 becomes '?'. */
+struct json_t *cmd_json_string(const char *text);
 /* cli_read for a command. CMD_OK; -1 when help was printed; else a line on stderr has said why. cli_free in any case. */
 int cmd_read(struct cli_args *a, const struct cli_command *c, int argc, char **argv);
 

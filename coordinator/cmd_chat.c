@@ -13,7 +13,10 @@ enum { OPT_SYSTEM = 1, OPT_JSON, OPT_STATS };
 
 static const struct cli_option own_options[] = {
     {.name = "system", .id = OPT_SYSTEM, .arg = "TEXT", .help = "system message, in front of the conversation"},
-    {.name = "json", .id = OPT_JSON, .help = "print each answer as one JSON object on a line, when it is complete"},
+    {.name = "json",
+     .id = OPT_JSON,
+     .help = "print each answer as one JSON object on a line, when it is complete, and an error as {\"error\": {code, "
+             "message}}"},
     {.name = "stats", .id = OPT_STATS, .help = "print token counts and the time of each answer on standard error"},
     {0},
 };
@@ -76,8 +79,7 @@ static int answer_failed(const struct chat_session *s, const struct status *st)
 {
     bool for_good =
         st->code == ST_FAILED_PRECONDITION || st->code == ST_UNIMPLEMENTED || st->code == ST_UNAUTHENTICATED;
-    int rc = cmd_error(st->code == ST_UNAVAILABLE ? CMD_UNREACHABLE : CMD_FAILED, "chat", "%s (%s)", st->message,
-                       status_name(st->code));
+    int rc = cmd_failed(st->code == ST_UNAVAILABLE ? CMD_UNREACHABLE : CMD_FAILED, "chat", s->json, st);
     return s->terminal && !for_good ? GO_ON : rc;
 }
 

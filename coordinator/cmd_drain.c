@@ -1,11 +1,12 @@
 /* cmd_drain.c - `tandem drain`: a server, one worker group, or one group after the other goes without an error at a client. */
+#include <jansson.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
 #include "coordinator/cmd.h"
 
-enum { OPT_GROUP = 1, OPT_RESTART, OPT_ROLLING, OPT_TIMEOUT, OPT_WAIT };
+enum { OPT_GROUP = 1, OPT_RESTART, OPT_ROLLING, OPT_TIMEOUT, OPT_WAIT, OPT_JSON };
 
 #define CALL_MS 10000 /* of calls that only ask */
 #define LOOK_MS 100   /* between two looks at a group that is to come back */
@@ -29,6 +30,11 @@ static const struct cli_option own_options[] = {
      .arg = "SECONDS",
      .fallback = "600",
      .help = "with --rolling: how long a group may take to come back"},
+    {.name = "json",
+     .id = OPT_JSON,
+     .help =
+         "print one JSON object a line: group and done (drained, with moved, or serves), or server and done; an error "
+         "as {\"error\": {code, message}}"},
     {0},
 };
 
@@ -49,7 +55,7 @@ const struct cli_command cmd_drain_cli = {
 struct drain_options {
     struct tandem_client_options server;
     const char *group;
-    bool restart, rolling;
+    bool restart, rolling, json;
     double timeout_s, wait_s;
     struct cli_args args;
 };
@@ -77,6 +83,9 @@ static int take(struct drain_options *o, int opt)
         if (!cmd_parse_double(text, 0, 86400, &o->wait_s))
             return cmd_error(CMD_USAGE, o->args.where, "--wait %s: expected seconds, 0 to 86400", text);
         break;
+    case OPT_JSON:
+        o->json = true;
+        break;
     default:
         cmd_connect_option(&o->server, opt, text);
     }
@@ -100,11 +109,20 @@ static int parse(int argc, char **argv, struct drain_options *o)
     return rc;
 }
 
-static int failed(const struct status *st)
+static int failed(const struct drain_options *o, const struct status *st)
 {
     bool unreachable = st->code == ST_UNAVAILABLE || st->code == ST_DEADLINE_EXCEEDED;
-    return cmd_error(unreachable ? CMD_UNREACHABLE : CMD_FAILED, "drain", "%s (%s)", st->message,
-                     status_name(st->code));
+    return cmd_failed(unreachable ? CMD_UNREACHABLE : CMD_FAILED, "drain", o->json, st);
+}
+
+/* One line that a step is done; facts: of the line in JSON, taken over. */
+static void say(const struct drain_options *o, json_t *facts, const char *text)
+{
+    if (o->json)
+        json_dumpf(facts, stdout, JSON_COMPACT);
+    puts(o->json ? "" : text);
+    fflush(stdout);
+    json_decref(facts);
 }
 
 static int drain_group(const struct drain_options *o, struct tandem_client *c, const char *name, bool restart)
@@ -112,9 +130,12 @@ static int drain_group(const struct drain_options *o, struct tandem_client *c, c
     struct status st = STATUS_INIT;
     uint32_t moved = 0;
     if (tandem_client_drain(c, name, restart, (uint64_t)(o->timeout_s * 1000), &moved, &st) != ST_OK)
-        return failed(&st);
-    printf("%s: drained, %u running request%s went on elsewhere\n", name, moved, moved == 1 ? "" : "s");
-    fflush(stdout);
+        return failed(o, &st);
+    char text[192];
+    snprintf(text, sizeof text, "%s: drained, %u running request%s went on elsewhere", name, moved,
+             moved == 1 ? "" : "s");
+    say(o, json_pack("{s:o, s:s, s:I}", "group", cmd_json_string(name), "done", "drained", "moved", (json_int_t)moved),
+        text);
     return CMD_OK;
 }
 
@@ -123,10 +144,12 @@ static int drain_server(const struct drain_options *o, struct tandem_client *c)
     struct status st = STATUS_INIT;
     uint32_t left = 0;
     if (tandem_client_drain(c, NULL, false, (uint64_t)(o->timeout_s * 1000), &left, &st) != ST_OK)
-        return failed(&st);
-    if (left)
-        return cmd_error(CMD_FAILED, "drain", "%u requests are left after %.1f s", left, o->timeout_s);
-    puts("drained");
+        return failed(o, &st);
+    if (left) {
+        status_set(&st, ST_DEADLINE_EXCEEDED, "%u requests are left after %.1f s", left, o->timeout_s);
+        return cmd_failed(CMD_FAILED, "drain", o->json, &st);
+    }
+    say(o, json_pack("{s:o, s:s}", "server", cmd_json_string(o->server.address), "done", "drained"), "drained");
     return CMD_OK;
 }
 
@@ -160,18 +183,21 @@ static int wait_for_group(const struct drain_options *o, struct tandem_client *c
         Tandem__V1__ServerInfo *info = NULL;
         uint64_t epoch = 0;
         if (tandem_client_server_info(c, &info, &st) != ST_OK)
-            return failed(&st);
+            return failed(o, &st);
         bool back = serves(info, name, &epoch) && epoch > before;
         tandem_free(info);
         if (back) {
-            printf("%s: serves again\n", name);
-            fflush(stdout);
+            char text[96];
+            snprintf(text, sizeof text, "%s: serves again", name);
+            say(o, json_pack("{s:o, s:s}", "group", cmd_json_string(name), "done", "serves"), text);
             return CMD_OK;
         }
         nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
     } while (now_ms() < end_ms);
-    return cmd_error(CMD_FAILED, "drain", "%s: not back within %.0f s; the groups behind it were left as they are",
-                     name, o->wait_s);
+    struct status late = STATUS_INIT;
+    status_set(&late, ST_DEADLINE_EXCEEDED, "%s: not back within %.0f s; the groups behind it were left as they are",
+               name, o->wait_s);
+    return cmd_failed(CMD_FAILED, "drain", o->json, &late);
 }
 
 static int roll(const struct drain_options *o, struct tandem_client *c)
@@ -179,7 +205,7 @@ static int roll(const struct drain_options *o, struct tandem_client *c)
     struct status st = STATUS_INIT;
     Tandem__V1__ServerInfo *info = NULL;
     if (tandem_client_server_info(c, &info, &st) != ST_OK)
-        return failed(&st);
+        return failed(o, &st);
     int rc = CMD_OK;
     unsigned n = 0;
     for (size_t i = 0; !rc && i < info->n_groups; i++) {
@@ -193,7 +219,10 @@ static int roll(const struct drain_options *o, struct tandem_client *c)
             rc = wait_for_group(o, c, name, epoch);
     }
     tandem_free(info);
-    return !rc && n == 0 ? cmd_error(CMD_FAILED, "drain", "no worker group serves") : rc;
+    if (rc || n)
+        return rc;
+    status_set(&st, ST_FAILED_PRECONDITION, "no worker group serves");
+    return cmd_failed(CMD_FAILED, "drain", o->json, &st);
 }
 
 int cmd_drain(int argc, char **argv)
@@ -205,7 +234,7 @@ int cmd_drain(int argc, char **argv)
         struct tandem_client *c = NULL;
         struct status st = STATUS_INIT;
         if (tandem_client_open(&c, &o.server, &st) != ST_OK)
-            rc = failed(&st);
+            rc = failed(&o, &st);
         else if (o.rolling)
             rc = roll(&o, c);
         else if (o.group)

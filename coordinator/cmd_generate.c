@@ -26,7 +26,10 @@ static const struct cli_option own_options[] = {
      .id = OPT_PRINT_IDS,
      .flags = CLI_LINE_ONLY,
      .help = "print nothing but the new token ids, as one JSON array"},
-    {.name = "json", .id = OPT_JSON, .help = "print each message of the server as one JSON object on a line"},
+    {.name = "json",
+     .id = OPT_JSON,
+     .help =
+         "print each message of the server as one JSON object on a line, and an error as {\"error\": {code, message}}"},
     {.name = "stats", .id = OPT_STATS, .help = "print token counts and times on standard error at the end"},
     {.name = "timeout", .id = OPT_TIMEOUT, .arg = "SECONDS", .help = "deadline of the whole request (default: none)"},
     {.name = "wait",
@@ -346,8 +349,7 @@ static int run(const struct generate_options *o)
     if (out.broken)
         return CMD_FAILED;
     if (rc != ST_OK)
-        return cmd_error(rc == ST_UNAVAILABLE && !out.any ? CMD_UNREACHABLE : CMD_FAILED, "generate", "%s (%s)",
-                         st.message, status_name(rc));
+        return cmd_failed(rc == ST_UNAVAILABLE && !out.any ? CMD_UNREACHABLE : CMD_FAILED, "generate", o->json, &st);
     return CMD_OK;
 }
 

@@ -27,7 +27,6 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "coordinator/cmd.h"
@@ -68,9 +67,9 @@ struct serve {
     size_t line_len;
     bool listening; /* this coordinator has said so */
     bool announced;
+    char refusal[1024]; /* why this coordinator does not start; empty: it has not said */
     unsigned coord_failures;
     int64_t coord_at_ms; /* the coordinator's next start; INT64_MAX: none planned */
-    int64_t start_ms;    /* of serve */
     int64_t listen_by_ms;
     int stopping; /* signals seen, or a fatal error */
     int exit_code;
@@ -78,18 +77,11 @@ struct serve {
     char http_address[192]; /* empty: none */
 };
 
-static int64_t now_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* ---- children ---- */
 
 /* Starts argv[0] in its own process group with no terminal input and no signal blocked. keep_fd stays open in it (-1:
- * none). death_signal: what it gets when this process dies. */
-static pid_t spawn(char *const *argv, int keep_fd, int death_signal)
+ * none). death_signal: what it gets when this process dies. With --json standard output is ours alone. */
+static pid_t spawn(const struct serve *s, char *const *argv, int keep_fd, int death_signal)
 {
     pid_t parent = getpid();
     pid_t pid = fork();
@@ -110,6 +102,8 @@ static pid_t spawn(char *const *argv, int keep_fd, int death_signal)
     }
     if (keep_fd >= 0)
         fcntl(keep_fd, F_SETFD, 0);
+    if (s->set.json)
+        dup2(STDERR_FILENO, STDOUT_FILENO);
     execvp(argv[0], argv);
     int err = errno;
     dprintf(STDERR_FILENO, "tandem serve: cannot run %s: %s%s\n", argv[0], strerror(err),
@@ -122,7 +116,7 @@ static void end_child(struct child *c, int64_t wait_ms)
     if (!c->pid || c->kill_at_ms != INT64_MAX)
         return;
     kill(-c->pid, SIGTERM);
-    c->kill_at_ms = now_ms() + wait_ms;
+    c->kill_at_ms = serve_now_ms() + wait_ms;
 }
 
 /* Before the next start after so many failures in a row: the first is soon made good. */
@@ -137,43 +131,43 @@ static bool start_coordinator(struct serve *s)
     int fds[2];
     s->coord_at_ms = INT64_MAX;
     if (pipe2(fds, O_CLOEXEC))
-        return cmd_error(CMD_FAILED, "serve", "pipe: %s", strerror(errno)), false;
-    char number[16];
-    snprintf(number, sizeof number, "%d", fds[1]);
-    struct argument_list *a = &s->set.coordinator;
-    int keep = a->n;
-    bool ok = arguments_push2(a, "--supervisor-fd", number);
-    s->coord = (struct child){ok ? spawn(a->v, fds[1], SIGTERM) : -1, INT64_MAX};
-    arguments_cut(a, keep);
+        return serve_error(&s->set, CMD_FAILED, "pipe: %s", strerror(errno)), false;
+    char **number = &s->set.coordinator.v[SERVE_FD_AT];
+    free(*number);
+    if (asprintf(number, "%d", fds[1]) < 0)
+        *number = NULL;
+    s->coord = (struct child){*number ? spawn(s, s->set.coordinator.v, fds[1], SIGTERM) : -1, INT64_MAX};
     close(fds[1]);
     if (s->coord.pid < 0) {
         s->coord.pid = 0;
         close(fds[0]);
-        return cmd_error(CMD_FAILED, "serve", "cannot start the coordinator: %s", strerror(errno)), false;
+        return serve_error(&s->set, CMD_FAILED, "cannot start the coordinator: %s", strerror(errno)), false;
     }
     s->pipe_fd = fds[0];
     s->line_len = 0;
     s->listening = false;
-    s->listen_by_ms = now_ms() + LISTEN_WAIT_MS;
+    s->refusal[0] = '\0';
+    s->listen_by_ms = serve_now_ms() + LISTEN_WAIT_MS;
     return true;
 }
 
 /* Before its first rank attaches nobody else watches a launch. */
 static void await_ranks(const struct serve *s, struct ranks *g)
 {
-    g->attach_by_ms = now_ms() + (int64_t)(s->set.launch_s * 1000);
+    g->attach_by_ms = serve_now_ms() + (int64_t)(s->set.launch_s * 1000);
 }
 
 static bool start_ranks(struct serve *s, struct ranks *g)
 {
     g->launch_at_ms = INT64_MAX;
-    g->child = (struct child){spawn(s->set.mpirun[g - s->group].v, -1, SIGKILL), INT64_MAX};
+    g->child = (struct child){spawn(s, s->set.mpirun[g - s->group].v, -1, SIGKILL), INT64_MAX};
     if (g->child.pid > 0) {
         await_ranks(s, g);
+        serve_event(&s->set, "launching", g->name, json_pack("{s:i}", "attempt", (int)g->failures + 1));
         return true;
     }
     g->child.pid = 0;
-    return cmd_error(CMD_FAILED, "serve", "cannot start mpirun: %s", strerror(errno)), false;
+    return serve_error(&s->set, CMD_FAILED, "cannot start mpirun: %s", strerror(errno)), false;
 }
 
 static bool any_ranks(const struct serve *s)
@@ -235,19 +229,28 @@ static void plan_launch(struct serve *s, struct ranks *g)
 {
     if (s->stopping || g->gone)
         return;
-    if (g->ready_ms && now_ms() - g->ready_ms > HEALTHY_MS)
+    if (g->ready_ms && serve_now_ms() - g->ready_ms > HEALTHY_MS)
         g->failures = 0;
     g->ready_ms = 0;
     if (++g->failures > MAX_FAILURES) {
-        cmd_error(CMD_FAILED, "serve", "the worker group%s%s failed %u times in a row; giving up",
-                  g->name[0] ? " " : "", g->name, g->failures - 1);
+        serve_error(&s->set, CMD_FAILED, "the worker group%s%s failed %u times in a row; giving up",
+                    g->name[0] ? " " : "", g->name, g->failures - 1);
         give_up(s, g);
         return;
     }
-    g->launch_at_ms = now_ms() + pause_ms(g->failures);
+    g->launch_at_ms = serve_now_ms() + pause_ms(g->failures);
 }
 
 /* ---- the coordinator's lines ---- */
+
+/* Where clients find us. */
+static json_t *addresses(const struct serve *s)
+{
+    json_t *facts = json_pack("{s:o}", "addresses", serve_list(s->public_address));
+    if (s->http_address[0])
+        json_object_set_new(facts, "http", json_string(s->http_address));
+    return facts;
+}
 
 /* The word behind key, up to the next blank. */
 static void copy_word(char *out, size_t cap, const char *line, const char *key)
@@ -265,12 +268,13 @@ static void on_listening(struct serve *s, const char *rest)
     s->listen_by_ms = INT64_MAX;
     copy_word(s->public_address, sizeof s->public_address, rest, "public=");
     copy_word(s->http_address, sizeof s->http_address, rest, " http=");
+    serve_event(&s->set, "listening", NULL, addresses(s));
     for (uint64_t i = 0; i < s->set.groups; i++) {
         struct ranks *g = &s->group[i];
         if (g->child.pid)
             await_ranks(s, g); /* those of before come back */
         else if (g->launch_at_ms == INT64_MAX && !s->stopping && !g->gone)
-            g->launch_at_ms = now_ms();
+            g->launch_at_ms = serve_now_ms();
     }
 }
 
@@ -297,7 +301,8 @@ static void announce(struct serve *s)
         snprintf(of, sizeof of, " in each of %llu groups, the first is ready", (unsigned long long)s->set.groups);
     fprintf(stderr, "tandem serve: ready on %s%s%s%s after %.2f s, %llu rank%s%s; Ctrl-C stops\n", s->public_address,
             s->http_address[0] ? " and http://" : "", s->http_address, s->http_address[0] ? "/v1" : "",
-            (double)(now_ms() - s->start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s", of);
+            (double)(serve_now_ms() - s->set.start_ms) / 1e3, (unsigned long long)s->set.tp, s->set.tp == 1 ? "" : "s",
+            of);
 }
 
 static void on_attaching(struct serve *s, const char *rest)
@@ -314,13 +319,23 @@ static void on_ready(struct serve *s, const char *rest)
     if (!g)
         return;
     g->ready = g->ever_ready = true;
-    g->ready_ms = now_ms();
+    g->ready_ms = serve_now_ms();
+    json_t *facts = addresses(s);
+    json_object_set_new(facts, "ranks", json_integer((json_int_t)s->set.tp));
+    json_object_set_new(facts, "groups", json_integer((json_int_t)s->set.groups));
+    serve_event(&s->set, "ready", g->name, facts);
     if (!s->announced)
         announce(s);
     else if (g->name[0])
         fprintf(stderr, "tandem serve: group %s serves\n", g->name);
     else
         fprintf(stderr, "tandem serve: serving again on %s\n", s->public_address);
+}
+
+static void on_loading(const struct serve *s, const struct ranks *g)
+{
+    if (g)
+        serve_event(&s->set, "loading", g->name, NULL);
 }
 
 static void on_group_lost(struct serve *s, const char *rest)
@@ -331,9 +346,12 @@ static void on_group_lost(struct serve *s, const char *rest)
     if (!g)
         return;
     g->ready = false;
-    if (strstr(rest, " permanent=1 ")) {
+    bool permanent = strstr(rest, " permanent=1 ") != NULL;
+    serve_event(&s->set, "group-lost", g->name,
+                json_pack("{s:o, s:b}", "reason", cmd_json_string(reason), "permanent", permanent));
+    if (permanent) {
         if (!s->stopping)
-            cmd_error(CMD_FAILED, "serve", "%s%s%s", g->name, g->name[0] ? ": " : "", reason);
+            serve_error(&s->set, CMD_FAILED, "%s%s%s", g->name, g->name[0] ? ": " : "", reason);
         give_up(s, g);
         return;
     }
@@ -354,8 +372,9 @@ static void on_group_drained(struct serve *s, const char *rest)
     g->ready = false;
     g->failures = 0;
     g->gone = strstr(rest, " restart=1") == NULL;
+    serve_event(&s->set, "group-drained", g->name, json_pack("{s:b}", "restart", !g->gone));
     if (g->child.pid && g->child.kill_at_ms == INT64_MAX)
-        g->child.kill_at_ms = now_ms() + TERM_WAIT_MS;
+        g->child.kill_at_ms = serve_now_ms() + TERM_WAIT_MS;
     fprintf(stderr, "tandem serve: the worker group%s%s was drained%s\n", g->name[0] ? " " : "", g->name,
             g->gone ? "" : "; starting it again");
 }
@@ -366,12 +385,16 @@ static void on_line(struct serve *s, const char *line)
         on_listening(s, line + 10);
     else if (!strncmp(line, "attaching ", 10))
         on_attaching(s, line);
+    else if (!strncmp(line, "loading ", 8))
+        on_loading(s, group_of(s, line));
     else if (!strncmp(line, "ready ", 6))
         on_ready(s, line);
     else if (!strncmp(line, "group-lost ", 11))
         on_group_lost(s, line);
     else if (!strncmp(line, "group-drained ", 14))
         on_group_drained(s, line);
+    else if (!strncmp(line, "refused reason=", 15))
+        snprintf(s->refusal, sizeof s->refusal, "%s", line + 15);
     /* "drained" needs nothing: the coordinator ends by itself. Unknown lines are for later versions. */
 }
 
@@ -417,7 +440,7 @@ static void let_ranks_leave(struct serve *s)
         if (s->exit_code || !ever_ready(s))
             end_child(c, TERM_WAIT_MS);
         else
-            c->kill_at_ms = now_ms() + TERM_WAIT_MS;
+            c->kill_at_ms = serve_now_ms() + TERM_WAIT_MS;
     }
 }
 
@@ -436,16 +459,20 @@ static void coordinator_ended(struct serve *s, int status)
         let_ranks_leave(s);
         return;
     }
-    char how[96];
-    describe_end(status, how, sizeof how);
+    char how[sizeof s->refusal];
+    describe_end(status, how, 96);
+    serve_event(&s->set, "ended", NULL, json_pack("{s:s, s:s}", "program", "coordinator", "how", how));
     bool refused = WIFEXITED(status) && WEXITSTATUS(status) && !ever_ready(s); /* it has said why on stderr */
     if (refused || ++s->coord_failures > (ever_ready(s) ? MAX_RETURNS : MAX_FAILURES)) {
         cmd_error(CMD_FAILED, "serve", "the coordinator %s", how);
+        if (s->refusal[0])
+            snprintf(how, sizeof how, "%s", s->refusal);
+        serve_event(&s->set, "error", NULL, json_pack("{s:o}", "message", cmd_json_string(how)));
         stop(s, CMD_FAILED);
         return;
     }
     fprintf(stderr, "tandem serve: the coordinator %s; starting it again\n", how);
-    s->coord_at_ms = now_ms() + pause_ms(s->coord_failures);
+    s->coord_at_ms = serve_now_ms() + pause_ms(s->coord_failures);
 }
 
 static void ranks_ended(struct serve *s, struct ranks *g, int status)
@@ -458,6 +485,7 @@ static void ranks_ended(struct serve *s, struct ranks *g, int status)
         return;
     char how[96];
     describe_end(status, how, sizeof how);
+    serve_event(&s->set, "ended", g->name, json_pack("{s:s, s:s}", "program", "mpirun", "how", how));
     /* Before it ever served, a plain failure of the launch (wrong option, no mpirun, no slots) will not pass. A
      * rank's own fault has come as "group-lost permanent=1" or will in a moment, with the better message. */
     if (!g->ever_ready && !asked && WIFEXITED(status) && WEXITSTATUS(status) && WEXITSTATUS(status) != 75) {
@@ -465,7 +493,7 @@ static void ranks_ended(struct serve *s, struct ranks *g, int status)
                poll(&(struct pollfd){s->pipe_fd, POLLIN, 0}, 1, 1000) > 0)
             read_lines(s);
         if (!s->stopping && !g->gone) {
-            cmd_error(CMD_FAILED, "serve", "mpirun %s; its message stands above", how);
+            serve_error(&s->set, CMD_FAILED, "mpirun %s; its message stands above", how);
             give_up(s, g);
         }
         return;
@@ -525,7 +553,7 @@ static void end_hung_launch(const struct serve *s, struct ranks *g)
 
 static void on_time(struct serve *s)
 {
-    int64_t now = now_ms();
+    int64_t now = serve_now_ms();
     kill_late(&s->coord, now);
     for (uint64_t i = 0; i < s->set.groups; i++)
         kill_late(&s->group[i].child, now);
@@ -533,7 +561,7 @@ static void on_time(struct serve *s)
         stop(s, CMD_FAILED);
     if (now >= s->listen_by_ms) {
         s->listen_by_ms = INT64_MAX;
-        cmd_error(CMD_FAILED, "serve", "the coordinator did not listen within %d s", LISTEN_WAIT_MS / 1000);
+        serve_error(&s->set, CMD_FAILED, "the coordinator did not listen within %d s", LISTEN_WAIT_MS / 1000);
         stop(s, CMD_FAILED);
     }
     for (uint64_t i = 0; i < s->set.groups; i++) {
@@ -549,7 +577,7 @@ static void supervise(struct serve *s, int signal_fd)
 {
     while (!s->stopping || s->coord.pid || any_ranks(s)) {
         int64_t until = earliest(s);
-        int64_t wait = until == INT64_MAX ? 1000 : until - now_ms();
+        int64_t wait = until == INT64_MAX ? 1000 : until - serve_now_ms();
         struct pollfd fds[] = {{signal_fd, POLLIN, 0}, {s->pipe_fd, POLLIN, 0}};
         poll(fds, s->pipe_fd >= 0 ? 2 : 1, wait < 0 ? 0 : wait > 1000 ? 1000 : (int)wait);
         if (s->pipe_fd >= 0 && fds[1].revents)
@@ -559,6 +587,7 @@ static void supervise(struct serve *s, int signal_fd)
             if (info.ssi_signo == SIGCHLD)
                 continue;
             fprintf(stderr, "tandem serve: %s\n", s->stopping ? "stopping at once" : "stopping: draining first");
+            serve_event(&s->set, "stopping", NULL, json_pack("{s:b}", "at_once", s->stopping > 0));
             stop(s, CMD_OK);
         }
         reap(s);
@@ -568,12 +597,12 @@ static void supervise(struct serve *s, int signal_fd)
 
 int cmd_serve(int argc, char **argv)
 {
-    struct serve s = {.set = {.tp = 1, .groups = 1, .drain_s = 30, .launch_s = 300, .local_only = true},
-                      .pipe_fd = -1,
-                      .start_ms = now_ms(),
-                      .listen_by_ms = INT64_MAX,
-                      .coord_at_ms = INT64_MAX,
-                      .coord = {0, INT64_MAX}};
+    struct serve s = {
+        .set = {.tp = 1, .groups = 1, .drain_s = 30, .launch_s = 300, .local_only = true, .start_ms = serve_now_ms()},
+        .pipe_fd = -1,
+        .listen_by_ms = INT64_MAX,
+        .coord_at_ms = INT64_MAX,
+        .coord = {0, INT64_MAX}};
     for (int i = 0; i < SERVE_MAX_GROUPS; i++) {
         s.group[i].child.kill_at_ms = s.group[i].launch_at_ms = s.group[i].attach_by_ms = INT64_MAX;
     }
@@ -591,9 +620,12 @@ int cmd_serve(int argc, char **argv)
             sigaddset(&set, SIGHUP); /* under nohup it stays ignored */
         sigprocmask(SIG_BLOCK, &set, NULL);
         signal(SIGPIPE, SIG_IGN);
+        serve_event(&s.set, "starting", NULL,
+                    json_pack("{s:o, s:I, s:I, s:i}", "model", cmd_json_string(s.set.model), "ranks",
+                              (json_int_t)s.set.tp, "groups", (json_int_t)s.set.groups, "pid", (int)getpid()));
         int signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
         if (signal_fd < 0)
-            rc = cmd_error(CMD_FAILED, "serve", "signalfd: %s", strerror(errno));
+            rc = serve_error(&s.set, CMD_FAILED, "signalfd: %s", strerror(errno));
         else if (!serve_prepare(&s.set) || !start_coordinator(&s))
             rc = CMD_FAILED;
         else {
@@ -605,6 +637,8 @@ int cmd_serve(int argc, char **argv)
     }
     if (s.pipe_fd >= 0)
         close(s.pipe_fd);
+    if (rc >= 0 && rc != CMD_USAGE)
+        serve_event(&s.set, "stopped", NULL, json_pack("{s:i}", "status", rc));
     serve_release(&s.set);
     return rc < 0 ? CMD_OK : rc;
 }

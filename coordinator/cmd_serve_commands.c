@@ -141,8 +141,10 @@ bool serve_build_commands(struct serve_setup *s)
     struct argument_list *c = &s->coordinator;
     snprintf(path, sizeof path, "%s/tandem-coordinator", s->bin_dir);
     snprintf(number, sizeof number, "%llu", (unsigned long long)s->tp);
-    bool ok = arguments_push(c, path) && arguments_push2(c, "--model", s->model) &&
-              arguments_push2(c, "--tp", number) && arguments_push2(c, "--control-listen", s->control);
+    /* the pipe comes first, so that the coordinator can tell of what it finds wrong behind it */
+    bool ok = arguments_push(c, path) && arguments_push2(c, "--supervisor-fd", "0") &&
+              arguments_push2(c, "--model", s->model) && arguments_push2(c, "--tp", number) &&
+              arguments_push2(c, "--control-listen", s->control);
     if (!s->listens)
         ok = ok && arguments_push2(c, "--listen", CMD_DEFAULT_ADDRESS);
     char drain[32];

@@ -29,6 +29,7 @@ enum {
     OPT_THREADS,
     OPT_BACKEND,
     OPT_FLIGHT,
+    OPT_JSON,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -234,6 +235,10 @@ static const struct cli_option own_options[] = {
      .choices = "error|warning|info|debug",
      .fallback = "info",
      .help = "error, warning, info or debug"},
+    {.name = "json",
+     .id = OPT_JSON,
+     .help = "tell what happens on standard output, too: one JSON object a line, with its event: starting, listening, "
+             "launching, loading, ready, group-lost, group-drained, ended, stopping, error, stopped"},
     {0},
 };
 
@@ -350,6 +355,9 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     case OPT_MPIRUN:
         s->mpirun_path = text;
         break;
+    case OPT_JSON:
+        s->json = true;
+        break;
     default: {
         const char *name = s->args.values[s->args.at - 1].option->name;
         const struct forward *f = forwards;
@@ -387,11 +395,11 @@ int serve_parse(int argc, char **argv, struct serve_setup *s)
                          (unsigned long long)s->tp);
     struct stat sb;
     if (stat(s->model, &sb))
-        return cmd_error(CMD_FAILED, "serve", "--model %s: %s", s->model, strerror(errno));
+        return serve_error(s, CMD_FAILED, "--model %s: %s", s->model, strerror(errno));
     if (!S_ISDIR(sb.st_mode) && !S_ISREG(sb.st_mode))
-        return cmd_error(CMD_FAILED, "serve",
-                         "--model %s: neither folder nor file; expected a Hugging Face model folder or a GGUF file",
-                         s->model);
+        return serve_error(s, CMD_FAILED,
+                           "--model %s: neither folder nor file; expected a Hugging Face model folder or a GGUF file",
+                           s->model);
     return CMD_OK;
 }
 
@@ -399,7 +407,7 @@ static bool find_bin_dir(struct serve_setup *s)
 {
     ssize_t n = readlink("/proc/self/exe", s->bin_dir, sizeof s->bin_dir - 1);
     if (n <= 0)
-        return cmd_error(CMD_FAILED, "serve", "/proc/self/exe: %s", strerror(errno)), false;
+        return serve_error(s, CMD_FAILED, "/proc/self/exe: %s", strerror(errno)), false;
     s->bin_dir[n] = '\0';
     char *slash = strrchr(s->bin_dir, '/');
     *slash = '\0';
@@ -409,8 +417,7 @@ static bool find_bin_dir(struct serve_setup *s)
     for (int i = 0; i < needed; i++) {
         snprintf(path, sizeof path, "%s/%s", s->bin_dir, programs[i]);
         if (access(path, X_OK))
-            return cmd_error(CMD_FAILED, "serve", "%s: %s; it must lie beside this program", path, strerror(errno)),
-                   false;
+            return serve_error(s, CMD_FAILED, "%s: %s; it must lie beside this program", path, strerror(errno)), false;
     }
     return true;
 }
@@ -482,8 +489,8 @@ bool serve_prepare(struct serve_setup *s)
     if (!tmp || !*tmp || strlen(tmp) > 40) /* a socket's path is short */
         tmp = "/tmp";
     if (!make_folder(s->run_dir, sizeof s->run_dir, tmp))
-        return cmd_error(CMD_FAILED, "serve", "%s: cannot make a private folder: %s; TMPDIR names another place", tmp,
-                         strerror(errno)),
+        return serve_error(s, CMD_FAILED, "%s: cannot make a private folder: %s; TMPDIR names another place", tmp,
+                           strerror(errno)),
                false;
     if (s->local_only) /* on other hosts the folder would not exist */
         make_folder(s->shm_dir, sizeof s->shm_dir, "/dev/shm");
@@ -492,7 +499,7 @@ bool serve_prepare(struct serve_setup *s)
     else
         snprintf(s->control, sizeof s->control, "unix:%s/control", s->run_dir);
     if (!serve_build_commands(s))
-        return cmd_error(CMD_FAILED, "serve", "too many arguments: %d at most", SERVE_MAX_ARGS), false;
+        return serve_error(s, CMD_FAILED, "too many arguments: %d at most", SERVE_MAX_ARGS), false;
     if (geteuid() == 0) { /* mpirun refuses root without these two; in containers root is usual */
         setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
         setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);

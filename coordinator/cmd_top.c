@@ -276,7 +276,7 @@ static int once(struct top *t, int signal_fd)
         if (i && wait_for_end(t, signal_fd))
             return CMD_OK;
         if (take_look(t, &st) != ST_OK)
-            return cmd_error(CMD_UNREACHABLE, "top", "%s", st.message);
+            return cmd_failed(CMD_UNREACHABLE, "top", t->json, &st);
     }
     if (t->json)
         print_json(t);

@@ -220,6 +220,8 @@ static void take_hello(struct engine *e, struct rank_conn *conn, const Tandem__V
     log_line(&e->coord->log, LOG_INFO, "rank %u of %u%s attached: pid %u on %s, %s", conn->rank, g->size,
              group_word(g, word, sizeof word), conn->pid, conn->host, conn->device);
     record_attach(e->coord, g->epoch, conn, now_us);
+    if (g->n_attached == g->size)
+        supervisor_line(e->coord, "loading epoch=%" PRIu64 "%s", g->epoch, group_word(g, word, sizeof word));
     if (send_welcome(e, conn, &st) != ST_OK)
         group_lost(e, g, now_us, false, "rank %u was lost: %s", conn->rank, st.message);
 }

@@ -264,8 +264,10 @@ int main(int argc, char **argv)
     c->done_fd = c->spans_fd = -1;
     enum status_code rc = options_parse(&c->opt, argc, argv, &done, &st);
     if (rc != ST_OK || done) {
-        if (rc != ST_OK)
+        if (rc != ST_OK) {
             fprintf(stderr, "tandem-coordinator: %s\n", st.message);
+            supervisor_line(c, "refused reason=%s", st.message);
+        }
         free(c);
         return rc == ST_OK ? 0 : 2;
     }
@@ -277,6 +279,7 @@ int main(int argc, char **argv)
         wait_for_end(c, signal_fd);
     } else {
         fprintf(stderr, "tandem-coordinator: %s\n", st.message);
+        supervisor_line(c, "refused reason=%s", st.message);
         exit_code = 1;
     }
     stop(c, exit_code == 0);

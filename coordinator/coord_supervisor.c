@@ -2,6 +2,8 @@
  * so a reader never sees half of one:
  *
  *     listening public=ADDR[,ADDR] control=ADDR
+ *     refused reason=TEXT                                    instead of listening: it cannot start
+ *     loading epoch=N[ group=NAME]                             all its ranks are attached
  *     ready epoch=N[ group=NAME]
  *     group-lost epoch=N[ group=NAME] permanent=0|1 reason=TEXT
  *     group-drained epoch=N[ group=NAME] restart=0|1       its ranks leave, to be started again or not

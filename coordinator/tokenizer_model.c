@@ -232,7 +232,8 @@ static uint32_t find_byte_token(const struct tok_vocab *vocab, unsigned byte)
     return tok_vocab_find_model(vocab, s, (size_t)n);
 }
 
-static void fill_byte_ids(struct tok_bpe *bpe, const struct tok_vocab *vocab)
+/* Whether every byte has a token. */
+static bool fill_byte_ids(struct tok_bpe *bpe, const struct tok_vocab *vocab)
 {
     bool all = true;
     for (unsigned b = 0; b < 256; b++) {
@@ -250,11 +251,12 @@ static void fill_byte_ids(struct tok_bpe *bpe, const struct tok_vocab *vocab)
         bpe->ascii_id[c] = tok_vocab_find_model(vocab, &s, 1);
     }
     if (!bpe->byte_level || !bpe->byte_fallback || bpe->spelled || all)
-        return;
+        return all;
     /* A byte's character that has no token becomes the tokens of that character's bytes. */
     bpe->spelled = true;
     for (unsigned b = 0; b < 256; b++)
         bpe->byte_id[b] = find_byte_token(vocab, b);
+    return false;
 }
 
 /* The bytes that ByteLevel's characters in s stand for; false when s has another character. */
@@ -305,9 +307,9 @@ uint32_t tok_bpe_find_raw(const struct tokenizer *t, const char *s, size_t n)
 enum status_code tok_bpe_finish(struct tok_bpe *bpe, const struct tok_vocab *vocab, bool byte_level, struct status *st)
 {
     bpe->byte_level = byte_level;
-    if (byte_level)
+    bool no_gap = fill_byte_ids(bpe, vocab) || bpe->has_unk;
+    if (byte_level || !no_gap) /* characters without a token vanish, and what stood around them may merge */
         bpe->cut_spaces = false;
-    fill_byte_ids(bpe, vocab);
     if (!byte_level || !bpe->ignore_merges)
         return ST_OK;
     bpe->n_raw_slots = 16;

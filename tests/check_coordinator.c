@@ -221,6 +221,7 @@ START_TEST(supervisor_and_health_follow_the_group)
     ck_assert(proc_event(&p, line, sizeof line, WAIT_MS));
     ck_assert_str_eq(line, "ready epoch=1");
     ck_assert_str_eq(p.attaching, "attaching epoch=1");
+    ck_assert_uint_eq(p.loading, 1); /* when the last rank was attached */
     ck_assert(health_is(&p, "tandem.v1.Inference", true));
     ck_assert(health_is(&p, "readiness", true));
     fake_group_mood(g, 1, FAKE_DROP);

@@ -277,6 +277,51 @@ START_TEST(what_the_metadata_add_is_read)
 }
 END_TEST
 
+static struct model_config sampling_of(const float *temp, const uint32_t *top_k, const float *penalty, uint32_t last)
+{
+    struct build b = model("llama", (temp != NULL) + (top_k != NULL) + (penalty ? 2 : 0) + 2);
+    if (temp)
+        build_f32(&b, "general.sampling.temp", *temp);
+    if (top_k) {
+        build_key(&b, "general.sampling.top_k", GGUF_INT32);
+        build_number(&b, *top_k, 4);
+    }
+    if (penalty) {
+        build_f32(&b, "general.sampling.penalty_repeat", *penalty);
+        build_u32(&b, "general.sampling.penalty_last_n", last);
+    }
+    build_f32(&b, "general.sampling.top_p", 0.9f);
+    build_f32(&b, "general.sampling.min_p", 0.05f);
+    finish(&b);
+    struct model_config m;
+    struct status st = STATUS_INIT;
+    ck_assert_msg(configure(&m, &b, &st) == ST_OK, "%s", st.message);
+    return m;
+}
+
+START_TEST(sampling_defaults_are_those_of_the_metadata)
+{
+    struct model_config m = sampling_of(&(float){0.7f}, &(uint32_t){20}, &(float){1.05f}, 64);
+    ck_assert_float_eq(m.temperature, 0.7f);
+    ck_assert_uint_eq(m.top_k, 20);
+    ck_assert_float_eq(m.top_p, 0.9f);
+    ck_assert_float_eq(m.min_p, 0.05f);
+    ck_assert_float_eq(m.repetition_penalty, 1.05f);
+    m = sampling_of(&(float){-1.0f}, &(uint32_t){UINT32_MAX}, &(float){1.05f}, 0); /* greedy, all, over no token */
+    ck_assert_float_eq(m.temperature, 0.0f);
+    ck_assert_uint_eq(m.top_k, 0);
+    ck_assert_float_eq(m.repetition_penalty, 1.0f);
+    m = sampling_of(NULL, NULL, NULL, 0);
+    ck_assert_float_eq(m.temperature, 1.0f);
+    ck_assert_uint_eq(m.top_k, 0);
+    ck_assert_float_eq(m.repetition_penalty, 1.0f);
+}
+END_TEST
+
+static void add_wrong_min_p(struct build *b)
+{
+    build_f32(b, "general.sampling.min_p", 1.5f);
+}
 static void add_expert_count(struct build *b)
 {
     build_u32(b, "llama.expert_count", 8);
@@ -345,6 +390,7 @@ static const struct {
     {add_text_number, ST_INVALID_ARGUMENT, "llama.attention.sliding_window: string, expected an integer"},
     {add_array_number, ST_INVALID_ARGUMENT, "llama.attention.sliding_window: an array of i32"},
     {add_wrong_eos, ST_INVALID_ARGUMENT, "tokenizer.ggml.eos_token_id: 4, expected 0 to 3"},
+    {add_wrong_min_p, ST_INVALID_ARGUMENT, "general.sampling.min_p: 1.5, expected 0 to 1"},
     {add_wrong_dim, ST_UNIMPLEMENTED, "head_dim: 12"},
     {add_factor, ST_INVALID_ARGUMENT, "llama.rope.scaling.factor: 0, expected 1 to"},
     {add_sections, ST_UNIMPLEMENTED, "llama.rope.dimension_sections"},
@@ -600,6 +646,7 @@ int main(void)
     tcase_add_test(core, names_of_tensors_are_translated);
     tcase_add_test(core, architectures_are_those_of_hugging_face);
     tcase_add_test(core, what_the_metadata_add_is_read);
+    tcase_add_test(core, sampling_defaults_are_those_of_the_metadata);
     tcase_add_loop_test(faults, what_is_not_computed_is_refused_by_name, 0, sizeof not_computed / sizeof *not_computed);
     tcase_add_test(faults, other_architectures_are_refused_by_name);
     tcase_add_test(faults, tensors_that_do_not_fit_are_refused);

@@ -1020,6 +1020,28 @@ START_TEST(an_unknown_token_that_is_missing_is_an_error_when_needed)
 }
 END_TEST
 
+/* Characters without a token vanish where nothing stands for unknown ones: what stood around them is merged. */
+START_TEST(what_stood_around_a_character_without_a_token_is_merged)
+{
+    static const char *const models[] = {
+        "{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"\u2581\":1,\"\u2581\u2581\":2},\"merges\":[\"\u2581 \u2581\"]}",
+        "{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{\"a\":0,\"\u2581\":1,\"\u2581\u2581\":2,\"<0x78>\":3},"
+        "\"merges\":[\"\u2581 \u2581\"]}"};
+    for (size_t i = 0; i < 2; i++) {
+        json_t *root = parse_json(TINY);
+        put_member(root, "model", models[i]);
+        struct tokenizer *t = create(root);
+        struct status st = STATUS_INIT;
+        uint32_t *ids;
+        size_t n;
+        ck_assert(tok_encode(t, "\u2581y\u2581", 7, 0, &ids, &n, &st) == ST_OK && n == 1 && ids[0] == 2);
+        free(ids);
+        tok_free(t);
+        json_decref(root);
+    }
+}
+END_TEST
+
 struct bound {
     const char *path, *value;
     size_t want;
@@ -1186,6 +1208,7 @@ int main(void)
     tcase_add_loop_test(core, combinations_of_components_give_the_library_s_ids_and_texts, 0, 2);
     tcase_add_loop_test(core, normal_forms_equal_those_of_the_whole_text, 0, 4);
     tcase_add_test(core, tokens_are_found_by_content);
+    tcase_add_test(core, what_stood_around_a_character_without_a_token_is_merged);
     tcase_add_test(core, words_of_any_length_merge_like_the_plain_model);
     tcase_add_loop_test(core, stream_pieces_add_up_to_the_decoded_text, 0, N_MODELS);
     tcase_add_test(core, a_run_of_byte_tokens_waits_for_its_end);

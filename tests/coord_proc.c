@@ -83,6 +83,10 @@ bool proc_event(struct proc *p, char *line, size_t cap, int timeout_ms)
                 snprintf(p->attaching, sizeof p->attaching, "%s", line);
                 continue;
             }
+            if (strncmp(line, "loading ", 8) == 0) { /* of two groups that start at once, at either's time */
+                p->loading++;
+                continue;
+            }
             return true;
         }
         int64_t left = until - proc_now_ms();

@@ -21,11 +21,12 @@ struct proc {
     size_t line_len;
     char attaching[128]; /* the last such line */
     char listening[512]; /* the first line: all addresses as they were bound */
+    unsigned loading;    /* lines of that name, which proc_event keeps to itself */
 };
 
 /* args: NULL-terminated, behind the usual ones. Waits for the "listening" line. Aborts when that does not come. */
 void proc_start(struct proc *p, const char *binary, const char *model, const char *const *args);
-/* The next line of the supervisor pipe but "attaching", without its newline; false after timeout_ms or at its end. */
+/* The next line of the supervisor pipe but "attaching" and "loading", without its newline; false after timeout_ms or at its end. */
 bool proc_event(struct proc *p, char *line, size_t cap, int timeout_ms);
 /* Sends the signal (0: none), waits at most timeout_ms; the exit status, or -1 (killed then). */
 int proc_end(struct proc *p, int signal_number, int timeout_ms);

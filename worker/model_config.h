@@ -42,7 +42,7 @@ struct model_config {
     uint32_t eos_ids[MODEL_MAX_EOS];
     uint32_t n_eos;
 
-    /* defaults for sampling, of generation_config.json: 1, 0, 1, 0, 1, 1 where it says nothing; temperature 0 when it
+    /* defaults for sampling, of generation_config.json or general.sampling.* of a GGUF file: 1, 0, 1, 0, 1, 1 where it says nothing; temperature 0 when it
      * says do_sample false */
     float temperature;
     uint32_t top_k;

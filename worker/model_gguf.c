@@ -248,16 +248,33 @@ static enum status_code read_special_ids(struct source *s, struct model_config *
     return ST_OK;
 }
 
-static enum status_code read_sampling(struct source *s, struct model_config *m, struct status *st)
+/* As generation_config.json's. A top_k below 1 keeps all, a penalty over the last 0 tokens is none; other windows of it are
+ * not kept, ours looks at all tokens. Not taken: typical_p, which has no key; mirostat, xtc and the order of samplers, which
+ * have no option here. */
+static enum status_code read_sampling(const struct source *s, struct model_config *m, struct status *st)
 {
-    double temperature = 1.0, top_p = 1.0;
-    enum status_code rc;
-    if ((rc = gguf_read_double(s->g, "general.sampling.temp", 0.0, 100.0, &temperature, st)) != ST_OK ||
-        (rc = gguf_read_double(s->g, "general.sampling.top_p", 0.0, 1.0, &top_p, st)) != ST_OK ||
-        (rc = gguf_read_uint(s->g, "general.sampling.top_k", 0, INT32_MAX, &m->top_k, st)) != ST_OK)
-        return rc;
-    m->temperature = (float)temperature;
+    double temperature = 1.0, top_k = 0.0, top_p = 1.0, min_p = 0.0, repetition = 1.0, last = -1.0;
+    const struct {
+        const char *key;
+        double min, max, *out;
+    } keys[] = {
+        {"general.sampling.temp", -100.0, 100.0, &temperature},
+        {"general.sampling.top_k", -1e9, INT32_MAX, &top_k},
+        {"general.sampling.top_p", 0.0, 1.0, &top_p},
+        {"general.sampling.min_p", 0.0, 1.0, &min_p},
+        {"general.sampling.penalty_repeat", 0.01, 100.0, &repetition},
+        {"general.sampling.penalty_last_n", -1.0, 1e9, &last},
+    };
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        enum status_code rc = gguf_read_double(s->g, keys[i].key, keys[i].min, keys[i].max, keys[i].out, st);
+        if (rc != ST_OK)
+            return rc;
+    }
+    m->temperature = temperature > 0.0 ? (float)temperature : 0.0f;
+    m->top_k = top_k > 0.0 ? (uint32_t)top_k : 0;
     m->top_p = top_p > 0.0 ? (float)top_p : 1.0f;
+    m->min_p = (float)min_p;
+    m->repetition_penalty = last == 0.0 ? 1.0f : (float)repetition;
     return ST_OK;
 }
 

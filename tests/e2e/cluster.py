@@ -177,6 +177,10 @@ class Cluster:
         with open(self.log_file.name, errors="replace") as f:
             return f.read()
 
+    def events(self):
+        """What a serve with --json has said so far."""
+        return [json.loads(line) for line in self.log().splitlines() if line.startswith('{"event":')]
+
     def connect(self, options=()):
         c = grpc.insecure_channel(self.address, [
             ("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1),

@@ -103,6 +103,28 @@ class Usage(unittest.TestCase):
         rc, out, err = tandem("generate", "--address", "127.0.0.1:1", "--print-ids", "hello")
         self.assertEqual((rc, out), (3, ""))
         self.assertIn("127.0.0.1:1", err)
+        for args in (("generate", "--json", "hello"), ("drain", "--json"), ("top", "--once", "--json")):
+            rc, out, err = tandem(*args, "--address", "127.0.0.1:1")
+            got = json.loads(out)["error"]
+            self.assertEqual((rc, got["code"], err), (3, "UNAVAILABLE", f"tandem {args[0]}: {got['message']} (UNAVAILABLE)\n"))
+
+    def test_serve_that_does_not_start_says_why_in_json(self):
+        with tempfile.TemporaryDirectory() as d:
+            broken = os.path.join(d, "broken")
+            shutil.copytree(DEMO, broken)
+            with open(os.path.join(broken, "config.json"), "w") as f:
+                f.write("{}")
+            cases = ((("--model", "/no/such"), [], "/no/such"),
+                     (("--model", d), ["starting", "ended"], "tokenizer.json"),
+                     (("--model", DEMO, "--max-queued", "x"), ["starting", "ended"], "--max-queued: x"),
+                     (("--model", broken), ["starting", "listening", "launching", "loading", "group-lost"], "architectures"))
+            for args, events, says in cases:
+                rc, out, err = tandem("serve", "--json", "--listen", f"unix:{d}/s", *args)
+                got = [json.loads(line) for line in out.splitlines()]
+                self.assertEqual((rc, [e["event"] for e in got]), (1, [*events, "error", "stopped"]), err)
+                self.assertIn(says, got[-2]["message"])
+                self.assertEqual(got[-1]["status"], 1)
+                self.assertIn(says, err)
 
     def test_what_the_programs_link(self):
         """The coordinator links neither CUDA nor MPI, the worker no CUDA."""
@@ -215,7 +237,7 @@ class Models(unittest.TestCase):
 
 
 class Generated(unittest.TestCase):
-    COMMANDS = ("serve", "generate", "chat", "tokenize", "probe", "drain", "models", "config")
+    COMMANDS = re.findall("^  (?!tandem)([a-z]+) +[a-z]", tandem("--help")[1], re.M)
 
     def complete(self, *words):
         script = ('source <("$0" completion bash); compopt() { :; }; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tandem; '
@@ -231,6 +253,10 @@ class Generated(unittest.TestCase):
         self.assertEqual(self.complete("serve", "--backend", ""), ["auto", "cuda", "host"])
         self.assertEqual(self.complete("serve", "--model", os.path.join(DEMO, "config")), [os.path.join(DEMO, "config.json")])
         self.assertEqual(self.complete("completion", "z"), ["zsh"])
+        commands = re.findall("^  (?!tandem)([a-z]+) +[a-z]", tandem("--help")[1], re.M)
+        self.assertIn("simulate", commands)
+        for command in ("config", "man"):
+            self.assertEqual(sorted(self.complete(command, "")), sorted(commands))
 
     def test_each_shell_reads_its_completion(self):
         for shell in ("bash", "zsh", "fish"):

@@ -1,4 +1,5 @@
 """Several worker groups behind one coordinator: `tandem serve --groups 2`, with real ranks."""
+import json
 import os
 import signal
 import tempfile
@@ -58,7 +59,7 @@ class Groups(unittest.TestCase):
             c.wait_idle()
 
     def test_rolling_restart_under_load(self):
-        with Cluster(args=["--groups", 2, "--kv-memory", "64M"]) as c:
+        with Cluster(args=["--groups", 2, "--kv-memory", "64M", "--json"]) as c:
             self.both_serve(c)
             case, errors, answers, done = expected()[0], [], [0], threading.Event()
 
@@ -80,6 +81,14 @@ class Groups(unittest.TestCase):
             rc, out, err = tandem("drain", "--address", c.address, "--rolling", "--timeout", 0.1)
             self.assertEqual((rc, err), (0, ""))
             self.assertEqual(out.count("serves again"), 2)
+            events = c.events()
+            self.assertEqual([e["event"] for e in events[:2]], ["starting", "listening"])
+            self.assertEqual((events[0]["ranks"], events[0]["groups"], events[1]["addresses"]), (1, 2, [c.address]))
+            phases = ["launching", "loading", "ready", "group-drained", "ended", "launching", "loading", "ready"]
+            for name in ("g0", "g1"):
+                self.assertEqual([e["event"] for e in events if e.get("group") == name], phases)
+            seconds = [e["seconds"] for e in events]
+            self.assertEqual(seconds, sorted(seconds))
             for name, pid in before.items():
                 self.assertNotEqual(process_name(pid), "tandem-worker")
                 self.assertNotEqual(self.pid_of(c, name), pid)
@@ -89,9 +98,11 @@ class Groups(unittest.TestCase):
             self.assertEqual(errors, [])
             self.assertGreater(answers[0], 4)
             # drained for good: it stays away, and the last cannot be
-            self.assertEqual(tandem("drain", "--address", c.address, "--group", "g0", "--timeout", 1)[0], 0)
-            rc, _, err = tandem("drain", "--address", c.address, "--group", "g1")
-            self.assertEqual(rc, 1)
+            rc, out, _ = tandem("drain", "--address", c.address, "--group", "g0", "--timeout", 1, "--json")
+            self.assertEqual((rc, json.loads(out)), (0, {"group": "g0", "done": "drained", "moved": 0}))
+            rc, out, err = tandem("drain", "--address", c.address, "--group", "g1", "--json")
+            self.assertEqual((rc, json.loads(out)["error"]["code"]), (1, "FAILED_PRECONDITION"))
+            self.assertIn('no other than "g1" serves', json.loads(out)["error"]["message"])
             self.assertIn('no other than "g1" serves', err)
             wait_for("mpirun of g0 is gone", lambda: "was drained" in c.log())
             self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=8).ids, case["greedy_ids"][:8])
