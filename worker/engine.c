@@ -355,9 +355,11 @@ struct engine_info engine_info(const struct engine *e)
     return e->info;
 }
 
-void engine_reset(struct engine *e)
+enum status_code engine_reset(struct engine *e, struct status *st)
 {
-    engine_drop_flights(e);
+    enum status_code rc = engine_drop_flights(e, st);
+    if (rc != ST_OK)
+        return rc;
     kv_pool_reset(e->kv);
     drop_options(e);
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
@@ -365,4 +367,5 @@ void engine_reset(struct engine *e)
     e->ended_us = 0;
     e->checks = 0;
     e->suspended_pages = 0;
+    return ST_OK;
 }

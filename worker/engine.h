@@ -3,7 +3,7 @@
  * An engine is a deterministic state machine over a numbered stream of step plans: same plans in, same tokens out. It reads
  * no clock to decide anything. All ranks of a group run the same plan at the same time; the all-reduces inside join them.
  *
- *     engine_create(&e, &cfg, st);  engine_reset(e);
+ *     engine_create(&e, &cfg, st);  engine_reset(e, st);
  *     engine_step(e, plan, &result, st);          // plan->step is 1, 2, 3 ... since the reset
  *
  * A step is two halves, so that a device has the next one before it has finished this one:
@@ -115,8 +115,9 @@ struct engine_info engine_info(const struct engine *e);
  * what comm says. */
 STATUS_MUST_CHECK enum status_code engine_connect(struct engine *e, struct status *st);
 
-/* Forgets all slots; the next plan is step 1. */
-void engine_reset(struct engine *e);
+/* Forgets all slots, once the steps under way have ended; the next plan is step 1. Fails where one of them does: the rank
+ * cannot go on then. */
+STATUS_MUST_CHECK enum status_code engine_reset(struct engine *e, struct status *st);
 STATUS_MUST_CHECK enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st);
 uint32_t engine_in_flight(const struct engine *e);
 /* Whether engine_collect would not wait. */
