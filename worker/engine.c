@@ -216,8 +216,8 @@ static enum status_code load_weights(struct engine *e, const struct engine_confi
                                      struct status *st)
 {
     struct model_loader *loader;
-    enum status_code rc = model_loader_open(&loader, cfg->random_weights ? NULL : cfg->model_dir, &e->model, &e->shard,
-                                            e->parts ? &e->parts->weights : NULL, st);
+    enum status_code rc = model_loader_open(&loader, cfg->random_weights ? NULL : cfg->model_dir, cfg->random_weights,
+                                            &e->model, &e->shard, e->parts ? &e->parts->weights : NULL, st);
     if (rc != ST_OK)
         return rc;
     const struct model_progress progress = {cfg->progress, cfg->progress_ctx};

@@ -39,12 +39,13 @@ struct engine_config {
     const char *model_dir;
     struct comm *comm;                 /* owned by the caller, outlives the engine */
     const struct backend_parts *parts; /* of a device, outlives the engine; NULL: the host */
-    bool eager;               /* a device: each kernel is launched by itself, none as part of a graph; for debugging */
-    bool timed;               /* results have a timing; a device takes about 1 us more a step */
-    bool random_weights;      /* the folder has only its config.json: model_loader_open says what they are */
-    uint32_t threads;         /* of this rank; 0: its share of the machine's cores */
-    uint32_t max_slots;       /* 0: 256 */
-    uint32_t max_context;     /* 0: the model's own; more than that is INVALID_ARGUMENT */
+    bool eager; /* a device: each kernel is launched by itself, none as part of a graph; for debugging */
+    bool timed; /* results have a timing; a device takes about 1 us more a step */
+    uint32_t
+        random_weights;   /* not 0: a seed; the folder has only its config.json: model_loader_open says what they are */
+    uint32_t threads;     /* of this rank; 0: its share of the machine's cores */
+    uint32_t max_slots;   /* 0: 256 */
+    uint32_t max_context; /* 0: the model's own; more than that is INVALID_ARGUMENT */
     uint32_t max_step_tokens; /* rows of a step; 0: 512 */
     uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most
                                  host: a quarter of the available memory divided by the ranks on it
