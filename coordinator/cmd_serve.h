@@ -28,7 +28,7 @@ void arguments_cut(struct argument_list *a, int n);
 struct serve_setup {
     struct cli_args args;
     /* from the options; they point into args */
-    const char *model, *control_listen, *mpirun_path, *devices, *threads, *backend, *flight;
+    const char *model, *control_listen, *mpirun_path, *devices, *threads, *backend, *flight, *trace;
     struct argument_list coordinator_extra, worker_extra, mpi_extra;
     bool listens;    /* --listen was given */
     bool local_only; /* all ranks on this machine */

@@ -131,6 +131,10 @@ static bool build_mpirun(struct serve_setup *s, uint64_t i)
         serve_group_name(number, sizeof number, i);
         ok = ok && arguments_push2(m, "--group", number);
     }
+    if (s->trace) {
+        int n = snprintf(path, sizeof path, s->groups > 1 ? "%s.%s" : "%s", s->trace, number);
+        ok = ok && n >= 0 && (size_t)n < sizeof path && arguments_push2(m, "--trace", path);
+    }
     return ok && push_share(s, m, i) && append(m, &s->worker_extra);
 }
 

@@ -30,6 +30,7 @@ enum {
     OPT_BACKEND,
     OPT_FLIGHT,
     OPT_JSON,
+    OPT_TRACE,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -224,6 +225,17 @@ static const struct cli_option own_options[] = {
      .flags = CLI_FILE,
      .help = "the last steps, groups and requests, for `tandem dump` (default: in a private folder that goes with this "
              "process); off: none"},
+    {.name = "trace",
+     .id = OPT_TRACE,
+     .arg = "FILE",
+     .flags = CLI_FILE,
+     .help = "a timeline of each rank's steps, for ui.perfetto.dev (default: none); with several ranks FILE.0, FILE.1 "
+             "..., with several groups FILE.g0 and so on"},
+    {.name = "random-weights",
+     .id = OPT_FORWARD,
+     .arg = "SEED",
+     .help = "not 0: weights are made of this number, and the model's folder needs none; for benchmarks of any shape "
+             "(default: the folder's)"},
     {.name = "mpirun",
      .id = OPT_MPIRUN,
      .arg = "PATH",
@@ -294,6 +306,7 @@ static const struct forward {
     {"suspend-memory", NULL, "--suspend-memory"},
     {"attention", NULL, "--attention"},
     {"batch-invariant", NULL, "--batch-invariant"},
+    {"random-weights", NULL, "--random-weights"},
 };
 
 static bool take_option(struct serve_setup *s, int opt, bool *ok)
@@ -351,6 +364,9 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
         break;
     case OPT_FLIGHT:
         s->flight = text;
+        break;
+    case OPT_TRACE:
+        s->trace = text;
         break;
     case OPT_MPIRUN:
         s->mpirun_path = text;

@@ -20,6 +20,7 @@ static struct {
     uint32_t first, count;
     uint32_t last[SLOTS];
     unsigned fails_at, starts; /* the n-th start; 0: none */
+    bool finish_fails;
 } fake;
 
 static enum status_code fake_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
@@ -57,9 +58,11 @@ static enum status_code fake_poll(struct forward *f, bool *done, struct status *
 
 static enum status_code fake_finish(struct forward *f, struct status *st)
 {
-    (void)f, (void)st;
+    (void)f;
     struct flight *l = &fake.flight[fake.first];
     ck_assert_uint_gt(fake.count, 0);
+    if (fake.finish_fails)
+        return status_set(st, ST_DEADLINE_EXCEEDED, "rank 1 is silent");
     memcpy(l->to, l->token, l->n * sizeof *l->to);
     fake.first = (fake.first + 1) % 2;
     fake.count--;
@@ -147,7 +150,7 @@ static struct engine *make(bool flights)
                                       .kv_ahead = ENGINE_AHEAD_ON};
     ck_assert_msg(engine_create(&e, &cfg, &st) == ST_OK, "%s", st.message);
     ck_assert_uint_eq(engine_info(e).depth, flights ? 2 : 1);
-    engine_reset(e);
+    ck_assert_int_eq(engine_reset(e, &st), ST_OK);
     return e;
 }
 
@@ -341,7 +344,7 @@ START_TEST(a_third_step_is_refused_and_changes_nothing)
     ck_assert_uint_eq(engine_in_flight(e), 2);
     ck_assert_int_eq(engine_collect(e, &r, &st), ST_OK);
     ck_assert_int_eq(engine_submit(e, &plan, &st), ST_OK);
-    engine_reset(e); /* forgets both */
+    ck_assert_int_eq(engine_reset(e, &st), ST_OK); /* forgets both */
     ck_assert_uint_eq(engine_in_flight(e), 0);
     ck_assert_int_eq(engine_collect(e, &r, &st), ST_INTERNAL);
     plan.step = 1;
@@ -367,6 +370,21 @@ START_TEST(a_start_that_fails_is_said_with_its_step)
 }
 END_TEST
 
+START_TEST(a_step_that_fails_is_not_forgotten_by_a_reset)
+{
+    struct engine *e = make(true);
+    struct status st = STATUS_INIT;
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.step = 1;
+    ck_assert_int_eq(engine_submit(e, &plan, &st), ST_OK);
+    fake.finish_fails = true;
+    ck_assert_int_eq(engine_reset(e, &st), ST_DEADLINE_EXCEEDED);
+    ck_assert_str_eq(st.message, "step 1: rank 1 is silent");
+    ck_assert_uint_eq(engine_in_flight(e), 1);
+    engine_destroy(e);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("engine_flights");
@@ -377,6 +395,7 @@ int main(void)
     tcase_add_test(core, options_that_look_at_all_tokens_see_those_in_flight);
     tcase_add_test(limits, a_third_step_is_refused_and_changes_nothing);
     tcase_add_test(faults, a_start_that_fails_is_said_with_its_step);
+    tcase_add_test(faults, a_step_that_fails_is_not_forgotten_by_a_reset);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);
     suite_add_tcase(s, faults);

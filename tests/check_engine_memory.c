@@ -116,7 +116,7 @@ static long run_step(struct engine *e, uint64_t step, uint32_t prompt, uint32_t 
 
 static long run_all_steps(struct engine *e)
 {
-    engine_reset(e);
+    ck_assert_int_eq(engine_reset(e, NULL), ST_OK);
     uint64_t step = 0;
     long made = 0;
     for (uint32_t slot = 0; slot < 8; slot++)

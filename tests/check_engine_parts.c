@@ -164,7 +164,7 @@ START_TEST(random_weights_are_alike_for_any_ranks_and_in_a_store)
     struct temp_dir dir = random_model();
     struct device d;
     device_init(&d, 2048, 2000);
-    struct engine_config cfg = {.model_dir = dir.path, .random_weights = true, .max_slots = 2};
+    struct engine_config cfg = {.model_dir = dir.path, .random_weights = 1, .max_slots = 2};
     greedy(one, &cfg, 1);
     uint32_t same = 0;
     for (uint32_t i = 1; i < NEW_TOKENS; i++)
@@ -175,6 +175,9 @@ START_TEST(random_weights_are_alike_for_any_ranks_and_in_a_store)
     cfg.parts = &d.parts;
     greedy(other, &cfg, 1);
     ck_assert_mem_eq(one, other, sizeof one);
+    cfg.random_weights = 2;
+    greedy(other, &cfg, 1);
+    ck_assert_mem_ne(one, other, sizeof one);
     temp_dir_remove(&dir);
 }
 END_TEST

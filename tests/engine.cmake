@@ -10,6 +10,8 @@ target_link_libraries(tandem_engine_group PUBLIC tandem_engine Threads::Threads)
 
 if(TANDEM_TESTS)
   tandem_check(shard tandem_engine)
+  tandem_check(tuned tandem_engine)
+  target_sources(check_tuned PRIVATE temp_dir.c)
   tandem_check(sample tandem_engine m)
   tandem_check(sample_options tandem_engine m)
   tandem_check(safetensors tandem_engine)

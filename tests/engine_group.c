@@ -1,6 +1,7 @@
 #include "tests/engine_group.h"
 
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -163,7 +164,7 @@ static void rank_do(struct rank *r, enum job job)
     } else if (job == JOB_STEP) {
         r->rc = engine_step(r->engine, g->plan, &r->result, &r->st);
     } else if (job == JOB_RESET) {
-        engine_reset(r->engine);
+        r->rc = engine_reset(r->engine, &r->st);
     } else {
         engine_destroy(r->engine);
         comm_destroy(r->comm);
@@ -267,7 +268,11 @@ struct engine *group_engine(struct group *g, uint32_t rank)
 
 void group_reset(struct group *g)
 {
-    (void)all_do(g, JOB_RESET, NULL);
+    struct status st = STATUS_INIT;
+    if (all_do(g, JOB_RESET, &st) == ST_OK)
+        return;
+    fprintf(stderr, "engine_reset: %s\n", st.message); /* steps are not under way between two calls here */
+    abort();
 }
 
 enum status_code group_step(struct group *g, const Tandem__V1__StepPlan *plan, struct engine_result *result,

@@ -216,8 +216,8 @@ static enum status_code load_weights(struct engine *e, const struct engine_confi
                                      struct status *st)
 {
     struct model_loader *loader;
-    enum status_code rc = model_loader_open(&loader, cfg->random_weights ? NULL : cfg->model_dir, &e->model, &e->shard,
-                                            e->parts ? &e->parts->weights : NULL, st);
+    enum status_code rc = model_loader_open(&loader, cfg->random_weights ? NULL : cfg->model_dir, cfg->random_weights,
+                                            &e->model, &e->shard, e->parts ? &e->parts->weights : NULL, st);
     if (rc != ST_OK)
         return rc;
     const struct model_progress progress = {cfg->progress, cfg->progress_ctx};
@@ -359,9 +359,11 @@ struct engine_info engine_info(const struct engine *e)
     return e->info;
 }
 
-void engine_reset(struct engine *e)
+enum status_code engine_reset(struct engine *e, struct status *st)
 {
-    engine_drop_flights(e);
+    enum status_code rc = engine_drop_flights(e, st);
+    if (rc != ST_OK)
+        return rc;
     kv_pool_reset(e->kv);
     drop_options(e);
     memset(e->slot, 0, e->info.max_slots * sizeof *e->slot);
@@ -369,4 +371,5 @@ void engine_reset(struct engine *e)
     e->ended_us = 0;
     e->checks = 0;
     e->suspended_pages = 0;
+    return ST_OK;
 }

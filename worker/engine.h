@@ -3,7 +3,7 @@
  * An engine is a deterministic state machine over a numbered stream of step plans: same plans in, same tokens out. It reads
  * no clock to decide anything. All ranks of a group run the same plan at the same time; the all-reduces inside join them.
  *
- *     engine_create(&e, &cfg, st);  engine_reset(e);
+ *     engine_create(&e, &cfg, st);  engine_reset(e, st);
  *     engine_step(e, plan, &result, st);          // plan->step is 1, 2, 3 ... since the reset
  *
  * A step is two halves, so that a device has the next one before it has finished this one:
@@ -47,11 +47,12 @@ struct engine_config {
      * kind of device. Slower: products are not picked by measurement, and attention does not share long keys among SMs.
      * UNIMPLEMENTED on the host and for models with sliding windows. */
     bool batch_invariant;
-    bool timed;               /* results have a timing; a device takes about 1 us more a step */
-    bool random_weights;      /* the folder has only its config.json: model_loader_open says what they are */
-    uint32_t threads;         /* of this rank; 0: its share of the machine's cores */
-    uint32_t max_slots;       /* 0: 256 */
-    uint32_t max_context;     /* 0: the model's own; more than that is INVALID_ARGUMENT */
+    bool timed; /* results have a timing; a device takes about 1 us more a step */
+    uint32_t
+        random_weights;   /* not 0: a seed; the folder has only its config.json: model_loader_open says what they are */
+    uint32_t threads;     /* of this rank; 0: its share of the machine's cores */
+    uint32_t max_slots;   /* 0: 256 */
+    uint32_t max_context; /* 0: the model's own; more than that is INVALID_ARGUMENT */
     uint32_t max_step_tokens; /* rows of a step; 0: 512 */
     uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most
                                  host: a quarter of the available memory divided by the ranks on it
@@ -122,8 +123,9 @@ struct engine_info engine_info(const struct engine *e);
  * what comm says. */
 STATUS_MUST_CHECK enum status_code engine_connect(struct engine *e, struct status *st);
 
-/* Forgets all slots; the next plan is step 1. */
-void engine_reset(struct engine *e);
+/* Forgets all slots, once the steps under way have ended; the next plan is step 1. Fails where one of them does: the rank
+ * cannot go on then. */
+STATUS_MUST_CHECK enum status_code engine_reset(struct engine *e, struct status *st);
 STATUS_MUST_CHECK enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st);
 uint32_t engine_in_flight(const struct engine *e);
 /* Whether engine_collect would not wait. */

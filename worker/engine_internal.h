@@ -82,8 +82,8 @@ struct engine {
 STATUS_MUST_CHECK enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan *plan,
                                                      struct status *st);
 
-/* Waits for the steps under way and forgets them. */
-void engine_drop_flights(struct engine *e);
+/* Waits for the steps under way and forgets them; after an error they are still under way. */
+STATUS_MUST_CHECK enum status_code engine_drop_flights(struct engine *e, struct status *st);
 
 /* ---- options of a slot (engine_options.c) ---- */
 

@@ -74,12 +74,12 @@ static enum status_code finish_all(struct engine *e, struct status *st)
     return ST_OK;
 }
 
-void engine_drop_flights(struct engine *e)
+enum status_code engine_drop_flights(struct engine *e, struct status *st)
 {
-    struct status st = STATUS_INIT;
-    if (e->in_flight && finish_all(e, &st) != ST_OK)
-        return; /* the state is undefined; the next step says so again */
-    e->in_flight = e->first_flight = 0;
+    enum status_code rc = finish_all(e, st);
+    if (rc == ST_OK)
+        e->in_flight = e->first_flight = 0;
+    return rc;
 }
 
 /* ---- a plan becomes a batch ---- */

@@ -30,6 +30,7 @@ struct piece {
 
 struct model_loader {
     struct model_source *source; /* NULL: random weights */
+    uint32_t seed;               /* of those */
     const struct model_config *m;
     const struct shard *shard;
     const struct weight_store *store;
@@ -81,6 +82,13 @@ static enum status_code get_checked(struct model_tensor *t, const struct model_l
                       t->name, found, expected);
 }
 
+/* Never 0, which stands for ones. */
+static uint64_t random_seed(const struct model_loader *l, const char *tensor)
+{
+    uint64_t seed = model_random_seed(tensor) ^ (l->seed - 1ull) * 0x9E3779B97F4A7C15ull;
+    return seed ? seed : 1;
+}
+
 /* Stacks the rows of n parts, columns cols of full_cols, into one matrix. */
 static enum status_code plan_stack(struct model_loader *l, struct mat *out, const struct part *part, uint32_t n,
                                    uint32_t full_cols, struct shard_span cols, struct status *st)
@@ -92,7 +100,7 @@ static enum status_code plan_stack(struct model_loader *l, struct mat *out, cons
         struct piece *p = &l->piece[l->n_pieces];
         if ((rc = get_checked(&p->src, l, part[i].name, part[i].full_rows, full_cols, st)) != ST_OK)
             return rc;
-        p->seed = part[i].full_rows ? model_random_seed(part[i].name) : 0;
+        p->seed = part[i].full_rows ? random_seed(l, part[i].name) : 0;
         p->rows = part[i].rows;
         p->cols = cols;
         p->src_cols = full_cols;
@@ -138,7 +146,7 @@ static enum status_code plan_vector(struct model_loader *l, const float **out, c
         enum status_code rc = get_checked(&p->src, l, part[i].name, 0, part[i].full_rows, st);
         if (rc != ST_OK)
             return rc;
-        p->seed = model_random_seed(part[i].name);
+        p->seed = random_seed(l, part[i].name);
         p->rows = whole(1);
         p->cols = part[i].rows;
         p->src_cols = part[i].full_rows;
@@ -436,13 +444,15 @@ static void place_all(struct model_weights *w, const struct model_config *m)
         w->head = w->embed;
 }
 
-enum status_code model_loader_open(struct model_loader **out, const char *path, const struct model_config *m,
-                                   const struct shard *shard, const struct weight_store *store, struct status *st)
+enum status_code model_loader_open(struct model_loader **out, const char *path, uint32_t seed,
+                                   const struct model_config *m, const struct shard *shard,
+                                   const struct weight_store *store, struct status *st)
 {
     struct model_loader *l = calloc(1, sizeof *l);
     if (!l)
         return status_nomem(st, "loader of weights", sizeof *l);
-    *l = (struct model_loader){.m = m, .shard = shard, .store = store, .max_pieces = 3 + 18ull * m->layers};
+    *l = (struct model_loader){
+        .m = m, .shard = shard, .store = store, .seed = seed, .max_pieces = 3 + 18ull * m->layers};
     enum status_code rc;
     if (path && (rc = model_source_open(&l->source, path, m, st)) != ST_OK)
         goto fail;

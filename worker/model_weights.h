@@ -1,7 +1,7 @@
 /* model_weights.h - one rank's share of the weights, in memory in the dtype of the file (quantised ones in F32); or in
  * the memory of a device. Prefix model_weights_.
  *
- *     model_loader_open(&l, path, &model, &shard, NULL, st);     // looks at names, shapes and dtypes, copies nothing yet
+ *     model_loader_open(&l, path, 0, &model, &shard, NULL, st);     // looks at names, shapes and dtypes, copies nothing yet
  *     model_weights_load(&weights, l, progress, st);            // model_loader_bytes(l) of memory
  *     model_loader_close(l);
  *
@@ -74,10 +74,10 @@ struct model_progress {
 
 struct model_loader;
 
-/* Finds this rank's share in the folder or GGUF file. path NULL: no files, but random weights, the same for any number of ranks and
- * in any memory: BF16, evenly spread with a variance of 1 / columns; norms are 1. The pointers outlive the loader.
+/* Finds this rank's share in the folder or GGUF file. path NULL: no files, but random weights that depend on
+ * the seed, the same for any number of ranks and in any memory: BF16, evenly spread with a variance of 1 / columns; norms are 1. The pointers outlive the loader.
  * NOT_FOUND, DATA_LOSS (names file, tensor, expected and found shape), UNIMPLEMENTED (dtype). */
-STATUS_MUST_CHECK enum status_code model_loader_open(struct model_loader **out, const char *path,
+STATUS_MUST_CHECK enum status_code model_loader_open(struct model_loader **out, const char *path, uint32_t seed,
                                                      const struct model_config *m, const struct shard *shard,
                                                      const struct weight_store *store, struct status *st);
 uint64_t model_loader_bytes(const struct model_loader *l);

@@ -31,7 +31,7 @@ static enum status_code weight_bytes(uint64_t *out, const char *path, const stru
                                      const struct shard *shard, const struct weight_store *store, struct status *st)
 {
     struct model_loader *l = NULL;
-    enum status_code rc = model_loader_open(&l, path, m, shard, store, st);
+    enum status_code rc = model_loader_open(&l, path, 0, m, shard, store, st);
     if (rc != ST_OK)
         return rc;
     *out = model_loader_bytes(l);

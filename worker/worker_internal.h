@@ -93,7 +93,7 @@ struct worker_options {
     uint32_t kv_ahead;        /* enum engine_ahead */
     const char *devices;      /* "0,2"; NULL: all */
     uint32_t memory_percent;  /* of a device; 0: default */
-    uint32_t random_weights;  /* 0 or 1 */
+    uint32_t random_weights;  /* a seed; 0: none */
     uint32_t eager;           /* 0 or 1 */
     uint32_t attention;       /* enum attn_gpu_policy */
     uint32_t batch_invariant; /* 0 or 1 */

@@ -303,7 +303,9 @@ static int serve_steps(struct worker *w, struct steps *s)
 static int serve(struct worker *w)
 {
     struct steps s = {.count = 0};
-    engine_reset(w->engine);
+    struct status st = STATUS_INIT;
+    if (engine_reset(w->engine, &st) != ST_OK)
+        return fault(w, &st, false);
     send_ready(w);
     int code = serve_steps(w, &s);
     forget(w, &s);

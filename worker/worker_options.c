@@ -62,8 +62,9 @@ static const struct option_spec specs[] = {
      "auto"},
     {"batch-invariant", "0|1", OPTION_NUMBER, AT(batch_invariant), 0, 1, NULL,
      "1: answers do not depend on what else is served at the same time, to the bit; slower, on CUDA only"},
-    {"random-weights", "0|1", OPTION_NUMBER, AT(random_weights), 0, 1, NULL,
-     "1: the folder needs no weights, only config.json; for benchmarks of any shape"},
+    {"random-weights", "SEED", OPTION_NUMBER, AT(random_weights), 0, UINT32_MAX, NULL,
+     "not 0: the folder needs no weights, only config.json, and they depend on this number; for benchmarks of any\n"
+     "shape"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
     {"kv-ahead", "WHEN", OPTION_CHOICE, AT(kv_ahead), 0, 0, ahead_names,
      "auto (on CUDA), on or off: a thread maps pages of the KV cache before they are needed; default auto"},

@@ -1,15 +1,17 @@
 """Several worker groups behind one coordinator: `tandem serve --groups 2`, with real ranks."""
 import json
 import os
+import shutil
 import signal
 import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 
 import grpc
 
-from cluster import FOREVER, SLOW, SLOW_ARGS, Cluster, Result, expected, process_name, slow_model, tandem, wait_for
+from cluster import DEMO, FOREVER, SLOW, SLOW_ARGS, Cluster, Result, expected, process_name, slow_model, tandem, wait_for
 
 
 class Groups(unittest.TestCase):
@@ -57,6 +59,26 @@ class Groups(unittest.TestCase):
             self.both_serve(c)
             self.assertNotEqual(self.pid_of(c, "g0"), victim)
             c.wait_idle()
+
+    def test_random_weights_and_timelines_are_options_of_serve(self):
+        """A folder without weights, a timeline for each group; the environment says the seed, the line the file."""
+        with tempfile.TemporaryDirectory() as d:
+            for name in os.listdir(DEMO):
+                if name.endswith(".json"):
+                    shutil.copy(os.path.join(DEMO, name), d)
+            trace = os.path.join(d, "steps")
+            with unittest.mock.patch.dict(os.environ, TANDEM_SERVE_RANDOM_WEIGHTS="7"):
+                with self.cluster(model=d, args=["--trace", trace]) as c:
+                    self.both_serve(c)
+                    calls = [c.generate("Once upon a time", temperature=0, ignore_eos=True, max_tokens=20) for _ in "ab"]
+                    ids = [Result(call).ids for call in calls]
+                    self.assertEqual(len(ids[0]), 20)
+                    self.assertEqual(ids[0], ids[1])
+            steps = 0
+            for group in "g0", "g1":
+                with open(f"{trace}.{group}") as f:
+                    steps += sum(e["name"].startswith("step") for e in json.load(f))
+            self.assertGreaterEqual(steps, 20)
 
     def test_rolling_restart_under_load(self):
         with Cluster(args=["--groups", 2, "--kv-memory", "64M", "--json"]) as c:

@@ -66,7 +66,8 @@ void gpu_create(struct gpu_run *r, const struct engine_config *cfg)
     *r = (struct gpu_run){0};
     if (engine_create(&r->e, &c, &st) != ST_OK)
         die(cfg->model_dir, st.message);
-    engine_reset(r->e);
+    if (engine_reset(r->e, &st) != ST_OK)
+        die("reset", st.message);
 }
 
 void gpu_destroy(struct gpu_run *r)
