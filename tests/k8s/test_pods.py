@@ -292,8 +292,10 @@ class Launcher(PodsTest):
 
     def test_mpijob(self):
         hosts = "".join(f"tandem-worker-{i}.tandem.default.svc slots=1\n" for i in range(2))
+        # What the operator adds to the launcher's environment.
         env = {"OMPI_MCA_orte_keep_fqdn_hostnames": "true", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
-               "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10"}  # what the operator sets
+               "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10", "OMPI_MCA_orte_set_default_slots": "1",
+               "K_MPI_JOB_ROLE": "launcher", "NVIDIA_VISIBLE_DEVICES": "", "NVIDIA_DRIVER_CAPABILITIES": ""}
         self.life("mpijob", "tandem-worker", "tandem.default.svc", False, env, {"/etc/mpi/hostfile": hosts})
 
 
