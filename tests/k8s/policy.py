@@ -126,7 +126,7 @@ def _serving(c, spec, docs):
         yield "preStop: expected a sleep of 10 s or more, until the endpoints are known to have changed"
     if spec.get("terminationGracePeriodSeconds", 30) < sleep + drain + 10:
         yield f"terminationGracePeriodSeconds: expected {sleep} of preStop + {drain:.0f} of drain + 10 or more"
-    listens = {int(m.group(1)) for a in c["args"] for m in [re.match(r"--(?:[a-z]+-)?(?:listen|http)=.*:(\d+)$", a)] if m}
+    listens = {int(m.group(1)) for a in c["args"] for m in [re.match(r"--(?:[a-z]+-)?(?:listen|http)=.*:(\d+)(?:,[a-z,]+)?$", a)] if m}
     if listens != {p["containerPort"] for p in c.get("ports", [])}:
         yield f"ports: it listens on {sorted(listens)}"
 
