@@ -253,6 +253,41 @@ class Metrics(unittest.TestCase):
         self.assertIn(name.replace("tandem_", "tandem:", 1), self.recorded(docs))
 
 
+PROMTOOL = os.environ.get("TANDEM_PROMTOOL", "promtool")
+
+
+@unittest.skipUnless(shutil.which(PROMTOOL), "no promtool on this machine (package prometheus)")
+class PromQL(unittest.TestCase):
+    """Rules and queries as Prometheus itself reads them, and what the rules say of made-up series."""
+
+    def promtool(self, docs, *command, queries=()):
+        with tempfile.TemporaryDirectory() as dir:
+            rules = find(docs, "PrometheusRule")["spec"]
+            rules["groups"].append({"name": "queries", "rules": [
+                {"record": f"query:{i}", "expr": re.sub(r"\$__rate_interval", "1m", q)} for i, (_, q) in enumerate(queries)]})
+            with open(os.path.join(dir, "rules.yaml"), "w") as f:
+                yaml.safe_dump(rules, f)
+            shutil.copy(os.path.join(SOURCE, "tests/k8s/rules_test.yaml"), dir)
+            return subprocess.run([shutil.which(PROMTOOL), *command], cwd=dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, timeout=120)
+
+    def test_rules_and_queries_are_promql(self):
+        docs = rendered("autoscale")
+        queries = [q for q in Metrics.expressions(None, "autoscale") if not q[1].startswith("label_values(")]
+        self.assertGreater(len(queries), 40)
+        p = self.promtool(docs, "check", "rules", "rules.yaml", queries=queries)
+        self.assertEqual(p.returncode, 0, p.stdout)
+        p = self.promtool(docs, "check", "rules", "rules.yaml", queries=[("", "sum(rate(tandem_ready)")])
+        self.assertNotEqual(p.returncode, 0, p.stdout)
+
+    def test_what_rules_say(self):
+        docs = rendered("single-gpu")
+        p = self.promtool(docs, "test", "rules", "rules_test.yaml")
+        self.assertEqual(p.returncode, 0, p.stdout)
+        find(docs, "PrometheusRule")["spec"]["groups"][1]["rules"][0]["expr"] = "tandem_ready == 0"
+        self.assertNotEqual(self.promtool(docs, "test", "rules", "rules_test.yaml").returncode, 0)
+
+
 def container(docs):
     return pod(docs)["containers"][0]
 
