@@ -26,6 +26,7 @@ static const char *const settings[] = {
     "orte_hostname_cutoff",
     "orte_connect_timeout",
     "orte_default_hostfile",
+    "orte_set_default_slots",
     "orte_report_bindings",
     "orte_startup_timeout",
     "prte_node_regex",

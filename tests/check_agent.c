@@ -446,6 +446,7 @@ START_TEST(only_what_is_on_the_lists_may_start)
         {true, {"prog", "-mca", "plm_rsh_args", "-o ConnectionAttempts=10"}, NULL},
         {false, {"prog", "-mca", "plm_rsh_args", "--secret-file /tmp/mine"}, NULL},
         {true, {"prog", "-mca", "btl_tcp_if_include", "eth0"}, NULL},
+        {true, {"prog", "-mca", "orte_set_default_slots", "8"}, NULL}, /* mpi-operator's */
         {false, {"sh", "-c", "id"}, NULL},
         {false, {"/bin/prog"}, NULL},
         {false, {"../prog"}, NULL},

@@ -253,12 +253,60 @@ class Metrics(unittest.TestCase):
         self.assertIn(name.replace("tandem_", "tandem:", 1), self.recorded(docs))
 
 
+PROMTOOL = os.environ.get("TANDEM_PROMTOOL", "promtool")
+
+
+@unittest.skipUnless(shutil.which(PROMTOOL), "no promtool on this machine (package prometheus)")
+class PromQL(unittest.TestCase):
+    """Rules and queries as Prometheus itself reads them, and what the rules say of made-up series."""
+
+    def promtool(self, docs, *command, queries=()):
+        with tempfile.TemporaryDirectory() as dir:
+            rules = find(docs, "PrometheusRule")["spec"]
+            rules["groups"].append({"name": "queries", "rules": [
+                {"record": f"query:{i}", "expr": re.sub(r"\$__rate_interval", "1m", q)} for i, (_, q) in enumerate(queries)]})
+            with open(os.path.join(dir, "rules.yaml"), "w") as f:
+                yaml.safe_dump(rules, f)
+            shutil.copy(os.path.join(SOURCE, "tests/k8s/rules_test.yaml"), dir)
+            return subprocess.run([shutil.which(PROMTOOL), *command], cwd=dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, timeout=120)
+
+    def test_rules_and_queries_are_promql(self):
+        docs = rendered("autoscale")
+        queries = [q for q in Metrics.expressions(None, "autoscale") if not q[1].startswith("label_values(")]
+        self.assertGreater(len(queries), 40)
+        p = self.promtool(docs, "check", "rules", "rules.yaml", queries=queries)
+        self.assertEqual(p.returncode, 0, p.stdout)
+        p = self.promtool(docs, "check", "rules", "rules.yaml", queries=[("", "sum(rate(tandem_ready)")])
+        self.assertNotEqual(p.returncode, 0, p.stdout)
+
+    def test_what_rules_say(self):
+        docs = rendered("single-gpu")
+        p = self.promtool(docs, "test", "rules", "rules_test.yaml")
+        self.assertEqual(p.returncode, 0, p.stdout)
+        find(docs, "PrometheusRule")["spec"]["groups"][1]["rules"][0]["expr"] = "tandem_ready == 0"
+        self.assertNotEqual(self.promtool(docs, "test", "rules", "rules_test.yaml").returncode, 0)
+
+
 def container(docs):
     return pod(docs)["containers"][0]
 
 
 def worker(docs):
     return pod(docs, "ranks")["containers"][0]
+
+
+def volume(docs, name):
+    return next(v for v in pod(docs)["volumes"] if v["name"] == name)
+
+
+def clients(docs):
+    return find(docs, "NetworkPolicy", "tandem-clients")["spec"]["ingress"][0]
+
+
+def open_to_the_world(docs):
+    docs.append({"kind": "NetworkPolicy", "metadata": {"name": "more"}, "spec": {
+        "podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 1}]}]}})
 
 
 # (overlay, what is made wrong, part of the message)
@@ -325,6 +373,39 @@ POLICY_MUTANTS = [
     ("multi-node", lambda d: next(v for v in pod(d)["volumes"] if "secret" in v)["secret"].pop("defaultMode"), "0440"),
     ("multi-node", lambda d: find(d, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].pop(
         "app.kubernetes.io/component"), "no others"),
+    ("single-gpu", lambda d: clients(d)["from"][0].update(namespaceSelector={}), "is anyone"),
+    ("single-gpu", lambda d: clients(d)["from"].append({"podSelector": {}}), "is anyone"),
+    ("single-gpu", lambda d: clients(d).pop("from"), "open to all"),
+    ("single-gpu", lambda d: clients(d).pop("ports"), "open to all"),
+    ("single-gpu", open_to_the_world, "NetworkPolicy more: egress"),
+    ("single-gpu", lambda d: container(d)["securityContext"].update(seccompProfile={"type": "Unconfined"}), "that of the pod"),
+    ("single-gpu", lambda d: pod(d)["securityContext"].update(runAsGroup=0), "runAsNonRoot"),
+    ("single-gpu", lambda d: pod(d)["securityContext"].pop("runAsUser"), "or none of them"),
+    ("single-gpu", lambda d: pod(d)["containers"].append({"name": "s", "image": "x:1"}), "expected one"),
+    ("single-gpu", lambda d: container(d).update(image="r/x@sha256:"), "image"),
+    ("single-gpu", lambda d: container(d).update(image="r/x:latest@sha256:" + "0" * 64), "latest"),
+    ("single-gpu", lambda d: container(d).update(env=[{"name": "X", "valueFrom": {"secretKeyRef": {}}}]), "secrets are files"),
+    ("single-gpu", lambda d: container(d)["livenessProbe"].update(failureThreshold=1), "livenessProbe"),
+    ("single-gpu", lambda d: container(d)["readinessProbe"].update(failureThreshold=9), "readinessProbe"),
+    ("single-gpu", lambda d: find(d, "PodDisruptionBudget")["spec"].update(maxUnavailable=0), "be emptied"),
+    ("single-gpu", lambda d: volume(d, "shm")["emptyDir"].update(sizeLimit="64Mi"), "volume shm"),
+    ("single-gpu", lambda d: volume(d, "shm")["emptyDir"].pop("medium"), "volume shm"),
+    ("single-gpu", lambda d: volume(d, "model")["persistentVolumeClaim"].pop("readOnly"), "volume model"),
+    ("single-gpu", lambda d: pod(d).update(tolerations=[{"operator": "Exists"}]), "expected a key"),
+    ("single-gpu", lambda d: pod(d).pop("topologySpreadConstraints"), "topologySpreadConstraints"),
+    ("single-gpu", lambda d: find(d, "PriorityClass", "tandem-serving").update(globalDefault=True), "globalDefault"),
+    ("single-gpu", lambda d: next(x["data"] for x in d if "TANDEM_SERVE_TP" in x.get("data", {})).update(
+        TANDEM_SERVE_DRAIN_TIMEOUT="0"), "come to their end"),
+    ("single-node-tp", lambda d: container(d)["resources"]["limits"].update({"nvidia.com/gpu": "4"}), "4 GPUs for 8 ranks"),
+    ("single-node-groups", lambda d: container(d)["resources"]["limits"].update({"nvidia.com/gpu": "2"}), "2 GPUs for 8"),
+    ("host-only", lambda d: find(d, "Deployment")["spec"].update(strategy={"type": "Recreate"}), "takes all replicas"),
+    ("multi-node", lambda d: pod(d, "ranks").update(terminationGracePeriodSeconds=30), "560 of drain"),
+    ("multi-node", lambda d: worker(d)["args"].pop(), "outlive"),
+    ("statefulset", lambda d: find(d, "Service", "tandem-ranks")["spec"].pop("publishNotReadyAddresses"), "publishNotReady"),
+    ("statefulset", lambda d: find(d, "StatefulSet", "tandem-ranks")["spec"].pop("podManagementPolicy"), "Parallel"),
+    ("mpijob", lambda d: find(d, "PodDisruptionBudget")["spec"].update(maxUnavailable=1), "'minAvailable': 0"),
+    ("tls", lambda d: find(d, "PodMonitor")["spec"]["podMetricsEndpoints"][0].update(
+        tlsConfig={"insecureSkipVerify": True}), "insecureSkipVerify"),
     ("autoscale", lambda d: find(d, "Deployment")["spec"].update(replicas=1), "sets replicas"),
     ("autoscale", lambda d: find(d, "ScaledObject")["spec"]["scaleTargetRef"].update(name="x"), "target"),
 ]

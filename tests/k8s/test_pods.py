@@ -16,6 +16,8 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.error
+import urllib.request
 
 import yaml
 
@@ -64,15 +66,25 @@ def folder_bytes(path):
     return sum(os.lstat(os.path.join(d, f)).st_size for d, _, files in os.walk(path) for f in files)
 
 
-def generate(address, prompt, timeout=120, **options):
+def generate(address, prompt, timeout=120, channel=None, metadata=None, **options):
     """(Result or None, gRPC's code or None) of a request over a connection of its own."""
-    with grpc.insecure_channel(f"{address}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+    with channel or grpc.insecure_channel(f"{address}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = channel.unary_stream(GENERATE, inference_pb2.GenerateRequest.SerializeToString,
                                     inference_pb2.GenerateResponse.FromString)
         try:
-            return Result(call(request(prompt, **options), timeout=timeout * SLOW)), None
+            return Result(call(request(prompt, **options), timeout=timeout * SLOW, metadata=metadata)), None
         except grpc.RpcError as e:
             return None, e
+
+
+def scrape(pod, docs):
+    """What Prometheus gets that does as the PodMonitor says."""
+    (endpoint,) = next(d for d in docs if d["kind"] == "PodMonitor")["spec"]["podMetricsEndpoints"]
+    if set(endpoint) - {"port", "path", "scheme", "interval", "scrapeTimeout"} or endpoint["scheme"] != "http":
+        raise AssertionError(f"not imitated: {endpoint}")
+    port = next(p["containerPort"] for p in pod.main.c["ports"] if p["name"] == endpoint["port"])
+    with urllib.request.urlopen(f"http://{pod.ip}:{port}{endpoint['path']}", timeout=10 * SLOW) as r:
+        return r.read().decode()
 
 
 class Stream(threading.Thread):
@@ -136,13 +148,14 @@ class Image(unittest.TestCase):
 
 
 class PodsTest(unittest.TestCase):
-    def make_node(self, folder, docs, model, images=None):
+    def make_node(self, folder, docs, model, images=None, secrets=None):
         self.room = tempfile.mkdtemp(dir=ROOM)
         os.chmod(self.room, 0o755)
         secret = yaml.safe_load(subprocess.run([os.path.join(K8S, "group-secret.sh")], stdout=subprocess.PIPE, check=True).stdout)
         self.assertEqual(secret["metadata"]["name"], "tandem-group")
         group = {k: base64.b64decode(v).decode() for k, v in secret["data"].items()}
-        node = Node(self.room, docs, {"tandem-host": HOST, **(images or {})}, {"tandem-model": model}, {"tandem-group": group})
+        node = Node(self.room, docs, {"tandem-host": HOST, **(images or {})}, {"tandem-model": model},
+                    {"tandem-group": group, **(secrets or {})})
         self.addCleanup(node.close)
         return node
 
@@ -213,6 +226,9 @@ class Group(PodsTest):
         self.assertEqual([n.count("tandem-worker") for n in names], [1, 1], names)
         self.check_confined(leader, 65532)
         self.check_confined(worker, 65532)
+        for p in (leader, worker):
+            self.assertEqual([w for _, w in p.history], ["running", "started", "ready"])
+        self.assertRegex(scrape(leader, leader.node.docs), r"(?m)^tandem_ranks 2$")
 
         quiet, error = generate(leader.ip, "Once upon a time", max_tokens=300, **LONG)
         self.assertIsNone(error, leader.logs())
@@ -262,6 +278,48 @@ class Group(PodsTest):
         self.assertEqual([p.main.exit_codes[-1] for p in (leader, worker)], [0, 0], leader.logs() + worker.logs())
 
 
+class Tls(PodsTest):
+    """What cert-manager and a person put into Secrets, and a pod of overlays/tls that takes them."""
+
+    def certificate(self, docs):
+        c = next(d for d in docs if d["kind"] == "Certificate" and d["metadata"]["name"] == "tandem")["spec"]
+        names = ",".join("DNS:" + n for n in c["dnsNames"])
+        with tempfile.TemporaryDirectory(dir=ROOM) as dir:
+            key, crt = os.path.join(dir, "key"), os.path.join(dir, "crt")
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                            "-days", "2", "-subj", "/CN=tandem", "-addext", "subjectAltName=" + names, "-keyout", key, "-out",
+                            crt], check=True, stderr=subprocess.DEVNULL)
+            with open(key) as k, open(crt) as t:
+                cert = t.read()
+                return c["secretName"], {"tls.key": k.read(), "tls.crt": cert, "ca.crt": cert}
+
+    def test_tls_and_tokens(self):
+        docs = render.render(os.path.join(SOURCE, "tests/k8s/site/tls"))
+        name, tls = self.certificate(docs)
+        token = "0123456789abcdef" * 4
+        node = self.make_node("tls", docs, DEMO, secrets={name: tls, "tandem-tokens": {"tokens": token + "\n"}})
+        pod = Pod(node, "tandem-0", node.name("tandem-0"), policy.pods(docs)[0][1])
+        pod.wait_ready()  # by plaintext probes
+        self.tell(pod)
+        self.check_confined(pod, 65532)
+
+        def ask(metadata):
+            trusted = grpc.ssl_channel_credentials(tls["ca.crt"].encode())
+            channel = grpc.secure_channel(f"{pod.ip}:50051", trusted, [("grpc.ssl_target_name_override", "tandem"),
+                                                                      ("grpc.use_local_subchannel_pool", 1)])
+            return generate(pod.ip, "Once upon a time", max_tokens=4, channel=channel, metadata=metadata)
+        result, error = ask([("authorization", "Bearer " + token)])
+        self.assertIsNone(error, pod.logs())
+        self.assertEqual(len(result.ids), 4)
+        self.assertEqual(ask([("authorization", "Bearer " + token[::-1])])[1].code(), grpc.StatusCode.UNAUTHENTICATED)
+        self.assertEqual(ask(None)[1].code(), grpc.StatusCode.UNAUTHENTICATED)
+        self.assertEqual(generate(pod.ip, "x", max_tokens=1)[1].code(), grpc.StatusCode.UNAVAILABLE)  # without TLS
+        self.assertRegex(scrape(pod, docs), r"(?m)^tandem_ready 1$")
+        with self.assertRaises(urllib.error.HTTPError) as e:  # what else there is over HTTP would be in plaintext
+            urllib.request.urlopen(f"http://{pod.ip}:8000/v1/models", timeout=10 * SLOW)
+        self.assertEqual(e.exception.code, 403)
+
+
 @unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
 class Launcher(PodsTest):
     """A pod without a GPU, from an image that has no ranks' program, serves and launches ranks in two others."""
@@ -292,8 +350,10 @@ class Launcher(PodsTest):
 
     def test_mpijob(self):
         hosts = "".join(f"tandem-worker-{i}.tandem.default.svc slots=1\n" for i in range(2))
+        # What the operator adds to the launcher's environment.
         env = {"OMPI_MCA_orte_keep_fqdn_hostnames": "true", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
-               "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10"}  # what the operator sets
+               "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10", "OMPI_MCA_orte_set_default_slots": "1",
+               "K_MPI_JOB_ROLE": "launcher", "NVIDIA_VISIBLE_DEVICES": "", "NVIDIA_DRIVER_CAPABILITIES": ""}
         self.life("mpijob", "tandem-worker", "tandem.default.svc", False, env, {"/etc/mpi/hostfile": hosts})
 
 
