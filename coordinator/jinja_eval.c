@@ -331,14 +331,27 @@ static struct jj_value float_op(struct jj_render *r, enum jj_op op, double a, do
     return (struct jj_value){.type = JJ_FLOAT, .u.f = out};
 }
 
-static struct jj_value repeat(struct jj_render *r, struct jj_value what, int64_t times)
+/* By doubling: a character a million times is not a million steps. */
+static struct jj_value repeat_text(struct jj_render *r, struct jj_value what, int64_t times)
 {
     struct jj_buf b = {0};
-    if (what.type == JJ_STRING) {
-        for (int64_t i = 0; what.u.str.n && i < times; i++)
-            jj_put(&r->job, &b, what.u.str.s, what.u.str.n);
+    size_t n = what.u.str.n;
+    if (n == 0 || times <= 0)
         return jj_buf_value(&b);
-    }
+    if ((uint64_t)times > JINJA_MAX_MEMORY_BYTES / n)
+        jj_fail(&r->job, ST_RESOURCE_EXHAUSTED, "a text of %zu bytes %lld times: more than %u bytes of memory", n,
+                (long long)times, JINJA_MAX_MEMORY_BYTES);
+    size_t all = n * (size_t)times;
+    jj_put(&r->job, &b, what.u.str.s, n);
+    while (b.n < all)
+        jj_put(&r->job, &b, b.s, b.n < all - b.n ? b.n : all - b.n);
+    return jj_buf_value(&b);
+}
+
+static struct jj_value repeat(struct jj_render *r, struct jj_value what, int64_t times)
+{
+    if (what.type == JJ_STRING)
+        return repeat_text(r, what, times);
     size_t n = what.u.list->n;
     if (times < 0 || n == 0)
         times = 0;
