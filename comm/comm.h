@@ -70,8 +70,9 @@ void comm_abort(struct comm *c);
  *       comm_gpu_gather(g, &(struct comm_gpu_gather){...}, st);           all columns of all rows
  *     comm_gpu_finish(g, event, st);              waits for it, with a bound
  *
- * Two ways. PEER: kernels read the other ranks' memory over NVLink or PCIe, for ranks of one machine; after a handshake per
- * block every rank reads all parts and adds them in rank order, so all have the same bits. NCCL: its all-reduce and
+ * Three ways. PUSH and READ, for ranks of one machine: kernels reach the other ranks' memory over NVLink or PCIe, and every
+ * rank adds all parts in rank order, so all have the same bits, and the same with both. PUSH, up to COMM_GPU_PUSH_ROWS rows:
+ * each writes its part to all others. READ: after a handshake each reads the parts of the others. NCCL: its all-reduce and
  * all-gather, and a kernel of ours behind it; any placement of ranks. Which one a sum of so many rows takes is measured in
  * connect, rank 0 decides. No way uses NVLink multicast.
  *
@@ -83,8 +84,9 @@ struct comm_gpu;
 
 #define COMM_GPU_MAX_RANKS 8
 #define COMM_GPU_PARTS     3
+#define COMM_GPU_PUSH_ROWS 128
 
-enum comm_gpu_way { COMM_GPU_AUTO, COMM_GPU_PEER, COMM_GPU_NCCL };
+enum comm_gpu_way { COMM_GPU_AUTO, COMM_GPU_PUSH, COMM_GPU_READ, COMM_GPU_NCCL };
 
 struct comm_gpu_config {
     struct comm *comm;    /* outlives it; carries what connect exchanges */
@@ -95,9 +97,9 @@ struct comm_gpu_config {
     uint32_t cols_first;  /* this rank's columns of gathered rows; all ranks together have 0 .. cols_total - 1 */
     uint32_t cols_count;
     uint32_t cols_total;
-    enum comm_gpu_way
-        way;          /* AUTO: what is there, and by measurement; else FAILED_PRECONDITION where it cannot be had */
-    const char *nccl; /* the library, as dlopen takes it; NULL: libnccl.so.2 */
+    enum comm_gpu_way way; /* AUTO: what is there, by measurement; PUSH: READ beyond its rows; all but AUTO:
+                              FAILED_PRECONDITION where it cannot be had */
+    const char *nccl;      /* the library, as dlopen takes it; NULL: libnccl.so.2 */
 };
 
 /* Device memory that create and connect take, NCCL's own guessed. */
@@ -110,7 +112,7 @@ void comm_gpu_destroy(
 /* FAILED_PRECONDITION: two ranks on one device, no way between the devices. May take seconds (NCCL). */
 STATUS_MUST_CHECK enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st);
 bool comm_gpu_connected(const struct comm_gpu *g);
-/* "peer memory", "NCCL 2.28.9", "peer memory up to 1024 rows, then NCCL 2.28.9". Valid as long as g. */
+/* "peer memory, pushed up to 64 rows; peer memory, read up to 1024 rows; NCCL 2.28.9": what it takes. Valid as long as g. */
 const char *comm_gpu_text(const struct comm_gpu *g);
 
 void *comm_gpu_part(struct comm_gpu *g, uint32_t part); /* bf16 [max_rows][hidden] */

@@ -1,4 +1,4 @@
-/* comm_gpu.c - ranks on GPUs: memory, who can reach whom, which way a sum takes, waits with a bound. */
+/* comm_gpu.c - ranks on GPUs: memory, launches, waits with a bound. */
 #include <inttypes.h>
 #include <sched.h>
 #include <stdio.h>
@@ -9,39 +9,14 @@
 #include "comm/comm_gpu_internal.h"
 #include "comm/comm_internal.h"
 
-#define ALIGN_BYTES      256u
-#define NCCL_BYTES       (512ull << 20) /* what the library takes of a device when it connects; seen: up to 400 MiB */
-#define FIRST_SLEEP_NS   (100ull * 1000000)
-#define SLEEP_NS         50000
-#define TRIALS           20 /* of a sum, when ways are compared */
-#define PEER_ROWS_NEVER  0u
-#define PEER_ROWS_ALWAYS UINT32_MAX
+#define ALIGN_BYTES    256u
+#define NCCL_BYTES     (512ull << 20) /* what the library takes of a device when it connects; seen: up to 400 MiB */
+#define FIRST_SLEEP_NS (100ull * 1000000)
+#define SLEEP_NS       50000
 
 _Static_assert(COMM_GPU_RANKS == COMM_GPU_MAX_RANKS, "one number");
 
-struct layout {
-    uint64_t part[COMM_GPU_PARTS], share, bytes; /* offsets from the start of the shared memory */
-};
-
-struct comm_gpu {
-    struct comm_gpu_config cfg;
-    uint32_t rank, ranks;
-    bool connected, ended;
-    uint32_t peer_rows; /* sums of so many rows and less read peers' memory */
-    bool peer_gather;
-    char text[96];
-
-    void *memory; /* shared with peers */
-    struct layout layout;
-    void *peer[COMM_GPU_RANKS];   /* theirs, mapped here; our own at our place; NULL: not mapped */
-    uint32_t *state;              /* count[COMM_GPU_BLOCKS], broken */
-    struct comm_gpu_watch *watch; /* pinned; the address is the same on the device */
-    uint32_t first[COMM_GPU_RANKS], count[COMM_GPU_RANKS], cols_max;
-    struct comm_nccl *nccl;
-    float *staging; /* of gathers over NCCL: [ranks][gather_rows][cols_max] */
-};
-
-static enum status_code check(cudaError_t err, struct status *st, const char *what)
+enum status_code comm_gpu_check(cudaError_t err, struct status *st, const char *what)
 {
     if (err == cudaSuccess)
         return ST_OK;
@@ -59,19 +34,27 @@ static uint32_t cols_bound(const struct comm_gpu_config *c, uint32_t ranks)
     return even > c->cols_count ? even : c->cols_count;
 }
 
-static struct layout lay_out(const struct comm_gpu_config *c, uint32_t ranks)
+static void put(struct comm_gpu_layout *l, uint64_t *at, uint64_t bytes)
 {
-    struct layout l = {.bytes = (uint64_t)COMM_GPU_BLOCKS * COMM_GPU_RANKS * sizeof(uint32_t)};
-    for (uint32_t i = 0; i < COMM_GPU_PARTS; i++) {
-        l.part[i] = l.bytes;
-        l.bytes += ((uint64_t)c->max_rows * c->hidden * 2 + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
-    }
-    l.share = l.bytes;
-    l.bytes += (uint64_t)c->gather_rows * cols_bound(c, ranks) * sizeof(float);
+    *at = l->bytes;
+    l->bytes += (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+}
+
+static struct comm_gpu_layout lay_out(const struct comm_gpu_config *c, uint32_t ranks)
+{
+    struct comm_gpu_layout l = {.inbox_rows = c->max_rows < COMM_GPU_PUSH_ROWS ? c->max_rows : COMM_GPU_PUSH_ROWS};
+    if (c->hidden > COMM_GPU_PUSH_HIDDEN)
+        l.inbox_rows = 0;
+    uint64_t signals;
+    put(&l, &signals, (uint64_t)COMM_GPU_BLOCKS * COMM_GPU_RANKS * sizeof(uint32_t)); /* first, at 0 */
+    for (uint32_t i = 0; i < COMM_GPU_PARTS; i++)
+        put(&l, &l.part[i], (uint64_t)c->max_rows * c->hidden * 2);
+    put(&l, &l.inbox, (uint64_t)2 * ranks * l.inbox_rows * c->hidden * 4);
+    put(&l, &l.share, (uint64_t)c->gather_rows * cols_bound(c, ranks) * sizeof(float));
     return l;
 }
 
-static uint64_t staging_bytes(const struct comm_gpu_config *c, uint32_t ranks)
+uint64_t comm_gpu_staging_bytes(const struct comm_gpu_config *c, uint32_t ranks)
 {
     return (uint64_t)ranks * c->gather_rows * cols_bound(c, ranks) * sizeof(float);
 }
@@ -79,7 +62,7 @@ static uint64_t staging_bytes(const struct comm_gpu_config *c, uint32_t ranks)
 uint64_t comm_gpu_bytes(const struct comm_gpu_config *cfg)
 {
     uint32_t ranks = comm_size(cfg->comm);
-    return lay_out(cfg, ranks).bytes + staging_bytes(cfg, ranks) + NCCL_BYTES;
+    return lay_out(cfg, ranks).bytes + comm_gpu_staging_bytes(cfg, ranks) + NCCL_BYTES;
 }
 
 static enum status_code check_config(const struct comm_gpu_config *c, struct status *st)
@@ -108,14 +91,15 @@ enum status_code comm_gpu_create(struct comm_gpu **out, const struct comm_gpu_co
     g->rank = comm_rank(cfg->comm);
     g->ranks = comm_size(cfg->comm);
     g->layout = lay_out(cfg, g->ranks);
-    uint64_t state_bytes = (COMM_GPU_BLOCKS + 1) * sizeof *g->state;
-    if ((rc = check(cudaMalloc(&g->memory, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
-        (rc = check(cudaMemset(g->memory, 0, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
-        (rc = check(cudaMalloc((void **)&g->state, state_bytes), st, "counts of meetings")) != ST_OK ||
-        (rc = check(cudaMemset(g->state, 0, state_bytes), st, "counts of meetings")) != ST_OK ||
-        (rc = check(cudaHostAlloc((void **)&g->watch, sizeof *g->watch, cudaHostAllocMapped | cudaHostAllocPortable),
-                    st, "pinned memory")) != ST_OK ||
-        (rc = check(cudaDeviceSynchronize(), st, "memory that ranks share")) != ST_OK) {
+    uint64_t state_bytes = (COMM_GPU_BLOCKS + COMM_GPU_PUSH_ROWS + 1) * sizeof *g->state;
+    if ((rc = comm_gpu_check(cudaMalloc(&g->memory, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
+        (rc = comm_gpu_check(cudaMemset(g->memory, 0, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
+        (rc = comm_gpu_check(cudaMalloc((void **)&g->state, state_bytes), st, "counts of meetings")) != ST_OK ||
+        (rc = comm_gpu_check(cudaMemset(g->state, 0, state_bytes), st, "counts of meetings")) != ST_OK ||
+        (rc = comm_gpu_check(
+             cudaHostAlloc((void **)&g->watch, sizeof *g->watch, cudaHostAllocMapped | cudaHostAllocPortable), st,
+             "pinned memory")) != ST_OK ||
+        (rc = comm_gpu_check(cudaDeviceSynchronize(), st, "memory that ranks share")) != ST_OK) {
         comm_gpu_destroy(g);
         return rc;
     }
@@ -141,242 +125,6 @@ void comm_gpu_destroy(struct comm_gpu *g)
     free(g);
 }
 
-/* ---- connect ---- */
-
-/* What each rank tells the others. */
-struct card {
-    cudaIpcMemHandle_t handle;
-    uint8_t uuid[16];
-    uint64_t bytes;
-    uint32_t cols_first, cols_count;
-    uint32_t has_nccl, has_handle;
-};
-
-/* all[r] = one of rank r, bytes each. */
-static enum status_code exchange(struct comm_gpu *g, const void *one, void *all, size_t bytes, struct status *st)
-{
-    size_t each[COMM_GPU_RANKS];
-    for (uint32_t r = 0; r < g->ranks; r++)
-        each[r] = bytes;
-    return comm_all_gather(g->cfg.comm, one, all, each, st);
-}
-
-static enum status_code all_of_us(struct comm_gpu *g, bool mine, bool *all, struct status *st)
-{
-    uint8_t one = mine, each[COMM_GPU_RANKS];
-    enum status_code rc = exchange(g, &one, each, sizeof one, st);
-    if (rc != ST_OK)
-        return rc;
-    *all = true;
-    for (uint32_t r = 0; r < g->ranks; r++)
-        *all = *all && each[r];
-    return ST_OK;
-}
-
-static enum status_code check_cards(struct comm_gpu *g, const struct card *card, struct status *st)
-{
-    uint32_t at = 0;
-    for (uint32_t r = 0; r < g->ranks; r++) {
-        for (uint32_t q = 0; q < r; q++)
-            if (memcmp(card[r].uuid, card[q].uuid, sizeof card[r].uuid) == 0)
-                return status_set(st, ST_FAILED_PRECONDITION,
-                                  "ranks %u and %u share one GPU; give each rank a device of its own (--devices, --tp)",
-                                  q, r);
-        if (card[r].bytes != g->layout.bytes || card[r].cols_first != at)
-            return status_set(st, ST_FAILED_PRECONDITION,
-                              "rank %u shares %" PRIu64 " bytes and columns from %u, expected %" PRIu64
-                              " and %u: ranks must have the same options",
-                              r, card[r].bytes, card[r].cols_first, g->layout.bytes, at);
-        g->first[r] = at;
-        g->count[r] = card[r].cols_count;
-        at += card[r].cols_count;
-        g->cols_max = g->count[r] > g->cols_max ? g->count[r] : g->cols_max;
-    }
-    if (at != g->cfg.cols_total)
-        return status_set(st, ST_FAILED_PRECONDITION, "columns: the ranks have %u of %u", at, g->cfg.cols_total);
-    return ST_OK;
-}
-
-/* Whether all memory of all peers is mapped here; why is for people. */
-static bool map_peers(struct comm_gpu *g, const struct card *card, char *why, size_t why_bytes)
-{
-    if (comm_local_size(g->cfg.comm) != g->ranks) {
-        snprintf(why, why_bytes, "the ranks are on several machines");
-        return false;
-    }
-    for (uint32_t r = 0; r < g->ranks; r++) {
-        if (r == g->rank)
-            continue;
-        cudaError_t err = card[r].has_handle
-                              ? cudaIpcOpenMemHandle(&g->peer[r], card[r].handle, cudaIpcMemLazyEnablePeerAccess)
-                              : cudaErrorNotSupported;
-        if (err != cudaSuccess) {
-            cudaGetLastError();
-            g->peer[r] = NULL;
-            snprintf(why, why_bytes, "memory of rank %u cannot be mapped: %s", r, cudaGetErrorString(err));
-            return false;
-        }
-    }
-    return true;
-}
-
-static struct comm_gpu_meet meeting(const struct comm_gpu *g)
-{
-    struct comm_gpu_meet m = {
-        .rank = g->rank,
-        .ranks = g->ranks,
-        .count = g->state,
-        .broken = g->state + COMM_GPU_BLOCKS,
-        .watch = g->watch,
-        .timeout_ns = g->cfg.comm->timeout_ms * UINT64_C(1000000),
-    };
-    for (uint32_t r = 0; r < g->ranks; r++)
-        m.signal[r] = g->peer[r];
-    return m;
-}
-
-/* Milliseconds of `TRIALS` sums; every rank runs them. */
-static enum status_code time_sums(struct comm_gpu *g, uint32_t rows, bool peer, float *x, cudaStream_t stream,
-                                  cudaEvent_t event[2], float *ms, struct status *st)
-{
-    g->peer_rows = peer ? PEER_ROWS_ALWAYS : PEER_ROWS_NEVER;
-    enum status_code rc = ST_OK;
-    for (uint32_t i = 0; rc == ST_OK && i < TRIALS + 2; i++) {
-        if (i == 2)
-            rc = check(cudaEventRecord(event[0], stream), st, "cudaEventRecord");
-        if (rc == ST_OK)
-            rc = comm_gpu_sum(
-                g,
-                &(struct comm_gpu_sum){.part = i % COMM_GPU_PARTS, .rows = rows, .set = true, .x = x, .stream = stream},
-                st);
-    }
-    if (rc == ST_OK)
-        rc = check(cudaEventRecord(event[1], stream), st, "cudaEventRecord");
-    if (rc == ST_OK)
-        rc = comm_gpu_finish(g, event[1], st);
-    return rc == ST_OK ? check(cudaEventElapsedTime(ms, event[0], event[1]), st, "cudaEventElapsedTime") : rc;
-}
-
-/* The largest number of rows, by doubling, up to which peer memory is not slower. */
-static enum status_code compare_ways(struct comm_gpu *g, uint32_t *peer_rows, struct status *st)
-{
-    cudaStream_t stream = NULL;
-    cudaEvent_t event[2] = {NULL, NULL};
-    float *x = NULL, ms[2];
-    uint32_t best = PEER_ROWS_ALWAYS;
-    enum status_code rc;
-    if ((rc = check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
-        (rc = check(cudaEventCreate(&event[0]), st, "event")) != ST_OK ||
-        (rc = check(cudaEventCreate(&event[1]), st, "event")) != ST_OK ||
-        (rc = check(cudaMalloc((void **)&x, (uint64_t)g->cfg.max_rows * g->cfg.hidden * sizeof *x), st,
-                    "rows to compare ways with")) != ST_OK)
-        goto done;
-    for (uint32_t rows = 1;; rows = rows * 4 < g->cfg.max_rows ? rows * 4 : g->cfg.max_rows) {
-        for (int peer = 0; rc == ST_OK && peer < 2; peer++)
-            rc = time_sums(g, rows, peer, x, stream, event, &ms[peer], st);
-        if (rc != ST_OK)
-            goto done;
-        if (ms[1] > ms[0] && best == PEER_ROWS_ALWAYS)
-            best = rows / 4;
-        if (rows == g->cfg.max_rows)
-            break;
-    }
-    *peer_rows = best;
-    rc = comm_broadcast(g->cfg.comm, peer_rows, sizeof *peer_rows, 0, st); /* rank 0's reading counts */
-done:
-    cudaFree(x);
-    for (int i = 0; i < 2; i++)
-        if (event[i])
-            cudaEventDestroy(event[i]);
-    if (stream)
-        cudaStreamDestroy(stream);
-    return rc;
-}
-
-static void describe(struct comm_gpu *g)
-{
-    char nccl[32] = "";
-    if (g->nccl) {
-        uint32_t v = comm_nccl_version(g->nccl);
-        snprintf(nccl, sizeof nccl, "NCCL %u.%u.%u", v / 10000, v / 100 % 100, v % 100);
-    }
-    if (g->peer_rows == PEER_ROWS_ALWAYS)
-        snprintf(g->text, sizeof g->text, "peer memory");
-    else if (g->peer_rows == PEER_ROWS_NEVER)
-        snprintf(g->text, sizeof g->text, "%s", nccl);
-    else
-        snprintf(g->text, sizeof g->text, "peer memory up to %u rows, then %s", g->peer_rows, nccl);
-}
-
-/* Both ways that all ranks have; NCCL is connected only where it may be used. */
-static enum status_code choose_way(struct comm_gpu *g, bool peer, bool nccl, const char *no_peer, const char *no_nccl,
-                                   struct status *st)
-{
-    enum comm_gpu_way way = g->cfg.way;
-    if (way == COMM_GPU_PEER || !nccl) {
-        comm_nccl_close(g->nccl);
-        g->nccl = NULL;
-    }
-    if ((way == COMM_GPU_PEER && !peer) || (way == COMM_GPU_NCCL && !nccl) || (!peer && !nccl))
-        return status_set(st, ST_FAILED_PRECONDITION, "no way between the GPUs of the ranks: peer memory: %s; NCCL: %s",
-                          peer ? "not wanted" : no_peer, nccl ? "not wanted" : no_nccl);
-    g->peer_rows = peer ? PEER_ROWS_ALWAYS : PEER_ROWS_NEVER;
-    g->peer_gather = peer && way != COMM_GPU_NCCL;
-    if (!g->nccl)
-        return ST_OK;
-    enum status_code rc = comm_nccl_connect(g->nccl, g->cfg.comm, st);
-    if (rc == ST_OK && !g->peer_gather)
-        rc = check(cudaMalloc((void **)&g->staging, staging_bytes(&g->cfg, g->ranks)), st, "logits of all ranks");
-    if (rc != ST_OK || way == COMM_GPU_NCCL || !peer) {
-        g->peer_rows = PEER_ROWS_NEVER;
-        return rc;
-    }
-    uint32_t rows = 0;
-    rc = compare_ways(g, &rows, st);
-    g->peer_rows = rows;
-    return rc;
-}
-
-enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st)
-{
-    struct card card = {.bytes = g->layout.bytes, .cols_first = g->cfg.cols_first, .cols_count = g->cfg.cols_count};
-    struct card all[COMM_GPU_RANKS];
-    char no_peer[160] = "another rank cannot map it", no_nccl[160] = "another rank lacks it";
-    struct cudaDeviceProp p;
-    struct status why = STATUS_INIT;
-    enum status_code rc = check(cudaGetDeviceProperties(&p, g->cfg.device), st, "cudaGetDeviceProperties");
-    if (rc != ST_OK)
-        return rc;
-    memcpy(card.uuid, &p.uuid, sizeof card.uuid);
-    card.has_handle = cudaIpcGetMemHandle(&card.handle, g->memory) == cudaSuccess;
-    cudaGetLastError();
-    card.has_nccl = comm_nccl_open(&g->nccl, g->cfg.nccl, &why) == ST_OK;
-    if (!card.has_nccl)
-        snprintf(no_nccl, sizeof no_nccl, "%.*s", (int)sizeof no_nccl - 1, why.message);
-    if ((rc = exchange(g, &card, all, sizeof card, st)) != ST_OK || (rc = check_cards(g, all, st)) != ST_OK)
-        return rc;
-    bool nccl = true, peer = g->cfg.way != COMM_GPU_NCCL && map_peers(g, all, no_peer, sizeof no_peer);
-    for (uint32_t r = 0; r < g->ranks; r++)
-        nccl = nccl && all[r].has_nccl;
-    if ((rc = all_of_us(g, peer, &peer, st)) != ST_OK)
-        return rc;
-    if ((rc = choose_way(g, peer, nccl, no_peer, no_nccl, st)) != ST_OK)
-        return rc;
-    describe(g);
-    g->connected = true;
-    return ST_OK;
-}
-
-bool comm_gpu_connected(const struct comm_gpu *g)
-{
-    return g->connected;
-}
-
-const char *comm_gpu_text(const struct comm_gpu *g)
-{
-    return g->text;
-}
-
 /* ---- launches ---- */
 
 void *comm_gpu_part(struct comm_gpu *g, uint32_t part)
@@ -389,11 +137,44 @@ float *comm_gpu_share(struct comm_gpu *g)
     return (float *)(void *)((uint8_t *)g->memory + g->layout.share);
 }
 
+static struct comm_gpu_limit limit_of(const struct comm_gpu *g)
+{
+    return (struct comm_gpu_limit){
+        .broken = g->state + COMM_GPU_BLOCKS + COMM_GPU_PUSH_ROWS,
+        .watch = g->watch,
+        .timeout_ns = g->cfg.comm->timeout_ms * UINT64_C(1000000),
+    };
+}
+
+static struct comm_gpu_meet meeting(const struct comm_gpu *g)
+{
+    struct comm_gpu_meet m = {.limit = limit_of(g), .rank = g->rank, .ranks = g->ranks, .count = g->state};
+    for (uint32_t r = 0; r < g->ranks; r++)
+        m.signal[r] = g->peer[r];
+    return m;
+}
+
+static cudaError_t push(struct comm_gpu *g, const struct comm_gpu_rows *rows, const struct comm_gpu_sum *s)
+{
+    struct comm_gpu_push_job job = {
+        .limit = limit_of(g),
+        .rank = g->rank,
+        .ranks = g->ranks,
+        .inbox_rows = g->layout.inbox_rows,
+        .turn = g->state + COMM_GPU_BLOCKS,
+        .part = comm_gpu_part(g, s->part),
+        .rows = *rows,
+    };
+    for (uint32_t r = 0; r < g->ranks; r++)
+        job.inbox[r] = (uint8_t *)g->peer[r] + g->layout.inbox;
+    return comm_gpu_launch_push(s->stream, &job);
+}
+
 enum status_code comm_gpu_sum(struct comm_gpu *g, const struct comm_gpu_sum *s, struct status *st)
 {
     if (s->rows == 0)
         return ST_OK;
-    struct comm_gpu_sum_job job = {
+    const struct comm_gpu_rows rows = {
         .rows = s->rows,
         .hidden = g->cfg.hidden,
         .set = s->set,
@@ -403,12 +184,17 @@ enum status_code comm_gpu_sum(struct comm_gpu *g, const struct comm_gpu_sum *s, 
         .eps = s->eps,
         .h = s->h,
     };
-    if (s->rows <= g->peer_rows) {
+    struct comm_gpu_sum_job job = {.rows = rows};
+    switch ((enum comm_gpu_form)g->form[comm_gpu_bucket(s->rows)]) {
+    case COMM_GPU_FORM_PUSH:
+        return comm_gpu_check(push(g, &rows, s), st, "sum over ranks");
+    case COMM_GPU_FORM_READ:
         job.meet = meeting(g);
         job.parts = g->ranks;
         for (uint32_t r = 0; r < g->ranks; r++)
             job.part[r] = (const uint8_t *)g->peer[r] + g->layout.part[s->part];
-    } else {
+        break;
+    default:
         job.parts = 1;
         job.part[0] = comm_gpu_part(g, s->part);
         enum status_code rc =
@@ -416,7 +202,7 @@ enum status_code comm_gpu_sum(struct comm_gpu *g, const struct comm_gpu_sum *s, 
         if (rc != ST_OK)
             return rc;
     }
-    return check(comm_gpu_launch_sum(s->stream, &job), st, "sum over ranks");
+    return comm_gpu_check(comm_gpu_launch_sum(s->stream, &job), st, "sum over ranks");
 }
 
 enum status_code comm_gpu_gather(struct comm_gpu *g, const struct comm_gpu_gather *s, struct status *st)
@@ -437,7 +223,7 @@ enum status_code comm_gpu_gather(struct comm_gpu *g, const struct comm_gpu_gathe
         if (rc != ST_OK)
             return rc;
     }
-    return check(comm_gpu_launch_gather(s->stream, &job), st, "gather over ranks");
+    return comm_gpu_check(comm_gpu_launch_gather(s->stream, &job), st, "gather over ranks");
 }
 
 /* ---- waits ---- */
@@ -472,7 +258,7 @@ enum status_code comm_gpu_poll(struct comm_gpu *g, void *event, bool *done, stru
 {
     cudaError_t err = cudaEventQuery(event);
     if (err != cudaSuccess && err != cudaErrorNotReady)
-        return check(err, st, "step");
+        return comm_gpu_check(err, st, "step");
     *done = err == cudaSuccess;
     if (!*done && !atomic_load_explicit(&g->cfg.comm->aborted, memory_order_relaxed))
         return ST_OK;
@@ -486,13 +272,12 @@ enum status_code comm_gpu_poll(struct comm_gpu *g, void *event, bool *done, stru
 }
 
 /* The kernels were told to end; their memory is not ours to free before they have. */
-static enum status_code wait_for_end(struct comm_gpu *g, cudaEvent_t event)
+static void wait_for_end(struct comm_gpu *g, cudaEvent_t event)
 {
     uint64_t until = comm_now_ns() + COMM_GPU_ABORT_MS * UINT64_C(1000000);
     end_all(g);
     while (cudaEventQuery(event) == cudaErrorNotReady && comm_now_ns() < until)
         nanosleep(&(struct timespec){.tv_nsec = SLEEP_NS}, NULL);
-    return ST_OK;
 }
 
 enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status *st)
@@ -503,7 +288,7 @@ enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status 
         enum status_code rc = comm_gpu_poll(g, event, &done, st);
         if (rc != ST_OK) {
             if (rc == ST_ABORTED || rc == ST_DEADLINE_EXCEEDED)
-                (void)wait_for_end(g, event);
+                wait_for_end(g, event);
             return rc;
         }
         if (done)
@@ -511,7 +296,7 @@ enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status 
         uint64_t waited = comm_now_ns() - start;
         /* The kernels have the same bound from the time they began to wait on, and name the peer: they go first. */
         if (waited > limit + limit / 4) {
-            (void)wait_for_end(g, event);
+            wait_for_end(g, event);
             return status_set(st, ST_DEADLINE_EXCEEDED, "the GPU has not finished within %" PRIu64 " ms",
                               waited / 1000000);
         }

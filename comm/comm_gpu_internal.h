@@ -1,10 +1,11 @@
-/* comm_gpu_internal.h - the ranks on GPUs of comm.h, shared by comm_gpu.c (memory, set-up, launches, waits),
- * comm_gpu_nccl.c (the library) and comm_gpu_kernels.cu.
+/* comm_gpu_internal.h - the ranks on GPUs of comm.h, shared by comm_gpu.c (memory, launches, waits), comm_gpu_connect.c
+ * (who reaches whom, which way a sum takes), comm_gpu_nccl.c (the library) and the kernels.
  *
  * What peers read and write stands in one allocation of each rank, laid out alike on all:
  *
  *   signals [BLOCKS][MAX_RANKS] uint32   what each peer's block of this number has reached
  *   parts   [PARTS][max_rows][hidden] bf16
+ *   inbox   [2][ranks][inbox_rows][hidden / 4] lines of 16 bytes; comm_gpu_push.cu says when which half is written
  *   share   [gather_rows][cols_max] float, rows at this rank's own stride of cols_count
  */
 #ifndef TANDEM_COMM_GPU_INTERNAL_H
@@ -13,8 +14,9 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
-#define COMM_GPU_BLOCKS 264 /* of a launch: two of 1024 threads on each of Hopper's 132 SMs */
-#define COMM_GPU_RANKS  8   /* COMM_GPU_MAX_RANKS */
+#define COMM_GPU_BLOCKS      264   /* of a launch: two of 1024 threads on each of Hopper's 132 SMs */
+#define COMM_GPU_RANKS       8     /* COMM_GPU_MAX_RANKS */
+#define COMM_GPU_PUSH_HIDDEN 16384 /* of a row that is pushed, at most */
 
 #ifdef __cplusplus
 extern "C" {
@@ -27,26 +29,45 @@ struct comm_gpu_watch {
     uint32_t peer;  /* whom it waited for */
 };
 
-/* The handshake of a launch: block b of every rank meets block b of all others. ranks 0: there is none. */
-struct comm_gpu_meet {
-    uint32_t *signal[COMM_GPU_RANKS]; /* of each rank */
-    uint32_t rank, ranks;
-    uint32_t *count;  /* [COMM_GPU_BLOCKS], own: how often the block of this number has met */
+/* What bounds a wait. */
+struct comm_gpu_limit {
     uint32_t *broken; /* own: a kernel gave up, nobody waits any more */
     struct comm_gpu_watch *watch;
     uint64_t timeout_ns;
 };
 
-struct comm_gpu_sum_job {
-    struct comm_gpu_meet meet;
-    const void *part[COMM_GPU_RANKS]; /* bf16 [rows][hidden], added in this order */
-    uint32_t parts;
+/* The handshake of a launch: block b of every rank meets block b of all others. ranks 0: there is none. */
+struct comm_gpu_meet {
+    struct comm_gpu_limit limit;
+    uint32_t *signal[COMM_GPU_RANKS]; /* of each rank */
+    uint32_t rank, ranks;
+    uint32_t *count; /* [COMM_GPU_BLOCKS], own: how often the block of this number has met */
+};
+
+/* What becomes of the sum: x = or += sum + bias, h = norm(x) * weight. */
+struct comm_gpu_rows {
     uint32_t rows, hidden;
     int set;
     float *x;
     const float *bias, *weight;
     float eps;
     void *h;
+};
+
+struct comm_gpu_sum_job {
+    struct comm_gpu_meet meet;
+    const void *part[COMM_GPU_RANKS]; /* bf16 [rows][hidden], added in this order */
+    uint32_t parts;
+    struct comm_gpu_rows rows;
+};
+
+struct comm_gpu_push_job {
+    struct comm_gpu_limit limit;
+    void *inbox[COMM_GPU_RANKS]; /* of each rank */
+    uint32_t rank, ranks, inbox_rows;
+    uint32_t *turn;   /* [inbox_rows], own: how often the row of this number has been pushed */
+    const void *part; /* own, bf16 [rows][hidden] */
+    struct comm_gpu_rows rows;
 };
 
 struct comm_gpu_gather_job {
@@ -58,6 +79,7 @@ struct comm_gpu_gather_job {
 };
 
 cudaError_t comm_gpu_launch_sum(cudaStream_t stream, const struct comm_gpu_sum_job *job);
+cudaError_t comm_gpu_launch_push(cudaStream_t stream, const struct comm_gpu_push_job *job);
 cudaError_t comm_gpu_launch_gather(cudaStream_t stream, const struct comm_gpu_gather_job *job);
 
 #ifdef __cplusplus
@@ -66,6 +88,43 @@ cudaError_t comm_gpu_launch_gather(cudaStream_t stream, const struct comm_gpu_ga
 
 #ifndef __cplusplus
 #include "comm/comm.h"
+
+/* ---- the group ---- */
+
+/* How a sum is done, by its rows. Bucket b has 2^(b-1) + 1 .. 2^b of them. */
+enum comm_gpu_form { COMM_GPU_FORM_PUSH, COMM_GPU_FORM_READ, COMM_GPU_FORM_NCCL, COMM_GPU_FORMS };
+#define COMM_GPU_BUCKETS 33
+
+static inline uint32_t comm_gpu_bucket(uint32_t rows)
+{
+    return rows > 1 ? 32 - (uint32_t)__builtin_clz(rows - 1) : 0;
+}
+
+struct comm_gpu_layout {
+    uint64_t part[COMM_GPU_PARTS], inbox, share, bytes; /* offsets from the start of the shared memory */
+    uint32_t inbox_rows;
+};
+
+struct comm_gpu {
+    struct comm_gpu_config cfg;
+    uint32_t rank, ranks;
+    bool connected, ended;
+    uint8_t form[COMM_GPU_BUCKETS];
+    bool peer_gather;
+    char text[160];
+
+    void *memory; /* shared with peers */
+    struct comm_gpu_layout layout;
+    void *peer[COMM_GPU_RANKS];   /* theirs, mapped here; our own at our place; NULL: not mapped */
+    uint32_t *state;              /* count[COMM_GPU_BLOCKS], turn[COMM_GPU_PUSH_ROWS], broken */
+    struct comm_gpu_watch *watch; /* pinned; the address is the same on the device */
+    uint32_t first[COMM_GPU_RANKS], count[COMM_GPU_RANKS], cols_max;
+    struct comm_nccl *nccl;
+    float *staging; /* of gathers over NCCL: [ranks][gather_rows][cols_max] */
+};
+
+STATUS_MUST_CHECK enum status_code comm_gpu_check(cudaError_t err, struct status *st, const char *what);
+uint64_t comm_gpu_staging_bytes(const struct comm_gpu_config *c, uint32_t ranks);
 
 /* ---- NCCL, opened at run time (comm_gpu_nccl.c) ---- */
 

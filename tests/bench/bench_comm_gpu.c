@@ -1,10 +1,11 @@
-/* bench_comm_gpu.c - sum over the ranks' GPUs + residual + norm: peer memory against NCCL's all-reduce and a norm behind it.
+/* bench_comm_gpu.c - sum over the ranks' GPUs + residual + norm: pushed to peers, read from peers, NCCL's all-reduce with a norm
+ * behind it, and what is chosen of these.
  *
- *     mpirun -np 2 bench_comm_gpu [HIDDEN, default 4096]        77 where there are not enough GPUs
+ *     mpirun -np R bench_comm_gpu [HIDDEN, default 4096]        77 where there are not enough GPUs
  *
  * Per message size (rows of bf16): microseconds of one such operation within a graph of 60, median of 30 replays, the three
- * parts in turn as in a forward; the time per operation that the bytes alone would take at --rate GB/s (default 400: one
- * direction of NVLink 4 as it is measured by copies) is the limit.
+ * parts in turn as in a forward. Rows beyond COMM_GPU_PUSH_ROWS are read in the first column as well. The last column is to be
+ * held against one direction of NVLink 4, about 400 GB/s as it is measured by copies, times what a rank receives of it: R - 1.
  */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -17,6 +18,12 @@
 #define OPS      60
 #define REPLAYS  30
 #define ROWS_MAX 4096
+#define SIZES    13 /* 1, 2, 4 .. ROWS_MAX rows */
+#define WAYS     4
+
+static const enum comm_gpu_way order[WAYS] = {COMM_GPU_PUSH, COMM_GPU_READ, COMM_GPU_NCCL, COMM_GPU_AUTO};
+static const char *const names[WAYS] = {
+    [COMM_GPU_AUTO] = "auto", [COMM_GPU_PUSH] = "push", [COMM_GPU_READ] = "read", [COMM_GPU_NCCL] = "nccl"};
 
 static void must(bool ok, const char *what, const char *why)
 {
@@ -82,71 +89,91 @@ static double time_rows(struct bench *b, uint32_t rows)
     return (double)ms[REPLAYS / 2] * 1e3 / OPS;
 }
 
+static bool open_bench(struct bench *b, struct comm *comm, int device, uint32_t hidden, enum comm_gpu_way way)
+{
+    struct status st = STATUS_INIT;
+    const struct comm_gpu_config cfg = {
+        .comm = comm,
+        .device = device,
+        .max_rows = ROWS_MAX,
+        .hidden = hidden,
+        .gather_rows = 1,
+        .cols_first = comm_rank(comm),
+        .cols_count = 1,
+        .cols_total = comm_size(comm),
+        .way = way,
+    };
+    must(comm_gpu_create(&b->g, &cfg, &st) == ST_OK, "create", st.message);
+    bool is_there = comm_gpu_connect(b->g, &st) == ST_OK;
+    if (comm_rank(comm) == 0)
+        printf("%s: %s\n", names[way], is_there ? comm_gpu_text(b->g) : st.message);
+    if (!is_there) {
+        comm_gpu_destroy(b->g);
+        return false;
+    }
+    cuda(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "stream");
+    cuda(cudaEventCreate(&b->begin), "event");
+    cuda(cudaEventCreate(&b->end), "event");
+    cuda(cudaMalloc((void **)&b->x, (size_t)ROWS_MAX * hidden * 4), "x");
+    cuda(cudaMalloc(&b->h, (size_t)ROWS_MAX * hidden * 2), "h");
+    cuda(cudaMalloc((void **)&b->weight, (size_t)hidden * 4), "weight");
+    cuda(cudaMemset(b->x, 0, (size_t)ROWS_MAX * hidden * 4), "x");
+    cuda(cudaMemset(b->weight, 0, (size_t)hidden * 4), "weight");
+    cuda(cudaDeviceSynchronize(), "memory");
+    return true;
+}
+
+static void close_bench(struct bench *b, struct comm *comm)
+{
+    struct status st = STATUS_INIT;
+    must(comm_barrier(comm, &st) == ST_OK, "barrier", st.message);
+    comm_gpu_destroy(b->g);
+    cudaFree(b->x);
+    cudaFree(b->h);
+    cudaFree(b->weight);
+    cudaEventDestroy(b->begin);
+    cudaEventDestroy(b->end);
+    cudaStreamDestroy(b->stream);
+}
+
+static void print(double us[][SIZES], uint32_t hidden)
+{
+    printf("%10s %8s %10s %10s %10s %10s %10s %10s\n", "bytes", "rows", "push us", "read us", "nccl us", "auto us",
+           "auto/nccl", "auto GB/s");
+    for (uint32_t i = 0; i < SIZES; i++) {
+        double bytes = 2.0 * hidden * (1u << i);
+        printf("%10.0f %8u", bytes, 1u << i);
+        for (size_t way = 0; way < WAYS; way++)
+            printf(" %10.2f", us[order[way]][i]);
+        printf(" %10.2f %10.1f\n", us[COMM_GPU_AUTO][i] / us[COMM_GPU_NCCL][i], bytes / us[COMM_GPU_AUTO][i] / 1e3);
+    }
+}
+
 int main(int argc, char **argv)
 {
-    static const char *const names[] = {"auto", "peer", "nccl"};
     struct status st = STATUS_INIT;
     struct comm *comm;
-    int count = 0, device = 0;
+    int count = 0;
     uint32_t hidden = argc > 1 ? (uint32_t)atoi(argv[1]) : 4096;
     if (!getenv("OMPI_COMM_WORLD_SIZE") || cudaGetDeviceCount(&count) != cudaSuccess || count < 2) {
         printf("needs mpirun and two GPUs or more: skipped\n");
         return SKIP;
     }
     must(comm_create(&comm, &(struct comm_config){.ops = &comm_ops_mpi}, &st) == ST_OK, "comm", st.message);
-    device = (int)comm_local_rank(comm);
+    must(comm_size(comm) > 1 && comm_local_size(comm) <= (uint32_t)count, "ranks", "as many as GPUs, two at least");
+    int device = (int)comm_local_rank(comm);
     cuda(cudaSetDevice(device), "device");
-    double us[3][16] = {{0}};
-    uint32_t n = 0, rank = comm_rank(comm);
-    for (int way = COMM_GPU_PEER; way >= 0; way = way == COMM_GPU_PEER   ? COMM_GPU_NCCL
-                                                  : way == COMM_GPU_NCCL ? 0
-                                                                         : -1) {
+    double us[WAYS][SIZES] = {{0}};
+    for (size_t i = 0; i < WAYS; i++) {
         struct bench b;
-        struct comm_gpu_config cfg = {.comm = comm,
-                                      .device = device,
-                                      .max_rows = ROWS_MAX,
-                                      .hidden = hidden,
-                                      .gather_rows = 1,
-                                      .cols_first = rank,
-                                      .cols_count = 1,
-                                      .cols_total = comm_size(comm),
-                                      .way = (enum comm_gpu_way)way};
-        must(comm_gpu_create(&b.g, &cfg, &st) == ST_OK, "create", st.message);
-        if (comm_gpu_connect(b.g, &st) != ST_OK) {
-            if (rank == 0)
-                printf("%s: %s\n", names[way], st.message);
-            comm_gpu_destroy(b.g);
+        if (!open_bench(&b, comm, device, hidden, order[i]))
             continue;
-        }
-        if (rank == 0)
-            printf("%s: %s\n", names[way], comm_gpu_text(b.g));
-        cuda(cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking), "stream");
-        cuda(cudaEventCreate(&b.begin), "event");
-        cuda(cudaEventCreate(&b.end), "event");
-        cuda(cudaMalloc((void **)&b.x, (size_t)ROWS_MAX * hidden * 4), "x");
-        cuda(cudaMalloc(&b.h, (size_t)ROWS_MAX * hidden * 2), "h");
-        cuda(cudaMalloc((void **)&b.weight, (size_t)hidden * 4), "weight");
-        cuda(cudaMemset(b.x, 0, (size_t)ROWS_MAX * hidden * 4), "x");
-        cuda(cudaMemset(b.weight, 0, (size_t)hidden * 4), "weight");
-        n = 0;
-        for (uint32_t rows = 1; rows <= ROWS_MAX; rows *= 2)
-            us[way][n++] = time_rows(&b, rows);
-        must(comm_barrier(comm, &st) == ST_OK, "barrier", st.message);
-        comm_gpu_destroy(b.g);
-        cudaFree(b.x);
-        cudaFree(b.h);
-        cudaFree(b.weight);
+        for (uint32_t size = 0; size < SIZES; size++)
+            us[order[i]][size] = time_rows(&b, 1u << size);
+        close_bench(&b, comm);
     }
-    if (rank == 0) {
-        printf("%10s %8s %10s %10s %10s %8s %12s\n", "bytes", "rows", "peer us", "nccl us", "auto us", "ratio",
-               "peer GB/s");
-        for (uint32_t i = 0; i < n; i++) {
-            double bytes = 2.0 * hidden * (1u << i);
-            printf("%10.0f %8u %10.2f %10.2f %10.2f %8.2f %12.1f\n", bytes, 1u << i, us[COMM_GPU_PEER][i],
-                   us[COMM_GPU_NCCL][i], us[0][i], us[COMM_GPU_PEER][i] / us[COMM_GPU_NCCL][i],
-                   bytes / us[COMM_GPU_PEER][i] / 1e3);
-        }
-    }
+    if (comm_rank(comm) == 0)
+        print(us, hidden);
     comm_destroy(comm);
     return 0;
 }

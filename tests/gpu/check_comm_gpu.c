@@ -1,10 +1,14 @@
 /* check_comm_gpu.c - sums and gathers of ranks on GPUs against plain loops on the host.
  *
- *     mpirun -np 2 check_comm_gpu             every way that the machine has; 77 where there are not enough GPUs
- *     mpirun -np 2 check_comm_gpu deadline    the last rank stays away: the others say so, in time
- *     mpirun -np 2 check_comm_gpu abort       the same, but comm_abort comes first
+ *     mpirun -np R check_comm_gpu [MODE [WAY]]          77 where there are not enough GPUs
  *
- * PEER: x to the bit (the sum is x + (p0 + p1 + ...) + bias in float32, nothing to contract). NCCL sums in bf16: a part of
+ * MODE: all        the default
+ *       quick      less of it, with a bound of a minute: under compute-sanitizer
+ *       deadline   the last rank stays away: the others say so, in time
+ *       abort      the same, but comm_abort comes first
+ * WAY:  push, read, nccl or auto; default: every one that the machine has, auto for deadline and abort
+ *
+ * PUSH and READ: x to the bit (the sum is x + (p0 + p1 + ...) + bias in float32, nothing to contract). NCCL sums in bf16: a part of
  * 2^-8. h: a bf16 rounding (2^-8) and the order of the sum of squares.
  */
 #include <cuda_runtime_api.h>
@@ -21,11 +25,15 @@
 #define SKIP       77
 #define ROWS_MAX   1024
 #define TIMEOUT_MS 2000
+#define QUICK_MS   60000
 #define SUMS       12
+#define SUMS_MAX   12 /* of a graph */
 #define STRESS     3000
+#define LATE_BYTES (64u << 20)
 
 static struct comm *comm;
 static uint32_t rank, ranks, failures;
+static bool quick;
 
 static void expect(bool ok, const char *what, double a, double b)
 {
@@ -220,55 +228,98 @@ static void check_gather(struct bench *b, uint32_t rows, uint32_t turn)
     expect(wrong == 0, "gathered values that are wrong, of rows", wrong, rows);
 }
 
-/* A graph of six sums, replayed without a pause: parts come from device memory, so nothing but the rule of three parts keeps a
- * rank from writing over what another still reads. All numbers are small integers: x is exact however it is summed. */
-static void stress(struct bench *b, uint32_t rows)
+static float small_at(uint32_t r, uint32_t s, uint32_t i)
 {
-    struct status st = STATUS_INIT;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    size_t bytes = (size_t)rows * b->hidden * 2;
-    void *source[6];
-    for (uint32_t s = 0; s < 6; s++) {
-        for (uint32_t i = 0; i < rows * b->hidden; i++) {
-            float f = (float)((int32_t)(hash(rank, s, i) % 3) - 1);
+    return (float)((int32_t)(hash(r, s, i) % 3) - 1);
+}
+
+/* Sums of stress, and what stands in front of each of them. */
+struct mix {
+    uint32_t n, rows[SUMS_MAX]; /* n: a multiple of the parts */
+    bool skewed;                /* ranks are late by turns, up to some 0.1 ms, and rows are gathered in between */
+    void *late;                 /* LATE_BYTES: filling it takes time */
+    void *source[SUMS_MAX];
+};
+
+static void fill_sources(struct bench *b, struct mix *m)
+{
+    for (uint32_t s = 0; s < m->n; s++) {
+        size_t count = (size_t)m->rows[s] * b->hidden;
+        for (uint32_t i = 0; i < count; i++) {
+            float f = small_at(rank, s, i);
             uint32_t bits;
             memcpy(&bits, &f, sizeof bits);
             b->words[i] = (uint16_t)(bits >> 16);
         }
-        source[s] = device(bytes);
-        cuda(cudaMemcpy(source[s], b->words, bytes, cudaMemcpyHostToDevice), "source");
+        m->source[s] = device(count * 2);
+        cuda(cudaMemcpy(m->source[s], b->words, count * 2, cudaMemcpyHostToDevice), "source");
     }
-    cuda(cudaMemset(b->x, 0, 2 * bytes), "x");
-    cuda(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (uint32_t s = 0; s < 6; s++) {
-        struct comm_gpu_sum sum = {.part = s % COMM_GPU_PARTS, .rows = rows, .x = b->x, .stream = b->stream};
-        cuda(cudaMemcpyAsync(comm_gpu_part(b->g, sum.part), source[s], bytes, cudaMemcpyDeviceToDevice, b->stream),
+}
+
+static void launch_mix(struct bench *b, const struct mix *m)
+{
+    struct status st = STATUS_INIT;
+    for (uint32_t s = 0; s < m->n; s++) {
+        struct comm_gpu_sum sum = {.part = s % COMM_GPU_PARTS, .rows = m->rows[s], .x = b->x, .stream = b->stream};
+        for (uint32_t i = 0; m->skewed && hash(rank, 99, s) % 2 && i < 4; i++)
+            cuda(cudaMemsetAsync(m->late, (int)i, LATE_BYTES, b->stream), "late");
+        cuda(cudaMemcpyAsync(comm_gpu_part(b->g, sum.part), m->source[s], (size_t)sum.rows * b->hidden * 2,
+                             cudaMemcpyDeviceToDevice, b->stream),
              "copy");
         must(comm_gpu_sum(b->g, &sum, &st) == ST_OK, "sum", st.message);
+        const struct comm_gpu_gather gather = {.rows = 2, .out = b->out, .stream = b->stream};
+        if (m->skewed && s == m->n / 2)
+            must(comm_gpu_gather(b->g, &gather, &st) == ST_OK, "gather", st.message);
     }
+}
+
+static void check_mix(struct bench *b, const struct mix *m, uint32_t replays)
+{
+    size_t count = (size_t)ROWS_MAX * b->hidden;
+    uint32_t wrong = 0;
+    cuda(cudaMemcpy(b->got, b->x, count * 4, cudaMemcpyDeviceToHost), "x");
+    memset(b->want, 0, count * 4);
+    for (uint32_t s = 0; s < m->n; s++)
+        for (uint32_t r = 0; r < ranks; r++)
+            for (uint32_t i = 0; i < m->rows[s] * b->hidden; i++)
+                b->want[i] += small_at(r, s, i) * (float)replays;
+    for (size_t i = 0; i < count; i++)
+        wrong += b->got[i] != b->want[i];
+    expect(wrong == 0,
+           m->skewed ? "sums of ranks out of step: wrong values, of sums"
+                     : "sums without a pause: wrong values, of sums",
+           wrong, m->n);
+}
+
+/* A graph of sums, replayed without a pause: parts come from device memory, so nothing but the rules of comm/ keeps a rank
+ * from writing over what another still reads. All numbers are small integers: x is exact however it is summed. */
+static void stress(struct bench *b, struct mix m)
+{
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    const uint32_t replays = (quick ? STRESS / 20 : STRESS) / m.n;
+    m.late = device(LATE_BYTES);
+    fill_sources(b, &m);
+    cuda(cudaMemset(b->x, 0, (size_t)ROWS_MAX * b->hidden * 4), "x");
+    cuda(cudaDeviceSynchronize(), "x");
+    cuda(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal), "capture");
+    launch_mix(b, &m);
     cuda(cudaStreamEndCapture(b->stream, &graph), "capture");
     cuda(cudaGraphInstantiate(&exec, graph, 0), "graph");
-    for (uint32_t i = 0; i < STRESS / 6; i++) {
+    for (uint32_t i = 0; i < replays; i++) {
+        if (m.skewed && i % ranks == rank && i % 3 == 0)
+            nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
         cuda(cudaGraphLaunch(exec, b->stream), "launch");
         if (i % 50 == 49)
             finish(b);
     }
     finish(b);
-    cuda(cudaMemcpy(b->got, b->x, 2 * bytes, cudaMemcpyDeviceToHost), "x");
-    uint32_t wrong = 0;
-    for (uint32_t i = 0; i < rows * b->hidden; i++) {
-        int32_t want = 0;
-        for (uint32_t r = 0; r < ranks; r++)
-            for (uint32_t s = 0; s < 6; s++)
-                want += (int32_t)(hash(r, s, i) % 3) - 1;
-        wrong += b->got[i] != (float)(want * (STRESS / 6));
-    }
-    expect(wrong == 0, "sums without a pause: wrong values, of rows", wrong, rows);
+    check_mix(b, &m, replays);
     cudaGraphExecDestroy(exec);
     cudaGraphDestroy(graph);
-    for (uint32_t s = 0; s < 6; s++)
-        cudaFree(source[s]);
+    cudaFree(m.late);
+    for (uint32_t s = 0; s < m.n; s++)
+        cudaFree(m.source[s]);
 }
 
 static bool open_group(struct bench *b, enum comm_gpu_way way, uint32_t hidden, uint32_t cols, uint32_t unit)
@@ -308,7 +359,7 @@ static bool open_group(struct bench *b, enum comm_gpu_way way, uint32_t hidden, 
     b->want = calloc(most, sizeof *b->want);
     b->got = calloc(most, sizeof *b->got);
     b->words = calloc(most, sizeof *b->words);
-    b->exact = strncmp(comm_gpu_text(b->g), "NCCL", 4) != 0 && strchr(comm_gpu_text(b->g), ',') == NULL;
+    b->exact = strstr(comm_gpu_text(b->g), "NCCL") == NULL;
     return true;
 }
 
@@ -329,27 +380,37 @@ static void close_group(struct bench *b)
     cudaStreamDestroy(b->stream);
 }
 
+static void check_shape(struct bench *b, const uint32_t *rows, size_t n, bool large)
+{
+    for (size_t r = 0; r < n; r++) {
+        if (b->hidden <= 4096 || rows[r] < 300)
+            check_sums(b, rows[r]);
+        check_gather(b, rows[r] < 64 ? rows[r] : 64, 2000 + (uint32_t)r);
+    }
+    stress(b, (struct mix){.n = 3, .rows = {1, 1, 1}});
+    stress(b, (struct mix){.n = 6, .rows = {16, 16, 16, 16, 16, 16}});
+    stress(b, (struct mix){.n = 6, .rows = {1, 1, 1, 1, 1, 1}, .skewed = true});
+    if (large)
+        stress(b, (struct mix){.n = 12, .rows = {1, 3, 16, 2, 300, 64, 1, 130, 5, 128, 300, 1}, .skewed = true});
+}
+
 static void check_way(enum comm_gpu_way way)
 {
     static const struct {
         uint32_t hidden, cols, unit;
     } shape[] = {{4096, 128256, 8}, {320, 4096, 8}, {8192, 32000, 8}, {12, 1001, 1}, {288, 32000, 3}};
-    static const uint32_t rows[] = {1, 3, 64, 265, ROWS_MAX};
+    static const uint32_t rows[] = {1, 3, 64, 128, 265, ROWS_MAX};
     for (size_t s = 0; s < sizeof shape / sizeof *shape; s++) {
         struct bench b;
+        if (quick && shape[s].hidden > 320)
+            continue;
         if (!open_group(&b, way, shape[s].hidden, shape[s].cols, shape[s].unit))
             return;
         if (rank == 0) {
             printf("way %d, hidden %u, %u columns: %s\n", (int)way, shape[s].hidden, shape[s].cols, comm_gpu_text(b.g));
             fflush(stdout);
         }
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
-            if (shape[s].hidden <= 4096 || rows[r] < 300)
-                check_sums(&b, rows[r]);
-            check_gather(&b, rows[r] < 64 ? rows[r] : 64, 2000 + (uint32_t)r);
-        }
-        stress(&b, s == 0 ? 16 : 3);
-        stress(&b, 1);
+        check_shape(&b, rows, quick ? 4 : sizeof rows / sizeof *rows, s < 2 && !quick);
         close_group(&b);
     }
 }
@@ -363,12 +424,12 @@ static void *abort_soon(void *arg)
     return arg;
 }
 
-static void check_fault(bool aborted)
+static _Noreturn void check_fault(bool aborted, enum comm_gpu_way way)
 {
     struct bench b;
     struct status st = STATUS_INIT;
     pthread_t thread;
-    must(open_group(&b, COMM_GPU_AUTO, 4096, 128, 8), "group", "none");
+    must(open_group(&b, way, 4096, 128, 8), "group", "none");
     if (rank == ranks - 1) {
         nanosleep(&(struct timespec){.tv_sec = 2 * TIMEOUT_MS / 1000 + 2}, NULL);
         exit(0);
@@ -393,26 +454,47 @@ static void check_fault(bool aborted)
     _exit(failures != 0);
 }
 
+/* The ways that name says, by bits; 0: no such name. */
+static uint32_t ways_named(const char *name)
+{
+    static const char *const names[] = {
+        [COMM_GPU_AUTO] = "auto", [COMM_GPU_PUSH] = "push", [COMM_GPU_READ] = "read", [COMM_GPU_NCCL] = "nccl"};
+    if (!name)
+        return 15;
+    for (uint32_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(name, names[i]))
+            return 1u << i;
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     struct status st = STATUS_INIT;
     int count = 0;
+    const char *mode = argc > 1 ? argv[1] : "all", *way = argc > 2 ? argv[2] : NULL;
+    uint32_t ways = ways_named(way);
     bool many = cudaGetDeviceCount(&count) == cudaSuccess && count > 1;
     if (!getenv("OMPI_COMM_WORLD_SIZE") || !many) {
         printf("needs mpirun and two GPUs or more: skipped\n");
         return SKIP;
     }
-    must(comm_create(&comm, &(struct comm_config){.ops = &comm_ops_mpi, .timeout_ms = TIMEOUT_MS}, &st) == ST_OK,
-         "comm", st.message);
+    bool aborted = !strcmp(mode, "abort"), fault = aborted || !strcmp(mode, "deadline");
+    quick = !strcmp(mode, "quick");
+    must(ways && (fault || quick || !strcmp(mode, "all")), "arguments",
+         "[all|quick|deadline|abort [push|read|nccl|auto]]");
+    const struct comm_config cfg = {.ops = &comm_ops_mpi, .timeout_ms = quick ? QUICK_MS : TIMEOUT_MS};
+    must(comm_create(&comm, &cfg, &st) == ST_OK, "comm", st.message);
     rank = comm_rank(comm);
     ranks = comm_size(comm);
     must(ranks > 1 && comm_local_size(comm) <= (uint32_t)count, "ranks", "as many as GPUs, two at least");
     cuda(cudaSetDevice((int)comm_local_rank(comm)), "device");
-    if (argc > 1 && (!strcmp(argv[1], "deadline") || !strcmp(argv[1], "abort")))
-        check_fault(!strcmp(argv[1], "abort"));
-    check_way(COMM_GPU_PEER);
-    check_way(COMM_GPU_NCCL);
-    check_way(COMM_GPU_AUTO);
+    for (enum comm_gpu_way w = COMM_GPU_AUTO; w <= COMM_GPU_NCCL; w++) {
+        if (!(ways >> w & 1))
+            continue;
+        if (fault)
+            check_fault(aborted, w);
+        check_way(w);
+    }
     if (rank == 0 || failures)
         printf("rank %u: %s: %u failures\n", rank, failures ? "FAILED" : "ok", failures);
     comm_destroy(comm);
