@@ -71,7 +71,7 @@ void comm_abort(struct comm *c);
  *     comm_gpu_finish(g, event, st);              waits for it, with a bound
  *
  * Three ways. PUSH and READ, for ranks of one machine: kernels reach the other ranks' memory over NVLink or PCIe, and every
- * rank adds all parts in rank order, so all have the same bits, and the same with both. PUSH, up to COMM_GPU_PUSH_ROWS rows:
+ * rank adds all parts in rank order, so all have the same bits, whichever of them it is. PUSH, up to COMM_GPU_PUSH_ROWS rows:
  * each writes its part to all others. READ: after a handshake each reads the parts of the others. NCCL: its all-reduce and
  * all-gather, and a kernel of ours behind it; any placement of ranks. Which one a sum of so many rows takes is measured in
  * connect, rank 0 decides. No way uses NVLink multicast.
@@ -86,7 +86,7 @@ struct comm_gpu;
 #define COMM_GPU_PARTS     3
 #define COMM_GPU_PUSH_ROWS 128
 
-enum comm_gpu_way { COMM_GPU_AUTO, COMM_GPU_PUSH, COMM_GPU_READ, COMM_GPU_NCCL };
+enum comm_gpu_way { COMM_GPU_AUTO, COMM_GPU_PEER, COMM_GPU_PUSH, COMM_GPU_READ, COMM_GPU_NCCL };
 
 struct comm_gpu_config {
     struct comm *comm;    /* outlives it; carries what connect exchanges */
@@ -97,9 +97,10 @@ struct comm_gpu_config {
     uint32_t cols_first;  /* this rank's columns of gathered rows; all ranks together have 0 .. cols_total - 1 */
     uint32_t cols_count;
     uint32_t cols_total;
-    enum comm_gpu_way way; /* AUTO: what is there, by measurement; PUSH: READ beyond its rows; all but AUTO:
-                              FAILED_PRECONDITION where it cannot be had */
-    const char *nccl;      /* the library, as dlopen takes it; NULL: libnccl.so.2 */
+    enum comm_gpu_way
+        way;          /* AUTO: what is there, by measurement; PEER: PUSH or READ, by measurement; PUSH: READ beyond its
+                              rows. All but AUTO: FAILED_PRECONDITION where it cannot be had */
+    const char *nccl; /* the library, as dlopen takes it; NULL: libnccl.so.2 */
 };
 
 /* Device memory that create and connect take, NCCL's own guessed. */

@@ -92,7 +92,8 @@ static bool map_peers(struct comm_gpu *g, const struct card *card, char *why, si
 struct trial {
     cudaStream_t stream;
     cudaEvent_t event[2];
-    float *x;
+    float *x, *weight;
+    void *h;
 };
 
 static enum status_code launch_sums(struct comm_gpu *g, const struct trial *t, uint32_t rows, uint32_t n,
@@ -101,8 +102,13 @@ static enum status_code launch_sums(struct comm_gpu *g, const struct trial *t, u
     enum status_code rc = ST_OK;
     for (uint32_t i = 0; rc == ST_OK && i < n; i++)
         rc = comm_gpu_sum(g,
-                          &(struct comm_gpu_sum){
-                              .part = i % COMM_GPU_PARTS, .rows = rows, .set = true, .x = t->x, .stream = t->stream},
+                          &(struct comm_gpu_sum){.part = i % COMM_GPU_PARTS,
+                                                 .rows = rows,
+                                                 .x = t->x,
+                                                 .weight = t->weight,
+                                                 .eps = 1,
+                                                 .h = t->h,
+                                                 .stream = t->stream},
                           st);
     return rc;
 }
@@ -184,15 +190,27 @@ static enum status_code compare_forms(struct comm_gpu *g, const struct trial *t,
     return rc;
 }
 
+/* Rows to add to and to norm, zeros all of them, as parts are at first. */
+static enum status_code open_trial(struct trial *t, const struct comm_gpu_config *c, struct status *st)
+{
+    uint64_t numbers = (uint64_t)c->max_rows * c->hidden, weights = c->hidden;
+    uint64_t bytes = (numbers + weights) * sizeof(float) + numbers * 2;
+    enum status_code rc;
+    if ((rc = comm_gpu_check(cudaStreamCreateWithFlags(&t->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
+        (rc = comm_gpu_check(cudaEventCreate(&t->event[0]), st, "event")) != ST_OK ||
+        (rc = comm_gpu_check(cudaEventCreate(&t->event[1]), st, "event")) != ST_OK ||
+        (rc = comm_gpu_check(cudaMalloc((void **)&t->x, bytes), st, "rows to compare ways with")) != ST_OK)
+        return rc;
+    t->weight = t->x + numbers;
+    t->h = t->weight + weights;
+    return comm_gpu_check(cudaMemsetAsync(t->x, 0, bytes, t->stream), st, "rows to compare ways with");
+}
+
 static enum status_code choose_forms(struct comm_gpu *g, struct status *st)
 {
     struct trial t = {0};
-    enum status_code rc;
-    if ((rc = comm_gpu_check(cudaStreamCreateWithFlags(&t.stream, cudaStreamNonBlocking), st, "stream")) == ST_OK &&
-        (rc = comm_gpu_check(cudaEventCreate(&t.event[0]), st, "event")) == ST_OK &&
-        (rc = comm_gpu_check(cudaEventCreate(&t.event[1]), st, "event")) == ST_OK &&
-        (rc = comm_gpu_check(cudaMalloc((void **)&t.x, (uint64_t)g->cfg.max_rows * g->cfg.hidden * sizeof *t.x), st,
-                             "rows to compare ways with")) == ST_OK)
+    enum status_code rc = open_trial(&t, &g->cfg, st);
+    if (rc == ST_OK)
         rc = compare_forms(g, &t, st);
     cudaFree(t.x);
     for (int i = 0; i < 2; i++)
@@ -230,7 +248,7 @@ static enum status_code choose_way(struct comm_gpu *g, bool peer, bool nccl, con
                                    struct status *st)
 {
     enum comm_gpu_way way = g->cfg.way;
-    bool only_peer = way == COMM_GPU_PUSH || way == COMM_GPU_READ;
+    bool only_peer = way != COMM_GPU_AUTO && way != COMM_GPU_NCCL;
     if (only_peer || !nccl) {
         comm_nccl_close(g->nccl);
         g->nccl = NULL;
@@ -247,7 +265,7 @@ static enum status_code choose_way(struct comm_gpu *g, bool peer, bool nccl, con
     if (rc == ST_OK && !g->peer_gather)
         rc = comm_gpu_check(cudaMalloc((void **)&g->staging, comm_gpu_staging_bytes(&g->cfg, g->ranks)), st,
                             "logits of all ranks");
-    return rc == ST_OK && way == COMM_GPU_AUTO && peer ? choose_forms(g, st) : rc;
+    return rc == ST_OK && (way == COMM_GPU_AUTO || way == COMM_GPU_PEER) && peer ? choose_forms(g, st) : rc;
 }
 
 enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st)

@@ -189,11 +189,11 @@ __global__ void __launch_bounds__(THREADS_MAX) push_kernel(const __grid_constant
         j.turn[row] = turn;
 }
 
+/* As many threads as where parts are read, each with the same quads: the sum of squares has the same bits there. */
 template <uint32_t QUADS> cudaError_t launch_quads(cudaStream_t stream, const struct comm_gpu_push_job *job)
 {
-    const uint32_t quads = job->rows.hidden / 4, threads = (quads + QUADS - 1) / QUADS;
     return launch(job->ranks == 2 ? push_kernel<2, QUADS> : push_kernel<COMM_GPU_RANKS, QUADS>, job->rows.rows,
-                  (threads + WARP - 1) / WARP * WARP, stream, *job);
+                  threads_for(job->rows.hidden), stream, *job);
 }
 } // namespace
 

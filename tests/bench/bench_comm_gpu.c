@@ -21,9 +21,10 @@
 #define SIZES    13 /* 1, 2, 4 .. ROWS_MAX rows */
 #define WAYS     4
 
-static const enum comm_gpu_way order[WAYS] = {COMM_GPU_PUSH, COMM_GPU_READ, COMM_GPU_NCCL, COMM_GPU_AUTO};
-static const char *const names[WAYS] = {
-    [COMM_GPU_AUTO] = "auto", [COMM_GPU_PUSH] = "push", [COMM_GPU_READ] = "read", [COMM_GPU_NCCL] = "nccl"};
+static const struct {
+    enum comm_gpu_way way;
+    const char *name;
+} ways[WAYS] = {{COMM_GPU_PUSH, "push"}, {COMM_GPU_READ, "read"}, {COMM_GPU_NCCL, "nccl"}, {COMM_GPU_AUTO, "auto"}};
 
 static void must(bool ok, const char *what, const char *why)
 {
@@ -89,7 +90,7 @@ static double time_rows(struct bench *b, uint32_t rows)
     return (double)ms[REPLAYS / 2] * 1e3 / OPS;
 }
 
-static bool open_bench(struct bench *b, struct comm *comm, int device, uint32_t hidden, enum comm_gpu_way way)
+static bool open_bench(struct bench *b, struct comm *comm, int device, uint32_t hidden, size_t way)
 {
     struct status st = STATUS_INIT;
     const struct comm_gpu_config cfg = {
@@ -101,12 +102,12 @@ static bool open_bench(struct bench *b, struct comm *comm, int device, uint32_t 
         .cols_first = comm_rank(comm),
         .cols_count = 1,
         .cols_total = comm_size(comm),
-        .way = way,
+        .way = ways[way].way,
     };
     must(comm_gpu_create(&b->g, &cfg, &st) == ST_OK, "create", st.message);
     bool is_there = comm_gpu_connect(b->g, &st) == ST_OK;
     if (comm_rank(comm) == 0)
-        printf("%s: %s\n", names[way], is_there ? comm_gpu_text(b->g) : st.message);
+        printf("%s: %s\n", ways[way].name, is_there ? comm_gpu_text(b->g) : st.message);
     if (!is_there) {
         comm_gpu_destroy(b->g);
         return false;
@@ -144,8 +145,8 @@ static void print(double us[][SIZES], uint32_t hidden)
         double bytes = 2.0 * hidden * (1u << i);
         printf("%10.0f %8u", bytes, 1u << i);
         for (size_t way = 0; way < WAYS; way++)
-            printf(" %10.2f", us[order[way]][i]);
-        printf(" %10.2f %10.1f\n", us[COMM_GPU_AUTO][i] / us[COMM_GPU_NCCL][i], bytes / us[COMM_GPU_AUTO][i] / 1e3);
+            printf(" %10.2f", us[way][i]);
+        printf(" %10.2f %10.1f\n", us[3][i] / us[2][i], bytes / us[3][i] / 1e3);
     }
 }
 
@@ -166,10 +167,10 @@ int main(int argc, char **argv)
     double us[WAYS][SIZES] = {{0}};
     for (size_t i = 0; i < WAYS; i++) {
         struct bench b;
-        if (!open_bench(&b, comm, device, hidden, order[i]))
+        if (!open_bench(&b, comm, device, hidden, i))
             continue;
         for (uint32_t size = 0; size < SIZES; size++)
-            us[order[i]][size] = time_rows(&b, 1u << size);
+            us[i][size] = time_rows(&b, 1u << size);
         close_bench(&b, comm);
     }
     if (comm_rank(comm) == 0)

@@ -6,7 +6,7 @@
  *       quick      less of it, with a bound of a minute: under compute-sanitizer
  *       deadline   the last rank stays away: the others say so, in time
  *       abort      the same, but comm_abort comes first
- * WAY:  push, read, nccl or auto; default: every one that the machine has, auto for deadline and abort
+ * WAY:  peer, push, read, nccl or auto; default: all but peer that the machine has, auto for deadline and abort
  *
  * PUSH and READ: x to the bit (the sum is x + (p0 + p1 + ...) + bias in float32, nothing to contract). NCCL sums in bf16: a part of
  * 2^-8. h: a bf16 rounding (2^-8) and the order of the sum of squares.
@@ -27,6 +27,7 @@
 #define TIMEOUT_MS 2000
 #define QUICK_MS   60000
 #define SUMS       12
+#define KEPT_MAX   512
 #define SUMS_MAX   12 /* of a graph */
 #define STRESS     3000
 #define LATE_BYTES (64u << 20)
@@ -34,6 +35,11 @@
 static struct comm *comm;
 static uint32_t rank, ranks, failures;
 static bool quick;
+
+static struct {
+    uint32_t n, at;
+    uint64_t bits[KEPT_MAX]; /* of h, in the order of the checks */
+} kept;
 
 static void expect(bool ok, const char *what, double a, double b)
 {
@@ -146,6 +152,19 @@ static void check_x(struct bench *b, uint32_t rows)
     expect(worst <= (b->exact ? 0 : 0.02 * SUMS), "x is off by", worst, rows);
 }
 
+/* The same whatever way of peer memory it was: the first one's are kept. */
+static void check_bits(const uint16_t *h, size_t n)
+{
+    uint64_t bits = 0xCBF29CE484222325u; /* FNV-1a */
+    for (size_t i = 0; i < n; i++)
+        bits = (bits ^ h[i]) * 0x100000001B3u;
+    must(kept.at < KEPT_MAX, "bits of h", "too many to keep");
+    if (kept.at == kept.n)
+        kept.bits[kept.n++] = bits;
+    expect(kept.bits[kept.at] == bits, "h has other bits than with another way: check number", kept.at, 0);
+    kept.at++;
+}
+
 static void check_h(struct bench *b, uint32_t rows, float eps, const float *weight)
 {
     cuda(cudaMemcpy(b->words, b->h, (size_t)rows * b->hidden * 2, cudaMemcpyDeviceToHost), "h");
@@ -163,6 +182,8 @@ static void check_h(struct bench *b, uint32_t rows, float eps, const float *weig
         }
     }
     expect(worst < 0x1.1p-8, "h is off by a share of", worst, rows);
+    if (b->exact)
+        check_bits(b->words, (size_t)rows * b->hidden);
 }
 
 /* SUMS sums after one another, each with other extras. */
@@ -398,8 +419,9 @@ static void check_way(enum comm_gpu_way way)
 {
     static const struct {
         uint32_t hidden, cols, unit;
-    } shape[] = {{4096, 128256, 8}, {320, 4096, 8}, {8192, 32000, 8}, {12, 1001, 1}, {288, 32000, 3}};
+    } shape[] = {{4096, 128256, 8}, {320, 4096, 8}, {5120, 32000, 8}, {12, 1001, 1}, {288, 32000, 3}};
     static const uint32_t rows[] = {1, 3, 64, 128, 265, ROWS_MAX};
+    kept.at = 0;
     for (size_t s = 0; s < sizeof shape / sizeof *shape; s++) {
         struct bench b;
         if (quick && shape[s].hidden > 320)
@@ -457,10 +479,13 @@ static _Noreturn void check_fault(bool aborted, enum comm_gpu_way way)
 /* The ways that name says, by bits; 0: no such name. */
 static uint32_t ways_named(const char *name)
 {
-    static const char *const names[] = {
-        [COMM_GPU_AUTO] = "auto", [COMM_GPU_PUSH] = "push", [COMM_GPU_READ] = "read", [COMM_GPU_NCCL] = "nccl"};
+    static const char *const names[] = {[COMM_GPU_AUTO] = "auto",
+                                        [COMM_GPU_PEER] = "peer",
+                                        [COMM_GPU_PUSH] = "push",
+                                        [COMM_GPU_READ] = "read",
+                                        [COMM_GPU_NCCL] = "nccl"};
     if (!name)
-        return 15;
+        return 31u & ~(1u << COMM_GPU_PEER);
     for (uint32_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!strcmp(name, names[i]))
             return 1u << i;
@@ -481,7 +506,7 @@ int main(int argc, char **argv)
     bool aborted = !strcmp(mode, "abort"), fault = aborted || !strcmp(mode, "deadline");
     quick = !strcmp(mode, "quick");
     must(ways && (fault || quick || !strcmp(mode, "all")), "arguments",
-         "[all|quick|deadline|abort [push|read|nccl|auto]]");
+         "[all|quick|deadline|abort [auto|peer|push|read|nccl]]");
     const struct comm_config cfg = {.ops = &comm_ops_mpi, .timeout_ms = quick ? QUICK_MS : TIMEOUT_MS};
     must(comm_create(&comm, &cfg, &st) == ST_OK, "comm", st.message);
     rank = comm_rank(comm);
