@@ -142,7 +142,7 @@ STATUS_MUST_CHECK enum status_code comm_nccl_sum(struct comm_nccl *n, void *x, u
 /* out[r][count] = in of rank r. */
 STATUS_MUST_CHECK enum status_code comm_nccl_gather(struct comm_nccl *n, const float *in, float *out, uint64_t count,
                                                     cudaStream_t stream, struct status *st);
-/* Ends what is under way; the group is of no use any more. */
+/* Has what is under way ended, soon; the group is of no use any more. */
 void comm_nccl_abort(struct comm_nccl *n);
 #endif
 

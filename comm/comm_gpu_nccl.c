@@ -1,6 +1,7 @@
 /* comm_gpu_nccl.c - NCCL, opened at run time: a machine without it (or a build without its header) has the other way only.
  * The only file that knows the library. */
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -86,6 +87,8 @@ enum status_code comm_nccl_connect(struct comm_nccl *n, struct comm *c, struct s
     /* On the machines of several tenants multicast objects of NVLink have put GPUs out of service; the sums that would
      * use them are ours anyway. */
     setenv("NCCL_NVLS_ENABLE", "0", 0);
+    /* Else the first call that takes an algorithm connects it, on the host, without a bound. */
+    setenv("NCCL_RUNTIME_CONNECT", "0", 0);
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
     struct status own = STATUS_INIT;
@@ -112,11 +115,31 @@ enum status_code comm_nccl_gather(struct comm_nccl *n, const float *in, float *o
     return check(n, n->all_gather(in, out, count, ncclFloat32, n->comm, stream), st, "ncclAllGather");
 }
 
+struct ending {
+    ncclResult_t (*abort)(ncclComm_t);
+    ncclComm_t comm;
+};
+
+static void *end(void *arg)
+{
+    struct ending *e = arg;
+    e->abort(e->comm);
+    free(e);
+    return NULL;
+}
+
+/* On a thread of its own: the library tells its kernels to end, then may wait for the other ranks, without a bound. */
 void comm_nccl_abort(struct comm_nccl *n)
 {
-    if (n->comm)
-        n->abort(n->comm);
+    struct ending *e = n->comm ? malloc(sizeof *e) : NULL;
+    pthread_t thread;
+    if (e)
+        *e = (struct ending){.abort = n->abort, .comm = n->comm};
     n->comm = NULL;
+    if (e && pthread_create(&thread, NULL, end, e) == 0)
+        pthread_detach(thread);
+    else
+        free(e); /* its kernels wait on; the process ends anyway */
 }
 
 #else
