@@ -91,6 +91,9 @@ cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const
 /* act[T][inner] = silu(gate) * up, with gate and up the halves of x W^T + bias, W [2 inner][K]; bias [2 inner] or NULL. */
 cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const void *w, const float *bias, uint32_t t,
                             uint32_t inner, uint32_t k);
+/* As the product of x with W [(H + 2 HK) D][K] and cuda_rope_kv on what comes of it; without norms of heads. */
+cudaError_t cuda_few_rope(cudaStream_t stream, const struct cuda_rope *r, const void *x, const void *w, uint32_t t,
+                          uint32_t k);
 
 /* ---- sampling (cuda_sample.cu) ---- */
 

@@ -97,6 +97,19 @@ static enum status_code send_batch(struct forward *f, struct cuda_flight *l, con
 
 /* ---- layers ---- */
 
+/* q, k and v of f->h: q rotated in f->qkv, K and V in the slots. */
+static enum status_code project(struct forward *f, const struct cuda_rope *rope, uint32_t layer, uint32_t rows,
+                                struct status *st)
+{
+    const struct layer_weights *w = &f->cfg.weights->layer[layer];
+    const struct cuda_product qkv = product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, rows);
+    if (cuda_gemm_is_few(f->gemm, &qkv) && !rope->q_norm && !rope->k_norm)
+        return cuda_check(cuda_few_rope(f->stream, rope, f->h, w->qkv.data, rows, w->qkv.cols), st,
+                          "q, k and v of few rows");
+    enum status_code rc = cuda_gemm_run(f->gemm, &qkv, st);
+    return rc == ST_OK ? cuda_check(cuda_rope_kv(f->stream, rope, rows), st, "rotation") : rc;
+}
+
 static enum status_code attention(struct forward *f, const struct attn_gpu_step *step, uint32_t layer,
                                   struct status *st)
 {
@@ -122,7 +135,7 @@ static enum status_code attention(struct forward *f, const struct attn_gpu_step 
     };
     if (s->heads.count == 0)
         return ST_OK;
-    enum status_code rc = cuda_check(cuda_rope_kv(f->stream, &rope, step->max_rows), st, "rotation");
+    enum status_code rc = project(f, &rope, layer, step->max_rows, st);
     if (rc != ST_OK)
         return rc;
     const struct attn_gpu_io io = {
@@ -192,15 +205,13 @@ static enum status_code layer(struct forward *f, const struct attn_gpu_step *ste
     const struct layer_weights *w = &f->cfg.weights->layer[l], *next = l + 1 < m->layers ? w + 1 : NULL;
     const float *last_bias = l ? w[-1].down_bias : NULL;
     uint32_t rows = step->max_rows;
-    const struct cuda_product qkv = product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, rows),
-                              o = adding(f, &w->o, f->att, PART_ATTENTION, rows),
+    const struct cuda_product o = adding(f, &w->o, f->att, PART_ATTENTION, rows),
                               down = adding(f, &w->down, f->act, PART_MLP, rows);
     enum status_code rc = ST_OK;
     if (!f->group)
         rc = cuda_check(cuda_norm(f->stream, f->h, f->x, last_bias, w->attn_norm, m->norm_eps, NULL, rows, m->hidden),
                         st, "norm");
-    if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &qkv, st)) != ST_OK || (rc = attention(f, step, l, st)) != ST_OK ||
-        (rc = run_adding(f, &o, st)) != ST_OK)
+    if (rc != ST_OK || (rc = attention(f, step, l, st)) != ST_OK || (rc = run_adding(f, &o, st)) != ST_OK)
         return rc;
     if (f->group)
         rc = add_parts(f, PART_ATTENTION, false, w->o_bias, w->mlp_norm, rows, st);
