@@ -69,16 +69,31 @@ static enum MHD_Result open_post(struct http *h, struct MHD_Connection *connecti
     return MHD_YES;
 }
 
+/* What *data is of a request that no exchange belongs to: it has no body, and its answer comes with the next call. The library
+ * closes a connection that was answered in the first, since a body may be on its way. */
+static char bodyless;
+
+static bool has_body(struct MHD_Connection *connection)
+{
+    const char *length = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Content-Length");
+    return MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Transfer-Encoding") ||
+           (length && strcmp(length, "0") != 0);
+}
+
 static enum MHD_Result on_access(void *ctx, struct MHD_Connection *connection, const char *url, const char *method,
                                  const char *version, const char *bytes, size_t *n, void **data)
 {
     struct http *h = ctx;
     struct status st = STATUS_INIT;
     (void)version;
-    if (*data)
+    if (*data && *data != &bodyless)
         return exchange_advance(*data, bytes, n);
     if (strcmp(method, MHD_HTTP_METHOD_POST) == 0)
         return open_post(h, connection, url, data);
+    if (!*data && !has_body(connection)) {
+        *data = &bodyless;
+        return MHD_YES;
+    }
     if (!is_open(url) && !is_admitted(h, connection)) {
         status_set(&st, ST_UNAUTHENTICATED, "authorization: expected Bearer and a token of this server");
         return http_refuse(connection, 0, NULL, &st, 0);
@@ -91,7 +106,7 @@ static void on_completed(void *ctx, struct MHD_Connection *connection, void **da
 {
     (void)ctx;
     (void)connection;
-    if (*data)
+    if (*data && *data != &bodyless)
         exchange_complete(*data, code == MHD_REQUEST_TERMINATED_COMPLETED_OK);
     *data = NULL;
 }

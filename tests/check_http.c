@@ -151,6 +151,10 @@ START_TEST(a_connection_serves_one_request_after_the_other)
         ck_assert_msg(http_read(fd, &a, WAIT_MS), "%d", i);
         check_code(&a, i == 2 ? 400 : 200, i == 2 ? "not valid JSON" : "\"text_completion\"");
         http_answer_free(&a);
+        http_send(fd, "GET", i == 4 ? "/nothing" : "/version", "", "");
+        ck_assert_msg(http_read(fd, &a, WAIT_MS), "page %d", i);
+        check_code(&a, i == 4 ? 404 : 200, NULL);
+        http_answer_free(&a);
     }
     close(fd);
     finish(&p, g);

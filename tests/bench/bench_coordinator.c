@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/bench/bench_number.h"
 #include "tests/coord_fake.h"
 #include "tests/coord_proc.h"
 
@@ -65,17 +66,6 @@ static void *reader_main(void *arg)
     return NULL;
 }
 
-static uint32_t number(const char *text)
-{
-    char *end = NULL;
-    unsigned long v = strtoul(text, &end, 10);
-    if (*end || v > 10000000) {
-        fprintf(stderr, "bench_coordinator: %s: expected a number\n", text);
-        exit(2);
-    }
-    return (uint32_t)v;
-}
-
 /* "listening public=unix:...,127.0.0.1:4711 control=..." */
 static void use_tcp(struct proc *p)
 {
@@ -91,25 +81,9 @@ static void use_tcp(struct proc *p)
 int main(int argc, char **argv)
 {
     uint32_t streams = 256, tokens = 400, step_us = 20000, ranks = 2, tcp = 0;
-    for (int i = 1; i < argc; i++) {
-        uint32_t *value = NULL;
-        if (strcmp(argv[i], "--streams") == 0)
-            value = &streams;
-        else if (strcmp(argv[i], "--tokens") == 0)
-            value = &tokens;
-        else if (strcmp(argv[i], "--step-us") == 0)
-            value = &step_us;
-        else if (strcmp(argv[i], "--ranks") == 0)
-            value = &ranks;
-        else if (strcmp(argv[i], "--tcp") == 0)
-            value = &tcp;
-        if (!value || i + 1 == argc) {
-            fprintf(stderr,
-                    "usage: bench_coordinator [--streams N] [--tokens N] [--step-us N] [--ranks N] [--tcp 0|1]\n");
-            return 2;
-        }
-        *value = number(argv[++i]);
-    }
+    const struct bench_number numbers[] = {{"--streams", &streams}, {"--tokens", &tokens}, {"--step-us", &step_us},
+                                           {"--ranks", &ranks},     {"--tcp", &tcp},       {0}};
+    bench_numbers("bench_coordinator", numbers, argc, argv);
     if (ranks < 1 || ranks > FAKE_MAX_RANKS || streams < READERS) {
         fprintf(stderr, "bench_coordinator: --ranks 1 to %d, --streams at least %d\n", FAKE_MAX_RANKS, READERS);
         return 2;
