@@ -65,9 +65,9 @@ def run(config_dir, trace, args):
     start = time.monotonic()
     with model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=batching,
                                                    workload_hints=hints, block=True, timeout=30) as manager:
-        def burst(which):
+        def burst(which, longest):
             for i in which:
-                manager.add_request(prompts[i], max_new_tokens=lengths[i][1], eos_token_id=-1)
+                manager.add_request(prompts[i], max_new_tokens=min(longest, lengths[i][1]), eos_token_id=-1)
             done = tokens = 0
             begin = time.monotonic()
             while done < len(which) and time.monotonic() - begin < args.limit:
@@ -82,9 +82,9 @@ def run(config_dir, trace, args):
                     tokens += len(result.generated_tokens)
             return done, tokens, time.monotonic() - begin
 
-        burst(range(min(64, len(prompts))))
+        burst(range(min(64, len(prompts))), 16)
         print(f"warm after {time.monotonic() - start:.1f} s", flush=True)
-        done, tokens, seconds = burst(range(len(prompts)))
+        done, tokens, seconds = burst(range(len(prompts)), longest_out)
     whole = "" if done == len(prompts) else f" ({done} of {len(prompts)} ended within the limit)"
     print(f"{tokens} output tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s{whole}", flush=True)
 
