@@ -99,23 +99,6 @@ struct options {
     double slo_ttft_ms, slo_tbt_ms, slo_stall_ms;
 };
 
-static int number(const struct options *o, uint64_t lo, uint64_t hi, uint32_t *out)
-{
-    uint64_t v;
-    if (!cmd_parse_u64(o->args.text, lo, hi, &v))
-        return cmd_error(CMD_USAGE, o->args.where, "%s: expected a number from %llu to %llu", o->args.text,
-                         (unsigned long long)lo, (unsigned long long)hi);
-    *out = (uint32_t)v;
-    return CMD_OK;
-}
-
-static int real(const struct options *o, double lo, double hi, double *out)
-{
-    if (!cmd_parse_double(o->args.text, lo, hi, out))
-        return cmd_error(CMD_USAGE, o->args.where, "%s: expected a number from %g to %g", o->args.text, lo, hi);
-    return CMD_OK;
-}
-
 static int lengths(const struct options *o, const char *option, struct bench_lengths *out)
 {
     struct status st = STATUS_INIT;
@@ -138,18 +121,18 @@ static int take_load(struct options *o, int opt)
     uint64_t seed;
     switch (opt) {
     case OPT_REQUESTS:
-        return number(o, 1, MAX_REQUESTS, &o->load.requests);
+        return cmd_take_u32(&o->args, 1, MAX_REQUESTS, &o->load.requests);
     case OPT_RATE:
         rc = mode(o, BENCH_RATE);
-        return rc ? rc : real(o, 1e-3, 1e6, &o->load.rate);
+        return rc ? rc : cmd_take_double(&o->args, 1e-3, 1e6, &o->load.rate);
     case OPT_CONCURRENCY:
         rc = mode(o, BENCH_CONCURRENCY);
-        return rc ? rc : number(o, 1, 65536, &o->load.concurrency);
+        return rc ? rc : cmd_take_u32(&o->args, 1, 65536, &o->load.concurrency);
     case OPT_TRACE:
         o->trace_path = o->args.text;
         return mode(o, BENCH_TRACE);
     case OPT_SPEED:
-        return real(o, 1e-3, 1e6, &o->load.speed);
+        return cmd_take_double(&o->args, 1e-3, 1e6, &o->load.speed);
     case OPT_INPUT:
         return lengths(o, "--input-tokens", &o->load.prompt);
     case OPT_OUTPUT:
@@ -168,22 +151,22 @@ static int take_option(struct options *o, int opt)
 {
     switch (opt) {
     case OPT_SHARED:
-        return number(o, 0, TRACE_MAX_TOKENS, &o->server.shared_prefix);
+        return cmd_take_u32(&o->args, 0, TRACE_MAX_TOKENS, &o->server.shared_prefix);
     case OPT_WARM_UP:
-        return number(o, 0, MAX_REQUESTS, &o->warm_up);
+        return cmd_take_u32(&o->args, 0, MAX_REQUESTS, &o->warm_up);
     case OPT_TEMPERATURE:
-        return real(o, 0, 100, &o->server.temperature);
+        return cmd_take_double(&o->args, 0, 100, &o->server.temperature);
     case OPT_EOS:
         o->server.stop_at_eos = true;
         return CMD_OK;
     case OPT_TIMEOUT:
-        return real(o, 0.001, 1e6, &o->server.timeout_s);
+        return cmd_take_double(&o->args, 0.001, 1e6, &o->server.timeout_s);
     case OPT_SLO_TTFT:
-        return real(o, 0.001, 1e9, &o->slo_ttft_ms);
+        return cmd_take_double(&o->args, 0.001, 1e9, &o->slo_ttft_ms);
     case OPT_SLO_TBT:
-        return real(o, 0.001, 1e9, &o->slo_tbt_ms);
+        return cmd_take_double(&o->args, 0.001, 1e9, &o->slo_tbt_ms);
     case OPT_SLO_STALL:
-        return real(o, 0.001, 1e9, &o->slo_stall_ms);
+        return cmd_take_double(&o->args, 0.001, 1e9, &o->slo_stall_ms);
     case OPT_JSON:
         o->json = o->args.text;
         return CMD_OK;

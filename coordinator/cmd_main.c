@@ -127,6 +127,22 @@ bool cmd_parse_double(const char *text, double lo, double hi, double *out)
     return true;
 }
 
+int cmd_take_u32(const struct cli_args *a, uint32_t lo, uint32_t hi, uint32_t *out)
+{
+    uint64_t v;
+    if (!cmd_parse_u64(a->text, lo, hi, &v))
+        return cmd_error(CMD_USAGE, a->where, "%s: expected a number from %u to %u", a->text, lo, hi);
+    *out = (uint32_t)v;
+    return CMD_OK;
+}
+
+int cmd_take_double(const struct cli_args *a, double lo, double hi, double *out)
+{
+    if (!cmd_parse_double(a->text, lo, hi, out))
+        return cmd_error(CMD_USAGE, a->where, "%s: expected a number from %g to %g", a->text, lo, hi);
+    return CMD_OK;
+}
+
 bool cmd_connect_option(struct tandem_client_options *o, int opt, const char *text)
 {
     switch (opt) {

@@ -134,27 +134,10 @@ struct options {
     double slo_ttft_ms, slo_tbt_ms, slo_stall_ms;
 };
 
-static int number(const struct options *o, uint64_t lo, uint64_t hi, uint32_t *out)
-{
-    uint64_t v;
-    if (!cmd_parse_u64(o->args.text, lo, hi, &v))
-        return cmd_error(CMD_USAGE, o->args.where, "%s: expected a number from %llu to %llu", o->args.text,
-                         (unsigned long long)lo, (unsigned long long)hi);
-    *out = (uint32_t)v;
-    return CMD_OK;
-}
-
-static int real(const struct options *o, double lo, double hi, double *out)
-{
-    if (!cmd_parse_double(o->args.text, lo, hi, out))
-        return cmd_error(CMD_USAGE, o->args.where, "%s: expected a number from %g to %g", o->args.text, lo, hi);
-    return CMD_OK;
-}
-
 static int target(const struct options *o, int64_t *out_us)
 {
     double ms;
-    int rc = real(o, 0, 1e7, &ms);
+    int rc = cmd_take_double(&o->args, 0, 1e7, &ms);
     if (!rc)
         *out_us = llround(ms * 1e3);
     return rc;
@@ -217,28 +200,28 @@ static int take_cluster(struct options *o, int opt)
         o->cost_path = o->args.text;
         return CMD_OK;
     case OPT_GROUPS:
-        return number(o, 1, SIMULATE_MAX_GROUPS, &o->cfg.groups);
+        return cmd_take_u32(&o->args, 1, SIMULATE_MAX_GROUPS, &o->cfg.groups);
     case OPT_POLICY:
         return take_policy(o);
     case OPT_STEP_TOKENS:
-        return number(o, 1, 65536, &o->cfg.step_tokens);
+        return cmd_take_u32(&o->args, 1, 65536, &o->cfg.step_tokens);
     case OPT_SLOTS:
-        return number(o, 1, 65536, &o->cfg.slots);
+        return cmd_take_u32(&o->args, 1, 65536, &o->cfg.slots);
     case OPT_TBT_TARGET:
         return target(o, &o->cfg.tbt_target_us);
     case OPT_TTFT_TARGET:
         return target(o, &o->cfg.ttft_target_us);
     case OPT_AGE:
-        return number(o, 0, 1000000, &o->cfg.age_us_per_token);
+        return cmd_take_u32(&o->args, 0, 1000000, &o->cfg.age_us_per_token);
     case OPT_REFUSE:
         o->cfg.refuse_late = true;
         return CMD_OK;
     case OPT_QUEUED:
-        return number(o, 1, UINT32_MAX, &o->cfg.max_queued);
+        return cmd_take_u32(&o->args, 1, UINT32_MAX, &o->cfg.max_queued);
     case OPT_QUEUED_TOKENS:
         return whole(o, 1, &o->cfg.max_queued_tokens);
     case OPT_QUEUED_TENANT:
-        return number(o, 0, UINT32_MAX, &o->cfg.max_queued_tenant);
+        return cmd_take_u32(&o->args, 0, UINT32_MAX, &o->cfg.max_queued_tenant);
     default:
         return -1;
     }
@@ -251,27 +234,27 @@ static int take_option(struct options *o, int opt)
         o->trace_path = o->args.text;
         return CMD_OK;
     case OPT_SPEED:
-        return real(o, 1e-3, 1e6, &o->load.speed);
+        return cmd_take_double(&o->args, 1e-3, 1e6, &o->load.speed);
     case OPT_RATE:
-        return real(o, 1e-3, 1e6, &o->load.rate);
+        return cmd_take_double(&o->args, 1e-3, 1e6, &o->load.rate);
     case OPT_REQUESTS:
-        return number(o, 1, 1u << 28, &o->load.requests);
+        return cmd_take_u32(&o->args, 1, 1u << 28, &o->load.requests);
     case OPT_INPUT:
         return lengths(o, "--input-tokens", &o->load.prompt);
     case OPT_OUTPUT:
         return lengths(o, "--output-tokens", &o->load.output);
     case OPT_SHARED:
-        return number(o, 0, TRACE_MAX_TOKENS, &o->cfg.shared_prefix);
+        return cmd_take_u32(&o->args, 0, TRACE_MAX_TOKENS, &o->cfg.shared_prefix);
     case OPT_TENANTS:
         return take_tenants(o);
     case OPT_SEED:
         return whole(o, 0, &o->load.seed);
     case OPT_SLO_TTFT:
-        return real(o, 0.001, 1e9, &o->slo_ttft_ms);
+        return cmd_take_double(&o->args, 0.001, 1e9, &o->slo_ttft_ms);
     case OPT_SLO_TBT:
-        return real(o, 0.001, 1e9, &o->slo_tbt_ms);
+        return cmd_take_double(&o->args, 0.001, 1e9, &o->slo_tbt_ms);
     case OPT_SLO_STALL:
-        return real(o, 0.001, 1e9, &o->slo_stall_ms);
+        return cmd_take_double(&o->args, 0.001, 1e9, &o->slo_stall_ms);
     case OPT_JSON:
         o->json = o->args.text;
         return CMD_OK;
