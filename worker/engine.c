@@ -88,11 +88,13 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
         return status_set(
             st, ST_RESOURCE_EXHAUSTED,
             "%s: %.2f of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
-            "%u samples %llu, KV cache %llu: together %llu MiB",
+            "%u samples %llu, KV cache %llu: together %llu MiB, %llu too many. Less is needed with more ranks, fewer "
+            "rows a "
+            "step or a smaller KV cache",
             e->parts->text, fraction, (unsigned long long)(m.total_bytes >> 20), (unsigned long long)(budget >> 20),
             (unsigned long long)(used >> 20), (unsigned long long)(weight_bytes >> 20), forward->max_rows,
             forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(cfg->kv_bytes >> 20),
-            (unsigned long long)(need >> 20));
+            (unsigned long long)(need >> 20), (unsigned long long)((need - budget) >> 20));
     *out = budget - need + cfg->kv_bytes;
     return ST_OK;
 }
