@@ -4,9 +4,12 @@
  *
  * The layers work on the bucket's rows; what is behind the batch's own is padding, which touches nobody's memory.
  */
+#include <assert.h>
 #include <string.h>
 
 #include "worker/cuda_internal.h"
+#include "worker/cuda_ranges.h"
+#include "worker/cuda_taken.h"
 
 static struct cuda_product product(const struct mat *w, const void *x, void *y, enum cuda_out out, uint32_t rows)
 {
@@ -473,14 +476,20 @@ static enum status_code start_rows(struct forward *f, struct cuda_flight *l, str
 {
     const struct forward_batch *b = &l->batch;
     struct cuda_bucket *bucket = bucket_for(f, b->rows);
+    cuda_range_begin("batch", b->seqs);
     enum status_code rc = send_batch(f, l, b, bucket->rows, st);
+    cuda_range_end();
     if (rc != ST_OK)
         return rc;
+    cuda_range_begin("layers", bucket->rows);
     rc = run_layers(f, bucket, b->rows == b->seqs, st);
+    cuda_range_end();
+    cuda_range_begin("head and tokens", b->samples);
     for (uint32_t first = 0; rc == ST_OK && first < b->samples; first += f->head_rows)
         rc = head_block(f, l, first, b->samples - first < f->head_rows ? b->samples - first : f->head_rows, st);
     if (rc == ST_OK)
         rc = send_results(f, l, st);
+    cuda_range_end();
     return rc;
 }
 
@@ -489,10 +498,12 @@ enum status_code cuda_forward_start(struct forward *f, const struct forward_batc
 {
     if (f->flights == CUDA_FLIGHTS)
         return status_set(st, ST_INTERNAL, "%u steps are under way already", f->flights);
+    assert(!f->warm || cuda_taken() == f->taken); /* nothing is taken once all is prepared */
     struct cuda_flight *l = &f->flight[(f->first_flight + f->flights) % CUDA_FLIGHTS];
     enum status_code rc = ST_OK;
     l->batch = *b;
     l->tokens = tokens;
+    cuda_range_begin("step", b->rows);
     if (l->begin)
         rc = cuda_check(cudaEventRecord(l->begin, f->stream), st, "step");
     if (rc == ST_OK && b->rows)
@@ -501,6 +512,7 @@ enum status_code cuda_forward_start(struct forward *f, const struct forward_batc
         rc = cuda_check(cudaEventRecord(l->done, f->stream), st, "step");
     if (rc == ST_OK)
         f->flights++;
+    cuda_range_end();
     return rc;
 }
 
@@ -549,8 +561,10 @@ static enum status_code keep_time(struct forward *f, struct cuda_flight *l, stru
 enum status_code cuda_forward_finish(struct forward *f, struct status *st)
 {
     struct cuda_flight *l = &f->flight[f->first_flight];
+    cuda_range_begin("wait for step", l->batch.rows);
     enum status_code rc =
         f->group ? comm_gpu_finish(f->group, l->done, st) : cuda_check(cudaEventSynchronize(l->done), st, "step");
+    cuda_range_end();
     f->first_flight = (f->first_flight + 1) % CUDA_FLIGHTS;
     f->flights--;
     if (rc == ST_OK && l->begin)

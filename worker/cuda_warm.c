@@ -9,6 +9,7 @@
 #include <time.h>
 
 #include "worker/cuda_internal.h"
+#include "worker/cuda_taken.h"
 
 static double now_us(void)
 {
@@ -129,6 +130,7 @@ enum status_code cuda_forward_warm(struct forward *f, struct status *st)
         status_prefix(st, "before the first step");
         return rc;
     }
+    f->taken = cuda_taken();
     f->warm = true;
     return ST_OK;
 }
