@@ -103,8 +103,7 @@ struct forward {
     struct comm_gpu *group;   /* NULL: one rank */
     cudaEvent_t waited;       /* of waits within a step */
     bool graphs;
-    bool warm;      /* all that steps launch is prepared */
-    uint64_t taken; /* cuda_taken when it was */
+    bool warm; /* all that steps launch is prepared */
     uint32_t n_buckets;
     struct cuda_bucket bucket[CUDA_BUCKETS_MAX];
     uint32_t head_rows; /* logits are made for so many rows at a time */

@@ -9,7 +9,6 @@
 #include <time.h>
 
 #include "worker/cuda_internal.h"
-#include "worker/cuda_taken.h"
 
 static double now_us(void)
 {
@@ -130,7 +129,6 @@ enum status_code cuda_forward_warm(struct forward *f, struct status *st)
         status_prefix(st, "before the first step");
         return rc;
     }
-    f->taken = cuda_taken();
     f->warm = true;
     return ST_OK;
 }

@@ -11,7 +11,7 @@
 
 #define DEFAULT_SLOTS       256
 #define DEFAULT_STEP_TOKENS 512
-#define DEFAULT_TUNE_MS     2000
+#define DEFAULT_TUNE_MS     500
 #define MAX_SLOTS           65536u
 #define MAX_STEP_TOKENS     65536u
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */

@@ -49,7 +49,7 @@ struct engine_config {
     bool batch_invariant;
     bool timed;           /* results have a timing; a device takes about 1 us more a step */
     const char *tune_dir; /* a device: folder in which the ways of products that were measured are kept; NULL: none */
-    uint32_t tune_ms;     /* a device: how long engine_connect measures at most; 0: 2000 */
+    uint32_t tune_ms;     /* a device: how long engine_connect measures at most; 0: 500 */
     uint32_t
         random_weights;   /* not 0: a seed; the folder has only its config.json: model_loader_open says what they are */
     uint32_t threads;     /* of this rank; 0: its share of the machine's cores */

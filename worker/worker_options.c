@@ -69,7 +69,7 @@ static const struct option_spec specs[] = {
      "CUDA: where measured ways of products are kept for the next start; off: nowhere; default: tandem in\n"
      "$XDG_CACHE_HOME or ~/.cache"},
     {"tune-ms", "N", OPTION_NUMBER, AT(tune_ms), 1, 600000, NULL,
-     "CUDA: how long they are measured before the rank is ready; default 2000"},
+     "CUDA: how long they are measured before the rank is ready; default 500"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
     {"kv-ahead", "WHEN", OPTION_CHOICE, AT(kv_ahead), 0, 0, ahead_names,
      "auto (on CUDA), on or off: a thread maps pages of the KV cache before they are needed; default auto"},
