@@ -236,6 +236,17 @@ static const struct cli_option own_options[] = {
      .arg = "SEED",
      .help = "not 0: weights are made of this number, and the model's folder needs none; for benchmarks of any shape "
              "(default: the folder's)"},
+    {.name = "tune-cache",
+     .id = OPT_FORWARD,
+     .arg = "DIR",
+     .flags = CLI_FILE,
+     .help = "where the ways of products that were measured on CUDA are kept for the next start (default: tandem in "
+             "$XDG_CACHE_HOME or ~/.cache); off: nowhere"},
+    {.name = "tune-ms",
+     .id = OPT_FORWARD,
+     .arg = "N",
+     .fallback = "500",
+     .help = "how long they are measured, at most, before the ranks are ready"},
     {.name = "mpirun",
      .id = OPT_MPIRUN,
      .arg = "PATH",
@@ -307,6 +318,8 @@ static const struct forward {
     {"attention", NULL, "--attention"},
     {"batch-invariant", NULL, "--batch-invariant"},
     {"random-weights", NULL, "--random-weights"},
+    {"tune-cache", NULL, "--tune-cache"},
+    {"tune-ms", NULL, "--tune-ms"},
 };
 
 static bool take_option(struct serve_setup *s, int opt, bool *ok)

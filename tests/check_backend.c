@@ -168,12 +168,33 @@ START_TEST(what_keeps_cuda_away_leaves_the_host_or_is_said)
 }
 END_TEST
 
+/* ---- measured products ---- */
+
+START_TEST(what_is_measured_is_kept_where_caches_are)
+{
+    char buf[64];
+    struct worker_options o = {.model_dir = NULL};
+    ck_assert_int_eq(setenv("XDG_CACHE_HOME", "/cache", 1) | setenv("HOME", "/home/me", 1), 0);
+    ck_assert_str_eq(worker_tune_dir(&o, buf, sizeof buf), "/cache/tandem");
+    ck_assert_int_eq(setenv("XDG_CACHE_HOME", "cache", 1), 0); /* not absolute: as if it were not there */
+    ck_assert_str_eq(worker_tune_dir(&o, buf, sizeof buf), "/home/me/.cache/tandem");
+    ck_assert_ptr_null(worker_tune_dir(&o, buf, 22)); /* one byte too small */
+    ck_assert_int_eq(unsetenv("XDG_CACHE_HOME") | unsetenv("HOME"), 0);
+    ck_assert_ptr_null(worker_tune_dir(&o, buf, sizeof buf));
+    o.tune_cache = "there";
+    ck_assert_str_eq(worker_tune_dir(&o, buf, sizeof buf), "there");
+    o.tune_cache = "off";
+    ck_assert_ptr_null(worker_tune_dir(&o, buf, sizeof buf));
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("backend");
     TCase *core = tcase_create("core"), *limits = tcase_create("limits"), *faults = tcase_create("faults");
     tcase_set_timeout(limits, 60); /* a driver may take long to open */
     tcase_add_test(core, host_looks_for_no_driver);
+    tcase_add_test(core, what_is_measured_is_kept_where_caches_are);
     tcase_add_test(core, devices_are_named_when_the_plugin_refuses);
     tcase_add_test(core, more_ranks_than_devices_are_refused);
     tcase_add_test(core, a_back_end_that_serves_gives_its_parts);

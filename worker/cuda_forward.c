@@ -193,7 +193,8 @@ static enum status_code create_group(struct comm_gpu **out, const struct forward
 
 static enum status_code forward_connect(struct forward *f, struct status *st)
 {
-    return f->group && !comm_gpu_connected(f->group) ? comm_gpu_connect(f->group, st) : ST_OK;
+    enum status_code rc = f->group && !comm_gpu_connected(f->group) ? comm_gpu_connect(f->group, st) : ST_OK;
+    return rc == ST_OK && !f->warm ? cuda_forward_warm(f, st) : rc;
 }
 
 static enum status_code forward_bytes(uint64_t *out, const struct forward_config *cfg, struct status *st)
@@ -371,6 +372,7 @@ static enum status_code forward_create(struct forward **out, const struct forwar
         (rc = cuda_gemm_create(&f->gemm, f->stream, cfg->batch_invariant, st)) != ST_OK ||
         (rc = allocate(f, st)) != ST_OK || (rc = create_attentions(f->attn, cfg, st)) != ST_OK ||
         (rc = fill_rope(f, st)) != ST_OK || (rc = create_group(&f->group, cfg, st)) != ST_OK ||
+        (cfg->tune_dir && (rc = cuda_gemm_remember(f->gemm, cfg->tune_dir, st)) != ST_OK) ||
         (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK ||
         (cfg->timed && (rc = set_mark(f, st)) != ST_OK)) {
         forward_destroy(f);

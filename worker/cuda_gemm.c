@@ -1,16 +1,21 @@
-/* cuda_gemm.c - products through cuBLASLt, or own kernels for a few rows: which one is measured, once per shape.
+/* cuda_gemm.c - products through cuBLASLt, or own kernels for a few rows: which one is measured, once per shape, and kept in a
+ * file.
  *
  * Row-major y = x W^T is to cuBLASLt, which counts columns first, y' = W' x' with W transposed: m = N, n = T, k = K.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <cublasLt.h>
 
 #include "worker/cuda_internal.h"
+#include "worker/tuned.h"
 
 #define TRIES_MAX 12  /* algorithms that are tried for a shape */
 #define ALIGN_MAX 64u /* what model_weights.c and the activations keep to */
+#define OWN_WAYS  1   /* another number when cuda_few.cu has become faster or slower, so that all is measured anew */
 
 struct shape {
     uint32_t n, k, t;
@@ -22,6 +27,13 @@ struct shape {
     bool few; /* cuda_few_rows is faster */
 };
 
+/* Of a shape, in the file; the key is n, k, t, out. */
+struct way {
+    cublasLtMatmulAlgo_t algo; /* may be stored, and means the same to the same version of the library */
+    uint32_t few, spare;
+};
+_Static_assert(sizeof(struct way) == TUNED_VALUE_BYTES, "a record of the file");
+
 struct cuda_gemm {
     cublasLtHandle_t handle;
     cudaStream_t stream;
@@ -29,6 +41,9 @@ struct cuda_gemm {
     cudaEvent_t begin, end;
     void *workspace;
     struct shape *shapes; /* a few hundred at most, the ones of a model by the buckets */
+    struct tuned *file;   /* NULL: none */
+    double until_us;
+    struct cuda_gemm_counts counts;
 };
 
 static enum status_code check(cublasStatus_t rc, struct status *st, const char *what)
@@ -90,6 +105,7 @@ void cuda_gemm_destroy(struct cuda_gemm *g)
         free_shape(g->shapes);
         g->shapes = next;
     }
+    tuned_close(g->file);
     cudaFree(g->workspace);
     if (g->end)
         cudaEventDestroy(g->end);
@@ -209,11 +225,121 @@ static enum status_code time_way(struct cuda_gemm *g, const struct shape *s, con
     return cuda_check(cudaEventElapsedTime(ms, g->begin, g->end), st, "cudaEventElapsedTime");
 }
 
+/* ---- what earlier starts have measured ---- */
+
+enum status_code cuda_gemm_remember(struct cuda_gemm *g, const char *dir, struct status *st)
+{
+    struct cudaDeviceProp p;
+    char identity[TUNED_IDENTITY_MAX];
+    int device = 0, driver = 0, runtime = 0;
+    enum status_code rc = cuda_check(cudaGetDevice(&device), st, "cudaGetDevice");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaGetDeviceProperties(&p, device), st, "cudaGetDeviceProperties");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaDriverGetVersion(&driver), st, "cudaDriverGetVersion");
+    if (rc == ST_OK)
+        rc = cuda_check(cudaRuntimeGetVersion(&runtime), st, "cudaRuntimeGetVersion");
+    if (rc != ST_OK)
+        return rc;
+    snprintf(identity, sizeof identity,
+             "products: %.128s, compute capability %d.%d, %d SMs, driver %d, runtime %d, cuBLASLt %zu, own ways %d",
+             p.name, p.major, p.minor, p.multiProcessorCount, driver, runtime, cublasLtGetVersion(), OWN_WAYS);
+    return tuned_open(&g->file, dir, identity, st);
+}
+
+void cuda_gemm_try_until(struct cuda_gemm *g, double until_us)
+{
+    g->until_us = until_us;
+}
+
+struct cuda_gemm_counts cuda_gemm_counts(const struct cuda_gemm *g)
+{
+    return g->counts;
+}
+
+const char *cuda_gemm_file_problem(const struct cuda_gemm *g)
+{
+    return g->file ? tuned_problem(g->file) : NULL;
+}
+
+const char *cuda_gemm_file(const struct cuda_gemm *g)
+{
+    return g->file ? tuned_path(g->file) : NULL;
+}
+
+enum status_code cuda_gemm_save(struct cuda_gemm *g, struct status *st)
+{
+    return g->file ? tuned_save(g->file, st) : ST_OK;
+}
+
+/* Whether the library takes it for this shape. */
+static bool takes(const struct cuda_gemm *g, const struct shape *s, const cublasLtMatmulAlgo_t *algo)
+{
+    cublasLtMatmulHeuristicResult_t r;
+    return cublasLtMatmulAlgoCheck(g->handle, s->desc, s->w, s->x, s->y, s->y, algo, &r) == CUBLAS_STATUS_SUCCESS &&
+           r.state == CUBLAS_STATUS_SUCCESS && r.workspaceSize <= CUDA_GEMM_WORKSPACE_BYTES;
+}
+
+/* What comes from a file is not trusted. */
+static bool recall(struct cuda_gemm *g, struct shape *s, const struct cuda_product *p)
+{
+    const uint32_t key[TUNED_KEY_WORDS] = {s->n, s->k, s->t, s->out};
+    struct way way;
+    if (!g->file || !tuned_find(g->file, key, &way) || (way.few ? !few_rows_fit(p) : !takes(g, s, &way.algo)))
+        return false;
+    s->algo = way.algo;
+    s->few = way.few;
+    g->counts.remembered++;
+    return true;
+}
+
+static void keep(struct cuda_gemm *g, const struct shape *s)
+{
+    const uint32_t key[TUNED_KEY_WORDS] = {s->n, s->k, s->t, s->out};
+    const struct way way = {.algo = s->algo, .few = s->few};
+    if (g->file)
+        tuned_put(g->file, key, &way); /* one that is full keeps what it has */
+    g->counts.measured++;
+}
+
+/* ---- choosing ---- */
+
+static bool may_try(const struct cuda_gemm *g)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3 < g->until_us;
+}
+
+/* Without a measurement: the own kernel, which has nearly always won, or the first that the library suggests. */
+static enum status_code guess(struct cuda_gemm *g, struct shape *s, const struct trial *t, struct status *st)
+{
+    cublasLtMatmulHeuristicResult_t found[TRIES_MAX];
+    int n = 0;
+    g->counts.untried++;
+    s->few = few_rows_fit(t->p);
+    if (s->few)
+        return ST_OK;
+    enum status_code rc = candidates(g, s, found, &n, st);
+    for (int i = 0; rc == ST_OK && i < n; i++)
+        if (found[i].state == CUBLAS_STATUS_SUCCESS) {
+            s->algo = found[i].algo;
+            return ST_OK;
+        }
+    return rc != ST_OK ? rc
+                       : status_set(st, ST_UNIMPLEMENTED, "cublasLt has no product of %u rows with a matrix of %u x %u",
+                                    s->t, s->n, s->k);
+}
+
 static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struct trial *t, struct status *st)
 {
     cublasLtMatmulHeuristicResult_t found[TRIES_MAX];
     int n = 0, best = -1;
     float ms, best_ms = 0;
+    if (recall(g, s, t->p))
+        return ST_OK;
+    if (!may_try(g))
+        return guess(g, s, t, st);
     enum status_code rc = candidates(g, s, found, &n, st);
     for (int i = 0; rc == ST_OK && i < n; i++) {
         if (found[i].state != CUBLAS_STATUS_SUCCESS)
@@ -236,6 +362,7 @@ static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struc
     else if (!s->few)
         return status_set(st, ST_UNIMPLEMENTED, "cublasLt has no product of %u rows with a matrix of %u x %u", s->t,
                           s->n, s->k);
+    keep(g, s);
     return ST_OK;
 }
 
@@ -254,14 +381,6 @@ static bool adds_in_order(const cublasLtMatmulAlgo_t *algo)
            parts <= 1 && reduction == CUBLASLT_REDUCTION_SCHEME_NONE;
 }
 
-static bool can_take(const struct cuda_gemm *g, const struct shape *s, const cublasLtMatmulAlgo_t *algo)
-{
-    cublasLtMatmulHeuristicResult_t result;
-    return cublasLtMatmulAlgoCheck(g->handle, s->desc, s->w, s->x, s->y, s->y, algo, &result) ==
-               CUBLAS_STATUS_SUCCESS &&
-           result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= CUDA_GEMM_WORKSPACE_BYTES;
-}
-
 /* The library's first suggestion for ONE_WAY_ROWS rows that keeps to one order: the same in every run. */
 static enum status_code choose_one_way(const struct cuda_gemm *g, struct shape *s, struct status *st)
 {
@@ -276,7 +395,7 @@ static enum status_code choose_one_way(const struct cuda_gemm *g, struct shape *
         return rc;
     while (i < n && !(found[i].state == CUBLAS_STATUS_SUCCESS && adds_in_order(&found[i].algo)))
         i++;
-    if (i == n || !can_take(g, s, &found[i].algo))
+    if (i == n || !takes(g, s, &found[i].algo))
         return status_set(st, ST_UNIMPLEMENTED,
                           "batch_invariant: cublasLt has no such product of %u rows with a matrix of %u x %u", s->t,
                           s->n, s->k);

@@ -41,9 +41,23 @@ STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, cuda
 void cuda_gemm_destroy(struct cuda_gemm *g); /* NULL is fine */
 #define CUDA_GEMM_TURNS 4
 
+/* Ways that were measured are kept in a file of dir (tuned.h), and looked up there. */
+STATUS_MUST_CHECK enum status_code cuda_gemm_remember(struct cuda_gemm *g, const char *dir, struct status *st);
+/* Until this moment of CLOCK_MONOTONIC ways are tried; later, and before the first call, the library's first suggestion is
+ * taken, or the own kernel for a few rows. */
+void cuda_gemm_try_until(struct cuda_gemm *g, double until_us);
+struct cuda_gemm_counts {
+    uint32_t measured, remembered, untried; /* shapes */
+};
+struct cuda_gemm_counts cuda_gemm_counts(const struct cuda_gemm *g);
+/* What is wrong with the file, or where it is; NULL without one. */
+const char *cuda_gemm_file_problem(const struct cuda_gemm *g);
+const char *cuda_gemm_file(const struct cuda_gemm *g);
+STATUS_MUST_CHECK enum status_code cuda_gemm_save(struct cuda_gemm *g, struct status *st);
+
 /* Picks the fastest way for products of this shape by trying them on these matrices of one shape in turn, so that none is
  * in the cache when its turn comes (p->w is one of them), the results going to scratch (as large as y); nothing when the
- * way is known. Waits for the stream. */
+ * way is known. Waits for the stream where it tries. */
 STATUS_MUST_CHECK enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p,
                                                      const void *const w[CUDA_GEMM_TURNS], void *scratch,
                                                      struct status *st);
@@ -89,6 +103,7 @@ struct forward {
     struct comm_gpu *group;   /* NULL: one rank */
     cudaEvent_t waited;       /* of waits within a step */
     bool graphs;
+    bool warm; /* all that steps launch is prepared */
     uint32_t n_buckets;
     struct cuda_bucket bucket[CUDA_BUCKETS_MAX];
     uint32_t head_rows; /* logits are made for so many rows at a time */
@@ -132,6 +147,17 @@ enum status_code cuda_forward_poll(struct forward *f, bool *done, struct status 
 enum status_code cuda_forward_finish(struct forward *f, struct status *st);
 enum status_code cuda_forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
                                   struct status *st);
+
+/* ---- before the first step (cuda_run.c, cuda_warm.c) ---- */
+
+/* The products of the bucket's layers get their ways; of the LM head for so many rows. */
+STATUS_MUST_CHECK enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, struct status *st);
+STATUS_MUST_CHECK enum status_code cuda_forward_prepare_head(struct forward *f, uint32_t rows, struct status *st);
+/* The bucket's graph, of steps with chunks or of decodes alone. */
+STATUS_MUST_CHECK enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, bool decodes,
+                                                        struct status *st);
+/* All of that for all buckets, as long as there is time, and a step of padding alone. Collective. */
+STATUS_MUST_CHECK enum status_code cuda_forward_warm(struct forward *f, struct status *st);
 
 extern const struct forward_ops forward_ops_cuda;
 

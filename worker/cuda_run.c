@@ -4,9 +4,12 @@
  *
  * The layers work on the bucket's rows; what is behind the batch's own is padding, which touches nobody's memory.
  */
+#include <assert.h>
 #include <string.h>
 
 #include "worker/cuda_internal.h"
+#include "worker/cuda_ranges.h"
+#include "worker/cuda_taken.h"
 
 static struct cuda_product product(const struct mat *w, const void *x, void *y, enum cuda_out out, uint32_t rows)
 {
@@ -266,8 +269,8 @@ static enum status_code launch_layers(struct forward *f, uint32_t rows, bool dec
     return rc;
 }
 
-/* The products of the bucket's shapes; layers are alike. */
-static enum status_code prepare(struct forward *f, struct cuda_bucket *b, struct status *st)
+/* Layers are alike. */
+enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, struct status *st)
 {
     const struct layer_weights *turn[CUDA_GEMM_TURNS], *w = f->cfg.weights->layer;
     for (uint32_t i = 0; i < CUDA_GEMM_TURNS; i++)
@@ -311,22 +314,24 @@ static enum status_code capture(cudaGraphExec_t *out, struct forward *f, uint32_
     return rc;
 }
 
-/* The first step of a bucket is launched one by one and measures the products, the second is captured. */
+enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, bool decodes, struct status *st)
+{
+    enum status_code rc = capture(&b->graph[decodes], f, b->rows, decodes, st);
+    return rc == ST_OK ? rc : status_prefix(st, "graph of %u rows", b->rows);
+}
+
+/* What cuda_forward_warm had no time for: the first step of a bucket is launched one by one, the second is captured. */
 static enum status_code run_layers(struct forward *f, struct cuda_bucket *b, bool decodes, struct status *st)
 {
-    enum status_code rc = prepare(f, b, st);
+    enum status_code rc = cuda_forward_prepare(f, b, st);
     if (rc != ST_OK)
         return rc;
-    if (!f->graphs || !b->ran[decodes]) {
+    if (!f->graphs || (!b->graph[decodes] && !b->ran[decodes])) {
         b->ran[decodes] = true;
         return launch_layers(f, b->rows, decodes, st);
     }
-    if (!b->graph[decodes])
-        rc = capture(&b->graph[decodes], f, b->rows, decodes, st);
-    if (rc != ST_OK) {
-        status_prefix(st, "graph of %u rows", b->rows);
+    if (!b->graph[decodes] && (rc = cuda_forward_capture(f, b, decodes, st)) != ST_OK)
         return rc;
-    }
     return cuda_check(cudaGraphLaunch(b->graph[decodes], f->stream), st, "graph of the layers");
 }
 
@@ -387,6 +392,20 @@ static enum status_code keep_drawn(struct forward *f, struct cuda_flight *l, uin
                       st, "token");
 }
 
+static struct cuda_product head_product(struct forward *f, uint32_t rows)
+{
+    float *logits = f->group ? comm_gpu_share(f->group) : f->logits;
+    return product(&f->cfg.weights->head, f->picked, logits, CUDA_OUT_F32, rows);
+}
+
+enum status_code cuda_forward_prepare_head(struct forward *f, uint32_t rows, struct status *st)
+{
+    const struct cuda_product head = head_product(f, rows);
+    const void *w = head.w->data, *const turns[CUDA_GEMM_TURNS] = {w, w, w,
+                                                                   w}; /* larger than the cache, if it matters */
+    return cuda_gemm_prepare(f->gemm, &head, turns, f->logits, st);
+}
+
 /* Samples first .. first + n - 1. */
 static enum status_code head_block(struct forward *f, struct cuda_flight *l, uint32_t first, uint32_t n,
                                    struct status *st)
@@ -396,12 +415,10 @@ static enum status_code head_block(struct forward *f, struct cuda_flight *l, uin
     uint32_t padded = bucket_for(f, n)->rows; /* rows n .. are what was there before: nobody looks at them */
     if (padded > f->head_rows)
         padded = f->head_rows;
-    float *logits = f->group ? comm_gpu_share(f->group) : f->logits;
     const float *bias = f->group ? NULL : w->layer[m->layers - 1].down_bias; /* the sum has added it */
-    const struct cuda_product head = product(&w->head, f->picked, logits, CUDA_OUT_F32, padded);
-    enum status_code rc;
-    const void *const turns[CUDA_GEMM_TURNS] = {w->head.data, w->head.data, w->head.data, w->head.data};
-    if ((rc = cuda_gemm_prepare(f->gemm, &head, turns, f->logits, st)) != ST_OK)
+    const struct cuda_product head = head_product(f, padded);
+    enum status_code rc = cuda_forward_prepare_head(f, padded, st);
+    if (rc != ST_OK)
         return rc;
     rc = cuda_check(
         cuda_norm(f->stream, f->picked, f->x, bias, w->final_norm, m->norm_eps, f->sample + first, n, m->hidden), st,
@@ -455,30 +472,49 @@ static enum status_code send_results(struct forward *f, struct cuda_flight *l, s
     return rc;
 }
 
+static enum status_code start_rows(struct forward *f, struct cuda_flight *l, struct status *st)
+{
+    const struct forward_batch *b = &l->batch;
+    struct cuda_bucket *bucket = bucket_for(f, b->rows);
+    cuda_range_begin("batch", b->seqs);
+    enum status_code rc = send_batch(f, l, b, bucket->rows, st);
+    cuda_range_end();
+    if (rc != ST_OK)
+        return rc;
+    cuda_range_begin("layers", bucket->rows);
+    rc = run_layers(f, bucket, b->rows == b->seqs, st);
+    cuda_range_end();
+    cuda_range_begin("head and tokens", b->samples);
+    for (uint32_t first = 0; rc == ST_OK && first < b->samples; first += f->head_rows)
+        rc = head_block(f, l, first, b->samples - first < f->head_rows ? b->samples - first : f->head_rows, st);
+    if (rc == ST_OK)
+        rc = send_results(f, l, st);
+    cuda_range_end();
+    return rc;
+}
+
 enum status_code cuda_forward_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
                                     struct status *st)
 {
     if (f->flights == CUDA_FLIGHTS)
         return status_set(st, ST_INTERNAL, "%u steps are under way already", f->flights);
+    const uint64_t taken = cuda_taken();
     struct cuda_flight *l = &f->flight[(f->first_flight + f->flights) % CUDA_FLIGHTS];
     enum status_code rc = ST_OK;
     l->batch = *b;
     l->tokens = tokens;
-    if (l->begin && (rc = cuda_check(cudaEventRecord(l->begin, f->stream), st, "step")) != ST_OK)
-        return rc;
-    if (b->rows) {
-        struct cuda_bucket *bucket = bucket_for(f, b->rows);
-        if ((rc = send_batch(f, l, b, bucket->rows, st)) != ST_OK ||
-            (rc = run_layers(f, bucket, b->rows == b->seqs, st)) != ST_OK)
-            return rc;
-        for (uint32_t first = 0; rc == ST_OK && first < b->samples; first += f->head_rows)
-            rc = head_block(f, l, first, b->samples - first < f->head_rows ? b->samples - first : f->head_rows, st);
-        if (rc != ST_OK || (rc = send_results(f, l, st)) != ST_OK)
-            return rc;
-    }
-    rc = cuda_check(cudaEventRecord(l->done, f->stream), st, "step");
+    cuda_range_begin("step", b->rows);
+    if (l->begin)
+        rc = cuda_check(cudaEventRecord(l->begin, f->stream), st, "step");
+    if (rc == ST_OK && b->rows)
+        rc = start_rows(f, l, st);
+    if (rc == ST_OK)
+        rc = cuda_check(cudaEventRecord(l->done, f->stream), st, "step");
     if (rc == ST_OK)
         f->flights++;
+    cuda_range_end();
+    assert(!f->warm || cuda_taken() == taken); /* nothing is taken once all is prepared */
+    (void)taken;
     return rc;
 }
 
@@ -527,8 +563,10 @@ static enum status_code keep_time(struct forward *f, struct cuda_flight *l, stru
 enum status_code cuda_forward_finish(struct forward *f, struct status *st)
 {
     struct cuda_flight *l = &f->flight[f->first_flight];
+    cuda_range_begin("wait for step", l->batch.rows);
     enum status_code rc =
         f->group ? comm_gpu_finish(f->group, l->done, st) : cuda_check(cudaEventSynchronize(l->done), st, "step");
+    cuda_range_end();
     f->first_flight = (f->first_flight + 1) % CUDA_FLIGHTS;
     f->flights--;
     if (rc == ST_OK && l->begin)

@@ -221,12 +221,21 @@ __device__ uint32_t find_best(const row_state &r, shared_state *s)
     /* one number: NaN 2^32, else the key, above the complement of the id */
     unsigned long long best = 0;
     auto take = [&](unsigned long long other) { best = other > best ? other : best; };
-    auto rank = [&](uint32_t id) {
-        float x = r.logits[id];
+    auto rank = [&](float x, uint32_t id) {
         return (x != x ? 0xFFFFFFFFull : (unsigned long long)order_key(x)) << 32 | (unsigned long long)~id;
     };
-    for (uint32_t id = threadIdx.x; id < r.vocab; id += THREADS)
-        take(rank(id));
+    const uint32_t quads = (uintptr_t)r.logits % sizeof(float4) ? 0 : r.vocab / 4;
+    const float4 *four = (const float4 *)r.logits;
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < quads; i += THREADS) {
+        const float4 v = four[i];
+        take(rank(v.x, 4 * i));
+        take(rank(v.y, 4 * i + 1));
+        take(rank(v.z, 4 * i + 2));
+        take(rank(v.w, 4 * i + 3));
+    }
+    for (uint32_t id = 4 * quads + threadIdx.x; id < r.vocab; id += THREADS)
+        take(rank(r.logits[id], id));
     for (int pass = 0; pass < 2; pass++) {
         for (uint32_t mask = WARP / 2; mask; mask >>= 1)
             take(__shfl_xor_sync(~0u, best, mask));

@@ -4,12 +4,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "worker/engine_internal.h"
 
 #define DEFAULT_SLOTS       256
 #define DEFAULT_STEP_TOKENS 512
+#define DEFAULT_TUNE_MS     500
 #define MAX_SLOTS           65536u
 #define MAX_STEP_TOKENS     65536u
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
@@ -20,6 +22,17 @@
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
 
 /* ---- create ---- */
+
+/* What went on since the last phase ended was this one. Only reported: no decision rests on it. */
+static void end_phase(struct engine *e, const char *name)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    double now_ms = (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+    if (name && e->info.phases < ENGINE_PHASES_MAX)
+        e->info.phase[e->info.phases++] = (struct engine_phase){name, now_ms - e->phase_ms};
+    e->phase_ms = now_ms;
+}
 
 /* The cores that this process may run on, shared among the ranks of this machine. */
 static uint32_t default_threads(const struct comm *comm)
@@ -88,11 +101,13 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
         return status_set(
             st, ST_RESOURCE_EXHAUSTED,
             "%s: %.2f of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
-            "%u samples %llu, KV cache %llu: together %llu MiB",
+            "%u samples %llu, KV cache %llu: together %llu MiB, %llu too many. Less is needed with more ranks, fewer "
+            "rows a "
+            "step or a smaller KV cache",
             e->parts->text, fraction, (unsigned long long)(m.total_bytes >> 20), (unsigned long long)(budget >> 20),
             (unsigned long long)(used >> 20), (unsigned long long)(weight_bytes >> 20), forward->max_rows,
             forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(cfg->kv_bytes >> 20),
-            (unsigned long long)(need >> 20));
+            (unsigned long long)(need >> 20), (unsigned long long)((need - budget) >> 20));
     *out = budget - need + cfg->kv_bytes;
     return ST_OK;
 }
@@ -226,8 +241,12 @@ static enum status_code load_weights(struct engine *e, const struct engine_confi
         share = host_share(cfg);
     else if ((rc = device_share(&share, e, cfg, model_loader_bytes(loader), forward, st)) != ST_OK)
         goto done;
-    if ((rc = create_kv(e, cfg, share, st)) == ST_OK)
+    end_phase(e, "model");
+    if ((rc = create_kv(e, cfg, share, st)) == ST_OK) {
+        end_phase(e, "KV cache");
         rc = model_weights_load(&e->weights, loader, progress, st);
+        end_phase(e, "weights");
+    }
     forward->kv = e->kv;
 done:
     model_loader_close(loader);
@@ -269,10 +288,16 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .timed = cfg->timed,
         .attention = cfg->attention,
         .batch_invariant = cfg->batch_invariant,
+        .tune_dir = cfg->tune_dir,
+        .tune_ms = cfg->tune_ms ? cfg->tune_ms : DEFAULT_TUNE_MS,
+        .note = cfg->note,
+        .note_ctx = cfg->note_ctx,
     };
     if ((rc = load_weights(e, cfg, &forward, st)) != ST_OK)
         return rc;
-    return e->ops->create(&e->forward, &forward, st);
+    rc = e->ops->create(&e->forward, &forward, st);
+    end_phase(e, "workspace");
+    return rc;
 }
 
 enum status_code engine_create(struct engine **out, const struct engine_config *cfg, struct status *st)
@@ -280,6 +305,7 @@ enum status_code engine_create(struct engine **out, const struct engine_config *
     struct engine *e = calloc(1, sizeof *e);
     if (!e)
         return status_nomem(st, "engine", sizeof *e);
+    end_phase(e, NULL);
     enum status_code rc = create_parts(e, cfg, st);
     if (rc != ST_OK) {
         engine_destroy(e);
@@ -346,10 +372,13 @@ static enum status_code compare_kinds(struct engine *e, struct status *st)
 enum status_code engine_connect(struct engine *e, struct status *st)
 {
     enum status_code rc = ST_OK;
+    end_phase(e, NULL);
     if (comm_size(e->comm) > 1)
         rc = compare_kinds(e, st);
+    end_phase(e, "waiting for ranks");
     if (rc == ST_OK && e->ops->connect)
         rc = e->ops->connect(e->forward, st);
+    end_phase(e, "device");
     e->connected = rc == ST_OK;
     return rc;
 }

@@ -47,7 +47,9 @@ struct engine_config {
      * kind of device. Slower: products are not picked by measurement, and attention does not share long keys among SMs.
      * UNIMPLEMENTED on the host and for models with sliding windows. */
     bool batch_invariant;
-    bool timed; /* results have a timing; a device takes about 1 us more a step */
+    bool timed;           /* results have a timing; a device takes about 1 us more a step */
+    const char *tune_dir; /* a device: folder in which the ways of products that were measured are kept; NULL: none */
+    uint32_t tune_ms;     /* a device: how long engine_connect measures at most; 0: 500 */
     uint32_t
         random_weights;   /* not 0: a seed; the folder has only its config.json: model_loader_open says what they are */
     uint32_t threads;     /* of this rank; 0: its share of the machine's cores */
@@ -64,16 +66,29 @@ struct engine_config {
     /* Called now and then while weights load, on the calling thread. Optional. */
     void (*progress)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_ctx;
+    /* A line for the log. Optional. */
+    void (*note)(void *ctx, const char *text);
+    void *note_ctx;
+};
+
+#define ENGINE_PHASES_MAX 8
+
+/* Of the start, in order. */
+struct engine_phase {
+    const char *name;
+    double ms;
 };
 
 struct engine_info {
     uint32_t depth; /* steps under way at most: 1 on the host, which works in engine_submit */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     struct kv_account kv;
-    uint64_t suspend_pages, suspend_bytes_per_s; /* as Ready has them */
-    uint64_t weight_bytes;                       /* of this rank, in memory */
-    uint32_t sample_options;                     /* enum sample_option that this back end has */
-    char device[64];                             /* "host, 2 threads" */
+    uint64_t suspend_pages, suspend_bytes_per_s;  /* as Ready has them */
+    uint64_t weight_bytes;                        /* of this rank, in memory */
+    uint32_t sample_options;                      /* enum sample_option that this back end has */
+    struct engine_phase phase[ENGINE_PHASES_MAX]; /* of create and connect */
+    uint32_t phases;
+    char device[64]; /* "host, 2 threads" */
     /* of the model, the same on all ranks */
     char architecture[64];
     uint32_t layers, hidden, heads, kv_heads, head_dim;
@@ -119,7 +134,7 @@ void engine_destroy(struct engine *e); /* NULL is fine */
 struct engine_info engine_info(const struct engine *e);
 
 /* Collective: the ranks find out whether they fit together (all on the same kind of back end), and their devices find each
- * other, which may take seconds. The first step does it where nobody has. FAILED_PRECONDITION names ranks and facts; else
+ * other, which may take seconds, and prepare all that steps will launch. The first step does it where nobody has. FAILED_PRECONDITION names ranks and facts; else
  * what comm says. */
 STATUS_MUST_CHECK enum status_code engine_connect(struct engine *e, struct status *st);
 

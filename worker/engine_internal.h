@@ -75,6 +75,7 @@ struct engine {
     uint32_t first_flight, in_flight;
     bool timed;
     double ended_us; /* the last step; 0: none has */
+    double phase_ms; /* when the last phase of the start ended */
 };
 
 /* Whether the plan fits the state; changes nothing that counts. INVALID_ARGUMENT: a value that no state allows.

@@ -39,6 +39,10 @@ struct forward_config {
     bool timed;           /* time_of is asked */
     enum attn_gpu_policy attention; /* a device */
     bool batch_invariant;           /* the same bits in any batch: engine.h; UNIMPLEMENTED where a back end cannot */
+    const char *tune_dir;           /* a device: where what was measured is kept; NULL: nowhere */
+    uint32_t tune_ms; /* a device: for measuring, in connect; what is left then is taken as the library suggests */
+    void (*note)(void *ctx, const char *text); /* something that people may want to know; NULL: nobody does */
+    void *note_ctx;
 };
 
 /* Rows first_row .. first_row + rows - 1 continue the slot: they stand at positions position, position + 1, ... */
@@ -87,7 +91,8 @@ struct forward_ops {
     /* Everything a step needs is allocated here. The config's pointers outlive the forward. */
     enum status_code (*create)(struct forward **out, const struct forward_config *cfg, struct status *st);
     void (*destroy)(struct forward *f); /* NULL is fine */
-    /* Collective, once before the first run: devices find each other. NULL: nothing to do. */
+    /* Collective, once before the first run: devices find each other, measure and prepare all that steps launch. NULL: nothing to
+     * do. */
     enum status_code (*connect)(struct forward *f, struct status *st);
     /* Slots have grown to position + rows tokens. tokens: [samples], given ones too. INTERNAL when logits are no
      * numbers; what comm says. */

@@ -94,6 +94,8 @@ struct worker_options {
     const char *devices;      /* "0,2"; NULL: all */
     uint32_t memory_percent;  /* of a device; 0: default */
     uint32_t random_weights;  /* a seed; 0: none */
+    const char *tune_cache;   /* folder, or "off"; NULL: the default */
+    uint32_t tune_ms;         /* 0: default */
     uint32_t eager;           /* 0 or 1 */
     uint32_t attention;       /* enum attn_gpu_policy */
     uint32_t batch_invariant; /* 0 or 1 */
@@ -106,6 +108,8 @@ enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION, WORKER_I
 STATUS_MUST_CHECK enum status_code worker_options_parse(struct worker_options *o, enum worker_action *action, int argc,
                                                         char **argv, struct status *st);
 void worker_options_help(void);
+/* Where measured products are kept: --tune-cache, else tandem in XDG_CACHE_HOME or ~/.cache. buf may be used; NULL: nowhere. */
+const char *worker_tune_dir(const struct worker_options *o, char *buf, size_t cap);
 
 /* Prints one JSON object on the model; an error may come in the middle of it. */
 STATUS_MUST_CHECK enum status_code worker_inspect(const char *path, struct status *st);

@@ -1,5 +1,6 @@
 #include "worker/worker_internal.h"
 
+#include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
@@ -57,6 +58,25 @@ static void on_progress(void *ctx, uint64_t done, uint64_t total)
     worker_control_send(&w->control, &m);
 }
 
+static void on_note(void *ctx, const char *text)
+{
+    struct worker *w = ctx;
+    worker_log(&w->log, WORKER_LOG_INFO, "%s", text);
+}
+
+/* " (model 2 ms, weights 731 ms)"; of what took no millisecond nothing. */
+static const char *phases_text(char *buf, size_t cap, const struct engine_info *i)
+{
+    size_t n = 0;
+    buf[0] = '\0';
+    for (uint32_t p = 0; p < i->phases && n < cap; p++)
+        if (i->phase[p].ms >= 1)
+            n += (size_t)snprintf(buf + n, cap - n, "%s%s %.0f ms", n ? ", " : " (", i->phase[p].name, i->phase[p].ms);
+    if (n && n < cap)
+        snprintf(buf + n, cap - n, ")");
+    return buf;
+}
+
 static enum status_code load(struct worker *w, struct status *st)
 {
     const struct worker_options *o = &w->options;
@@ -68,6 +88,7 @@ static enum status_code load(struct worker *w, struct status *st)
     if (rc != ST_OK)
         return rc;
     w->progress.bar = w->rank == 0 && o->log_level >= WORKER_LOG_INFO && isatty(STDERR_FILENO);
+    char tune_dir[PATH_MAX];
     struct engine_config cfg = {
         .model_dir = o->model_dir,
         .comm = w->comm,
@@ -88,6 +109,10 @@ static enum status_code load(struct worker *w, struct status *st)
         .memory_fraction = o->memory_percent / 100.0,
         .progress = on_progress,
         .progress_ctx = w,
+        .tune_dir = worker_tune_dir(o, tune_dir, sizeof tune_dir),
+        .tune_ms = o->tune_ms,
+        .note = on_note,
+        .note_ctx = w,
     };
     int64_t start_us = worker_now_us();
     w->progress.last_shown_us = start_us;
@@ -105,11 +130,11 @@ static enum status_code load(struct worker *w, struct status *st)
         return rc;
     const struct engine_info info = engine_info(w->engine);
     snprintf(w->device, sizeof w->device, "%s", info.device);
-    char weights[32], kv[32];
-    worker_log(&w->log, WORKER_LOG_INFO, "ready on %s: weights %s, KV cache %s, %u slots, loaded in %lld ms",
+    char weights[32], kv[32], phases[256];
+    worker_log(&w->log, WORKER_LOG_INFO, "ready on %s: weights %s, KV cache %s, %u slots, loaded in %lld ms%s",
                info.device, worker_size_text(weights, info.weight_bytes),
                worker_size_text(kv, info.kv.total_pages * info.kv.page_bytes), info.max_slots,
-               (long long)(worker_now_us() - start_us) / 1000);
+               (long long)(worker_now_us() - start_us) / 1000, phases_text(phases, sizeof phases, &info));
     if (info.suspend_pages)
         worker_log(&w->log, WORKER_LOG_INFO, "suspended requests: %s of host memory, moved at %.1f GB/s",
                    worker_size_text(kv, info.suspend_pages * info.kv.page_bytes),

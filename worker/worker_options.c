@@ -65,6 +65,11 @@ static const struct option_spec specs[] = {
     {"random-weights", "SEED", OPTION_NUMBER, AT(random_weights), 0, UINT32_MAX, NULL,
      "not 0: the folder needs no weights, only config.json, and they depend on this number; for benchmarks of any\n"
      "shape"},
+    {"tune-cache", "DIR", OPTION_TEXT, AT(tune_cache), 0, 0, NULL,
+     "CUDA: where measured ways of products are kept for the next start; off: nowhere; default: tandem in\n"
+     "$XDG_CACHE_HOME or ~/.cache"},
+    {"tune-ms", "N", OPTION_NUMBER, AT(tune_ms), 1, 600000, NULL,
+     "CUDA: how long they are measured before the rank is ready; default 500"},
     {"page-size", "SIZE", OPTION_SIZE, AT(page_bytes), 1, UINT64_MAX, NULL, "one page of the KV cache, as 64K or 2M"},
     {"kv-ahead", "WHEN", OPTION_CHOICE, AT(kv_ahead), 0, 0, ahead_names,
      "auto (on CUDA), on or off: a thread maps pages of the KV cache before they are needed; default auto"},
@@ -234,6 +239,19 @@ enum status_code worker_options_parse(struct worker_options *o, enum worker_acti
     *o = r;
     *action = WORKER_RUN;
     return ST_OK;
+}
+
+const char *worker_tune_dir(const struct worker_options *o, char *buf, size_t cap)
+{
+    const char *base = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    int n = -1;
+    if (o->tune_cache)
+        return strcmp(o->tune_cache, "off") == 0 ? NULL : o->tune_cache;
+    if (base && *base == '/') /* a relative one is to be ignored */
+        n = snprintf(buf, cap, "%s/tandem", base);
+    else if (home && *home == '/')
+        n = snprintf(buf, cap, "%s/.cache/tandem", home);
+    return n > 0 && (size_t)n < cap ? buf : NULL;
 }
 
 void worker_options_help(void)

@@ -2,6 +2,8 @@
  *
  *     bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH]     random weights; 77 where there is no GPU
  *                  [--one-at-a-time]                            without a second step under way
+ *                  [--tune-cache DIR]                           where measured products are kept; default: nowhere
+ *                  [--decode BATCH:CONTEXT] ...                 these decodes alone, up to 8
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
@@ -15,16 +17,18 @@
 #include "tests/gpu/gpu_parts.h"
 #include "worker/engine_internal.h"
 
-#define STEP_ROWS 2048
-#define STEPS     40
-#define WARM_UP   4
-#define MAX_BATCH 256
+#define STEP_ROWS  2048
+#define STEPS      40
+#define WARM_UP    4
+#define MAX_BATCH  256
+#define MAX_WANTED 8
 
 struct bench {
     struct gpu_run run;
     uint32_t *ids, slots[MAX_BATCH];
     double rate, weight_bytes, token_bytes;
     bool one_at_a_time;
+    uint32_t wanted, batch[MAX_WANTED], context[MAX_WANTED];
 };
 
 /* Of several ranks the first. */
@@ -109,11 +113,45 @@ static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t cont
         gpu_release(&b->run, i);
 }
 
+/* "BATCH:CONTEXT" */
+static void read_wanted(struct bench *b, const char *text)
+{
+    unsigned batch, context;
+    if (b->wanted == MAX_WANTED || sscanf(text, "%u:%u", &batch, &context) != 2 || batch == 0 || batch > MAX_BATCH ||
+        context == 0) {
+        fprintf(stderr, "--decode %s: expected BATCH:CONTEXT, batches up to %u, %u times at most\n", text, MAX_BATCH,
+                MAX_WANTED);
+        exit(2);
+    }
+    b->batch[b->wanted] = batch;
+    b->context[b->wanted++] = context;
+}
+
+static void all(struct bench *b, uint32_t max_context)
+{
+    decode(b, 1, 128);
+    decode(b, 1, 4096);
+    decode(b, 8, 1024);
+    decode(b, 64, 1024);
+    decode(b, 64, 4096);
+    decode(b, 256, 512);
+    prefill(b, 512);
+    prefill(b, 2048);
+    if (max_context >= 16384)
+        hybrid(b, 1024, 32, 16384 - 64);
+}
+
+static void print_note(void *ctx, const char *text)
+{
+    (void)ctx;
+    say("%s\n", text);
+}
+
 int main(int argc, char **argv)
 {
     struct bench b = {.rate = 4300e9};
     const char *plugin = NULL;
-    struct engine_config cfg = {.random_weights = true, .max_slots = MAX_BATCH, .max_step_tokens = STEP_ROWS};
+    struct engine_config cfg = {.random_weights = 1, .max_slots = MAX_BATCH, .max_step_tokens = STEP_ROWS};
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--eager"))
             cfg.eager = true;
@@ -123,14 +161,20 @@ int main(int argc, char **argv)
             plugin = argv[++i];
         else if (!strcmp(argv[i], "--rate") && i + 1 < argc)
             b.rate = atof(argv[++i]) * 1e9;
+        else if (!strcmp(argv[i], "--tune-cache") && i + 1 < argc)
+            cfg.tune_dir = argv[++i];
+        else if (!strcmp(argv[i], "--decode") && i + 1 < argc)
+            read_wanted(&b, argv[++i]);
         else
             cfg.model_dir = argv[i];
     }
     if (!cfg.model_dir) {
-        fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s]\n");
+        fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s] [--one-at-a-time] "
+                        "[--tune-cache DIR] [--decode BATCH:CONTEXT]\n");
         return 2;
     }
     cfg.parts = gpu_parts(plugin);
+    cfg.note = print_note;
     if (!cfg.parts)
         return GPU_SKIP;
     double t0 = gpu_now_s();
@@ -150,16 +194,10 @@ int main(int argc, char **argv)
         b.ids[i] = (i * 7919u + 3) % info.vocab_size;
     for (uint32_t i = 0; i < MAX_BATCH; i++)
         b.slots[i] = i;
-    decode(&b, 1, 128);
-    decode(&b, 1, 4096);
-    decode(&b, 8, 1024);
-    decode(&b, 64, 1024);
-    decode(&b, 64, 4096);
-    decode(&b, 256, 512);
-    prefill(&b, 512);
-    prefill(&b, 2048);
-    if (info.max_context >= 16384)
-        hybrid(&b, 1024, 32, 16384 - 64);
+    for (uint32_t i = 0; i < b.wanted; i++)
+        decode(&b, b.batch[i], b.context[i]);
+    if (!b.wanted)
+        all(&b, info.max_context);
     free(b.ids);
     gpu_destroy(&b.run);
     comm_destroy(gpu_comm());

@@ -9,6 +9,7 @@
  * random: ||device - host|| <= LOGITS_OFF ||host||. Ids may part where the host's two best logits are closer than the
  * largest difference between the two rows; from there on the texts differ.
  */
+#include <dirent.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -390,18 +391,52 @@ static const struct {
                 "\"torch_dtype\":\"bfloat16\""},
 };
 
+/* ---- measured products are kept ---- */
+
+static char tune_dir[] = "/tmp/tandem-tune-XXXXXX";
+
+/* What the engines say of their products: the last of it. */
+static void keep_note(void *ctx, const char *text)
+{
+    if (strncmp(text, "products:", 9) == 0)
+        snprintf(ctx, 512, "%.511s", text);
+}
+
+static void remove_tune_dir(void)
+{
+    DIR *d = opendir(tune_dir);
+    char path[sizeof tune_dir + 300];
+    for (struct dirent *f; d && (f = readdir(d)) != NULL;) {
+        snprintf(path, sizeof path, "%s/%.255s", tune_dir, f->d_name);
+        unlink(path);
+    }
+    if (d)
+        closedir(d);
+    rmdir(tune_dir);
+}
+
 static void check_model(const char *name, const char *dir, bool random, const struct backend_parts *parts)
 {
-    struct engine_config cfg = {
-        .model_dir = dir, .random_weights = random, .max_slots = 16, .max_step_tokens = 300, .kv_bytes = 64 << 20};
+    struct engine_config cfg = {.model_dir = dir,
+                                .random_weights = random ? 1 : 0,
+                                .max_slots = 16,
+                                .max_step_tokens = 300,
+                                .kv_bytes = 64 << 20,
+                                .tune_dir = tune_dir,
+                                .tune_ms = 120000};
+    char note[512] = "";
     struct gpu_run host, device, eager;
+    cfg.note = keep_note;
+    cfg.note_ctx = note;
     gpu_create(&host, &cfg);
     cfg.parts = parts;
     cfg.suspend_bytes = 64 << 20;
     gpu_create(&device, &cfg);
     cfg.suspend_bytes = 0;
     cfg.eager = true;
+    say("%-28s %s\n", name, note);
     gpu_create(&eager, &cfg);
+    expect(strncmp(note, "products: 0 measured", 20) == 0, note, name, 0, 0); /* all were in the file */
     static const struct {
         uint32_t prompt, chunk;
     } text[] = {{1, 1}, {5, 300}, {300, 300}, {517, 64}, {5, 300} /* buckets that were seen: graphs */, {130, 100}};
@@ -435,6 +470,10 @@ int main(int argc, char **argv)
     if (!parts)
         return GPU_SKIP;
     say("%u ranks, %s\n", comm_size(gpu_comm()), parts->text);
+    if (!mkdtemp(tune_dir)) {
+        perror(tune_dir);
+        return 1;
+    }
     const char *only = argc > 3 ? argv[3] : NULL;
     if (!only || strcmp(only, "demo") == 0)
         check_model("demo", argv[1], false, parts);
@@ -457,6 +496,7 @@ int main(int argc, char **argv)
         unlink(path);
         rmdir(dir);
     }
+    remove_tune_dir();
     say("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
     comm_destroy(gpu_comm());
     return failures != 0;

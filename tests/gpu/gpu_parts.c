@@ -64,7 +64,7 @@ void gpu_create(struct gpu_run *r, const struct engine_config *cfg)
     struct engine_config c = *cfg;
     c.comm = gpu_comm();
     *r = (struct gpu_run){0};
-    if (engine_create(&r->e, &c, &st) != ST_OK)
+    if (engine_create(&r->e, &c, &st) != ST_OK || (c.parts && engine_connect(r->e, &st) != ST_OK))
         die(cfg->model_dir, st.message);
     if (engine_reset(r->e, &st) != ST_OK)
         die("reset", st.message);

@@ -1,0 +1,134 @@
+/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement, for a graph or for
+ * a kernel that is loaded.
+ *
+ * Products are measured for cfg.tune_ms at most, the buckets of single decodes and of the largest step first; what is not
+ * reached is taken as the library suggests it and measured at a later start, since what was measured is kept (tuned.h).
+ * Graphs are bounded by their number, two for each bucket, as all ranks must capture the same ones.
+ */
+#include <stdio.h>
+#include <time.h>
+
+#include "worker/cuda_internal.h"
+
+static double now_us(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3;
+}
+
+static void note(struct forward *f, const char *text)
+{
+    if (f->cfg.note)
+        f->cfg.note(f->cfg.note_ctx, text);
+}
+
+/* What products are tried on; zeros would cost less power than what comes later. */
+static enum status_code fill_inputs(struct forward *f, struct status *st)
+{
+    const struct shard *s = f->cfg.shard;
+    const struct {
+        void *to;
+        uint64_t cols, rows;
+    } all[] = {
+        {f->h, f->cfg.model->hidden, f->cfg.max_rows},
+        {f->att, (uint64_t)s->heads.count * f->cfg.model->head_dim, f->cfg.max_rows},
+        {f->act, s->inner.count, f->cfg.max_rows},
+        {f->picked, f->cfg.model->hidden, f->head_rows},
+    };
+    enum status_code rc = ST_OK;
+    for (size_t i = 0; rc == ST_OK && i < sizeof all / sizeof *all; i++)
+        rc =
+            cuda_check(cuda_random(f->stream, all[i].to, i, 0, all[i].cols * all[i].rows, 1), st, "inputs of products");
+    return rc;
+}
+
+static enum status_code choose_products(struct forward *f, struct status *st)
+{
+    const uint32_t n = f->n_buckets;
+    enum status_code rc = fill_inputs(f, st);
+    cuda_gemm_try_until(f->gemm, now_us() + f->cfg.tune_ms * 1e3);
+    for (uint32_t i = 0; rc == ST_OK && i < n; i++) {
+        struct cuda_bucket *b = &f->bucket[i < 2 ? (n - 1) * i : i - 1]; /* first, last, second, third ... */
+        uint32_t head = b->rows < f->head_rows ? b->rows : f->head_rows;
+        rc = cuda_forward_prepare(f, b, st);
+        if (rc == ST_OK)
+            rc = cuda_forward_prepare_head(f, head, st);
+    }
+    cuda_gemm_try_until(f->gemm, 0);
+    return rc;
+}
+
+/* Of decodes alone there are as many rows as sequences. */
+static enum status_code make_graphs(struct forward *f, uint32_t *made, struct status *st)
+{
+    const uint32_t max_seqs = cuda_forward_max_seqs(&f->cfg);
+    enum status_code rc = ST_OK;
+    for (uint32_t i = 0; f->graphs && i < f->n_buckets; i++) {
+        struct cuda_bucket *b = &f->bucket[i];
+        bool decodes = i == 0 || b[-1].rows < max_seqs;
+        for (int v = 0; v < 1 + decodes; v++, ++*made)
+            if ((rc = cuda_forward_capture(f, b, v, st)) != ST_OK)
+                return rc;
+    }
+    return rc;
+}
+
+/* One row that is nobody's goes all the way, so that every kernel of it is loaded. */
+static enum status_code run_padding(struct forward *f, struct status *st)
+{
+    const struct forward_sample sample = {.slot = FORWARD_NO_SLOT};
+    const struct forward_batch batch = {.rows = 1, .samples = 1, .sample = &sample};
+    uint32_t token;
+    for (uint32_t i = 0; i < CUDA_FLIGHTS; i++)
+        f->flight[i].row[0] = (struct cuda_row){0};
+    return cuda_forward_run(f, &batch, &token, st);
+}
+
+static void say(struct forward *f, double products_ms, uint32_t graphs, double graphs_ms)
+{
+    const struct cuda_gemm_counts c = cuda_gemm_counts(f->gemm);
+    const char *file = cuda_gemm_file(f->gemm), *problem = cuda_gemm_file_problem(f->gemm);
+    char text[1024];
+    if (problem) {
+        snprintf(text, sizeof text, "measured products are not used: %.800s", problem);
+        note(f, text);
+    }
+    snprintf(text, sizeof text,
+             "products: %u measured, %u from %.500s, %u as the library suggests, in %.0f ms; %u graphs in %.0f ms",
+             c.measured, c.remembered, file ? file : "no file", c.untried, products_ms, graphs, graphs_ms);
+    note(f, text);
+}
+
+/* What cannot be kept is measured again at the next start: no reason not to serve. */
+static void keep_products(struct forward *f)
+{
+    struct status st = STATUS_INIT;
+    char text[STATUS_MESSAGE_MAX + 64];
+    if (cuda_gemm_save(f->gemm, &st) == ST_OK)
+        return;
+    snprintf(text, sizeof text, "measured products are not kept: %s", st.message);
+    note(f, text);
+}
+
+enum status_code cuda_forward_warm(struct forward *f, struct status *st)
+{
+    uint32_t graphs = 0;
+    double start_us = now_us(), products_us = 0;
+    enum status_code rc = choose_products(f, st);
+    if (rc == ST_OK) {
+        keep_products(f);
+        products_us = now_us();
+        rc = make_graphs(f, &graphs, st);
+    }
+    if (rc == ST_OK) {
+        say(f, (products_us - start_us) / 1e3, graphs, (now_us() - products_us) / 1e3);
+        rc = run_padding(f, st);
+    }
+    if (rc != ST_OK) {
+        status_prefix(st, "before the first step");
+        return rc;
+    }
+    f->warm = true;
+    return ST_OK;
+}
