@@ -97,8 +97,11 @@ enum status_code chat_take(const struct coord *c, struct request *r, const Tande
     char *text = NULL;
     size_t bytes = 0;
     enum status_code rc = messages ? ST_OK : status_nomem(st, "chat", 0);
-    if (rc == ST_OK && chat_status(c->chat)->code != ST_OK)
-        rc = status_set(st, chat_status(c->chat)->code, "chat: %s", chat_status(c->chat)->message);
+    const struct status *why = chat_status(c->chat);
+    if (rc == ST_OK &&
+        why->code != ST_OK) /* whatever is wrong with the model's template, the request is not to blame */
+        rc = status_set(st, why->code == ST_UNIMPLEMENTED ? ST_UNIMPLEMENTED : ST_FAILED_PRECONDITION, "chat: %s",
+                        why->message);
     if (rc != ST_OK || (rc = messages_of(m, messages, st)) != ST_OK ||
         (rc = parse_json(m->tools_json, "chat.tools_json", true, &tools, st)) != ST_OK ||
         (rc = parse_json(m->template_arguments_json, "chat.template_arguments_json", false, &arguments, st)) != ST_OK)

@@ -372,9 +372,16 @@ static struct jj_value add(struct jj_render *r, const struct jj_value *a, const 
 {
     struct jj_buf text = {0};
     if (a->type == JJ_STRING) {
-        jj_put(&r->job, &text, a->u.str.s, a->u.str.n);
-        jj_put(&r->job, &text, b->u.str.s, b->u.str.n);
-        return jj_buf_value(&text);
+        struct jj_str l = a->u.str, m = b->u.str;
+        if (a->safe != b->safe) { /* as Python's Markup does, whatever the template's author had in mind */
+            l = a->safe ? l : jj_escape(&r->job, l).u.str;
+            m = b->safe ? m : jj_escape(&r->job, m).u.str;
+        }
+        jj_put(&r->job, &text, l.s, l.n);
+        jj_put(&r->job, &text, m.s, m.n);
+        struct jj_value out = jj_buf_value(&text);
+        out.safe = a->safe || b->safe;
+        return out;
     }
     const struct jj_list *x = a->u.list, *y = b->u.list;
     struct jj_value out = jj_list(&r->job, x->n + y->n);

@@ -80,25 +80,24 @@ FILTER(f_replace)
 FILTER(f_string)
 {
     struct jj_str s = jj_to_str(&r->job, &v);
+    struct jj_value out = jj_string(s.s, s.n);
     jj_arg_count(r, args, 0, "string");
-    return jj_string(s.s, s.n);
+    out.safe = v.safe;
+    return out;
+}
+
+FILTER(f_safe)
+{
+    struct jj_value out = f_string(r, v, args);
+    out.safe = true;
+    return out;
 }
 
 FILTER(f_escape)
 {
-    static const char from[] = "&<>'\"";
-    static const char *const to[] = {"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"};
     struct jj_str s = jj_to_str(&r->job, &v);
-    struct jj_buf b = {0};
     jj_arg_count(r, args, 0, "escape");
-    for (size_t i = 0; i < s.n; i++) {
-        const char *p = s.s[i] ? strchr(from, s.s[i]) : NULL;
-        if (p)
-            jj_puts(&r->job, &b, to[p - from]);
-        else
-            jj_put(&r->job, &b, s.s + i, 1);
-    }
-    return jj_buf_value(&b);
+    return v.safe ? v : jj_escape(&r->job, s);
 }
 
 FILTER(f_indent)
@@ -137,18 +136,18 @@ FILTER(f_indent)
 FILTER(f_tojson)
 {
     struct jj_value indent = jj_arg(args, SIZE_MAX, "indent", jj_none());
+    struct jj_value ascii = jj_arg(args, SIZE_MAX, "ensure_ascii", jj_bool(false));
     struct jj_buf b = {0};
     /* ensure_ascii comes first in Hugging Face's function, then indent; both are given by name in practice */
     jj_arg_count(r, args, 0, "tojson (name its arguments)");
     for (size_t i = 0; i < args->n_kw; i++)
-        if (!jj_str_is(args->kw[i].key, "indent") &&
-            !(jj_str_is(args->kw[i].key, "ensure_ascii") && !jj_truth(&r->job, &args->kw[i].value)))
+        if (!jj_str_is(args->kw[i].key, "indent") && !jj_str_is(args->kw[i].key, "ensure_ascii"))
             jj_fail(&r->job, ST_UNIMPLEMENTED, "tojson: the argument \"%.*s\" is not supported", (int)args->kw[i].key.n,
                     args->kw[i].key.s);
     int64_t n = indent.type == JJ_NONE ? -1 : jj_integer(&r->job, &indent, "tojson: indent");
     if (n > 64)
         jj_fail(&r->job, ST_INVALID_ARGUMENT, "tojson: indent %lld, expected at most 64", (long long)n);
-    jj_put_json(&r->job, &b, &v, n < -1 ? -1 : (int)n);
+    jj_put_json(&r->job, &b, &v, n < -1 ? -1 : (int)n, jj_truth(&r->job, &ascii));
     return jj_buf_value(&b);
 }
 
@@ -572,7 +571,7 @@ static const struct jj_builtin filters[] = {
     {"replace", f_replace},
     {"reverse", f_reverse},
     {"round", f_round},
-    {"safe", f_string},
+    {"safe", f_safe},
     {"select", f_select},
     {"selectattr", f_selectattr},
     {"sort", f_sort},

@@ -62,6 +62,7 @@ struct jj_str {
 
 struct jj_value {
     enum jj_type type;
+    bool safe; /* a string out of "safe" or "escape": "+" escapes the other side. Methods and other filters forget it */
     union {
         bool b;
         int64_t i;
@@ -153,7 +154,10 @@ struct jj_value jj_buf_value(const struct jj_buf *b);
 void jj_put_str(struct jj *c, struct jj_buf *b, const struct jj_value *v);  /* Python's str() */
 void jj_put_repr(struct jj *c, struct jj_buf *b, const struct jj_value *v); /* Python's repr() */
 /* json.dumps(v, ensure_ascii=False, indent=indent); indent below 0: none */
-void jj_put_json(struct jj *c, struct jj_buf *b, const struct jj_value *v, int indent);
+/* ascii: what is not is written \uXXXX */
+void jj_put_json(struct jj *c, struct jj_buf *b, const struct jj_value *v, int indent, bool ascii);
+/* For HTML; the result is safe. */
+struct jj_value jj_escape(struct jj *c, struct jj_str s);
 struct jj_str jj_to_str(struct jj *c, const struct jj_value *v);
 
 /* UTF-8. A string that comes in is valid. */

@@ -325,7 +325,41 @@ static void put_json(struct jj *c, struct jj_buf *b, const struct jj_value *v, i
     c->depth--;
 }
 
-void jj_put_json(struct jj *c, struct jj_buf *b, const struct jj_value *v, int indent)
+void jj_put_json(struct jj *c, struct jj_buf *b, const struct jj_value *v, int indent, bool ascii)
 {
-    put_json(c, b, v, indent, 0);
+    struct jj_buf wide = {0};
+    put_json(c, ascii ? &wide : b, v, indent, 0);
+    for (size_t i = 0; i < wide.n;) { /* only strings have such characters */
+        char text[16];
+        size_t from = i, bytes;
+        uint32_t ch = jj_char_at((struct jj_str){wide.s, wide.n}, i, &bytes);
+        i += bytes;
+        if (ch < 0x7F)
+            jj_put(c, b, wide.s + from, i - from);
+        else if (ch < 0x10000)
+            jj_put(c, b, text, (size_t)snprintf(text, sizeof text, "\\u%04x", (unsigned)ch));
+        else
+            jj_put(c, b, text,
+                   (size_t)snprintf(text, sizeof text, "\\u%04x\\u%04x", (unsigned)(0xD7C0 + (ch >> 10)),
+                                    (unsigned)(0xDC00 + (ch & 0x3FF))));
+    }
+}
+
+/* ---- HTML ---- */
+
+struct jj_value jj_escape(struct jj *c, struct jj_str s)
+{
+    static const char from[] = "&<>'\"";
+    static const char *const to[] = {"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"};
+    struct jj_buf b = {0};
+    for (size_t i = 0; i < s.n; i++) {
+        const char *p = s.s[i] ? strchr(from, s.s[i]) : NULL;
+        if (p)
+            jj_puts(c, &b, to[p - from]);
+        else
+            jj_put(c, &b, s.s + i, 1);
+    }
+    struct jj_value out = jj_buf_value(&b);
+    out.safe = true;
+    return out;
 }

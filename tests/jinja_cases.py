@@ -226,6 +226,12 @@ FILTERS = r"""
 ~~
 {{ l|tojson(separators=1) }}
 ~~
+{{ qb|tojson(ensure_ascii=true) }} {{ u|tojson(ensure_ascii=True) }} {{ {"é": ["世"]}|tojson(ensure_ascii=true, indent=2) }} {{ "\x7f~"|tojson(ensure_ascii=true) }}
+~~
+{{ "<a>"|safe + "<b>" + s }} {{ "<a>" + "<b>"|safe }} {{ "<a>"|safe + "<b>"|safe }} {{ "<a>"|safe ~ "<b>" }} {{ ("<a>"|safe ~ "<b>") + "<c>" }}
+~~
+{{ "<a>"|e + "<b>" }} {{ ("<a>"|e)|e }} {{ ("<a>"|safe)|e }} {{ ("<a>"|safe)|string + "<b>" }} {% set x = "<a>"|safe %}{{ x }} {{ x + "&'" }} {{ x + "a"|upper }} {{ d|tojson + x }}
+~~
 {% filter upper|replace('A', '4') %}abc {{ s }}{% endfilter %}
 """
 

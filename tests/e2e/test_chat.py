@@ -11,7 +11,7 @@ import unittest
 
 import grpc
 
-from cluster import DEMO, SLOW, SLOW_ARGS, TANDEM, Cluster, Result, slow_model, tandem, wait_for
+from cluster import DEMO, SLOW, SLOW_ARGS, TANDEM, Cluster, Result, copy_model, slow_model, tandem, wait_for
 from tandem.v1 import inference_pb2
 
 
@@ -198,6 +198,16 @@ class Templates(unittest.TestCase):
             rc, out, err = tandem("chat", "--address", c.address, stdin="Hello\n")
             self.assertEqual((rc, out, err.count("\n")), (1, "", 1))
             self.assertIn("--chat-template", err)
+        with tempfile.TemporaryDirectory() as d:
+            model = copy_model(d)
+            with open(os.path.join(model, "chat_template.jinja"), "w") as f:
+                f.write("{{ bos_token }}\n{% if %}")
+            with Cluster(model=model) as c:
+                with self.assertRaises(grpc.RpcError) as e:
+                    c.run(chat(("user", "x")))
+                self.assertEqual(e.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
+                self.assertIn("chat_template.jinja: line 2: %}", e.exception.details())
+                self.assertEqual(len(c.run("Once", max_tokens=2).ids), 2)
         with Cluster(args=["--chat-template", "llama2"]) as c:
             r = Result(c.generate(chat(("user", "Hello"))))
             self.assertEqual(len(r.ids), 12)
