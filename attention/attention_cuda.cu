@@ -260,7 +260,6 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
     const cuda_state *s = (const cuda_state *)state;
     const attn_gpu_config *c = &s->cfg;
     cuda_run_args a = {};
-    a.seq = step->seq;
     a.q = (const char *)io->q;
     a.out = (char *)io->out;
     a.q_row_stride = io->q_row_stride;

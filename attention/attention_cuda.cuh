@@ -43,7 +43,6 @@ struct cuda_plan_args {
 };
 
 struct cuda_run_args {
-    const attn_seq *seq;
     const char *q;
     char *out;
     uint64_t q_row_stride, out_row_stride, kv_offset, token_stride, head_stride;

@@ -179,11 +179,13 @@ __device__ void write_items(const cuda_plan_args &a, uint32_t seq, const entry &
                             uint32_t parts, uint32_t item, uint32_t slot)
 {
     const cuda_workspace &ws = a.ws;
+    const attn_seq s = a.seq[seq];
     for (uint32_t part = 0; part < parts; part++) {
         for (uint32_t h = 0; h < a.kv_heads; h++, item++) {
             if (item >= ws.max_items[role])
                 return;
             attn_item it;
+            it.s = s;
             it.seq = seq;
             it.kv_head = h;
             it.first = e.first;
@@ -280,6 +282,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     }
     if (blockIdx.x == 0 && threadIdx.x == 0)
         a.ws.lists->fault = fault == UINT32_MAX ? 0 : fault;
+    __threadfence(); /* see attn_lists_of */
 }
 } // namespace
 

@@ -580,25 +580,28 @@ __device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s,
 }
 
 /* Thread 0: the item behind a place in the list of `role`, or of the other role when that is at its end. */
-__device__ __forceinline__ void resolve(const cuda_run_args &a, uint32_t &role, uint32_t place, run_shared &sh)
+__device__ __forceinline__ void resolve(const cuda_run_args &a, uint32_t &role, uint32_t place, bool read,
+                                        run_shared &sh)
 {
     for (uint32_t tries = 0; tries < ROLES; tries++) {
         if ((a.roles >> role & 1) && place < (role == ROLE_PREFILL ? sh.counts.x : sh.counts.y)) {
-            sh.item = a.ws.items[role][place];
+            if (!read)
+                attn_item_copy(&sh.item, &a.ws.items[role][place]);
             sh.role = role;
             return;
         }
         role ^= 1;
+        read = false;
         if (tries == 0 && (a.roles >> role & 1))
             place = a.taken[role] + atomicAdd(&a.counters->next[role], 1);
     }
     sh.role = ROLES;
 }
 
-/* Thread 0 of a block that leaves: the last one leaves the counters as they were. */
+/* Thread 0 of a block that leaves: the last one leaves the counters as they were. No fence: what this block added to them
+ * has been answered. */
 __device__ __forceinline__ void leave(const cuda_run_args &a)
 {
-    __threadfence();
     if (atomicAdd(&a.counters->left, 1) + 1 < gridDim.x)
         return;
     for (uint32_t r = 0; r < ROLES; r++)
@@ -612,9 +615,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
     extern __shared__ __align__(128) char bytes[];
     __shared__ run_shared sh;
     uint32_t role = 0, place = 0; /* of thread 0 */
-    if (!a.follows)
-        attn_wait_earlier();
-    attn_let_next();
+    bool read = false;            /* the item of that place is in sh */
+    bool one_each = false;        /* no block has a second item: nothing is counted */
     if (threadIdx.x == 0) {
         /* The blocks of an SM come in rounds over all SMs: those of every other round begin with the other role. */
         uint32_t round = blockIdx.x / a.sms;
@@ -622,21 +624,29 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         place = a.roles == BOTH_ROLES ? round / ROLES * a.sms + blockIdx.x % a.sms : blockIdx.x;
         if (a.follows)
             place = atomicAdd(&a.counters->next[role], 1);
-        sh.counts = make_uint2(a.ws.lists->count[ROLE_PREFILL], a.ws.lists->count[ROLE_DECODE]);
+        read = place < a.ws.max_items[role];
+        if (read) /* on its way with the counts */
+            attn_item_copy(&sh.item, &a.ws.items[role][place]);
+        const attn_lists lists = attn_lists_of(a.ws.lists);
+        sh.counts = make_uint2(lists.count[ROLE_PREFILL], lists.count[ROLE_DECODE]);
+        one_each = !a.follows && a.roles != BOTH_ROLES && lists.count[role] <= a.taken[role];
     }
+    if (!a.follows)
+        attn_wait_earlier();
+    attn_let_next();
     for (;;) {
         if (threadIdx.x == 0) {
-            resolve(a, role, place, sh);
-            if (sh.role != ROLES)
-                place = a.taken[role] +
-                        atomicAdd(&a.counters->next[role], 1); /* the next one; known when this one is done */
+            resolve(a, role, place, read, sh);
+            read = false;
+            if (sh.role != ROLES) /* the next one; known when this one is done */
+                place = one_each ? UINT32_MAX : a.taken[role] + atomicAdd(&a.counters->next[role], 1);
         }
         __syncthreads();
         const uint32_t now = sh.role;
         if (now == ROLES)
             break;
         if (sh.item.parts) {
-            const attn_seq &in = a.seq[sh.item.seq];
+            const attn_seq &in = sh.item.s;
             uint64_t head = sh.item.kv_head * a.head_stride + a.kv_offset;
             run_seq s;
             s.k = (const char *)in.k + head;
@@ -654,7 +664,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
     }
     if (a.follows)
         attn_wait_earlier(); /* the counters are in use until then */
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0 && !one_each)
         leave(a);
 }
 

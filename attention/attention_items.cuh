@@ -11,14 +11,20 @@
 
 #include <cstdint>
 
+#include <cuda_runtime.h>
+
+#include "attention/attention.h"
+
 enum attn_role { ROLE_PREFILL = 0, ROLE_DECODE = 1, ROLES = 2 };
 
 constexpr uint32_t DECODE_ROWS = 16; /* the rows of one mma.sync, or two times its columns */
 constexpr uint32_t TILE_KEYS = 64;   /* plans count work in tiles of so many keys */
 constexpr uint32_t WARPS = 4;        /* that work on a decode item */
 
-struct attn_item {
-    uint32_t seq;
+/* One read of 64 bytes tells a block all of its work: each read that waits for another costs a small step 0.7 us. */
+struct alignas(16) attn_item {
+    attn_seq s;
+    uint32_t seq; /* index of s */
     uint32_t kv_head;
     uint32_t first;     /* packed row */
     uint32_t key_begin; /* of this part */
@@ -34,9 +40,31 @@ struct attn_counters {
     uint32_t left;        /* blocks */
 };
 
-struct attn_lists {
+struct alignas(16) attn_lists {
     uint32_t count[ROLES]; /* items; written by plan */
+    uint32_t hand_over; /* sm90: 1: decodes left when prefill's list is empty are decode's kernel's, if one follows */
     uint32_t fault;
 };
+
+/* Kernels of a step read lists and items before attn_wait_earlier: what came between them and the plan, which is no such
+ * launch, has begun after the plan's end, and the plan's threads end with a fence. Not from a cache of an SM, where an
+ * earlier step's may stand. */
+__device__ __forceinline__ attn_lists attn_lists_of(const attn_lists *lists)
+{
+    const uint4 x = __ldcg((const uint4 *)lists);
+    return {{x.x, x.y}, x.z, x.w};
+}
+
+__device__ __forceinline__ void attn_item_copy(attn_item *to, const attn_item *from)
+{
+    static_assert(sizeof(attn_item) % sizeof(uint4) == 0, "copied by 16 bytes");
+    uint4 x[sizeof(attn_item) / sizeof(uint4)];
+#pragma unroll
+    for (uint32_t i = 0; i < sizeof(attn_item) / sizeof(uint4); i++)
+        x[i] = __ldcg((const uint4 *)from + i);
+#pragma unroll
+    for (uint32_t i = 0; i < sizeof(attn_item) / sizeof(uint4); i++)
+        ((uint4 *)to)[i] = x[i];
+}
 
 #endif

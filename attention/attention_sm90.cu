@@ -255,12 +255,11 @@ cudaError_t launch_on_two(const sm90_state *s, const sm90_args &a, void *stream)
     return err;
 }
 
-sm90_args run_args(const sm90_state *s, const struct attn_gpu_step *step, const struct attn_gpu_io *io)
+sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
 {
     const attn_gpu_config *c = &s->cfg;
     sm90_args a = {};
     sm90_run_args *r = &a.run;
-    r->seq = step->seq;
     r->q = (const char *)io->q;
     r->out = (char *)io->out;
     r->q_row_stride = io->q_row_stride;
@@ -287,7 +286,6 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
     if (s->cfg.fixed_split_keys)
         return launch(s, s->kernels->decode, a, 0, stream);
     cuda_run_args c = {};
-    c.seq = r.seq;
     c.q = r.q;
     c.out = r.out;
     c.q_row_stride = r.q_row_stride;
@@ -308,6 +306,7 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
     c.ws.lists = s->ws.lists;
     for (uint32_t i = 0; i < ROLES; i++) {
         c.ws.items[i] = s->ws.items[i];
+        c.ws.max_items[i] = s->ws.max_items[i];
         c.ws.arrived[i] = s->ws.arrived[i];
         c.ws.sums[i] = s->ws.sums[i];
         c.ws.weights[i] = s->ws.weights[i];
@@ -315,9 +314,18 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
     return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream);
 }
 
-/* AUTO: both roles on every SM until prefill's list is empty, then the rest of decode by itself. */
-cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, bool decodes_only, void *stream)
+/* Whether decodes may be left that are worth a launch when prefill's list is empty: see the plan. */
+bool may_hand_over(const sm90_state *s, const struct attn_gpu_step *step)
 {
+    uint64_t keys = (uint64_t)step->max_seqs * s->cfg.max_kv_len;
+    keys = keys < s->cfg.max_kv_tokens ? keys : s->cfg.max_kv_tokens;
+    return keys * s->cfg.kv_heads / TILE_KEYS / s->sms >= HAND_OVER_TILES;
+}
+
+/* AUTO: both roles on every SM until prefill's list is empty, then the rest of decode by itself. */
+cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step, void *stream)
+{
+    const bool decodes_only = step->max_seq_rows * a.run.group <= DECODE_ROWS;
     const sm90_kernels *k = s->kernels;
     sm90_args both = a;
     cudaError_t err = cudaSuccess;
@@ -325,9 +333,9 @@ cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, bool decodes_o
         return launch_decode(s, a, stream);
     switch (s->cfg.policy) {
     case ATTN_GPU_AUTO:
-        both.run.decode_follows = 1;
+        both.run.decode_follows = may_hand_over(s, step);
         err = launch(s, k->fused, both, 0, stream);
-        return err == cudaSuccess ? launch_decode(s, both, stream) : err;
+        return err == cudaSuccess && both.run.decode_follows ? launch_decode(s, both, stream) : err;
     case ATTN_GPU_FUSED:
         return launch(s, k->fused, a, 0, stream);
     case ATTN_GPU_SERIAL:
@@ -346,8 +354,7 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
     if ((io->kv_offset + (c->kv_heads - 1) * c->head_stride) / 16 > INT32_MAX)
         return status_set(st, ST_INVALID_ARGUMENT, "kv_offset: %llu, this back end takes less than 2^35",
                           (unsigned long long)io->kv_offset);
-    const bool decodes_only = step->max_seq_rows * (c->heads / c->kv_heads) <= DECODE_ROWS;
-    cudaError_t err = launch_roles(s, run_args(s, step, io), decodes_only, step->stream);
+    cudaError_t err = launch_roles(s, run_args(s, io), step, step->stream);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention kernel");
 }
 } // namespace

@@ -53,6 +53,10 @@ struct sm90_workspace {
     uint32_t max_slots[ROLES];
 };
 
+/* A fused launch does decodes of less than this by itself, in tiles of one SM: about as many microseconds at D 128. More are
+ * left to a launch of decode's own kernel, which costs half a part and a start, and is a fifth faster. */
+constexpr uint32_t HAND_OVER_TILES = 80;
+
 struct sm90_plan_args {
     const attn_seq *seq;
     const uint32_t *counts;
@@ -64,7 +68,6 @@ struct sm90_plan_args {
 };
 
 struct sm90_run_args {
-    const attn_seq *seq;
     const char *q;
     char *out;
     uint64_t q_row_stride, out_row_stride, kv_offset, head_stride;
@@ -106,7 +109,7 @@ struct sm90_unit {
 
 __device__ __forceinline__ sm90_unit sm90_unit_of(const sm90_args &a, const attn_item &it)
 {
-    const attn_seq s = a.run.seq[it.seq];
+    const attn_seq &s = it.s;
     sm90_unit u;
     u.k_map = a.run.ws.k_maps + it.seq;
     u.v_map = a.run.ws.v_maps + it.seq;

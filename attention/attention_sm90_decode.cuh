@@ -342,11 +342,12 @@ __device__ __forceinline__ uint32_t decode_take(const sm90_args &a, uint32_t *st
     return atomicAdd(&a.run.counters->next[ROLE_DECODE], 1);
 }
 
-/* A warpgroup; tid 0 .. 127. */
+/* A warpgroup; tid 0 .. 127; `items` is the length of the list. */
 template <typename C>
-__device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, uint32_t tid, uint32_t *stop)
+__device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, uint32_t tid, uint32_t items,
+                            uint32_t *stop)
 {
-    const uint32_t items = a.run.ws.lists->count[ROLE_DECODE], warp = tid / 32;
+    const uint32_t warp = tid / 32;
     decode_stream<C> st;
     st.shared = sm90_shared(memory) + warp * C::RING_BYTES;
     st.bars = sm90_shared(&b->full[warp][0]);

@@ -25,10 +25,9 @@ __device__ __forceinline__ char *sm90_aligned(char *p)
     return p + (SHARED_ALIGN - sm90_shared(p) % SHARED_ALIGN) % SHARED_ALIGN;
 }
 
-/* One thread of each block, when all of the block is done. */
+/* One thread of each block, when all of the block is done: what it added to the counters has been answered. */
 __device__ __forceinline__ void sm90_leave(attn_counters *c, uint32_t role_bits)
 {
-    __threadfence();
     if (atomicAdd(&c->left, 1) != gridDim.x - 1)
         return;
     for (uint32_t r = 0; r < ROLES; r++)
@@ -43,7 +42,9 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
     __shared__ prefill_bars bars;
     const uint32_t shared = sm90_shared(sm90_aligned(raw)),
                    group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
+    const uint32_t items = attn_lists_of(a.run.ws.lists).count[ROLE_PREFILL];
     if (threadIdx.x == 0) {
+        prefill_first(a, &bars);
         prefill_init<P>(&bars);
         sm90_mbar_init_fence();
     }
@@ -53,13 +54,13 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0)
-            prefill_produce<P>(a, &bars, shared);
+            prefill_produce<P>(a, &bars, shared, items);
     } else {
         sm90_regs_more<REGS>();
         prefill_consume<P>(a, &bars, shared, group - 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0 && items > gridDim.x)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL);
 }
 
@@ -78,6 +79,7 @@ template <typename C> __device__ __forceinline__ void decode_block(const sm90_ar
 {
     extern __shared__ char raw[];
     __shared__ decode_bars bars;
+    const uint32_t items = attn_lists_of(a.run.ws.lists).count[ROLE_DECODE];
     if (threadIdx.x == 0) {
         decode_init<C>(&bars);
         sm90_mbar_init_fence();
@@ -86,7 +88,7 @@ template <typename C> __device__ __forceinline__ void decode_block(const sm90_ar
     if (!a.run.decode_follows)
         attn_wait_earlier();
     attn_let_next();
-    decode_role<C>(a, &bars, sm90_aligned(raw), threadIdx.x, NULL);
+    decode_role<C>(a, &bars, sm90_aligned(raw), threadIdx.x, items, NULL);
     __syncthreads();
     if (a.run.decode_follows)
         attn_wait_earlier(); /* the counters are in use until then */
@@ -114,7 +116,10 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
     static_assert(P::STAGES == NARROW::STAGES, "barriers of both shapes");
     char *memory = sm90_aligned(raw);
     const uint32_t group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
+    const attn_lists lists = attn_lists_of(a.run.ws.lists);
+    const uint32_t items = lists.count[ROLE_PREFILL];
     if (threadIdx.x == 0) {
+        prefill_first(a, &bars.prefill);
         prefill_init<P>(&bars.prefill);
         decode_init<C>(&bars.decode);
         bars.decode.stop = 0;
@@ -123,22 +128,23 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
     __syncthreads();
     attn_wait_earlier();
     attn_let_next();
-    const bool alone = !a.run.one_shape && a.run.ws.lists->count[ROLE_DECODE] == 0;
+    const bool alone = !a.run.one_shape && lists.count[ROLE_DECODE] == 0;
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0) {
             if (alone)
-                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory));
+                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), items);
             else
-                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory));
-            atomicExch(&bars.decode.stop, a.run.decode_follows);
+                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items);
+            atomicExch(&bars.decode.stop, a.run.decode_follows & lists.hand_over);
         }
     } else if (group == 3) {
         if (alone) {
             sm90_regs_less<24>();
         } else {
             sm90_regs_more<136>();
-            decode_role<C>(a, &bars.decode, memory + NARROW::BYTES, threadIdx.x % GROUP_THREADS, &bars.decode.stop);
+            decode_role<C>(a, &bars.decode, memory + NARROW::BYTES, threadIdx.x % GROUP_THREADS,
+                           lists.count[ROLE_DECODE], &bars.decode.stop);
         }
     } else if (alone) {
         sm90_regs_more<232>();
@@ -148,7 +154,8 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
         prefill_consume<NARROW>(a, &bars.prefill, sm90_shared(memory), group - 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0 && !a.run.decode_follows)
+    const bool counted = items > gridDim.x || !alone; /* decode's role counts where there is nothing, too */
+    if (threadIdx.x == 0 && counted && !a.run.decode_follows)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL | 1 << ROLE_DECODE);
 }
 

@@ -21,11 +21,15 @@ constexpr uint32_t UNIT_COST_TILES = 6;   /* start and end of a prefill item, in
 constexpr uint32_t DECODE_WAVES = 6;      /* of parts, beside prefill, where these are long enough */
 constexpr uint32_t LAST_WAVES = 8;        /* of the parts of the last decodes */
 constexpr uint32_t LONG_PART_TILES = 16;
+constexpr uint32_t WAVE_TILES = 28; /* of parts, where two to six waves of them can be had */
+/* Decodes beside prefill come on by 7/10 of its tiles; alone tiles of both take as long. */
+constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
 
 struct rule {
     uint32_t tiles[ROLES]; /* most of a part; 0: not cut */
     uint32_t last_tiles;   /* the same of decodes from sequence `last` on */
     uint32_t last;
+    uint32_t hand_over; /* see attn_lists */
 };
 
 struct totals {
@@ -77,12 +81,12 @@ __device__ uint32_t part_tiles(uint32_t tiles, uint32_t of_rule, uint32_t most)
     return (tiles + parts - 1) / parts;
 }
 
-/* Decodes alone: the longest unit in as many parts as make the last block be done soonest, if `units` of it made up all the
- * work and blocks took parts in rounds. A part costs a tile beside its own, a cut one two. Slots are enough: a unit that
- * is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of items. */
-__device__ uint32_t decode_tiles_alone(const sm90_plan_args &a, uint64_t tiles, uint32_t longest)
+/* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
+ * were such units and blocks took parts in rounds. A part costs a tile beside its own, a cut one two. Slots are enough: a
+ * unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
+ * items. */
+__device__ uint32_t decode_tiles_alone(uint64_t blocks, uint64_t tiles, uint32_t longest)
 {
-    const uint64_t blocks = DECODE_BLOCKS_PER_SM * a.sms;
     uint64_t least = UINT64_MAX;
     uint32_t best = longest;
     for (uint32_t k = 1; k <= MAX_DECODE_PARTS; k++) {
@@ -99,15 +103,21 @@ __device__ uint32_t decode_tiles_alone(const sm90_plan_args &a, uint64_t tiles, 
     return best;
 }
 
-/* Decodes beside prefill: about a wave of parts, more where there is more to balance. The last sequences are cut finer: a part
- * takes long beside prefill, and whoever begins one when prefill ends lets all others wait. */
+/* Decodes beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to
+ * balance. The last sequences are cut finer: a part takes long beside prefill, and whoever begins one when prefill ends lets
+ * all others wait. */
 __device__ void decode_tiles_beside(const sm90_plan_args &a, const totals &t, rule *r)
 {
     const uint64_t decodes = (uint64_t)t.units[ROLE_DECODE] * a.kv_heads, wave = DECODE_BLOCKS_PER_SM * a.sms;
     const uint64_t tiles = t.tiles[ROLE_DECODE] * a.kv_heads;
     uint64_t waves = (4 * decodes + wave - 1) / wave;
-    if (waves < DECODE_WAVES && tiles >= DECODE_WAVES * wave * LONG_PART_TILES)
-        waves = DECODE_WAVES;
+    if (tiles < wave * LONG_PART_TILES) {
+        r->tiles[ROLE_DECODE] = r->last_tiles = decode_tiles_alone(a.sms, tiles, t.longest[ROLE_DECODE]);
+        return;
+    }
+    const uint64_t long_waves = tiles / (wave * WAVE_TILES);
+    if (waves < DECODE_WAVES && waves < long_waves)
+        waves = long_waves < DECODE_WAVES ? long_waves : DECODE_WAVES;
     uint64_t part = tiles / (waves * wave - decodes * (waves * wave > decodes)) + 1;
     uint64_t least = waves > 4 ? LONG_PART_TILES : MIN_DECODE_TILES;
     r->tiles[ROLE_DECODE] = (uint32_t)(part > least ? part : least);
@@ -123,6 +133,7 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
 {
     rule r = {};
     r.last = last;
+    r.hand_over = 1;
     r.tiles[ROLE_DECODE] = r.last_tiles = a.fixed_tiles;
     if (a.fixed_tiles)
         return r;
@@ -144,13 +155,15 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
         }
         uint64_t share = t.tiles[ROLE_PREFILL] * a.kv_heads / a.sms;
         uint32_t whole = mean + mean / 2 > share ? mean + mean / 2 : (uint32_t)share;
+        const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
+        r.hand_over = decode * PROGRESS_OF > least * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;
         r.tiles[ROLE_PREFILL] = best > 1 ? (mean + best - 1) / best : whole;
         if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
     }
     if (t.units[ROLE_DECODE] > 0 && units == 0)
         r.tiles[ROLE_DECODE] = r.last_tiles =
-            decode_tiles_alone(a, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
+            decode_tiles_alone(DECODE_BLOCKS_PER_SM * a.sms, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
     else if (t.units[ROLE_DECODE] > 0)
         decode_tiles_beside(a, t, &r);
     return r;
@@ -260,6 +273,7 @@ __device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const 
                 if (at >= a.ws.max_items[role])
                     break;
                 attn_item it;
+                it.s = s;
                 it.seq = i;
                 it.kv_head = h;
                 it.first = (n - 1 - u) * UNIT_ROWS;
@@ -329,8 +343,11 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
             atomicMin(&t.fault, a.max_seqs);
     }
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+        a.ws.lists->hand_over = r.hand_over;
         a.ws.lists->fault = t.fault == UINT32_MAX ? 0 : t.fault;
+    }
+    __threadfence(); /* see attn_lists_of */
 }
 } // namespace
 

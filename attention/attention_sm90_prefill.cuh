@@ -32,7 +32,7 @@ constexpr uint32_t PREFILL_ITEMS = 2; /* taken ahead */
 
 struct prefill_bars {
     uint64_t k_full[4], k_empty[4], v_full[4], v_empty[4], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS];
-    uint32_t item[PREFILL_ITEMS]; /* index in the list, or NO_ITEM */
+    attn_item item[PREFILL_ITEMS]; /* parts 0: no more */
     uint32_t last[2];
 };
 
@@ -62,23 +62,38 @@ __device__ __forceinline__ void prefill_copy(const sm90_unit &u, const sm90_map 
             sm90_copy_box(dst + block * C::BLOCK + k * 128, map, bar, block * 64, key + k, u.k_step, C::POLICY);
 }
 
-/* One thread. */
-template <typename C> __device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared)
+/* Block i begins with item i, which is read while the counts are. One thread, before prefill_produce by the same. */
+__device__ __forceinline__ void prefill_first(const sm90_args &a, prefill_bars *b)
 {
-    const uint32_t items = a.run.ws.lists->count[ROLE_PREFILL];
+    if (blockIdx.x < a.run.ws.max_items[ROLE_PREFILL])
+        attn_item_copy(&b->item[0], &a.run.ws.items[ROLE_PREFILL][blockIdx.x]);
+}
+
+/* One thread; `items` is the length of the list. Nothing is counted where no block has a second item. */
+template <typename C>
+__device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t items)
+{
     sm90_ring_at<C::STAGES> k_at, v_at;
     sm90_ring_at<PREFILL_ITEMS> at;
-    for (;;) {
-        uint32_t index = atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1);
-        if (index < items && a.run.ws.items[ROLE_PREFILL][index].parts == 0)
+    const bool counted = items > gridDim.x;
+    for (uint32_t index = blockIdx.x;;
+         index = counted ? gridDim.x + atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1) : items) {
+        const bool read = index == blockIdx.x;
+        if (index < items && !read && __ldcg(&a.run.ws.items[ROLE_PREFILL][index].parts) == 0)
+            continue;
+        if (index < items && read && b->item[0].parts == 0)
             continue;
         sm90_mbar_wait(sm90_shared(&b->item_empty[at.slot]), at.parity ^ 1);
-        b->item[at.slot] = index < items ? index : NO_ITEM;
+        attn_item *const item = &b->item[at.slot];
+        if (index >= items)
+            item->parts = 0;
+        else if (!read)
+            attn_item_copy(item, &a.run.ws.items[ROLE_PREFILL][index]);
         sm90_mbar_arrive(sm90_shared(&b->item_full[at.slot]));
         at.next();
         if (index >= items)
             break;
-        const attn_item it = a.run.ws.items[ROLE_PREFILL][index];
+        const attn_item it = *item;
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_map_acquire(u.k_map);
         sm90_map_acquire(u.v_map);
@@ -342,10 +357,9 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         sm90_bar_arrive(BAR_TURN, 2 * GROUP_THREADS); /* group 0 begins */
     for (;; at.next()) {
         sm90_mbar_wait(sm90_shared(&b->item_full[at.slot]), at.parity);
-        const uint32_t index = b->item[at.slot];
-        if (index == NO_ITEM)
+        const attn_item it = b->item[at.slot];
+        if (it.parts == 0)
             break;
-        const attn_item it = a.run.ws.items[ROLE_PREFILL][index];
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the item, and the last output from Q's place */
         if (tid == 0)

@@ -40,6 +40,8 @@ static const struct attn_span attn_full_decodes[] = {{256, 1, 2048}, {1, 512, 40
 static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
 static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
+/* Few, but cut and whole units of both roles. */
+static const struct attn_span attn_few[] = {{1, 1, 70}, {1, 40, 1100}, {1, 1, 600}, {1, 70, 130}, {0, 0, 0}};
 static const struct attn_span attn_speculation[] = {{30, 5, 4000}, {10, 2, 3000}, {10, 1, 1000}, {0, 0, 0}};
 /* Decodes that are cut as beside a long prefill, the last quarter of the sequences finer; both sides take several rounds. */
 static const struct attn_span attn_long_both[] = {{1, 700, 3000}, {20, 1, 9000}, {1, 1000, 1000},
@@ -74,6 +76,9 @@ static const struct attn_case attn_cases[] = {
     {"short decodes", 8, 2, 128, 0, 0, 0, attn_short_decodes},
     {"256 decodes", 8, 2, 64, 0, 0, 0, attn_many_decodes},
     {"8 chunks", 4, 2, 64, 0, 0, 0, attn_many_chunks},
+    {"few D 128", 8, 2, 128, 0, 0, 0, attn_few},
+    {"few D 64", 2, 1, 64, 0, 0, 0, attn_few},
+    {"few D 256, window", 2, 1, 256, 300, 20, 0, attn_few},
     {"256 decodes of 2K, a chunk", 32, 8, 128, 0, 0, 1, attn_full_decodes},
     {"8 chunks of 512, 64 decodes", 32, 8, 128, 0, 0, 1, attn_full_chunks},
     {"chunk at 32K, decodes", 8, 2, 128, 0, 0, 1, attn_at_32k},

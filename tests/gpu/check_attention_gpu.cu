@@ -1,6 +1,9 @@
 /* check_attention_gpu.cu - every back end of attention/ on a GPU against softmax in double on the same GPU.
  *
- *     check_attention_gpu [--quick] [--back-end NAME] [--case TEXT]      ends with 77 where there is no GPU
+ *     check_attention_gpu [--quick] [--once] [--back-end NAME] [--case TEXT]      ends with 77 where there is no GPU
+ *
+ * --quick leaves out large shapes, f16 and groups; --once runs each policy and the fixed cut a single time, without graphs and
+ * layers, for checkers under which a launch takes seconds.
  *
  * KV is token-major with LAYERS layers, of which one is asked for; it lies against unmapped memory on both sides, and
  * whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory behind each length.
@@ -634,7 +637,19 @@ void check_faults(const problem *p, const attn_gpu_ops *ops)
 
 const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
 
-void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, bool quick)
+/* With a fixed cut, the whole batch. */
+void check_fixed_once(const problem *p, const attn_gpu_ops *ops)
+{
+    runner r;
+    if (!start(&r, p, ops, ATTN_GPU_AUTO, FIXED_KEYS))
+        return;
+    set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
+    plan_and_run(&r, p);
+    compare(p, result(&r, p), "fixed");
+    stop(&r);
+}
+
+void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, bool quick, bool once)
 {
     problem p;
     make(&p, c, dtype);
@@ -642,7 +657,7 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, b
     double worst = 0;
     bool did = false;
     for (int policy = 0; policy <= ATTN_GPU_STREAMS; policy++) {
-        if (quick && policy == ATTN_GPU_SERIAL)
+        if (quick && !once && policy == ATTN_GPU_SERIAL)
             continue;
         runner r;
         char what[100];
@@ -656,6 +671,8 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, b
         if (fault_of(&r))
             fail(&p, what, "a fault is reported");
         stop(&r);
+        if (once)
+            continue;
         snprintf(what, sizeof what, "%s %s, fixed", ops->name, policy_names[policy]);
         if (policy == ATTN_GPU_AUTO || (!quick && policy == ATTN_GPU_STREAMS))
             check_fixed(&p, ops, (attn_gpu_policy)policy, what);
@@ -664,9 +681,11 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, b
     snprintf(invariant, sizeof invariant, "%s, batch-invariant", ops->name);
     if (did)
         check_invariant(&p, ops, invariant);
-    if (did && !c->large)
+    if (did && once)
+        check_fixed_once(&p, ops);
+    if (did && !once && !c->large)
         check_graph(&p, ops, ATTN_GPU_AUTO, "graph");
-    for (int policy = 0; did && !c->large && policy <= ATTN_GPU_STREAMS; policy++) {
+    for (int policy = 0; did && !once && !c->large && policy <= ATTN_GPU_STREAMS; policy++) {
         char what[100];
         snprintf(what, sizeof what, "%s %s, layers", ops->name, policy_names[policy]);
         check_layers(&p, ops, (attn_gpu_policy)policy, what);
@@ -681,22 +700,22 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, b
     drop(&p);
 }
 
-void check_back_end(const attn_gpu_ops *ops, const char *only, bool quick)
+void check_back_end(const attn_gpu_ops *ops, const char *only, bool quick, bool once)
 {
     for (uint32_t i = 0; i < ATTN_CASES; i++) {
         const attn_case *c = &attn_cases[i];
         if ((only && !strstr(c->name, only)) || (quick && c->large))
             continue;
-        check_case(c, ATTN_BF16, ops, quick);
+        check_case(c, ATTN_BF16, ops, quick, once);
         if (!quick)
-            check_case(c, ATTN_F16, ops, quick);
+            check_case(c, ATTN_F16, ops, quick, once);
     }
     for (uint32_t G = 1; G <= ATTN_MAX_GROUP && !quick; G++) {
         char name[20];
         snprintf(name, sizeof name, "group %u", G);
         attn_case c = {name, 2 * G, 2, 64, 0, 0, 0, attn_group_spans};
         if (!only || strstr(c.name, only))
-            check_case(&c, ATTN_BF16, ops, quick);
+            check_case(&c, ATTN_BF16, ops, quick, once);
     }
     if (!only) {
         problem p;
@@ -711,16 +730,18 @@ void check_back_end(const attn_gpu_ops *ops, const char *only, bool quick)
 int main(int argc, char **argv)
 {
     const char *only = NULL, *back_end = NULL;
-    bool quick = false;
+    bool quick = false, once = false;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--quick"))
             quick = true;
+        else if (!strcmp(argv[i], "--once"))
+            once = true;
         else if (!strcmp(argv[i], "--case") && i + 1 < argc)
             only = argv[++i];
         else if (!strcmp(argv[i], "--back-end") && i + 1 < argc)
             back_end = argv[++i];
         else {
-            fprintf(stderr, "usage: %s [--quick] [--back-end NAME] [--case TEXT]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--quick] [--once] [--back-end NAME] [--case TEXT]\n", argv[0]);
             return 2;
         }
     }
@@ -735,7 +756,7 @@ int main(int argc, char **argv)
     for (uint32_t i = 0; attn_gpu_back_ends[i]; i++) {
         if (back_end && strcmp(back_end, attn_gpu_back_ends[i]->name))
             continue;
-        check_back_end(attn_gpu_back_ends[i], only, quick);
+        check_back_end(attn_gpu_back_ends[i], only, quick, once);
         checked++;
     }
     if (!checked) {
