@@ -135,12 +135,16 @@ enum agent_frame {
     AGENT_SIGNAL,
 };
 
+#define AGENT_HEADER 5 /* bytes before a frame's payload */
+
 struct agent_reader { /* of one connection */
     size_t have;      /* bytes in buffer */
-    uint8_t buffer[5 + AGENT_FRAME_MAX];
+    uint8_t buffer[AGENT_HEADER + AGENT_FRAME_MAX];
 };
 
 int64_t agent_now_ms(void);
+
+void agent_write_header(uint8_t out[AGENT_HEADER], enum agent_frame type, size_t bytes);
 
 /* All sockets here are non-blocking. ST_DEADLINE_EXCEEDED, ST_UNAVAILABLE (gone), ST_DATA_LOSS (not this protocol). */
 enum status_code agent_send(int fd, enum agent_frame type, const void *payload, size_t bytes, int64_t until_ms,

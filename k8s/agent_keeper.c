@@ -14,13 +14,15 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "k8s/agent.h"
 
-#define DRAIN_MS 500 /* what others below still write after the program's end is not waited for */
+#define DRAIN_MS   500 /* what others below still write after the program's end is not waited for */
+#define OUTPUT_MAX (16u * 1024)
 
 struct keeper {
     int fd, signals; /* signals: SIGCHLD, SIGTERM */
@@ -30,6 +32,10 @@ struct keeper {
     bool client_gone;
     int64_t kill_at_ms;  /* SIGKILL for all; INT64_MAX: not asked to end */
     int64_t drain_by_ms; /* the program has ended: its output may still come */
+    /* A frame of output on its way: sent as the client takes it, so that one that takes nothing holds up no signal. */
+    uint8_t frame[AGENT_HEADER + OUTPUT_MAX];
+    size_t frame_n, frame_sent; /* frame_n 0: none, and more may be read */
+    int64_t frame_until_ms;
     const struct agent_keep_config *cfg;
     struct agent_reader reader;
 };
@@ -180,10 +186,25 @@ static void lose_client(struct keeper *k, const char *why)
         ask_to_end(k, SIGTERM);
 }
 
+static void send_frame(struct keeper *k)
+{
+    while (k->frame_n > 0 && !k->client_gone) {
+        ssize_t n = send(k->fd, k->frame + k->frame_sent, k->frame_n - k->frame_sent, MSG_NOSIGNAL);
+        if (n > 0 && (k->frame_sent += (size_t)n) == k->frame_n)
+            k->frame_n = 0;
+        else if (n < 0 && errno == EAGAIN && agent_now_ms() < k->frame_until_ms)
+            return;
+        else if (n < 0 && errno == EAGAIN)
+            lose_client(k, "the peer takes nothing");
+        else if (n < 0 && errno != EINTR)
+            lose_client(k, strerror(errno));
+    }
+    k->frame_n = 0;
+}
+
 static void take_output(struct keeper *k, int i)
 {
-    uint8_t bytes[16 * 1024];
-    ssize_t n = read(k->out[i], bytes, sizeof bytes);
+    ssize_t n = read(k->out[i], k->frame + AGENT_HEADER, OUTPUT_MAX);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) {
@@ -191,10 +212,11 @@ static void take_output(struct keeper *k, int i)
         k->out[i] = -1;
         return;
     }
-    struct status st = STATUS_INIT;
-    if (!k->client_gone && agent_send(k->fd, i == 0 ? AGENT_STDOUT : AGENT_STDERR, bytes, (size_t)n,
-                                      agent_now_ms() + AGENT_SEND_MS, &st) != ST_OK)
-        lose_client(k, st.message);
+    agent_write_header(k->frame, i == 0 ? AGENT_STDOUT : AGENT_STDERR, (size_t)n);
+    k->frame_n = AGENT_HEADER + (size_t)n;
+    k->frame_sent = 0;
+    k->frame_until_ms = agent_now_ms() + AGENT_SEND_MS;
+    send_frame(k);
 }
 
 static void take_frame(struct keeper *k)
@@ -222,30 +244,35 @@ static void take_signals(struct keeper *k)
     while (read(k->signals, &info, sizeof info) == (ssize_t)sizeof info)
         if (info.ssi_signo == SIGTERM && k->program)
             ask_to_end(k, SIGTERM);
-    if (reap(k))
+    if (reap(k)) {
         k->drain_by_ms = agent_now_ms() + DRAIN_MS;
+        if (k->kill_at_ms != INT64_MAX) /* told to end: a client that takes nothing is not waited for longer */
+            k->frame_until_ms = k->drain_by_ms;
+    }
 }
 
 /* Until the program has ended and its output is out, or the connection is gone and everything killed. */
 static void relay(struct keeper *k)
 {
-    while (k->program || ((k->out[0] >= 0 || k->out[1] >= 0) && agent_now_ms() < k->drain_by_ms)) {
+    while (k->program || k->frame_n > 0 || ((k->out[0] >= 0 || k->out[1] >= 0) && agent_now_ms() < k->drain_by_ms)) {
         int64_t until = k->program ? k->kill_at_ms : k->drain_by_ms, wait = until - agent_now_ms();
+        bool busy = k->frame_n > 0;
         struct pollfd p[] = {{k->signals, POLLIN, 0},
-                             {k->out[0], POLLIN, 0},
-                             {k->out[1], POLLIN, 0},
-                             {k->client_gone ? -1 : k->fd, POLLIN, 0}};
-        poll(p, 4, wait <= 0 ? 0 : wait > 1000 ? 1000 : (int)wait);
+                             {busy ? -1 : k->out[0], POLLIN, 0},
+                             {busy ? -1 : k->out[1], POLLIN, 0},
+                             {k->client_gone ? -1 : k->fd, (short)(busy ? POLLIN | POLLOUT : POLLIN), 0}};
+        poll(p, 4, wait <= 0 ? (busy ? 100 : 0) : wait > 1000 ? 1000 : (int)wait);
         take_signals(k);
+        send_frame(k);
         for (int i = 0; i < 2; i++)
-            if (k->out[i] >= 0 && p[1 + i].revents)
+            if (k->frame_n == 0 && k->out[i] >= 0 && p[1 + i].revents)
                 take_output(k, i);
-        if (p[3].revents && !k->client_gone)
+        if ((p[3].revents & ~POLLOUT) && !k->client_gone)
             take_frame(k);
         if (k->program && agent_now_ms() >= k->kill_at_ms) {
             end_all(k);
             k->kill_at_ms = INT64_MAX;
-            k->drain_by_ms = agent_now_ms() + DRAIN_MS;
+            k->drain_by_ms = k->frame_until_ms = agent_now_ms() + DRAIN_MS;
         }
     }
 }
@@ -293,6 +320,12 @@ static enum status_code log_in(struct keeper *k, struct agent_request *r, uint8_
     return agent_request_read(r, token.request, token.request_bytes, st);
 }
 
+/* A port that is probed, or a client that has thought better of it: nothing to refuse, and no line in the log each time. */
+static bool came_and_went(const struct keeper *k, enum status_code rc)
+{
+    return rc == ST_UNAVAILABLE && k->reader.have == 0;
+}
+
 static enum status_code serve_one(struct keeper *k, struct status *st)
 {
     struct agent_request r = {.argc = 0};
@@ -322,6 +355,7 @@ void agent_keep(int fd, const struct agent_keep_config *cfg)
 {
     struct keeper *k = calloc(1, sizeof *k);
     struct status st = STATUS_INIT;
+    enum status_code rc;
     sigset_t set;
     if (!k)
         return;
@@ -335,7 +369,7 @@ void agent_keep(int fd, const struct agent_keep_config *cfg)
     k->signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (k->signals < 0)
         say(k, "signalfd", strerror(errno));
-    else if (serve_one(k, &st) != ST_OK)
+    else if ((rc = serve_one(k, &st)) != ST_OK && !came_and_went(k, rc))
         refuse(k, &st);
     for (int i = 0; i < 2; i++)
         if (k->out[i] >= 0)

@@ -15,7 +15,7 @@
 
 #include "k8s/agent.h"
 
-#define HEADER   5
+#define HEADER   AGENT_HEADER
 #define RETRY_MS 250
 
 int64_t agent_now_ms(void)
@@ -39,11 +39,18 @@ static bool ready(int fd, short events, int64_t until_ms)
     }
 }
 
+void agent_write_header(uint8_t out[AGENT_HEADER], enum agent_frame type, size_t bytes)
+{
+    out[0] = (uint8_t)type;
+    for (int i = 0; i < 4; i++)
+        out[1 + i] = (uint8_t)(bytes >> (24 - 8 * i));
+}
+
 enum status_code agent_send(int fd, enum agent_frame type, const void *payload, size_t bytes, int64_t until_ms,
                             struct status *st)
 {
-    uint8_t header[HEADER] = {(uint8_t)type, (uint8_t)(bytes >> 24), (uint8_t)(bytes >> 16), (uint8_t)(bytes >> 8),
-                              (uint8_t)bytes};
+    uint8_t header[HEADER];
+    agent_write_header(header, type, bytes);
     for (size_t sent = 0; sent < HEADER + bytes;) {
         struct iovec v[2] = {{header + (sent < HEADER ? sent : HEADER), sent < HEADER ? HEADER - sent : 0}, {NULL, 0}};
         size_t of_payload = sent < HEADER ? 0 : sent - HEADER;

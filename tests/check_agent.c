@@ -670,6 +670,54 @@ START_TEST(end_of_the_server_ends_what_it_started)
 }
 END_TEST
 
+/* A client that takes no output does not keep the server from ending what it started, also in a session of its own. */
+START_TEST(client_that_takes_nothing_holds_up_no_end)
+{
+    struct hello_start said;
+    const uint8_t *payload;
+    size_t n;
+    write_program("cd $(dirname $0); setsid sleep 60 & echo $$ $! > pids; exec tr '\\0' x < /dev/zero");
+    struct peer p = start_keeper(&secrets);
+    ck_assert_int_eq(start(&p, &secrets, &plain_request, &said, &payload, &n), AGENT_STARTED);
+    await_file("pids");
+    nanosleep(&(struct timespec){0, 200000000L}, NULL); /* until the socket is full */
+    int64_t begun = agent_now_ms();
+    kill(p.keeper, SIGTERM); /* what the server does at its end */
+    ck_assert_int_eq(waitpid(p.keeper, NULL, 0), p.keeper);
+    ck_assert_int_lt(agent_now_ms() - begun, 5000 * SLOW);
+    ck_assert(all_gone("pids"));
+    close(p.fd);
+    free(p.reader);
+}
+END_TEST
+
+/* As a tcpSocket probe does, every few seconds. */
+START_TEST(who_says_nothing_and_leaves_is_not_logged)
+{
+    char path[400];
+    size_t bytes;
+    snprintf(path, sizeof path, "%s/log", dir.path);
+    fflush(stderr);
+    int saved = dup(STDERR_FILENO), log = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    dup2(log, STDERR_FILENO);
+    struct peer p = start_keeper(&secrets);
+    end_peer(&p);
+    struct peer q = start_keeper(&secrets);
+    dup2(saved, STDERR_FILENO);
+    close(saved);
+    close(log);
+    say(&q, AGENT_SIGNAL, "\x0f", 1); /* this one does say something */
+    const uint8_t *payload;
+    size_t n;
+    ck_assert_int_eq(next_frame(&q, &payload, &n), AGENT_HELLO);
+    ck_assert_int_eq(next_frame(&q, &payload, &n), AGENT_REFUSED);
+    end_peer(&q);
+    char *text = temp_dir_read_file(path, &bytes);
+    ck_assert_msg(strstr(text, "expected START") && strchr(text, '\n') == strrchr(text, '\n'), "%s", text);
+    free(text);
+}
+END_TEST
+
 /* Told to end, a server that may drain takes nothing new, and what runs ends by itself. */
 START_TEST(drain_waits_for_what_runs)
 {
@@ -794,13 +842,13 @@ int main(void)
     add(s, "limits",
         (const TTest *const[]){what_means_something_to_a_shell_is_refused, only_what_is_on_the_lists_may_start,
                                files_addresses_and_groups_have_bounds, sessions_over_the_bound_are_refused,
-                               silent_client_is_dropped, NULL});
+                               silent_client_is_dropped, who_says_nothing_and_leaves_is_not_logged, NULL});
     add(s, "faults",
         (const TTest *const[]){wrong_secret_is_refused, one_time_token_works_once, second_start_on_a_connection_ends_it,
                                changed_request_is_refused, lost_connection_ends_all_that_was_started,
                                what_outlives_its_program_is_ended_with_it, end_of_the_server_ends_what_it_started,
-                               drain_waits_for_what_runs, second_signal_ends_the_drain, false_server_is_found_out,
-                               nth_failure_is_told, NULL});
+                               client_that_takes_nothing_holds_up_no_end, drain_waits_for_what_runs,
+                               second_signal_ends_the_drain, false_server_is_found_out, nth_failure_is_told, NULL});
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_ENV);
     int failed = srunner_ntests_failed(r);

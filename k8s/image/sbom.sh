@@ -36,7 +36,7 @@ names=$(printf '%s\n' "$found" | awk -F'\t' '$1 != "nobody" {print $1}' | sed 's
 
 licences_of() { # of a machine-readable copyright file; else: see the file
     local file=/usr/share/doc/$1/copyright names
-    names=$(sed -n 's/^License: *//p' "$file" 2>/dev/null | sed 's/ *$//' | sort -u | paste -sd ';' | sed 's/;/; /g')
+    names=$(sed -n 's/^License: *//p' "$file" 2>/dev/null | sed 's/ *$//; /^$/d' | sort -u | paste -sd ';' | sed 's/;/; /g')
     printf '%s' "${names:-see copyright file}"
 }
 
@@ -59,6 +59,12 @@ package() { # package NAME VERSION SOURCE LICENCES
     printf ' "creationInfo": {"created": "%s", "creators": ["Tool: k8s/image/sbom.sh"]},\n "packages": [\n' "$created"
     package tandem "$version_of_tandem" "this project" "Apache-2.0"
     echo "tandem: Apache-2.0" >>"$doc/LICENSES.txt"
+    if [ "$variant" = host ]; then
+        licence=${TANDEM_DEMO_MODEL:+that of the folder $TANDEM_DEMO_MODEL}
+        printf ',\n'
+        package tandem-demo-model "$version_of_tandem" "/models/demo" "${licence:=MIT}"
+        echo "tandem-demo-model: $licence" >>"$doc/LICENSES.txt"
+    fi
     # shellcheck disable=SC2016 # dpkg-query's own fields
     printf '%s\n' "$names" | xargs dpkg-query -W -f '${Package} ${Version} ${source:Package} ${source:Version}\n' | sort -u |
         while read -r p version source; do
