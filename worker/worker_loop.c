@@ -108,7 +108,7 @@ static enum status_code load(struct worker *w, struct status *st)
     char weights[32], kv[32];
     worker_log(&w->log, WORKER_LOG_INFO, "ready on %s: weights %s, KV cache %s, %u slots, loaded in %lld ms",
                info.device, worker_size_text(weights, info.weight_bytes),
-               worker_size_text(kv, info.kv.total_pages * info.kv.page_bytes), info.max_slots,
+               worker_size_text(kv, info.kv.token_bytes ? info.kv.total_pages * info.kv.page_bytes : 0), info.max_slots,
                (long long)(worker_now_us() - start_us) / 1000);
     if (info.suspend_pages)
         worker_log(&w->log, WORKER_LOG_INFO, "suspended requests: %s of host memory, moved at %.1f GB/s",

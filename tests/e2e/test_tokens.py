@@ -41,6 +41,12 @@ class TokensOfTheDemoModel(unittest.TestCase):
     def test_four_ranks_small_chunks(self):
         self.check_all(4, 16, 6)
 
+    def test_eight_ranks_two_of_them_without_heads(self):
+        case = expected()[0]
+        with Cluster(tp=8) as c:
+            self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=12).ids, case["greedy_ids"][:12])
+            c.wait_idle()
+
 
 class Sampling(unittest.TestCase):
     def test_seed_decides_alone_and_not_batch_or_ranks(self):
