@@ -313,6 +313,48 @@ static struct engine_result must_step(struct group *g, const struct hand *h)
     return r;
 }
 
+/* The same on a rank of uneven share, and on one without heads, which has no pages. */
+START_TEST(the_pool_has_as_many_pages_as_the_plan_says)
+{
+    struct engine_config cfg = small(DEMO);
+    cfg.page_bytes = 4096;
+    cfg.kv_bytes = 40 * 4096;
+    struct group *g = make(cfg, _i);
+    struct hand h;
+    hand_init(&h, 1);
+    hand_admit(&h, 3);
+    hand_prefill(&h, 3, 0, 5, true);
+    h.plan.kv_pages = 4;
+    struct engine_result r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 4);
+    ck_assert_uint_eq(r.kv.given_pages, 36);
+    ck_assert_uint_eq(r.kv.mapped_pages, r.used_pages);
+    ck_assert_uint_eq(r.kv.wasted_bytes, r.used_pages * 4096 - 5 * engine_info(group_engine(g, 0)).kv.token_bytes);
+    struct status st = STATUS_INIT;
+    hand_init(&h, 2); /* more than there is */
+    hand_prefill(&h, 3, 5, 5, true);
+    h.plan.kv_pages = 2;
+    if (_i == 1) {
+        ck_assert_int_eq(group_step(g, &h.plan, &r, &st), ST_RESOURCE_EXHAUSTED);
+        ck_assert_ptr_nonnull(strstr(st.message, "KV pages needed, but the pool has 2"));
+        hand_init(&h, 2);
+        h.plan.kv_pages = 41;
+        ck_assert_int_eq(group_step(g, &h.plan, &r, &st), ST_INVALID_ARGUMENT);
+        ck_assert_ptr_nonnull(strstr(st.message, "kv_pages: 41, expected at most 40"));
+    }
+    hand_init(&h, 2);
+    h.plan.kv_pages = 40;
+    r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 40);
+    ck_assert_uint_eq(r.kv.given_pages, 0);
+    ck_assert_uint_eq(engine_info(group_engine(g, (uint32_t)_i - 1)).kv.total_pages, 40);
+    hand_init(&h, 3);
+    hand_prefill(&h, 3, 5, 5, true); /* as it was refused, nothing had changed */
+    must_step(g, &h);
+    group_destroy(g);
+}
+END_TEST
+
 START_TEST(pages_follow_the_slots)
 {
     struct engine_config cfg = small(DEMO);
@@ -765,6 +807,8 @@ static void add_cases(Suite *s)
     tcase_add_test(core, info_says_what_the_model_is);
     tcase_add_test(core, progress_grows_to_the_whole);
     tcase_add_test(core, pages_follow_the_slots);
+    tcase_add_loop_test(core, the_pool_has_as_many_pages_as_the_plan_says, 1, 3);
+    tcase_add_loop_test(core, the_pool_has_as_many_pages_as_the_plan_says, 8, 9);
     tcase_add_test(core, reset_forgets_everything);
     tcase_add_test(limits, context_can_be_filled_to_the_last_token);
     tcase_add_test(limits, options_out_of_range_are_refused);

@@ -576,6 +576,8 @@ START_TEST(rank_without_heads_has_no_pages)
     ck_assert_int_eq(kv_slot_grow(pool, 0, 101, NULL), ST_OUT_OF_RANGE);
     ck_assert_int_eq(kv_slot_resume(pool, 0, NULL), ST_OK);
     ck_assert_uint_eq(kv_slot_tokens(pool, 0), 100);
+    ck_assert_int_eq(kv_pool_resize(pool, 7, NULL), ST_OK);
+    ck_assert_uint_eq(kv_pool_account(pool).total_pages, 7);
     kv_slot_release(pool, 0, 1);
     ck_assert_uint_eq(kv_slot_tokens(pool, 0), 0);
     kv_pool_complete(pool, 1);
@@ -872,7 +874,10 @@ static void walk_resize(struct walk *w)
     uint64_t pages = pick(w, 5), mapped, fenced, shared;
     walk_count(w, &mapped, &fenced, &shared);
     bool injected = walk_inject(w);
-    enum status_code rc = shrink ? kv_pool_shrink(w->pool, pages, NULL) : kv_pool_extend(w->pool, pages, NULL);
+    uint64_t goal = shrink ? w->total - pages : w->total + pages;
+    enum status_code rc = pick(w, 2) && (!shrink || pages <= w->total) ? kv_pool_resize(w->pool, goal, NULL)
+                          : shrink                                     ? kv_pool_shrink(w->pool, pages, NULL)
+                                                                       : kv_pool_extend(w->pool, pages, NULL);
     if (!shrink && pages > WALK_PAGES - w->total) {
         ck_assert_int_eq(rc, ST_INVALID_ARGUMENT);
         fail_call = 0;

@@ -190,6 +190,7 @@ static void fill_info(struct engine *e)
     info->vocab_size = m->vocab_size;
     info->sample_options = e->ops->options;
     info->kv = kv_pool_account(e->kv);
+    info->kv_pages_max = info->kv.total_pages;
     info->weight_bytes = e->weights.bytes;
     uint32_t threads = threads_count(e->pool);
     if (e->parts)

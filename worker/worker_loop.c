@@ -155,6 +155,7 @@ static void send_ready(struct worker *w)
     r.page_bytes = i.kv.page_bytes;
     r.token_bytes = i.kv.token_bytes;
     r.total_pages = i.kv.total_pages;
+    r.max_pages = i.kv_pages_max;
     r.suspend_pages = i.suspend_pages;
     r.suspend_bytes_per_s = i.suspend_bytes_per_s;
     r.max_step_tokens = i.max_step_tokens;
