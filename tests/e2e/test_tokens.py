@@ -147,7 +147,7 @@ class ElasticMemory(unittest.TestCase):
                         and all(pool_bytes(p) == pages * 65536 for p in pids))
 
             self.assertTrue(pools(512))
-            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(16)]
+            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(6)]
             first = next(iter(streams[0]))
             status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "768K")
             self.assertEqual((status, err), (0, ""))
@@ -163,7 +163,7 @@ class ElasticMemory(unittest.TestCase):
             with self.assertRaises(grpc.RpcError) as e:  # 600 tokens of 2048 bytes on the larger rank
                 c.run(case["prompt_ids"], max_tokens=600)
             self.assertIn("the KV memory has 12", e.exception.details())
-            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(16)]
+            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(6)]
             status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "all")
             self.assertEqual((status, err), (0, ""))
             for s in streams:
