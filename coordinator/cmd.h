@@ -33,8 +33,8 @@ extern const struct cli_option cmd_connect_options[];
 bool cmd_connect_option(struct tandem_client_options *o, int opt, const char *text);
 
 extern const struct cli_command cmd_serve_cli, cmd_generate_cli, cmd_chat_cli, cmd_bench_cli, cmd_simulate_cli,
-    cmd_dump_cli, cmd_top_cli, cmd_tokenize_cli, cmd_probe_cli, cmd_drain_cli, cmd_models_cli, cmd_config_cli,
-    cmd_completion_cli, cmd_man_cli;
+    cmd_dump_cli, cmd_top_cli, cmd_tokenize_cli, cmd_probe_cli, cmd_drain_cli, cmd_memory_cli, cmd_models_cli,
+    cmd_config_cli, cmd_completion_cli, cmd_man_cli;
 /* Those of all commands; NULL ends. */
 extern const struct cli_command *const cmd_all[];
 
@@ -49,6 +49,7 @@ int cmd_top(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 int cmd_probe(int argc, char **argv);
 int cmd_drain(int argc, char **argv);
+int cmd_memory(int argc, char **argv);
 int cmd_config(int argc, char **argv);
 int cmd_completion(int argc, char **argv);
 int cmd_man(int argc, char **argv);

@@ -12,28 +12,22 @@ static const struct command {
     const struct cli_command *cli;
     int (*run)(int argc, char **argv);
 } commands[] = {
-    {&cmd_serve_cli, cmd_serve},
-    {&cmd_models_cli, cmd_models},
-    {&cmd_chat_cli, cmd_chat},
-    {&cmd_generate_cli, cmd_generate},
-    {&cmd_bench_cli, cmd_bench},
-    {&cmd_simulate_cli, cmd_simulate},
-    {&cmd_dump_cli, cmd_dump},
-    {&cmd_top_cli, cmd_top},
-    {&cmd_tokenize_cli, cmd_tokenize},
-    {&cmd_probe_cli, cmd_probe},
-    {&cmd_drain_cli, cmd_drain},
-    {&cmd_config_cli, cmd_config},
-    {&cmd_completion_cli, cmd_completion},
+    {&cmd_serve_cli, cmd_serve},       {&cmd_models_cli, cmd_models},
+    {&cmd_chat_cli, cmd_chat},         {&cmd_generate_cli, cmd_generate},
+    {&cmd_bench_cli, cmd_bench},       {&cmd_simulate_cli, cmd_simulate},
+    {&cmd_dump_cli, cmd_dump},         {&cmd_top_cli, cmd_top},
+    {&cmd_tokenize_cli, cmd_tokenize}, {&cmd_probe_cli, cmd_probe},
+    {&cmd_drain_cli, cmd_drain},       {&cmd_memory_cli, cmd_memory},
+    {&cmd_config_cli, cmd_config},     {&cmd_completion_cli, cmd_completion},
     {&cmd_man_cli, cmd_man},
 };
 
 #define N_COMMANDS (sizeof commands / sizeof *commands)
 
 const struct cli_command *const cmd_all[] = {
-    &cmd_serve_cli,  &cmd_generate_cli, &cmd_chat_cli,       &cmd_bench_cli, &cmd_simulate_cli,
-    &cmd_dump_cli,   &cmd_top_cli,      &cmd_tokenize_cli,   &cmd_probe_cli, &cmd_drain_cli,
-    &cmd_models_cli, &cmd_config_cli,   &cmd_completion_cli, &cmd_man_cli,   NULL,
+    &cmd_serve_cli,  &cmd_generate_cli,   &cmd_chat_cli,  &cmd_bench_cli, &cmd_simulate_cli, &cmd_dump_cli,
+    &cmd_top_cli,    &cmd_tokenize_cli,   &cmd_probe_cli, &cmd_drain_cli, &cmd_memory_cli,   &cmd_models_cli,
+    &cmd_config_cli, &cmd_completion_cli, &cmd_man_cli,   NULL,
 };
 
 const struct cli_option cmd_connect_options[] = {

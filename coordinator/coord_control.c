@@ -158,12 +158,14 @@ static void fill_group_load(Tandem__V1__GroupLoad *m, struct group *g)
     m->generated_tokens = l.generated_tokens;
     m->cached_tokens = l.cached_tokens;
     m->replays = l.replays;
+    m->goal_pages = l.goal_pages;
 }
 
 static void load(struct engine *e, struct control_call *cc)
 {
     Tandem__V1__Load m = TANDEM__V1__LOAD__INIT;
     Tandem__V1__GroupLoad group[COORD_MAX_GROUPS], *group_ptr[COORD_MAX_GROUPS];
+    Tandem__V1__KvStats all, kv[COORD_MAX_GROUPS];
     struct sched_load l = engine_load(e);
     m.queued_requests = l.queued;
     m.queued_tokens = l.queued_tokens;
@@ -187,10 +189,14 @@ static void load(struct engine *e, struct control_call *cc)
     m.suspend_pages = l.suspend_pages;
     m.suspensions = l.suspensions;
     m.resumptions = l.resumptions;
+    kv_of_all(e, &all);
+    m.kv = &all;
     m.groups = group_ptr;
     for (uint32_t i = 0; i < e->n_groups; i++) {
         Tandem__V1__GroupLoad *g = group_ptr[m.n_groups++] = &group[i];
         fill_group_load(g, &e->group[i]);
+        kv_of_group(&e->group[i], &kv[i]);
+        g->kv = &kv[i];
         m.total_slots += g->total_slots;
         m.last_step_us = g->last_step_us > m.last_step_us ? g->last_step_us : m.last_step_us;
     }
@@ -329,6 +335,16 @@ void control_check_drains(struct engine *e, int64_t now_us)
     }
 }
 
+static void kv_memory(struct engine *e, struct control_call *cc)
+{
+    Tandem__V1__SetKvMemoryResponse m = TANDEM__V1__SET_KV_MEMORY_RESPONSE__INIT;
+    struct status st = STATUS_INIT;
+    if (kv_set_memory(e, (const Tandem__V1__SetKvMemoryRequest *)cc->request, rpc_call_peer(cc->call), &m, &st) ==
+        ST_OK)
+        rpc_call_reply(cc->call, &m.base);
+    done(e, cc, st.code == ST_OK ? NULL : &st);
+}
+
 int64_t control_next_us(const struct engine *e)
 {
     int64_t next = INT64_MAX;
@@ -354,6 +370,9 @@ void control_handle(struct engine *e, struct control_call *cc, int64_t now_us)
         return;
     case CONTROL_DRAIN:
         drain(e, cc, now_us);
+        return;
+    case CONTROL_KV_MEMORY:
+        kv_memory(e, cc);
         return;
     }
 }

@@ -121,6 +121,25 @@ void engine_pump(struct engine *e, int64_t now_us)
     engine_events(e, now_us);
 }
 
+static void publish_pools(struct engine *e)
+{
+    struct metrics *m = &e->coord->metrics;
+    Tandem__V1__KvStats kv;
+    kv_of_all(e, &kv);
+    metrics_set(&m->pool_mapped, kv.mapped_pages);
+    metrics_set(&m->pool_fenced, kv.fenced_pages);
+    metrics_set(&m->pool_free, kv.free_pages);
+    metrics_set(&m->pool_parked, kv.parked_pages);
+    metrics_set(&m->pool_shared, kv.shared_pages);
+    metrics_set(&m->pool_given, kv.given_pages);
+    metrics_set(&m->pool_wasted_bytes, kv.wasted_bytes);
+    metrics_set(&m->pool_map_calls, kv.map_calls);
+    metrics_set(&m->pool_clear_calls, kv.clear_calls);
+    metrics_set(&m->pool_driver_us, kv.driver_us);
+    metrics_set(&m->pool_exposed_us, kv.exposed_us);
+    metrics_set(&m->pool_failed_ahead, kv.failed_ahead);
+}
+
 /* What a scrape reads of the schedulers and the groups. */
 static void publish_load(struct engine *e, int64_t now_us)
 {
@@ -154,6 +173,7 @@ static void publish_load(struct engine *e, int64_t now_us)
     metrics_set(&m->recomputed_tokens, l.recomputed_tokens);
     metrics_set(&m->wasted_rows, l.wasted_rows);
     metrics_set(&m->replays, l.replays);
+    publish_pools(e);
     live_publish(e, now_us);
 }
 

@@ -304,6 +304,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
     conn->last_step = r->step;
     conn->last_result_us = now_us;
     record_result(e->coord, g->epoch, conn->rank, r, now_us);
+    kv_take(e, conn, r);
     if (conn->rank != 0)
         return; /* the engine looks for plans to send after each batch of mail */
     for (size_t i = 0; i < r->n_token_ids; i++)
@@ -313,7 +314,6 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
             return;
         }
     sched_step_took(g->sched, r->step, r->compute_us); /* what rows cost, against what a suspension costs */
-    sched_step_took(g->sched, r->step, r->compute_us);
     if (check_scores(g, r, &st) != ST_OK ||
         sched_result(g->sched, now_us, r->step, r->token_ids, (uint32_t)r->n_token_ids, (uint32_t)r->n_prompt_scores,
                      &st) != ST_OK) {

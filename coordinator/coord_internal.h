@@ -405,6 +405,7 @@ struct rank_conn {
     uint64_t last_step;
     int64_t silence_told_us; /* to the flight recorder */
     int64_t last_result_us;
+    Tandem__V1__KvStats kv; /* of its last result; before the first as many pages as Ready said */
     uint64_t loaded_bytes;
     int64_t progress_us; /* when loaded_bytes grew last; until then when it attached */
     unsigned progress;   /* tenths of the weights that were logged */
@@ -434,9 +435,11 @@ struct group {
     uint64_t last_step_us; /* computing time of rank 0 */
     /* what Ready said, worst of all ranks */
     struct kv_account kv;
+    uint64_t kv_pages_max; /* kv.total_pages may be raised up to this */
     uint32_t slots, context, step_tokens, vocab_size, sample_options;
     uint64_t suspend_pages, suspend_bytes_per_s; /* the least of all ranks */
     Tandem__V1__RankMessage *ready;              /* of rank 0; the engine's from the time that it serves */
+    uint64_t kv_pages_set; /* by Control.SetKvMemory; 0: nothing; kept for the next group of this name */
     /* when it is gone */
     bool replays;          /* its requests wait for the next */
     int64_t wait_until_us; /* for that, new requests too; 0: nobody waits for one, or it is there */
@@ -447,7 +450,14 @@ struct group {
 
 /* ---- Control calls ---- */
 
-enum control_method { CONTROL_SERVER_INFO, CONTROL_MODEL_INFO, CONTROL_LOAD, CONTROL_ABORT, CONTROL_DRAIN };
+enum control_method {
+    CONTROL_SERVER_INFO,
+    CONTROL_MODEL_INFO,
+    CONTROL_LOAD,
+    CONTROL_ABORT,
+    CONTROL_DRAIN,
+    CONTROL_KV_MEMORY
+};
 
 struct control_call {
     struct mail mail;
@@ -578,6 +588,16 @@ void engine_publish(struct engine *e, const char *reason);
 /* All groups together. */
 struct sched_load engine_load(const struct engine *e);
 
+/* ---- coord_kv.c: the ranks' KV pools ---- */
+
+void kv_take(struct engine *e, struct rank_conn *conn, const Tandem__V1__StepResult *r);
+void kv_group_ready(struct group *g); /* its scheduler is attached */
+/* The sum over the group's ranks, over all groups. */
+void kv_of_group(const struct group *g, Tandem__V1__KvStats *out);
+void kv_of_all(const struct engine *e, Tandem__V1__KvStats *out);
+enum status_code kv_set_memory(struct engine *e, const Tandem__V1__SetKvMemoryRequest *req, const char *peer,
+                               Tandem__V1__SetKvMemoryResponse *m, struct status *st);
+
 /* coord_request.c: engine thread */
 STATUS_MUST_CHECK enum status_code requests_init(struct engine *e, struct status *st);
 void requests_fini(struct engine *e);
@@ -609,7 +629,7 @@ bool choice_has_output(const struct choice *c);
 STATUS_MUST_CHECK enum status_code choice_send(struct choice *c, struct status *st);
 
 /* coord_service.c: rpc callbacks of Inference and Control */
-#define COORD_PUBLIC_METHODS 6
+#define COORD_PUBLIC_METHODS 7
 void service_methods(struct coord *c, struct rpc_method *methods);
 
 /* coord_control.c: engine thread */

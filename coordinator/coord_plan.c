@@ -65,6 +65,7 @@ static void fill(struct plan_scratch *p, const struct sched_plan *plan, Tandem__
     m->suspend_slots = (uint32_t *)plan->suspend;
     m->n_resume_slots = plan->n_resume;
     m->resume_slots = (uint32_t *)plan->resume;
+    m->kv_pages = plan->kv_pages;
     m->n_decode_slots = plan->n_decode;
     m->decode_slots = (uint32_t *)plan->decode;
     for (uint32_t i = 0; i < plan->n_admit; i++) {

@@ -29,6 +29,7 @@ enum status_code group_take_ready(struct group *g, struct rank_conn *conn, const
                                   struct status *st)
 {
     struct kv_account kv = {.page_bytes = r->page_bytes, .token_bytes = r->token_bytes, .total_pages = r->total_pages};
+    uint64_t max = r->max_pages > r->total_pages ? r->max_pages : r->total_pages;
     enum status_code rc = check_ready(r, st);
     if (rc != ST_OK)
         return rc;
@@ -36,6 +37,7 @@ enum status_code group_take_ready(struct group *g, struct rank_conn *conn, const
         return status_set(st, ST_FAILED_PRECONDITION, "Ready came twice");
     if (g->n_ready == 0) {
         g->kv = kv;
+        g->kv_pages_max = max;
         g->slots = r->max_slots;
         g->context = r->max_context_tokens;
         g->step_tokens = r->max_step_tokens;
@@ -51,6 +53,8 @@ enum status_code group_take_ready(struct group *g, struct rank_conn *conn, const
             return status_set(st, ST_FAILED_PRECONDITION, "vocab_size: %u here, %u on another rank", r->vocab_size,
                               g->vocab_size);
         g->kv = kv_account_worst(g->kv, kv);
+        if (max < g->kv_pages_max)
+            g->kv_pages_max = max;
         g->slots = min_u32(g->slots, r->max_slots);
         g->context = min_u32(g->context, r->max_context_tokens);
         g->sample_options &= r->sample_options;
@@ -61,6 +65,7 @@ enum status_code group_take_ready(struct group *g, struct rank_conn *conn, const
         if (g->suspend_bytes_per_s == 0 || (r->suspend_bytes_per_s && r->suspend_bytes_per_s < g->suspend_bytes_per_s))
             g->suspend_bytes_per_s = r->suspend_bytes_per_s;
     }
+    conn->kv.total_pages = conn->kv.free_pages = r->token_bytes ? r->total_pages : 0;
     conn->ready = true;
     g->n_ready++;
     return ST_OK;
@@ -178,6 +183,7 @@ enum status_code group_serve(struct engine *e, struct group *g, int64_t now_us, 
     if (rc != ST_OK)
         return rc;
     sched_set_suspension(g->sched, g->suspend_pages, g->suspend_bytes_per_s);
+    kv_group_ready(g);
     g->step_tokens = min_u32(g->step_tokens, c->opt.step_tokens);
     sched_set_step_budget(g->sched, g->step_tokens);
     keep_ready(e, g);

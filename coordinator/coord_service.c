@@ -175,6 +175,11 @@ static void drain_open(struct rpc_call *call, const void *msg, size_t len, void 
     control_open(call, msg, len, ctx, CONTROL_DRAIN, &tandem__v1__drain_request__descriptor);
 }
 
+static void kv_memory_open(struct rpc_call *call, const void *msg, size_t len, void *ctx)
+{
+    control_open(call, msg, len, ctx, CONTROL_KV_MEMORY, &tandem__v1__set_kv_memory_request__descriptor);
+}
+
 void service_methods(struct coord *c, struct rpc_method *m)
 {
     static const struct {
@@ -186,7 +191,9 @@ void service_methods(struct coord *c, struct rpc_method *m)
         {"/tandem.v1.Control/GetLoad", load_open},
         {"/tandem.v1.Control/Abort", abort_open},
         {"/tandem.v1.Control/Drain", drain_open},
+        {"/tandem.v1.Control/SetKvMemory", kv_memory_open},
     };
+    _Static_assert(1 + sizeof control / sizeof *control == COORD_PUBLIC_METHODS, "COORD_PUBLIC_METHODS");
     *m++ = (struct rpc_method){.path = "/tandem.v1.Inference/Generate",
                                .kind = RPC_SERVER_STREAM,
                                .on_open = generate_open,

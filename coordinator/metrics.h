@@ -31,6 +31,9 @@ struct metrics {
     metrics_counter running, waiting, waiting_tokens;
     metrics_counter pages_used, pages_total, pages_shared, pages_kept, suspended_pages;
     metrics_counter slots, ranks, groups_serving, ready;
+    /* of the ranks' KV pools, copied; the last five are counters, times in microseconds */
+    metrics_counter pool_mapped, pool_fenced, pool_free, pool_parked, pool_shared, pool_given, pool_wasted_bytes;
+    metrics_counter pool_map_calls, pool_clear_calls, pool_driver_us, pool_exposed_us, pool_failed_ahead;
     /* counters of the scheduler, copied */
     metrics_counter steps, prompt_tokens, generation_tokens, preemptions, suspensions, recomputed_tokens, wasted_rows,
         cached_tokens;

@@ -236,13 +236,13 @@ static enum status_code check_fit(const struct sched *s, uint32_t n_prompt, uint
     if (s->kv.page_bytes == 0)
         return ST_OK;
     uint64_t pages = kv_pages_for(&s->kv, total - 1);
-    if (pages > s->kv.total_pages)
+    if (pages > resize_limit(s))
         return status_set(st, ST_INVALID_ARGUMENT,
                           "prompt and max_tokens: %u prompt tokens + %u new need %llu tokens x %llu bytes = %llu pages "
                           "of %llu bytes, the KV memory has %llu",
                           n_prompt, max_new, (unsigned long long)total - 1, (unsigned long long)s->kv.token_bytes,
                           (unsigned long long)pages, (unsigned long long)s->kv.page_bytes,
-                          (unsigned long long)s->kv.total_pages);
+                          (unsigned long long)resize_limit(s));
     return ST_OK;
 }
 
@@ -270,6 +270,7 @@ enum status_code sched_attach(struct sched *s, int64_t now_us, uint32_t slots, u
     s->n_pending = 0;
     s->free_pages = kv->total_pages;
     s->pending_pages = s->fenced_pages = 0;
+    resize_forget(s);
     suspend_forget_all(s);
     s->next_step = 1;
     s->in_flight = 0;
@@ -293,6 +294,7 @@ static void forget_group(struct sched *s)
     s->pending_pages = s->fenced_pages = 0;
     s->free_pages = s->kv.total_pages;
     s->held_pages = 0;
+    resize_forget(s);
     suspend_forget_all(s);
 }
 
@@ -608,6 +610,7 @@ struct sched_load sched_load(const struct sched *s)
     l.in_flight = s->in_flight;
     l.queued_tokens = s->queued_tokens;
     l.total_pages = s->attached ? s->kv.total_pages : 0;
+    l.goal_pages = s->goal_pages == s->kv.total_pages ? 0 : s->goal_pages;
     l.kept_pages = s->attached ? s->held_pages - holders_running(s) : 0;
     l.used_pages = s->attached ? s->kv.total_pages - s->free_pages - l.kept_pages : 0;
     l.shared_pages = holders_shared(s);

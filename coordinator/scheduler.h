@@ -141,6 +141,8 @@ struct sched_plan {
     uint32_t n_suspend;
     const uint32_t *resume; /* slots back from there, before the admissions; they have no rows in this plan */
     uint32_t n_resume;
+    uint64_t
+        kv_pages; /* so many each rank's pool is to have from now on; after releases and suspensions; 0: as it is */
     const struct sched_admit *admit;
     uint32_t n_admit;
     const uint32_t *decode; /* slots */
@@ -160,6 +162,7 @@ struct sched_load {
     uint64_t queued_tokens;
     uint64_t used_pages,
         total_pages;       /* fenced ones count as used, those only kept for others do not; 0 without a group */
+    uint64_t goal_pages;   /* that total_pages is on its way to; 0: nowhere */
     uint64_t kept_pages;   /* only held for requests to come: free as soon as they are needed */
     uint64_t shared_pages; /* held by two slots or more, each counted once */
     uint32_t kept_slots;
@@ -192,6 +195,15 @@ STATUS_MUST_CHECK enum status_code sched_attach(struct sched *s, int64_t now_us,
  * direction (0: not known). Preempted requests go there while there is room and it is cheaper than computing their rows
  * again. Until the group is gone; without this call nobody is suspended. */
 void sched_set_suspension(struct sched *s, uint64_t pages, uint64_t bytes_per_s);
+/* The attached group is to have so many pages, until it is gone: fewer or more than it came with, at most as many as its ranks
+ * once had; 0: as it is. Pages leave as they come free, a few in each plan (kv_pages), prefixes that are only kept with them,
+ * but never more than leave enough for each live request alone. */
+void sched_set_pages(struct sched *s, uint64_t pages);
+/* The newest plan that asked the ranks for more pages and was not answered; 0: none. When its result, or a later one, has come
+ * from all of them, sched_pages_are says how many they have, the least of them. When that is less than they were to have, it
+ * stays so: true. */
+uint64_t sched_pages_asked(const struct sched *s);
+bool sched_pages_are(struct sched *s, uint64_t pages);
 /* The group is gone: admitted requests fail with UNAVAILABLE, those that wait for their first admission stay. Nothing is
  * planned until the next sched_attach. */
 void sched_detach(struct sched *s, int64_t now_us);

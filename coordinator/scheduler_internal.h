@@ -223,6 +223,11 @@ struct sched {
     uint64_t pending_pages; /* of the pending slots, and of those to be suspended */
     uint64_t fenced_pages;  /* released in the newest plan while the one before it was in flight */
 
+    /* The pool's size on its way to another: scheduler_resize.c. */
+    uint64_t goal_pages; /* 0: none */
+    uint64_t told_pages; /* that the ranks were told last, or came with */
+    uint64_t asked_step; /* the plan that told them to take more, until they have answered; 0: none */
+
     /* Host memory of the ranks. */
     uint64_t suspend_pages, suspended_pages; /* there are; taken */
     double suspend_page_us;                  /* a page, there and back; 0: not known */
@@ -326,6 +331,13 @@ void suspend_drop(struct sched *s, struct req *r); /* a suspended request's slot
 bool suspend_give_way(struct sched *s, const struct req *older);
 uint32_t suspend_tokens(const struct req *r);     /* that it needs pages for when it comes back */
 void suspend_end(struct sched *s, struct req *r); /* slot and pages are its own again */
+
+/* scheduler_resize.c */
+void resize_forget(struct sched *s);
+void resize_take(struct sched *s);            /* before rows are planned: pages that leave */
+bool resize_due(const struct sched *s);       /* the ranks are to be told something */
+uint64_t resize_tell(struct sched *s);        /* kv_pages of the next plan, which is made */
+uint64_t resize_limit(const struct sched *s); /* pages of a request at most */
 
 /* Nothing is in flight: what the next plan releases, no earlier step can read. scheduler_plan.c */
 void sched_settle_pending(struct sched *s);

@@ -82,7 +82,7 @@ void sched_look(const struct sched *s, const struct sched_wish *w, struct sched_
     uint32_t slot = 0;
     *out = (struct sched_look){.running = s->n_running, .waiting = s->n_queued};
     uint64_t pages = s->kv.page_bytes ? kv_pages_for(&s->kv, (uint64_t)w->n_total - 1) : 0;
-    out->fits = w->n_total <= s->max_context && pages <= s->kv.total_pages;
+    out->fits = w->n_total <= s->max_context && pages <= resize_limit(s);
     if (!s->attached || s->kv.page_bytes == 0 || !out->fits)
         return;
     if (s->prefix && w->cache_read)

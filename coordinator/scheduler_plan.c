@@ -542,17 +542,20 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
     b.flight->n_samples = b.flight->n_scores = b.flight->score_rows = 0;
     s->plan_seq++;
     collect(s, &b);
+    resize_take(s);
     plan_rows(s, &b);
     uint32_t rows = b.n_decode + b.n_tokens;
     s->suspended_pages -= b.resumed_pages;
-    /* Releases and suspensions alone wait for the step in flight: the ranks could not take them earlier anyhow, and a request that
+    /* Releases, suspensions and another size of the pool alone wait for the step in flight: the ranks could not take them earlier anyhow, and a request that
      * arrives meanwhile finds the pipeline open. */
-    if (rows == 0 && b.n_resume == 0 && (s->n_pending + s->n_suspending == 0 || s->in_flight > 0))
+    bool bare = s->n_pending + s->n_suspending == 0 && !resize_due(s);
+    if (rows == 0 && b.n_resume == 0 && (bare || s->in_flight > 0))
         return false;
     uint32_t n_release = plan_releases(s, &b);
     b.flight->cost = b.cost;
     b.flight->planned_us = now_us;
     b.flight->backlog = has_backlog(s, &b);
+    uint64_t kv_pages = resize_tell(s);
     *plan = (struct sched_plan){.step = s->next_step++,
                                 .release = s->plan_release,
                                 .n_release = n_release,
@@ -560,6 +563,7 @@ bool sched_plan(struct sched *s, int64_t now_us, struct sched_plan *plan)
                                 .n_suspend = plan_suspends(s),
                                 .resume = s->plan_resume,
                                 .n_resume = b.n_resume,
+                                .kv_pages = kv_pages,
                                 .admit = s->plan_admit,
                                 .n_admit = b.n_admit,
                                 .decode = s->plan_decode,

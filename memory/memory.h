@@ -143,9 +143,14 @@ void kv_slot_release(struct kv_pool *pool, uint32_t slot, uint64_t step);
 void kv_pool_complete(struct kv_pool *pool, uint64_t step);
 
 /* Gives free pages back to the machine, and takes some of them again; the account changes with it. The coordinator plans
- * with fewer pages before the first, with more after the second. On failure total_pages says how far it came. */
+ * with fewer pages before the first, with more after the second. Steps may be in flight: what they read is not free. On failure
+ * total_pages says how far it came. */
 STATUS_MUST_CHECK enum status_code kv_pool_shrink(struct kv_pool *pool, uint64_t pages, struct status *st);
 STATUS_MUST_CHECK enum status_code kv_pool_extend(struct kv_pool *pool, uint64_t pages, struct status *st);
+
+/* The one or the other, or nothing, so that there are `pages`, at most as many as at creation. A pool without KV heads only
+ * says so in its account. */
+STATUS_MUST_CHECK enum status_code kv_pool_resize(struct kv_pool *pool, uint64_t pages, struct status *st);
 
 /* Waits until the background thread has nothing to do. */
 void kv_pool_settle(struct kv_pool *pool);

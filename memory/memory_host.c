@@ -309,9 +309,17 @@ static enum status_code host_drop(struct kv_backend *be, uint32_t page, struct s
     return status_errno(st, ST_RESOURCE_EXHAUSTED, errno, "giving KV page %u back", page);
 }
 
+/* The kernel would rather end some process than refuse a page of a memfd. */
 static enum status_code host_restore(struct kv_backend *be, uint32_t page, struct status *st)
 {
     const uint64_t size = be->geo.page_bytes;
+    char why[128];
+    uint64_t avail = kv_host_available(why, sizeof why);
+    if (avail != UINT64_MAX && avail < size + AVAILABLE_SPARE_BYTES)
+        return status_set(st, ST_RESOURCE_EXHAUSTED,
+                          "taking KV page %u of %" PRIu64 " KiB again: %s leaves %" PRIu64
+                          " MiB, of which %llu MiB stay free",
+                          page, size >> 10, why, avail >> 20, AVAILABLE_SPARE_BYTES >> 20);
     int rc;
     do
         rc = fallocate(be->fd, 0, (off_t)(page * size), (off_t)size);

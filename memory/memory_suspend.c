@@ -318,3 +318,12 @@ enum status_code kv_pool_extend(struct kv_pool *p, uint64_t pages, struct status
     }
     return ST_OK;
 }
+
+enum status_code kv_pool_resize(struct kv_pool *p, uint64_t pages, struct status *st)
+{
+    uint64_t total = p->total_pages;
+    if (p->be)
+        return pages < total ? kv_pool_shrink(p, total - pages, st) : kv_pool_extend(p, pages - total, st);
+    p->account.total_pages = pages;
+    return ST_OK;
+}

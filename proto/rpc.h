@@ -26,7 +26,7 @@
 
 #include "proto/status.h"
 
-#define RPC_WORKER_PROTOCOL    4           /* Hello.protocol of worker_control.proto */
+#define RPC_WORKER_PROTOCOL    5           /* Hello.protocol of worker_control.proto */
 #define RPC_MAX_MESSAGE_BYTES  (16u << 20) /* a prompt of a million ids is about 3 MB */
 #define RPC_MAX_METADATA_BYTES (16u << 10) /* request headers of one call */
 #define RPC_MAX_STREAMS        4096        /* at once on one connection */

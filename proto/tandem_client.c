@@ -225,6 +225,21 @@ enum status_code tandem_client_drain(struct tandem_client *c, const char *group,
     return ST_OK;
 }
 
+enum status_code tandem_client_set_kv_memory(struct tandem_client *c, const char *group, uint64_t kv_bytes,
+                                             Tandem__V1__SetKvMemoryResponse **out, struct status *st)
+{
+    ProtobufCMessage *reply = NULL;
+    Tandem__V1__SetKvMemoryRequest request = TANDEM__V1__SET_KV_MEMORY_REQUEST__INIT;
+    if (group)
+        request.group = (char *)group;
+    request.kv_bytes = kv_bytes;
+    enum status_code rc = ask(c, "/tandem.v1.Control/SetKvMemory", &request.base,
+                              &tandem__v1__set_kv_memory_response__descriptor, &reply, st);
+    if (rc == ST_OK)
+        *out = (Tandem__V1__SetKvMemoryResponse *)reply;
+    return rc;
+}
+
 void tandem_free(void *message)
 {
     if (message)

@@ -95,6 +95,10 @@ STATUS_MUST_CHECK enum status_code tandem_client_abort(struct tandem_client *c, 
 /* Control.Drain: of a group (NULL: the server), within the call's own time and the client's timeout_ms on top. */
 STATUS_MUST_CHECK enum status_code tandem_client_drain(struct tandem_client *c, const char *group, bool restart,
                                                        uint64_t timeout_ms, uint32_t *remaining, struct status *st);
+/* Control.SetKvMemory: of a group (NULL: all), so many bytes a rank, 0: all that it came with. The caller frees *out. */
+STATUS_MUST_CHECK enum status_code tandem_client_set_kv_memory(struct tandem_client *c, const char *group,
+                                                               uint64_t kv_bytes, Tandem__V1__SetKvMemoryResponse **out,
+                                                               struct status *st);
 void tandem_free(void *message); /* with all that it holds; NULL is fine */
 
 #endif

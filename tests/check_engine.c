@@ -214,7 +214,7 @@ START_TEST(info_says_what_the_model_is)
         ck_assert_float_eq(info.temperature, 0.8f);
         ck_assert_uint_eq(info.kv.page_bytes, 1 << 16);
         /* 6 query heads on 8 ranks: two have none and need no KV; the others hold one KV head */
-        ck_assert_uint_eq(info.kv.total_pages, info.kv.token_bytes ? 20 : 0);
+        ck_assert_uint_eq(info.kv.total_pages, info.kv.token_bytes ? 20 : UINT64_C(1) << 31); /* bounds nobody */
         ck_assert(info.kv.token_bytes == 0 || info.kv.token_bytes == 4 * 2 * 1 * 32 * sizeof(float));
         without_heads += info.kv.token_bytes == 0;
         weights += info.weight_bytes;
@@ -312,6 +312,48 @@ static struct engine_result must_step(struct group *g, const struct hand *h)
     ck_assert_msg(group_step(g, &h->plan, &r, &st) == ST_OK, "%s", st.message);
     return r;
 }
+
+/* The same on a rank of uneven share, and on one without heads, which has no pages. */
+START_TEST(the_pool_has_as_many_pages_as_the_plan_says)
+{
+    struct engine_config cfg = small(DEMO);
+    cfg.page_bytes = 4096;
+    cfg.kv_bytes = 40 * 4096;
+    struct group *g = make(cfg, _i);
+    struct hand h;
+    hand_init(&h, 1);
+    hand_admit(&h, 3);
+    hand_prefill(&h, 3, 0, 5, true);
+    h.plan.kv_pages = 4;
+    struct engine_result r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 4);
+    ck_assert_uint_eq(r.kv.given_pages, 36);
+    ck_assert_uint_eq(r.kv.mapped_pages, r.used_pages);
+    ck_assert_uint_eq(r.kv.wasted_bytes, r.used_pages * 4096 - 5 * engine_info(group_engine(g, 0)).kv.token_bytes);
+    struct status st = STATUS_INIT;
+    hand_init(&h, 2); /* more than there is */
+    hand_prefill(&h, 3, 5, 5, true);
+    h.plan.kv_pages = 2;
+    if (_i == 1) {
+        ck_assert_int_eq(group_step(g, &h.plan, &r, &st), ST_RESOURCE_EXHAUSTED);
+        ck_assert_ptr_nonnull(strstr(st.message, "KV pages needed, but the pool has 2"));
+        hand_init(&h, 2);
+        h.plan.kv_pages = 41;
+        ck_assert_int_eq(group_step(g, &h.plan, &r, &st), ST_INVALID_ARGUMENT);
+        ck_assert_ptr_nonnull(strstr(st.message, "kv_pages: 41, expected at most 40"));
+    }
+    hand_init(&h, 2);
+    h.plan.kv_pages = 40;
+    r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 40);
+    ck_assert_uint_eq(r.kv.given_pages, 0);
+    ck_assert_uint_eq(engine_info(group_engine(g, (uint32_t)_i - 1)).kv.total_pages, 40);
+    hand_init(&h, 3);
+    hand_prefill(&h, 3, 5, 5, true); /* as it was refused, nothing had changed */
+    must_step(g, &h);
+    group_destroy(g);
+}
+END_TEST
 
 START_TEST(pages_follow_the_slots)
 {
@@ -765,6 +807,8 @@ static void add_cases(Suite *s)
     tcase_add_test(core, info_says_what_the_model_is);
     tcase_add_test(core, progress_grows_to_the_whole);
     tcase_add_test(core, pages_follow_the_slots);
+    tcase_add_loop_test(core, the_pool_has_as_many_pages_as_the_plan_says, 1, 3);
+    tcase_add_loop_test(core, the_pool_has_as_many_pages_as_the_plan_says, 8, 9);
     tcase_add_test(core, reset_forgets_everything);
     tcase_add_test(limits, context_can_be_filled_to_the_last_token);
     tcase_add_test(limits, options_out_of_range_are_refused);

@@ -351,6 +351,8 @@ START_TEST(metrics_count_what_was_served)
     for (size_t i = 0; i < sizeof is / sizeof *is; i++)
         ck_assert_msg(http_metric(&p, is[i].name) == is[i].v, "%s: %g", is[i].name, http_metric(&p, is[i].name));
     ck_assert(http_metric(&p, "tandem_steps_total") >= 50);
+    ck_assert(http_metric(&p, "tandem_kv_pool_map_calls_total") >= 100); /* fake ranks, each: its last step */
+    ck_assert(http_metric(&p, "tandem_kv_pool_wasted_bytes") == 0);
     http_ask(&p, "GET", "/metrics?names=vllm", "", NULL, &a);
     check_code(&a, 200, "\nvllm:num_requests_waiting 0\n");
     ck_assert_ptr_nonnull(strstr(a.body, "\nvllm:time_to_first_token_seconds_count 2\n"));

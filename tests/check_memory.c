@@ -504,6 +504,76 @@ START_TEST(steady_arrivals_make_no_calls)
 }
 END_TEST
 
+/* Where pages come from, as memory/README.md has it; no calls where they lie already. 5 pages hold 50 tokens, 10 hold 100. */
+START_TEST(pages_are_claimed_in_the_stated_order)
+{
+    struct kv_pool_config cfg = small_config(&back_ends[_i]);
+    cfg.slots = 6;
+    cfg.total_pages = 30;
+    struct kv_pool *pool = make(&cfg);
+    uint32_t of_first[5];
+    for (uint32_t s = 0; s < 5; s++)
+        grow(pool, s, 50);
+    const struct kv_range *first = pool->slot[0].range, *second = pool->slot[1].range, *third = pool->slot[2].range;
+    memcpy(of_first, first->pages, sizeof of_first);
+    for (uint32_t s = 0; s < 3; s++) {
+        kv_slot_release(pool, s, s);
+        kv_pool_complete(pool, s);
+    }
+    ck_assert_uint_eq(pool->n_cold, 5);
+    grow(pool, 3, 100); /* the cold ones */
+    ck_assert_uint_eq(pool->n_cold, 0);
+    for (uint32_t i = 0; i < 5; i++)
+        ck_assert(kv_page_free(&pool->page[first->pages[i]]) && kv_page_free(&pool->page[second->pages[i]]) &&
+                  kv_page_free(&pool->page[third->pages[i]]));
+    grow(pool, 4, 70); /* of the range that is idle longest, from its end */
+    const uint32_t *got = pool->slot[4].range->pages;
+    ck_assert_uint_eq(got[5], of_first[4]);
+    ck_assert_uint_eq(got[6], of_first[3]);
+    grow(pool, 4, 100);
+    for (uint32_t i = 0; i < 3; i++)
+        ck_assert_uint_eq(got[7 + i], of_first[2 - i]);
+    for (uint32_t i = 0; i < 5; i++)
+        ck_assert(kv_page_free(&pool->page[second->pages[i]]) && kv_page_free(&pool->page[third->pages[i]]));
+    uint64_t calls = kv_pool_stats(pool).map_calls;
+    kv_slot_release(pool, 4, 3);
+    kv_pool_complete(pool, 3);
+    grow(pool, 0, 100);
+    ck_assert_ptr_eq(pool->slot[0].range->pages, got);
+    ck_assert_uint_eq(kv_pool_stats(pool).map_calls, calls);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
+/* What the thread has made ready behind a slot goes last, and takes nothing from the slot. */
+START_TEST(pages_behind_slots_are_claimed_last)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    cfg.slots = 2;
+    cfg.total_pages = 8;
+    cfg.background = true;
+    cfg.ahead_tokens = 12;
+    struct kv_pool *pool = make(&cfg);
+    grow(pool, 0, 10);
+    fill(be, pool, 0, 5);
+    kv_pool_settle(pool);
+    const struct kv_range *r = pool->slot[0].range;
+    uint32_t behind = r->mapped - 1;
+    ck_assert_uint_ge(behind, 1);
+    grow(pool, 1, (7 - behind) * 32 / 3);
+    expect(pool, 1 + 7 - behind, 0, behind);
+    for (uint32_t i = 1; i <= behind; i++)
+        ck_assert_uint_eq(pool->page[r->pages[i]].active, 0);
+    grow(pool, 1, 74); /* 7 pages */
+    expect(pool, 8, 0, 0);
+    expect_bytes(be, kv_slot_view(pool, 0, 0).k, 10 * TOKEN, 5);
+    expect_bytes(be, kv_slot_view(pool, 1, 0).k, 74 * TOKEN, 0);
+    ck_assert_int_eq(kv_pool_check(pool, NULL), ST_OK);
+    kv_pool_destroy(pool);
+}
+END_TEST
+
 START_TEST(uncleared_memory_is_as_it_was)
 {
     const struct back_end *be = &back_ends[_i];
@@ -576,6 +646,8 @@ START_TEST(rank_without_heads_has_no_pages)
     ck_assert_int_eq(kv_slot_grow(pool, 0, 101, NULL), ST_OUT_OF_RANGE);
     ck_assert_int_eq(kv_slot_resume(pool, 0, NULL), ST_OK);
     ck_assert_uint_eq(kv_slot_tokens(pool, 0), 100);
+    ck_assert_int_eq(kv_pool_resize(pool, 7, NULL), ST_OK);
+    ck_assert_uint_eq(kv_pool_account(pool).total_pages, 7);
     kv_slot_release(pool, 0, 1);
     ck_assert_uint_eq(kv_slot_tokens(pool, 0), 0);
     kv_pool_complete(pool, 1);
@@ -872,14 +944,17 @@ static void walk_resize(struct walk *w)
     uint64_t pages = pick(w, 5), mapped, fenced, shared;
     walk_count(w, &mapped, &fenced, &shared);
     bool injected = walk_inject(w);
-    enum status_code rc = shrink ? kv_pool_shrink(w->pool, pages, NULL) : kv_pool_extend(w->pool, pages, NULL);
+    uint64_t goal = shrink ? w->total - pages : w->total + pages;
+    enum status_code rc = pick(w, 2) && (!shrink || pages <= w->total) ? kv_pool_resize(w->pool, goal, NULL)
+                          : shrink                                     ? kv_pool_shrink(w->pool, pages, NULL)
+                                                                       : kv_pool_extend(w->pool, pages, NULL);
     if (!shrink && pages > WALK_PAGES - w->total) {
         ck_assert_int_eq(rc, ST_INVALID_ARGUMENT);
         fail_call = 0;
         return;
     }
     bool ok = walk_ended(w, rc, shrink ? pages : 0, injected);
-    uint64_t total = kv_pool_stats(w->pool).total_pages, full = shrink ? w->total - pages : w->total + pages;
+    uint64_t total = kv_pool_stats(w->pool).total_pages, full = shrink && pages > w->total ? 0 : goal;
     if (ok)
         ck_assert_uint_eq(total, full);
     else
@@ -1238,6 +1313,19 @@ START_TEST(control_groups_bound_what_is_available)
     fake_file(root, "/sys/fs/cgroup/memory/c/memory.limit_in_bytes", "50000\n");
     fake_file(root, "/sys/fs/cgroup/memory/c/memory.usage_in_bytes", "20000\n");
     ck_assert_uint_eq(available_under(root, why), 30000);
+    /* pages that were given back are not taken again then */
+    struct kv_pool_config cfg = small_config(&back_ends[0]);
+    struct kv_pool *pool = make(&cfg);
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(kv_pool_resize(pool, 12, NULL), ST_OK);
+    fake_root = root;
+    ck_assert_int_eq(kv_pool_resize(pool, 20, &st), ST_RESOURCE_EXHAUSTED);
+    fake_root = NULL;
+    ck_assert_msg(strstr(st.message, " leaves 0 MiB, of which 64 MiB stay free"), "%s", st.message);
+    expect(pool, 0, 0, 12);
+    ck_assert_int_eq(kv_pool_resize(pool, 20, NULL), ST_OK);
+    expect(pool, 0, 0, 20);
+    kv_pool_destroy(pool);
     remove_tree(root);
 }
 END_TEST
@@ -1522,6 +1610,8 @@ static Suite *memory_suite(int first, int end)
     EACH(core, stale_content_is_never_visible);
     EACH(core, steady_state_makes_no_calls);
     EACH(core, steady_arrivals_make_no_calls);
+    EACH(core, pages_are_claimed_in_the_stated_order);
+    EACH(core, pages_behind_slots_are_claimed_last);
     EACH(core, uncleared_memory_is_as_it_was);
     EACH(core, neighbouring_pages_take_one_call);
     EACH(core, reset_forgets_slots_fences_and_steps);

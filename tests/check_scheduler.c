@@ -563,6 +563,8 @@ static void simulate(struct sim_options o, struct sim_report *total)
         total->preemptions += r.preemptions;
         total->suspensions += r.suspensions;
         total->resumptions += r.resumptions;
+        total->resizes += r.resizes;
+        total->short_of_pages += r.short_of_pages;
         total->generated += r.generated;
         total->prompt += r.prompt;
         total->recomputed += r.recomputed;
@@ -575,11 +577,13 @@ static void simulate(struct sim_options o, struct sim_report *total)
 static void print_report(const char *what, const struct sim_report *r)
 {
     printf("%s: %llu steps, %llu groups, %llu requests (%llu finished, %llu failed, %llu refused), %llu preemptions "
-           "(%llu suspended, %llu resumed), %.1f %% of rows computed again, %llu wasted, longest wait %.3f of its "
+           "(%llu suspended, %llu resumed), %llu resizes (%llu in part), %.1f %% of rows computed again, %llu wasted, "
+           "longest wait %.3f of its "
            "bound, %llu hits\n",
            what, (unsigned long long)r->steps, (unsigned long long)r->groups, (unsigned long long)r->submitted,
            (unsigned long long)r->finished, (unsigned long long)r->failed, (unsigned long long)r->rejected,
            (unsigned long long)r->preemptions, (unsigned long long)r->suspensions, (unsigned long long)r->resumptions,
+           (unsigned long long)r->resizes, (unsigned long long)r->short_of_pages,
            100.0 * (double)r->recomputed / (double)(r->recomputed + r->prompt + r->generated + 1),
            (unsigned long long)r->wasted, r->worst_wait, (unsigned long long)r->cache_hits);
 }
@@ -627,6 +631,8 @@ START_TEST(sim_cancels_deadlines_losses_and_bad_requests)
     ck_assert_uint_gt(r.groups, r.steps / 10000);
     ck_assert_uint_gt(r.replays, r.groups);
     ck_assert_uint_gt(r.failed, r.steps / 100);
+    ck_assert_uint_gt(r.resizes, r.steps / 1000);
+    ck_assert_uint_gt(r.short_of_pages, 0);
     ck_assert_uint_gt(r.rejected, 0);
 }
 END_TEST
@@ -655,6 +661,7 @@ static Suite *suite(void)
     suite_add_tcase(suite, scheduler_limits());
     suite_add_tcase(suite, scheduler_faults());
     suite_add_tcase(suite, scheduler_suspension());
+    suite_add_tcase(suite, scheduler_resize());
     suite_add_tcase(suite, scheduler_move());
     TCase *sim = tcase_create("sim");
     tcase_set_timeout(sim, 3600);

@@ -12,6 +12,8 @@ TCase *scheduler_limits(void);
 TCase *scheduler_faults(void);
 /* check_scheduler_suspend.c */
 TCase *scheduler_suspension(void);
+/* check_scheduler_resize.c */
+TCase *scheduler_resize(void);
 /* check_scheduler_move.c */
 TCase *scheduler_move(void);
 

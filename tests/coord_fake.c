@@ -31,6 +31,7 @@ struct fake_rank {
     atomic_uint used;
     atomic_uint_least64_t suspensions;
     uint64_t host_pages; /* taken */
+    uint64_t pages;      /* of the pool */
     atomic_uint_least64_t last_step, epoch;
     uint32_t heartbeat_ms;
     int64_t beat_ms;
@@ -135,7 +136,7 @@ static bool send_ready(struct fake_rank *r)
     ready.max_context_tokens = o->max_context;
     ready.page_bytes = o->page_bytes;
     ready.token_bytes = o->token_bytes;
-    ready.total_pages = o->total_pages + 7 * r->rank;
+    ready.total_pages = r->pages = o->total_pages + 7 * r->rank;
     ready.suspend_pages = o->suspend_pages + 3 * r->rank;
     ready.suspend_bytes_per_s =
         0; /* not known: suspension is tried whatever rows cost, which is next to nothing here */
@@ -285,8 +286,20 @@ static void check_pages(struct fake_rank *r)
     uint64_t pages = 0;
     for (uint32_t i = 0; r->slots && i < o->max_slots; i++)
         pages += r->slots[i].used && !r->slots[i].suspended && !r->slots[i].shares ? pages_of(r, &r->slots[i]) : 0;
+    if (pages > r->pages || pages > o->total_pages)
+        broke(r, "%llu pages in use, limit %llu", (unsigned long long)pages, (unsigned long long)r->pages);
+}
+
+static void resize(struct fake_rank *r, uint64_t pages)
+{
+    const struct fake_options *o = &r->group->o;
+    uint64_t most = o->most_pages ? o->most_pages : o->total_pages;
     if (pages > o->total_pages)
-        broke(r, "%llu pages in use, limit %llu", (unsigned long long)pages, (unsigned long long)o->total_pages);
+        broke(r, "kv_pages: %llu, it came with %llu", (unsigned long long)pages, (unsigned long long)o->total_pages);
+    if (pages > r->pages && pages > most)
+        pages = most > r->pages ? most : r->pages;
+    r->pages = pages;
+    check_pages(r);
 }
 
 static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
@@ -301,6 +314,8 @@ static uint32_t run_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
         }
     }
     move_slots(r, p);
+    if (p->kv_pages)
+        resize(r, p->kv_pages);
     for (size_t i = 0; i < p->n_admits; i++) {
         const Tandem__V1__AdmitSlot *a = p->admits[i];
         const struct slot *from = a->from_tokens ? slot_of(r, a->from_slot, true, "beginning as") : NULL;
@@ -362,6 +377,10 @@ static bool answer_plan(struct fake_rank *r, const Tandem__V1__StepPlan *p)
         if (mood == FAKE_WRONG_TOKEN && n)
             r->tokens[0] = r->group->o.vocab_size;
     }
+    Tandem__V1__KvStats kv = TANDEM__V1__KV_STATS__INIT;
+    kv.total_pages = r->pages;
+    kv.map_calls = p->step;
+    result.kv = &kv;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_RESULT;
     m.result = &result;
     return send_message(r, &m);

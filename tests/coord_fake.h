@@ -23,6 +23,7 @@ struct fake_options {
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     uint64_t page_bytes, token_bytes, total_pages;
     uint64_t suspend_pages; /* of host memory */
+    uint64_t most_pages;    /* of total_pages that a rank can have again; 0: all */
     uint32_t step_us;       /* a step takes this long */
     uint32_t eos_id;        /* FAKE_NO_STOP: the model has none */
     uint32_t eos_at;        /* position at which eos_id is sampled; 0: never */

@@ -221,6 +221,30 @@ static void begin_as(struct sim_ranks *r, struct sim_slot *s, const struct sim_s
     s->len = n;
 }
 
+/* Pages that leave are free by now; of those asked for a rank may get fewer than it wants. */
+static void resize(struct sim_ranks *r, uint64_t goal, uint64_t step)
+{
+    for (uint32_t i = 0; i < r->group.n_ranks; i++) {
+        struct sim_rank *k = &r->rank[i];
+        uint64_t total = r->group.kv[i].total_pages, most = r->group.most_pages[i], pages = goal;
+        if (pages > total && pages > most)
+            pages = most > total ? most : total;
+        if (pages < total && total - pages > k->free_pages)
+            sim_fail("step %llu: rank %u is to give %llu pages back, %llu are free", (unsigned long long)step, i,
+                     (unsigned long long)(total - pages), (unsigned long long)k->free_pages);
+        k->free_pages += pages - total;
+        r->group.kv[i].total_pages = pages;
+    }
+}
+
+uint64_t sim_ranks_pages(const struct sim_ranks *r)
+{
+    uint64_t least = r->group.kv[0].total_pages;
+    for (uint32_t i = 1; i < r->group.n_ranks; i++)
+        least = r->group.kv[i].total_pages < least ? r->group.kv[i].total_pages : least;
+    return least;
+}
+
 void sim_ranks_step(struct sim_ranks *r, const struct sched_plan *plan, uint64_t completed, uint32_t *tokens)
 {
     uint64_t step = plan->step;
@@ -232,6 +256,8 @@ void sim_ranks_step(struct sim_ranks *r, const struct sched_plan *plan, uint64_t
     for (uint32_t i = 0; i < plan->n_suspend; i++)
         suspend(r, slot_at(r, plan->suspend[i], step), step);
     lift_fences(r, completed);
+    if (plan->kv_pages)
+        resize(r, plan->kv_pages, step);
     for (uint32_t i = 0; i < plan->n_resume; i++)
         resume(r, slot_at(r, plan->resume[i], step), step);
     for (uint32_t i = 0; i < plan->n_admit; i++) {

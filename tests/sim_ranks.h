@@ -55,6 +55,7 @@ struct sim_group {
     uint32_t n_ranks, slots, max_context;
     struct kv_account kv[SIM_MAX_RANKS];
     uint64_t host_pages[SIM_MAX_RANKS]; /* for suspended slots */
+    uint64_t most_pages[SIM_MAX_RANKS]; /* that the machine has, of those that the rank came with */
 };
 
 struct sim_rank {
@@ -78,6 +79,7 @@ void sim_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2), noretur
 
 void sim_ranks_init(struct sim_ranks *r, const struct sim_group *group);
 void sim_ranks_fini(struct sim_ranks *r);
+uint64_t sim_ranks_pages(const struct sim_ranks *r); /* what the rank with the fewest has */
 /* Runs a plan; tokens (plan->samples of them) are what its result will hold. completed: last step known to have ended. */
 void sim_ranks_step(struct sim_ranks *r, const struct sched_plan *plan, uint64_t completed, uint32_t *tokens);
 /* Host pages of suspended slots on the rank that takes most. */

@@ -61,8 +61,10 @@ struct sim {
     struct kv_account kv; /* what the scheduler counts with; page_bytes 0: nothing yet */
     uint32_t max_context;
     uint32_t budget, min_budget;
-    bool host_memory; /* groups have some for suspended slots */
-    bool fair;        /* tenants, classes, targets, short prompts first: who is next is not told from age alone */
+    bool host_memory;   /* groups have some for suspended slots */
+    bool elastic;       /* pages are taken from groups and given again while they serve */
+    uint64_t came_with; /* pages of the group at first */
+    bool fair;          /* tenants, classes, targets, short prompts first: who is next is not told from age alone */
     bool attached;
     bool replay;          /* the next group goes on with what the last one left */
     bool losing, joining; /* a detach or attach is under way: the failures it brings are expected */
@@ -129,6 +131,7 @@ static void draw_group(struct sim *m, struct sim_group *g)
         g->kv[i].token_bytes = i == weakest ? token_bytes : token_bytes - between(m, 0, token_bytes / 2);
         g->kv[i].total_pages = total + (i == weakest ? 0 : between(m, 0, 3));
         g->host_pages[i] = m->host_memory ? between(m, 0, (uint32_t)(full * 4)) : 0;
+        g->most_pages[i] = m->elastic && chance(m, 200) ? between(m, 1, (uint32_t)total) : g->kv[i].total_pages;
     }
     if (chance(m, 30)) { /* ranks without KV heads */
         for (uint32_t i = 0; i < g->n_ranks; i++)
@@ -141,7 +144,9 @@ static bool fits(const struct sim *m, uint32_t n_prompt, uint32_t max_new)
 {
     if (n_prompt + max_new > m->max_context)
         return false;
-    return m->kv.page_bytes == 0 || kv_pages_for(&m->kv, n_prompt + max_new - 1) <= m->kv.total_pages;
+    uint64_t total = m->sched->kv.total_pages, goal = m->sched->goal_pages;
+    return m->kv.page_bytes == 0 ||
+           kv_pages_for(&m->kv, n_prompt + max_new - 1) <= (goal && goal < total ? goal : total);
 }
 
 /* ---- events ---- */
@@ -271,6 +276,10 @@ static void check(struct sim *m)
         sim_fail("load: %u queued, %u running, %llu queued tokens, %u in flight; expected %u, %u, %llu, %u", l.queued,
                  l.running, (unsigned long long)l.queued_tokens, l.in_flight, queued, m->n_live - queued,
                  (unsigned long long)tokens, m->in_flight);
+    uint64_t total = m->sched->kv.total_pages;
+    if (m->attached && (total == 0 || total > sim_ranks_pages(&m->ranks) || total > m->came_with))
+        sim_fail("%llu pages are counted, of %llu and of %llu at first", (unsigned long long)total,
+                 (unsigned long long)sim_ranks_pages(&m->ranks), (unsigned long long)m->came_with);
     if (sched_next_deadline_us(m->sched) != deadline_us)
         sim_fail("next deadline: %lld, expected %lld", (long long)sched_next_deadline_us(m->sched),
                  (long long)deadline_us);
@@ -470,6 +479,7 @@ static void attach(struct sim *m)
     memset(m->suspend_due, 0, sizeof m->suspend_due);
     memset(m->kept, 0, sizeof m->kept);
     m->kv = kv;
+    m->came_with = kv.total_pages;
     m->max_context = g.max_context;
     m->attached = m->joining = true;
     m->next_step = 1;
@@ -759,6 +769,18 @@ static void result(struct sim *m)
         sim_fail("result: %s", st.message);
     m->in_flight--;
     m->steps++;
+    uint64_t asked = sched_pages_asked(m->sched);
+    if (asked && asked <= step && chance(m, 700) && sched_pages_are(m->sched, sim_ranks_pages(&m->ranks)))
+        m->report->short_of_pages++;
+    check(m);
+}
+
+/* Now and then to a page, which is less than those that live need. */
+static void resize(struct sim *m)
+{
+    uint64_t goal = chance(m, 300) ? m->came_with : between(m, 1, (uint32_t)m->came_with);
+    sched_set_pages(m->sched, goal);
+    m->report->resizes++;
     check(m);
 }
 
@@ -792,6 +814,7 @@ static void draw_config(struct sim *m)
                                    .replay_limit = between(m, 0, 3)};
     m->replay = chance(m, 768);
     m->host_memory = chance(m, 512);
+    m->elastic = chance(m, 400);
     m->fair = chance(m, 400);
     if (m->fair)
         draw_fairness(m);
@@ -818,6 +841,8 @@ static void tick(struct sim *m, uint32_t arrival, uint32_t result_chance)
         detach(m);
     else if (!m->attached && chance(m, 200))
         attach(m);
+    if (m->attached && m->elastic && chance(m, 8))
+        resize(m);
     if (chance(m, 10)) {
         m->budget = between(m, m->min_budget, m->cfg.step_token_budget);
         sched_set_step_budget(m->sched, m->budget);

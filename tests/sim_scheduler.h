@@ -10,6 +10,7 @@
  *   - the oldest running request is never preempted
  *   - preempted requests are suspended to host memory, where the run has some and that is cheaper: told to the ranks in the
  *     very next plan, never more than there is, given back when they end
+ *   - in some runs pages are taken from the group and given again: ranks have free what they give, and nothing else changes
  *   - a lost group's requests go on in the next, as if they were preempted, or fail, as the run was drawn
  *   - at most depth - 1 rows computed for nothing when a stop token ends a request, none when its length does
  *   - as long as a request lives there is a plan or a step in flight, and each ends within a number of steps that follows
@@ -39,6 +40,7 @@ struct sim_report {
     uint64_t cache_hits; /* of the last group */
     uint64_t replays;
     uint64_t suspensions, resumptions;
+    uint64_t resizes, short_of_pages; /* sizes of the pool that were asked for; ranks that could not have so much */
     uint64_t preemptions, generated, prompt, recomputed, wasted;
     double worst_wait; /* steps that a request took, as a part of its bound */
 };

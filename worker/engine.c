@@ -15,6 +15,7 @@
 #define MAX_SLOTS           65536u
 #define MAX_STEP_TOKENS     65536u
 /* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
+#define NO_BOUND_PAGES       (UINT64_C(1) << 31) /* as many as a pool can have */
 #define DEFAULT_KV_PAGES_MAX 32768u
 /* Tokens of a slot whose pages are ready before they are fed: enough steps for a call that waits behind others. */
 #define AHEAD_TOKENS 16
@@ -131,7 +132,7 @@ static enum status_code create_kv(struct engine *e, const struct engine_config *
     }
     a.total_pages = budget / a.page_bytes;
     if (a.token_bytes == 0)
-        a.total_pages = 0;
+        a.total_pages = NO_BOUND_PAGES; /* it has none, and the others may have as many as they like */
     else if (a.total_pages == 0)
         return status_set(st, cfg->kv_bytes ? ST_INVALID_ARGUMENT : ST_RESOURCE_EXHAUSTED,
                           "kv_bytes: %llu bytes of KV memory, less than one page of %llu bytes",
@@ -204,6 +205,7 @@ static void fill_info(struct engine *e)
     info->vocab_size = m->vocab_size;
     info->sample_options = e->ops->options;
     info->kv = kv_pool_account(e->kv);
+    info->kv_pages_max = info->kv.total_pages;
     info->weight_bytes = e->weights.bytes;
     uint32_t threads = threads_count(e->pool);
     if (e->parts)

@@ -22,6 +22,7 @@
 
 #include "attention/attention.h"
 #include "comm/comm.h"
+#include "memory/memory.h"
 #include "proto/kv_account.h"
 #include "proto/status.h"
 #include "tandem/v1/worker_control.pb-c.h"
@@ -83,6 +84,7 @@ struct engine_info {
     uint32_t depth; /* steps under way at most: 1 on the host, which works in engine_submit */
     uint32_t max_slots, max_context, max_step_tokens, vocab_size;
     struct kv_account kv;
+    uint64_t kv_pages_max; /* what kv.total_pages was at first: plans may lower it, and raise it up to this */
     uint64_t suspend_pages, suspend_bytes_per_s;  /* as Ready has them */
     uint64_t weight_bytes;                        /* of this rank, in memory */
     uint32_t sample_options;                      /* enum sample_option that this back end has */
@@ -123,6 +125,7 @@ struct engine_result {
     const struct engine_score *sample_scores, *prompt_scores;
     uint32_t n_sample_scores, n_prompt_scores;
     uint64_t used_pages;
+    struct kv_stats kv; /* after the step was submitted */
 };
 
 /* NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED (names the architecture, dtype or option), DATA_LOSS (damaged file: names the

@@ -246,9 +246,15 @@ enum status_code engine_plan_check(struct engine *e, const Tandem__V1__StepPlan 
     for (size_t i = 0; i < plan->n_prefills; i++)
         if ((rc = check_prefill(&c, plan->prefills[i], st)) != ST_OK)
             return rc;
-    if (c.pages > (int64_t)e->info.kv.total_pages)
+    if (plan->kv_pages > e->info.kv_pages_max)
+        return status_set(st, ST_INVALID_ARGUMENT, "step %llu: kv_pages: %llu, expected at most %llu",
+                          (unsigned long long)plan->step, (unsigned long long)plan->kv_pages,
+                          (unsigned long long)e->info.kv_pages_max);
+    uint64_t total = e->info.kv.total_pages;
+    if (plan->kv_pages && plan->kv_pages < total)
+        total = plan->kv_pages;
+    if (c.pages > (int64_t)total)
         return status_set(st, ST_RESOURCE_EXHAUSTED, "step %llu: %llu KV pages needed, but the pool has %llu",
-                          (unsigned long long)plan->step, (unsigned long long)c.pages,
-                          (unsigned long long)e->info.kv.total_pages);
+                          (unsigned long long)plan->step, (unsigned long long)c.pages, (unsigned long long)total);
     return ST_OK;
 }

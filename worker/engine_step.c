@@ -120,8 +120,8 @@ static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *adm
     return engine_options_create(&s->options, p, e->info.vocab_size, st);
 }
 
-/* Where a slot is suspended no step is under way; one that comes back takes pages that none of them reads. */
-static enum status_code suspend_and_resume(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
+/* Where a slot is suspended no step is under way. */
+static enum status_code suspend_all(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
 {
     for (size_t i = 0; i < plan->n_suspend_slots; i++) {
         struct engine_slot *s = &e->slot[plan->suspend_slots[i]];
@@ -131,6 +131,12 @@ static enum status_code suspend_and_resume(struct engine *e, const Tandem__V1__S
         s->suspended = true;
         e->suspended_pages += kv_pages_for(&e->info.kv, s->length);
     }
+    return ST_OK;
+}
+
+/* A slot that comes back takes pages that no step under way reads. */
+static enum status_code resume_all(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
+{
     for (size_t i = 0; i < plan->n_resume_slots; i++) {
         struct engine_slot *s = &e->slot[plan->resume_slots[i]];
         enum status_code rc = kv_slot_resume(e->kv, plan->resume_slots[i], st);
@@ -140,6 +146,14 @@ static enum status_code suspend_and_resume(struct engine *e, const Tandem__V1__S
         e->suspended_pages -= kv_pages_for(&e->info.kv, s->length);
     }
     return ST_OK;
+}
+
+/* More pages may not be there any more, and to give some back may fail: the result says how many there are. */
+static void resize(struct engine *e, uint64_t pages)
+{
+    if (pages)
+        (void)!kv_pool_resize(e->kv, pages, NULL);
+    e->info.kv = kv_pool_account(e->kv);
 }
 
 static enum status_code release_and_admit(struct engine *e, const Tandem__V1__StepPlan *plan, struct status *st)
@@ -153,7 +167,11 @@ static enum status_code release_and_admit(struct engine *e, const Tandem__V1__St
         s->options = NULL;
     }
     kv_pool_complete(e->kv, e->done);
-    enum status_code rc = suspend_and_resume(e, plan, st);
+    enum status_code rc = suspend_all(e, plan, st);
+    if (rc == ST_OK) {
+        resize(e, plan->kv_pages);
+        rc = resume_all(e, plan, st);
+    }
     for (size_t i = 0; i < plan->n_admits && rc == ST_OK; i++)
         rc = admit(e, plan->admits[i], st);
     return rc;
@@ -315,6 +333,7 @@ enum status_code engine_collect(struct engine *e, struct engine_result *result, 
         keep_tokens(e, f);
     }
     bool reports = comm_rank(e->comm) == 0;
+    struct kv_stats kv = kv_pool_stats(e->kv);
     e->first_flight = (e->first_flight + 1) % e->info.depth;
     e->in_flight--;
     *result = (struct engine_result){
@@ -328,7 +347,8 @@ enum status_code engine_collect(struct engine *e, struct engine_result *result, 
         .prompt_scores = f->prompt_score,
         .n_sample_scores = reports ? f->n_sample_scores : 0,
         .n_prompt_scores = reports ? f->n_prompt_scores : 0,
-        .used_pages = kv_pool_stats(e->kv).mapped_pages,
+        .used_pages = kv.mapped_pages,
+        .kv = kv,
     };
     return ST_OK;
 }

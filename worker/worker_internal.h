@@ -163,6 +163,7 @@ enum worker_link { WORKER_LINK_DOWN, WORKER_LINK_UP, WORKER_LINK_BROKEN };
 
 struct worker_result {
     uint64_t step, compute_us, used_pages;
+    struct kv_stats kv;
     uint32_t *tokens; /* kept and reused, as scores are */
     uint32_t n_tokens, capacity;
     struct engine_score *sample_scores, *prompt_scores;

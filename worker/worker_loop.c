@@ -133,7 +133,7 @@ static enum status_code load(struct worker *w, struct status *st)
     char weights[32], kv[32], phases[256];
     worker_log(&w->log, WORKER_LOG_INFO, "ready on %s: weights %s, KV cache %s, %u slots, loaded in %lld ms%s",
                info.device, worker_size_text(weights, info.weight_bytes),
-               worker_size_text(kv, info.kv.total_pages * info.kv.page_bytes), info.max_slots,
+               worker_size_text(kv, info.kv.token_bytes ? info.kv.total_pages * info.kv.page_bytes : 0), info.max_slots,
                (long long)(worker_now_us() - start_us) / 1000, phases_text(phases, sizeof phases, &info));
     if (info.suspend_pages)
         worker_log(&w->log, WORKER_LOG_INFO, "suspended requests: %s of host memory, moved at %.1f GB/s",
@@ -180,6 +180,7 @@ static void send_ready(struct worker *w)
     r.page_bytes = i.kv.page_bytes;
     r.token_bytes = i.kv.token_bytes;
     r.total_pages = i.kv.total_pages;
+    r.max_pages = i.kv_pages_max;
     r.suspend_pages = i.suspend_pages;
     r.suspend_bytes_per_s = i.suspend_bytes_per_s;
     r.max_step_tokens = i.max_step_tokens;

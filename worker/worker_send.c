@@ -47,6 +47,24 @@ static Tandem__V1__Scores **make_scores(const struct engine_score *score, uint32
     return list;
 }
 
+static void fill_kv(Tandem__V1__KvStats *m, const struct kv_stats *s)
+{
+    tandem__v1__kv_stats__init(m);
+    m->total_pages = s->total_pages;
+    m->mapped_pages = s->mapped_pages;
+    m->fenced_pages = s->fenced_pages;
+    m->free_pages = s->free_pages;
+    m->parked_pages = s->parked_pages;
+    m->shared_pages = s->shared_pages;
+    m->given_pages = s->given_pages;
+    m->wasted_bytes = s->wasted_bytes;
+    m->map_calls = s->map_calls;
+    m->clear_calls = s->clear_calls;
+    m->driver_us = s->map_ns / 1000;
+    m->exposed_us = s->exposed_ns / 1000;
+    m->failed_ahead = s->failed_ahead;
+}
+
 static void send_result(struct worker_control *c, const struct worker_result *result)
 {
     Tandem__V1__Scores **sample = NULL, **prompt = NULL;
@@ -60,6 +78,9 @@ static void send_result(struct worker_control *c, const struct worker_result *re
         return;
     }
     Tandem__V1__StepResult r = TANDEM__V1__STEP_RESULT__INIT;
+    Tandem__V1__KvStats kv;
+    fill_kv(&kv, &result->kv);
+    r.kv = &kv;
     r.step = result->step;
     r.compute_us = result->compute_us;
     r.used_pages = result->used_pages;
@@ -147,6 +168,7 @@ static bool queue_result(struct worker_control *c, const struct worker_result *r
     to->step = result->step;
     to->compute_us = result->compute_us;
     to->used_pages = result->used_pages;
+    to->kv = result->kv;
     to->n_tokens = result->n_tokens;
     to->n_sample_scores = result->n_sample_scores;
     to->n_prompt_scores = result->n_prompt_scores;
@@ -163,6 +185,7 @@ void worker_control_result(struct worker_control *c, uint64_t step, uint64_t com
         .step = step,
         .compute_us = compute_us,
         .used_pages = result->used_pages,
+        .kv = result->kv,
         .tokens = (uint32_t *)result->tokens, /* packed or copied from where it lies, not written to */
         .n_tokens = c->hello.rank == 0 ? result->n_tokens : 0,
         .sample_scores = (struct engine_score *)result->sample_scores,

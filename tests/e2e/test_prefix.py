@@ -77,6 +77,9 @@ class OnePrefix(unittest.TestCase):
             # All 64 are kept, in the memory of one and 63 tails.
             self.assertEqual((load.kept_slots, load.kept_pages), (n, one + (n - 1) * own))
             self.assertEqual(load.shared_pages, full_pages(PREFIX))
+            # The coordinator counts what the rank's pool has mapped.
+            self.assertEqual((load.kv.mapped_pages, load.kv.shared_pages), (load.kept_pages, load.shared_pages))
+            self.assertEqual(load.kv.wasted_bytes, n * (one * PAGE - (PREFIX + TAIL + NEW - 1) * TOKEN_BYTES))
             self.assertEqual((load.cache_hits, load.cached_tokens), (n - 1, (n - 1) * PREFIX))
             self.assertEqual((load.preemptions, load.cache_evictions), (0, 0))
             self.assertEqual(load.prompt_tokens, n * (PREFIX + TAIL))

@@ -7,6 +7,8 @@ import tempfile
 import threading
 import unittest
 
+import grpc
+
 from cluster import DEMO, SLOW, SOURCE, Cluster, Result, copy_model, expected, tandem, wait_for
 from tandem.v1 import control_pb2, inference_pb2
 
@@ -40,6 +42,12 @@ class TokensOfTheDemoModel(unittest.TestCase):
 
     def test_four_ranks_small_chunks(self):
         self.check_all(4, 16, 6)
+
+    def test_eight_ranks_two_of_them_without_heads(self):
+        case = expected()[0]
+        with Cluster(tp=8) as c:
+            self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=12).ids, case["greedy_ids"][:12])
+            c.wait_idle()
 
 
 class Sampling(unittest.TestCase):
@@ -118,6 +126,54 @@ class MemoryPressure(unittest.TestCase):
                 c.wait_idle()
                 load = c.load()
                 self.assertEqual((load.suspended_slots, load.suspended_pages, load.used_pages), (0, 0, 0))
+
+
+def pool_bytes(pid):
+    """What the memory of a rank's KV pool takes of the machine."""
+    folder = f"/proc/{pid}/fd"
+    return sum(os.stat(os.path.join(folder, f)).st_blocks * 512 for f in os.listdir(folder)
+               if "memfd:tandem-kv" in os.readlink(os.path.join(folder, f)))
+
+
+class ElasticMemory(unittest.TestCase):
+    def test_memory_goes_and_comes_while_tokens_flow(self):
+        case = expected()[0]
+        with Cluster(tp=2, args=["--kv-memory", "32M", "--page-size", "64K", "--prefix-cache", "off"]) as c:
+            pids = list(c.workers().values())
+
+            def pools(pages):
+                load = c.load()
+                return (not load.groups[0].goal_pages and load.total_pages == load.groups[0].kv.total_pages / 2 == pages
+                        and all(pool_bytes(p) == pages * 65536 for p in pids))
+
+            self.assertTrue(pools(512))
+            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(6)]
+            first = next(iter(streams[0]))
+            status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "768K")
+            self.assertEqual((status, err), (0, ""))
+            self.assertIn("on the way to 12", out)
+            results = [Result(s) for s in streams]
+            self.assertEqual(list(first.token_ids) + results[0].ids, case["greedy_ids"])
+            for r in results[1:]:
+                self.assertEqual(r.ids, case["greedy_ids"])
+            wait_for("12 pages a rank", lambda: pools(12), 20)
+            self.assertEqual(c.load().kv.given_pages, 1000)
+            status, out, err = tandem("memory", "--address", c.address)
+            self.assertIn("default: 12 pages a rank, 0 in use\n", out)
+            with self.assertRaises(grpc.RpcError) as e:  # 600 tokens of 2048 bytes on the larger rank
+                c.run(case["prompt_ids"], max_tokens=600)
+            self.assertIn("the KV memory has 12", e.exception.details())
+            streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(6)]
+            status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "all")
+            self.assertEqual((status, err), (0, ""))
+            for s in streams:
+                self.assertEqual(Result(s).ids, case["greedy_ids"])
+            wait_for("512 pages a rank", lambda: pools(512), 20)
+            status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "33M")
+            self.assertEqual(status, 1)
+            self.assertIn("(what the ranks of group default came with)", err)
+            self.assertEqual(tandem("memory", "--kv-memory", "12Q")[0], 2)
+            self.assertEqual(tandem("memory", "--group", "a")[0], 2)
 
 
 class RandomModel(unittest.TestCase):

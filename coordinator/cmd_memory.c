@@ -1,0 +1,163 @@
+/* cmd_memory.c - `tandem memory`: the KV memory of a server that runs: what it is used for, and how much there is. */
+#include <ctype.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/cmd.h"
+
+enum { OPT_GROUP = 1, OPT_KV_MEMORY };
+
+#define CALL_MS 10000
+
+static const struct cli_option own_options[] = {
+    {.name = "kv-memory",
+     .id = OPT_KV_MEMORY,
+     .arg = "SIZE",
+     .help = "each rank's KV memory from now on, such as 512M or 8G; all: what it came with (default: only show it)"},
+    {.name = "group",
+     .id = OPT_GROUP,
+     .arg = "NAME",
+     .help = "with --kv-memory: only of this worker group (default: all)"},
+    {0},
+};
+
+const struct cli_command cmd_memory_cli = {
+    .name = "memory",
+    .summary = "show the KV memory of a server; give some of it back to the machine, or take it again",
+    .about =
+        "Ranks give pages back as they come free, while they serve: nothing that runs is ended for it, and requests\n"
+        "that need more than what will be left are refused. Ranks that are started anew take all of it first.",
+    .tables = (const struct cli_option *const[]){cmd_connect_options, own_options, NULL},
+    .exits = "0 done, 1 refused, 2 wrong usage, 3 not reachable.",
+    .examples = "  tandem memory\n"
+                "  tandem memory --kv-memory 8G           # the rest is for others\n"
+                "  tandem memory --kv-memory all\n",
+};
+
+struct memory_options {
+    struct tandem_client_options server;
+    const char *group;
+    bool set;
+    uint64_t bytes; /* 0: all */
+    struct cli_args args;
+};
+
+static bool parse_size(const char *text, uint64_t *out)
+{
+    static const char units[] = "KMGT";
+    char *end;
+    if (!isdigit((unsigned char)*text))
+        return false;
+    unsigned long long n = strtoull(text, &end, 10);
+    const char *unit = *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
+    unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
+    if ((*end && !unit) || (unit && end[1]) || n == 0 || n > UINT64_MAX >> shift)
+        return false;
+    *out = (uint64_t)n << shift;
+    return true;
+}
+
+static int take(struct memory_options *o, int opt)
+{
+    const char *text = o->args.text;
+    switch (opt) {
+    case OPT_GROUP:
+        if (!*text)
+            return cmd_error(CMD_USAGE, o->args.where, "--group: empty, expected the name of a group");
+        o->group = text;
+        break;
+    case OPT_KV_MEMORY:
+        o->set = true;
+        o->bytes = 0;
+        if (strcmp(text, "all") != 0 && !parse_size(text, &o->bytes))
+            return cmd_error(CMD_USAGE, o->args.where, "--kv-memory %s: expected a size as 512M or 8G, or all", text);
+        break;
+    default:
+        cmd_connect_option(&o->server, opt, text);
+    }
+    return CMD_OK;
+}
+
+static int parse(int argc, char **argv, struct memory_options *o)
+{
+    int rc = cmd_read(&o->args, &cmd_memory_cli, argc, argv);
+    if (rc)
+        return rc;
+    for (int opt; !rc && (opt = cli_next(&o->args)) != 0;)
+        rc = take(o, opt);
+    if (!rc && o->args.n_operands)
+        rc = cmd_error(CMD_USAGE, "memory", "%s: takes no arguments, only options; see `tandem memory --help`",
+                       o->args.operands[0]);
+    if (!rc && o->group && !o->set)
+        rc = cmd_error(CMD_USAGE, "memory", "--group: expected --kv-memory SIZE with it");
+    return rc;
+}
+
+static int failed(const struct status *st)
+{
+    bool unreachable = st->code == ST_UNAVAILABLE || st->code == ST_DEADLINE_EXCEEDED;
+    return cmd_error(unreachable ? CMD_UNREACHABLE : CMD_FAILED, "memory", "%s (%s)", st->message,
+                     status_name(st->code));
+}
+
+static int set(const struct memory_options *o, struct tandem_client *c)
+{
+    struct status st = STATUS_INIT;
+    Tandem__V1__SetKvMemoryResponse *m = NULL;
+    if (tandem_client_set_kv_memory(c, o->group, o->bytes, &m, &st) != ST_OK)
+        return failed(&st);
+    printf("%" PRIu64 " pages of %" PRIu64 " bytes, on the way to %" PRIu64 "\n", m->total_pages, m->page_bytes,
+           m->goal_pages);
+    tandem_free(m);
+    return CMD_OK;
+}
+
+static void print_group(const Tandem__V1__GroupLoad *g)
+{
+    const Tandem__V1__KvStats *k = g->kv;
+    printf("%s: %" PRIu64 " pages a rank, %" PRIu64 " in use", g->name, g->total_pages, g->used_pages);
+    if (g->goal_pages)
+        printf(", on the way to %" PRIu64, g->goal_pages);
+    putchar('\n');
+    if (!k || k->total_pages == 0)
+        return;
+    printf("  all its ranks: %" PRIu64 " mapped (%" PRIu64 " shared), %" PRIu64 " fenced, %" PRIu64 " free (%" PRIu64
+           " parked), %" PRIu64 " given back\n",
+           k->mapped_pages, k->shared_pages, k->fenced_pages, k->free_pages, k->parked_pages, k->given_pages);
+    printf("  %.1f MiB behind last tokens; %" PRIu64 " calls that map, %" PRIu64
+           " that clear or copy, %.1f ms in them, %.1f ms of steps\n",
+           (double)k->wasted_bytes / 1048576.0, k->map_calls, k->clear_calls, (double)k->driver_us / 1e3,
+           (double)k->exposed_us / 1e3);
+}
+
+static int show(struct tandem_client *c)
+{
+    struct status st = STATUS_INIT;
+    Tandem__V1__Load *l = NULL;
+    if (tandem_client_load(c, &l, &st) != ST_OK)
+        return failed(&st);
+    for (size_t i = 0; i < l->n_groups; i++)
+        if (l->groups[i]->serving)
+            print_group(l->groups[i]);
+    tandem_free(l);
+    return CMD_OK;
+}
+
+int cmd_memory(int argc, char **argv)
+{
+    struct memory_options o = {.server = {.address = CMD_DEFAULT_ADDRESS, .timeout_ms = CALL_MS}};
+    int rc = parse(argc, argv, &o);
+    if (!rc) {
+        struct tandem_client *c = NULL;
+        struct status st = STATUS_INIT;
+        if (tandem_client_open(&c, &o.server, &st) != ST_OK)
+            rc = failed(&st);
+        else
+            rc = o.set ? set(&o, c) : show(c);
+        tandem_client_close(c);
+    }
+    cli_free(&o.args);
+    return rc < 0 ? CMD_OK : rc;
+}
