@@ -45,7 +45,8 @@ struct journal {
     struct journal_state state;
     struct journal_file file;
     uint64_t skipped, nomem, damaged, records;
-    bool told; /* that it is degraded */
+    int64_t expired_us; /* when the ended were looked over */
+    bool told;          /* that it is degraded */
 };
 
 /* ---- the system ---- */
@@ -243,7 +244,10 @@ void journal_turn(struct journal *j, bool last)
         j->work = (struct queue){0};
     }
     int64_t now_us = j->file.io.now_us(j->file.io.ctx);
-    journal_expire(&j->state, now_us);
+    if (now_us - j->expired_us >= JOURNAL_EXPIRE_US || now_us < j->expired_us) {
+        journal_expire(&j->state, now_us);
+        j->expired_us = now_us;
+    }
     bool due = last || now_us - j->file.tried_us >= JOURNAL_RETRY_US || now_us < j->file.tried_us;
     if (j->file.fd >= 0)
         (void)!journal_file_flush(&j->file, last);
@@ -340,7 +344,7 @@ enum status_code journal_open(struct journal **out, const struct journal_config 
 void journal_each(struct journal *j, void (*fn)(void *ctx, const struct journal_found *f), void *ctx)
 {
     struct journal_found found;
-    for (const struct journal_entry *e = j->state.head; e; e = e->next) {
+    for (const struct journal_entry *e = journal_first(&j->state); e; e = journal_next(&j->state, e)) {
         journal_found_of(e, &found);
         fn(ctx, &found);
     }

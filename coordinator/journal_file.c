@@ -116,7 +116,7 @@ static int put_snapshot(struct journal_file *f, const struct journal_state *s)
         return ENOMEM;
     journal_put_header(f->out, f->sequence, f->io.now_us(f->io.ctx));
     f->out_len = JOURNAL_HEADER_BYTES;
-    for (const struct journal_entry *e = s->head; e && !err; e = e->next) {
+    for (const struct journal_entry *e = journal_first(s); e && !err; e = journal_next(s, e)) {
         err = put_entry(f, e);
         if (!err && f->out_len >= OUT_BYTES)
             err = write_all(f);

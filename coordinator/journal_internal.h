@@ -12,6 +12,7 @@
 #define JOURNAL_SNAP_BYTES   16
 #define JOURNAL_TURN_US      10000   /* between two writes */
 #define JOURNAL_RETRY_US     1000000 /* between two tries of a degraded journal */
+#define JOURNAL_EXPIRE_US    1000000
 #define JOURNAL_BUCKETS      4096
 
 enum journal_kind { JOURNAL_ACCEPT = 1, JOURNAL_TOKENS, JOURNAL_END, JOURNAL_SNAPSHOT };
@@ -34,7 +35,7 @@ void journal_seal(uint8_t *frame, uint32_t payload);
 /* ---- journal_state.c: the requests that live, as records make them ---- */
 
 struct journal_entry {
-    struct journal_entry *next, *prev, *hash_next; /* the list is by number */
+    struct journal_entry *next, *prev, *hash_next; /* live ones by acceptance, ended ones by their end */
     uint8_t *payload;                              /* of ACCEPT */
     size_t payload_len;
     struct journal_accept accept; /* into payload */
@@ -44,10 +45,15 @@ struct journal_entry {
     } * choice; /* [n_choices] */
 };
 
+struct journal_list {
+    struct journal_entry *head, *tail;
+};
+
 struct journal_state {
-    struct journal_entry *head, *tail, *bucket[JOURNAL_BUCKETS];
+    struct journal_list live, ended;
+    struct journal_entry *bucket[JOURNAL_BUCKETS];
     uint64_t next_number; /* never used */
-    uint64_t n, n_ended;  /* requests; of them, those that have ended */
+    uint64_t n;           /* requests, live and ended */
     uint64_t bytes;       /* what their records take */
     uint64_t max_bytes;
 };
@@ -56,7 +62,10 @@ enum journal_applied { JOURNAL_DONE, JOURNAL_IGNORED, JOURNAL_OVER, JOURNAL_NOME
 
 /* DONE: the state has changed, and the record belongs on the disk. OVER: it would pass max_bytes. */
 enum journal_applied journal_apply(struct journal_state *s, const uint8_t *payload, size_t n);
-void journal_expire(struct journal_state *s, int64_t now_us);
+void journal_expire(struct journal_state *s, int64_t now_us); /* walks all that have ended */
+/* All of them: the ended, then the live. NULL: no more. */
+struct journal_entry *journal_first(const struct journal_state *s);
+struct journal_entry *journal_next(const struct journal_state *s, const struct journal_entry *e);
 void journal_state_fini(struct journal_state *s);
 void journal_found_of(const struct journal_entry *e, struct journal_found *out);
 

@@ -34,31 +34,49 @@ static void entry_free(struct journal_entry *e)
     free(e);
 }
 
+static void list_add(struct journal_list *l, struct journal_entry *e)
+{
+    e->next = NULL;
+    e->prev = l->tail;
+    *(l->tail ? &l->tail->next : &l->head) = e;
+    l->tail = e;
+}
+
+static void list_take(struct journal_list *l, struct journal_entry *e)
+{
+    *(e->prev ? &e->prev->next : &l->head) = e->next;
+    *(e->next ? &e->next->prev : &l->tail) = e->prev;
+}
+
+struct journal_entry *journal_first(const struct journal_state *s)
+{
+    return s->ended.head ? s->ended.head : s->live.head;
+}
+
+struct journal_entry *journal_next(const struct journal_state *s, const struct journal_entry *e)
+{
+    return e->next || !e->until_us ? e->next : s->live.head;
+}
+
 static void entry_remove(struct journal_state *s, struct journal_entry *e)
 {
     struct journal_entry **p = bucket_of(s, e->accept.number);
     while (*p != e)
         p = &(*p)->hash_next;
     *p = e->hash_next;
-    *(e->prev ? &e->prev->next : &s->head) = e->next;
-    *(e->next ? &e->next->prev : &s->tail) = e->prev;
+    list_take(e->until_us ? &s->ended : &s->live, e);
     s->n--;
-    s->n_ended -= e->until_us > 0;
     s->bytes -= entry_bytes(e);
     entry_free(e);
 }
 
-/* Those that have ended make room, the first to be forgotten anyway first. */
+/* Those that have ended make room, the first that did first. */
 static bool make_room(struct journal_state *s, uint64_t bytes)
 {
     while (s->bytes + bytes > s->max_bytes) {
-        struct journal_entry *victim = NULL;
-        if (s->n_ended == 0)
+        if (!s->ended.head)
             return false;
-        for (struct journal_entry *e = s->head; e; e = e->next)
-            if (e->until_us && (!victim || e->until_us < victim->until_us))
-                victim = e;
-        entry_remove(s, victim);
+        entry_remove(s, s->ended.head);
     }
     return true;
 }
@@ -91,9 +109,7 @@ static enum journal_applied apply_accept(struct journal_state *s, const uint8_t 
     struct journal_entry **bucket = bucket_of(s, a.number);
     e->hash_next = *bucket;
     *bucket = e;
-    e->prev = s->tail;
-    *(s->tail ? &s->tail->next : &s->head) = e;
-    s->tail = e;
+    list_add(&s->live, e);
     s->n++;
     s->bytes += entry_bytes(e);
     if (a.number >= s->next_number)
@@ -155,7 +171,10 @@ static enum journal_applied apply_end(struct journal_state *s, const uint8_t *p)
         entry_remove(s, e);
         return JOURNAL_DONE;
     }
-    s->n_ended += e->until_us == 0;
+    if (!e->until_us) {
+        list_take(&s->live, e);
+        list_add(&s->ended, e);
+    }
     e->until_us = until_us;
     return JOURNAL_DONE;
 }
@@ -187,17 +206,17 @@ enum journal_applied journal_apply(struct journal_state *s, const uint8_t *paylo
 
 void journal_expire(struct journal_state *s, int64_t now_us)
 {
-    for (struct journal_entry *e = s->n_ended ? s->head : NULL, *next; e; e = next) {
+    for (struct journal_entry *e = s->ended.head, *next; e; e = next) {
         next = e->next;
-        if (e->until_us && e->until_us <= now_us)
+        if (e->until_us <= now_us)
             entry_remove(s, e);
     }
 }
 
 void journal_state_fini(struct journal_state *s)
 {
-    for (struct journal_entry *e = s->head, *next; e; e = next) {
-        next = e->next;
+    for (struct journal_entry *e = journal_first(s), *next; e; e = next) {
+        next = journal_next(s, e);
         entry_free(e);
     }
     memset(s, 0, sizeof *s);

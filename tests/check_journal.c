@@ -417,7 +417,7 @@ static struct check parsed(const char *data, size_t n, bool *complete)
     memcpy(copy, data, n);
     *complete = journal_parse(&s, (const uint8_t *)copy, n, &sequence, &damaged);
     free(copy);
-    for (const struct journal_entry *e = s.head; e; e = e->next) {
+    for (const struct journal_entry *e = journal_first(&s); e; e = journal_next(&s, e)) {
         journal_found_of(e, &found);
         check_one(&c, &found);
     }
@@ -477,8 +477,8 @@ START_TEST(what_follows_a_damaged_record_is_found)
     uint64_t sequence, damaged = 0;
     complete = journal_parse(&s, (const uint8_t *)data, size, &sequence, &damaged);
     ck_assert(complete && damaged == 1 && s.n == 2);
-    ck_assert_uint_eq(s.head->choice[0].n, 0);
-    ck_assert_uint_eq(s.tail->choice[0].n, 7);
+    ck_assert_uint_eq(s.live.head->choice[0].n, 0);
+    ck_assert_uint_eq(s.live.tail->choice[0].n, 7);
     journal_state_fini(&s);
     free(data);
 }
@@ -512,7 +512,7 @@ START_TEST(a_segment_without_its_snapshot_does_not_count)
         temp_dir_write(&in, second, data, n);
         ck_assert_int_eq(journal_read_dir(&s, fd, &newest, &damaged, NULL), ST_OK);
         ck_assert_uint_eq(newest, sequence + 1);
-        for (const struct journal_entry *e = s.head; e; e = e->next) {
+        for (const struct journal_entry *e = journal_first(&s); e; e = journal_next(&s, e)) {
             journal_found_of(e, &found);
             check_one(&c, &found);
         }
@@ -579,7 +579,7 @@ START_TEST(what_would_pass_the_bound_is_skipped_and_the_ended_make_room)
     ck_assert_uint_eq(stats_of(j).skipped, 1);
     journal_end(j, 2, sys.now_us + 1000);
     journal_turn(j, false);
-    sys.now_us += 1001;
+    sys.now_us += 1001 + JOURNAL_EXPIRE_US;
     journal_turn(j, false);
     ck_assert_uint_eq(stats_of(j).live, 2);
     journal_close(j);
