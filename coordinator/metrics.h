@@ -31,11 +31,14 @@ struct metrics {
     metrics_counter running, waiting, waiting_tokens;
     metrics_counter pages_used, pages_total, pages_shared, pages_kept, suspended_pages;
     metrics_counter slots, ranks, groups_serving, ready;
+    metrics_counter unclaimed, journal_degraded, journal_file_bytes, journal_requests;
     /* counters of the scheduler, copied */
     metrics_counter steps, prompt_tokens, generation_tokens, preemptions, suspensions, recomputed_tokens, wasted_rows,
         cached_tokens;
     /* counters */
-    metrics_counter replays; /* copied, too */
+    metrics_counter replays;                                                       /* copied, too */
+    metrics_counter journal_errors, journal_bytes, journal_dropped, journal_syncs; /* the same, of the journal */
+    metrics_counter attached, recovered;
     metrics_counter within_targets, finished_stop, finished_length, groups, groups_lost, moved;
     metrics_counter errors[METRICS_CODES]; /* several threads */
     metrics_counter http_requests;

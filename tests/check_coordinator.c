@@ -262,6 +262,7 @@ static Suite *suite(void)
     suite_add_tcase(s, coord_faults());
     suite_add_tcase(s, coord_replays());
     suite_add_tcase(s, coord_groups());
+    suite_add_tcase(s, coord_attach());
     return s;
 }
 

@@ -45,5 +45,6 @@ TCase *coord_limits(void);
 TCase *coord_faults(void);
 TCase *coord_replays(void);
 TCase *coord_groups(void);
+TCase *coord_attach(void);
 
 #endif
