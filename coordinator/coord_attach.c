@@ -295,6 +295,7 @@ void attach_keep(struct engine *e, struct request *r, int64_t now_us)
     list_remove(&r->stalled_link);
     r->stalled_us = now_us; /* for its call to close */
     list_append(&e->stalled, &r->stalled_link);
+    bound_kept(e, now_us);
 }
 
 void attach_refuse(struct engine *e, struct request *r, const struct status *st, int64_t now_us)
