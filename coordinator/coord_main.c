@@ -150,7 +150,7 @@ static enum status_code block_signals(int *fd, struct status *st)
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN); /* a write over the limit of a file's size is an error like any other */
+    signal(SIGXFSZ, SIG_IGN);               /* a write over the limit of a file's size is an error like any other */
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* before the first thread of any library */
     *fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     return *fd >= 0 ? ST_OK : status_errno(st, ST_INTERNAL, errno, "signalfd");
