@@ -6,7 +6,8 @@ set -euo pipefail
 
 packages=(build-essential cmake ninja-build pkg-config
           protobuf-compiler protobuf-c-compiler libprotobuf-c-dev libgrpc-dev libssl-dev
-          libopenmpi-dev openmpi-bin libopenblas-dev libpcre2-dev libutf8proc-dev libjansson-dev libedit-dev libmicrohttpd-dev)
+          libopenmpi-dev openmpi-bin libopenblas-dev libpcre2-dev libutf8proc-dev libjansson-dev libedit-dev libmicrohttpd-dev
+          zlib1g-dev)
 if [ "${1:-run}" = test ]; then
     # One version of the formatter everywhere: versions differ in what they print.
     packages+=(check openssl python3 python3-grpcio python3-protobuf python3-numpy python3-jinja2

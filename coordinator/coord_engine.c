@@ -174,6 +174,7 @@ static void publish_load(struct engine *e, int64_t now_us)
     metrics_set(&m->wasted_rows, l.wasted_rows);
     metrics_set(&m->replays, l.replays);
     publish_pools(e);
+    coord_journal_publish(e);
     live_publish(e, now_us);
 }
 
@@ -188,6 +189,7 @@ static void end_without_group(struct engine *e, int64_t now_us)
         status_set(&st, ST_UNAVAILABLE, "the server is stopping, and %s",
                    e->lost_reason[0] ? e->lost_reason : "no worker group is there");
         requests_end_live(e, &st, now_us);
+        attach_end_held(e, &st, now_us);
     }
     for (uint32_t i = 0; any && i < e->n_groups; i++)
         if (!e->group[i].live) {
@@ -209,6 +211,7 @@ static void stop_advance(struct engine *e, int64_t now_us)
         if (!empty)
             log_line(&c->log, LOG_WARN, "stopping with %u live requests", atomic_load(&c->live_requests));
         requests_end_all(e, &st, now_us);
+        attach_end_held(e, &st, now_us);
         for (struct link *l = e->drains.next, *next; l != &e->drains; l = next) {
             next = l->next;
             container_of(l, struct control_call, link)->until_us = now_us;
@@ -265,6 +268,12 @@ static void take_mail(struct engine *e, struct mail *m, uint32_t flags, int64_t 
         conn_unref(conn);
         return;
     }
+    case MAIL_ATTACH: {
+        struct attach *a = container_of(m, struct attach, mail);
+        attach_handle(e, a, flags, now_us);
+        attach_unref(a);
+        return;
+    }
     case MAIL_CONTROL:
         control_handle(e, container_of(m, struct control_call, mail), now_us);
         return;
@@ -284,6 +293,7 @@ static void check_times(struct engine *e, int64_t now_us)
             sched_expire(s, now_us);
     }
     requests_check_slow(e, now_us);
+    attach_check(e, now_us);
     route_balance(e, now_us);
     engine_pump(e, now_us);
     control_check_drains(e, now_us);
@@ -341,11 +351,15 @@ enum status_code engine_start(struct coord *c, struct status *st)
     list_init(&e->conns);
     list_init(&e->drains);
     list_init(&e->stalled);
+    list_init(&e->unclaimed);
+    list_init(&e->held);
     enum status_code rc = requests_init(e, st);
     if (rc == ST_OK)
         rc = sched_book_create(&e->book, st);
     if (rc == ST_OK)
         rc = plan_scratch_create(&e->scratch, st);
+    if (rc == ST_OK)
+        rc = coord_journal_open(c, st);
     if (rc != ST_OK)
         return rc;
     engine_publish(e, "starting: no worker group is ready yet");
@@ -368,6 +382,8 @@ void engine_stop(struct coord *c)
         list_remove(&cc->link);
         control_unref(cc);
     }
+    if (e->coord)
+        attach_drop_kept(e, coord_now_us());
     groups_fini(e);
     sched_book_destroy(e->book);
     plan_scratch_destroy(e->scratch);

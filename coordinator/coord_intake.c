@@ -83,6 +83,21 @@ static enum status_code take_ids(struct request *r, Tandem__V1__TokenIds *ids, s
     return ST_OK;
 }
 
+static enum status_code check_prompt_ids(struct request *r, const char *field, size_t n,
+                                         const struct model_facts *facts, struct status *st)
+{
+    if (n >= facts->max_context)
+        return status_set(st, ST_INVALID_ARGUMENT,
+                          "%s: %zu tokens, expected at most %u: the context of %u has to hold a new token too", field,
+                          n, facts->max_context - 1, facts->max_context);
+    for (size_t i = 0; i < n; i++)
+        if (r->prompt[i] >= facts->vocab_size)
+            return status_set(st, ST_INVALID_ARGUMENT, "%s: token %zu is %u, expected below %u, the vocabulary", field,
+                              i, r->prompt[i], facts->vocab_size);
+    r->n_prompt = (uint32_t)n;
+    return ST_OK;
+}
+
 static enum status_code take_prompt(struct coord *c, struct request *r, Tandem__V1__GenerateRequest *m,
                                     const struct model_facts *facts, struct status *st)
 {
@@ -104,18 +119,7 @@ static enum status_code take_prompt(struct coord *c, struct request *r, Tandem__
     default:
         return status_set(st, ST_INVALID_ARGUMENT, "prompt: not given, expected text, token_ids or chat");
     }
-    if (rc != ST_OK)
-        return rc;
-    if (n >= facts->max_context)
-        return status_set(st, ST_INVALID_ARGUMENT,
-                          "%s: %zu tokens, expected at most %u: the context of %u has to hold a new token too", field,
-                          n, facts->max_context - 1, facts->max_context);
-    for (size_t i = 0; i < n; i++)
-        if (r->prompt[i] >= facts->vocab_size)
-            return status_set(st, ST_INVALID_ARGUMENT, "%s: token %zu is %u, expected below %u, the vocabulary", field,
-                              i, r->prompt[i], facts->vocab_size);
-    r->n_prompt = (uint32_t)n;
-    return ST_OK;
+    return rc == ST_OK ? check_prompt_ids(r, field, n, facts, st) : rc;
 }
 
 static enum status_code take_max_tokens(struct coord *c, struct request *r, const Tandem__V1__Stopping *s,
@@ -177,6 +181,17 @@ static enum status_code check_answers(const struct coord *c, const struct reques
                       c->opt.max_queued);
 }
 
+/* Over the bound is an error, not cut: the client counts on it. */
+static enum status_code take_keep(struct coord *c, struct request *r, uint32_t keep_ms, struct status *st)
+{
+    if (keep_ms > c->opt.max_keep_ms)
+        return status_set(st, ST_INVALID_ARGUMENT, "keep_ms: %u, expected at most %u (--max-keep-ms)", keep_ms,
+                          c->opt.max_keep_ms);
+    r->keep_ms = keep_ms;
+    r->kept = keep_ms > 0 && r->ops->attachable;
+    return ST_OK;
+}
+
 static enum status_code validate(struct coord *c, struct request *r, Tandem__V1__GenerateRequest *m, struct status *st)
 {
     struct model_facts facts;
@@ -185,14 +200,36 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
         (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = check_answers(c, r, st)) != ST_OK ||
         (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK ||
-        (rc = take_scheduling(c, r, m->scheduling, st)) != ST_OK)
+        (rc = take_scheduling(c, r, m->scheduling, st)) != ST_OK || (rc = take_keep(c, r, m->keep_ms, st)) != ST_OK)
         return rc;
     /* last, because it can take long */
     if ((rc = take_prompt(c, r, m, &facts, st)) != ST_OK ||
         (rc = take_max_tokens(c, r, m->stopping, &facts, st)) != ST_OK ||
         (rc = check_min_tokens(r, m->stopping, st)) != ST_OK || (rc = choices_create(r, c->tok, st)) != ST_OK)
         return rc;
-    return take_echo(c, r, m, st);
+    rc = take_echo(c, r, m, st);
+    return rc == ST_OK ? coord_journal_image(r, m, st) : rc;
+}
+
+enum status_code intake_restore(struct coord *c, struct request *r, struct status *st)
+{
+    struct model_facts facts = c->model; /* only this thread writes it */
+    uint32_t n_choices = r->n_choices;
+    Tandem__V1__GenerateRequest *m =
+        (Tandem__V1__GenerateRequest *)rpc_unpack(&tandem__v1__generate_request__descriptor, r->image, r->image_len);
+    if (!m)
+        return status_set(st, ST_DATA_LOSS, "the journal's request is not a valid GenerateRequest");
+    enum status_code rc = ST_OK;
+    if ((rc = take_options(r, m, &facts, st)) == ST_OK &&
+        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) == ST_OK &&
+        (rc = take_scheduling(c, r, m->scheduling, st)) == ST_OK &&
+        (rc = check_prompt_ids(r, "journal", r->n_prompt, &facts, st)) == ST_OK &&
+        (rc = take_max_tokens(c, r, m->stopping, &facts, st)) == ST_OK && r->n_choices != n_choices)
+        rc = status_set(st, ST_DATA_LOSS, "the journal's request has %u answers, expected %u", n_choices, r->n_choices);
+    if (rc == ST_OK && (rc = choices_create(r, c->tok, st)) == ST_OK)
+        rc = take_echo(c, r, m, st);
+    protobuf_c_message_free_unpacked(&m->base, NULL);
+    return rc;
 }
 
 /* It does not wait here any more. Before anybody is told: who hears of it may send the next at once. */

@@ -25,6 +25,7 @@
 #include "coordinator/chat.h"
 #include "coordinator/coord_sink.h"
 #include "coordinator/coord_stop.h"
+#include "coordinator/journal.h"
 #include "coordinator/metrics.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/spans.h"
@@ -46,6 +47,8 @@
 #define COORD_MAX_CONTROL    256  /* Control calls that wait for the engine, Drain calls included */
 #define COORD_MAX_ABORT_IDS  1024 /* control.proto */
 #define COORD_MAX_STOP_IDS   64   /* inference.proto */
+#define COORD_MAX_ANSWERS    64   /* the same */
+#define COORD_MAX_ATTACH     8192 /* Attach calls at a time */
 #define COORD_MAX_EOS_IDS    64
 #define COORD_MAX_NAME       128  /* request_id; served name */
 #define COORD_STEP_RING      64   /* steps that a rank may be behind before no more plans are sent */
@@ -135,6 +138,10 @@ struct coord_options {
     uint32_t drain_timeout_ms;
     bool replay;
     uint32_t replay_timeout_ms, replay_limit;
+    const char *journal_dir; /* NULL: no journal */
+    uint64_t journal_bytes;
+    uint32_t journal_sync_ms, journal_keep_ms;
+    uint32_t max_keep_ms, max_kept;
     int supervisor_fd;       /* -1: none */
     const char *flight_path; /* NULL: none */
     const char *spans_path;  /* the same */
@@ -154,7 +161,7 @@ void listeners_warn(const struct coord_options *o, const struct coord_log *log);
 
 /* ---- coord_mail.c: mail to the engine ---- */
 
-enum mail_kind { MAIL_REQUEST, MAIL_CONN, MAIL_CONTROL, MAIL_STOP };
+enum mail_kind { MAIL_REQUEST, MAIL_CONN, MAIL_CONTROL, MAIL_STOP, MAIL_ATTACH };
 
 struct mail {
     struct mail *next;   /* mailbox lock */
@@ -224,8 +231,10 @@ enum request_mail { REQUEST_SUBMIT = 1, REQUEST_WRITABLE = 2, REQUEST_CLOSED = 4
 
 enum request_state {
     REQUEST_NEW,      /* not in the scheduler yet */
+    REQUEST_HELD,     /* from the journal; waits for the first worker group */
     REQUEST_LIVE,     /* in the scheduler */
     REQUEST_FINISHED, /* all its answers are out of it; text is left that the client did not take yet */
+    REQUEST_KEPT,     /* all was handed over, and may be asked for again */
     REQUEST_CLOSING,  /* all was handed over; request_closed is to come */
     REQUEST_GONE,
 };
@@ -239,6 +248,7 @@ struct score_list {
     uint32_t top;
     uint32_t *word;
     uint32_t n, cap; /* entries */
+    uint32_t from;   /* those before it were sent, and stay for who asks again */
 };
 
 /* One of the answers to a request: in the scheduler a request of its own. */
@@ -263,6 +273,11 @@ struct choice {
     uint32_t n_ids, ids_cap;
     struct score_list scores, prompt_scores;
     struct sched_event end;
+    /* of a request that is kept: nothing that was sent is dropped */
+    size_t text_from; /* so much was sent; or is not to be, and may not have come yet */
+    uint32_t ids_from;
+    size_t *text_at;   /* [n_ids]: how much text may be sent when the id is there */
+    bool text_follows; /* text_from is text_at of ids_from, once that has come */
 };
 
 struct request {
@@ -270,11 +285,13 @@ struct request {
     atomic_uint refs;
     atomic_bool cancelled;     /* by request_closed: spares the intake threads the work */
     atomic_bool want_writable; /* set by the engine: request_writable posts mail */
-    /* constant */
-    struct coord *coord;
+    /* the engine's from REQUEST_SUBMIT on: another call may take the request up (coord_attach.c) */
     const struct sink_ops *ops;
     void *sink;
+    /* constant */
+    struct coord *coord;
     int64_t arrived_us, deadline_us;
+    uint8_t owner[JOURNAL_OWNER_BYTES];
     struct spans_parent parent;
     /* intake; the engine's from REQUEST_SUBMIT on */
     struct request *intake_next;
@@ -296,6 +313,11 @@ struct request {
     int32_t priority;
     int64_t ttft_target_us, tbt_target_us; /* its own or the server's; 0: none */
     struct choice *choice;
+    uint32_t keep_ms; /* without a client; 0: it ends with its call */
+    void *image;      /* for the journal: a GenerateRequest that needs no default */
+    size_t image_len;
+    uint32_t *known; /* HELD: tokens of each choice, how many: [COORD_MAX_ANSWERS], then they */
+    uint64_t model;  /* HELD: digest */
     /* engine */
     enum request_state state;
     bool closed;     /* request_closed was called: the sink takes nothing more */
@@ -307,6 +329,35 @@ struct request {
     struct request *dirty_next; /* has new output in this round */
     struct link stalled_link;   /* oldest first */
     int64_t stalled_us;         /* since then the client took nothing of what waits */
+    /* coord_attach.c, coord_journal.c */
+    bool kept;              /* what was sent stays, for Attach */
+    bool taken_up;          /* the sink is no longer that of request_open */
+    bool told_end, shelved; /* its end is recorded; it is not counted as live */
+    uint64_t number;        /* in the journal; 0: it is not there */
+    struct link keep_link;  /* in engine.unclaimed: it has no client */
+    struct link held_link;  /* HELD */
+    int64_t keep_until_us;
+};
+
+/* Attach: the sink of a request that was taken up again. */
+enum attach_mail { ATTACH_OPENED = 1, ATTACH_CLOSED = 2 };
+
+struct attach_offset {
+    uint32_t index, tokens;
+    bool has_text;
+    uint64_t text;
+};
+
+struct attach {
+    struct mail mail;
+    atomic_uint refs;
+    struct coord *coord;
+    struct rpc_call *call;
+    char name[COORD_MAX_NAME + 1];
+    uint8_t owner[JOURNAL_OWNER_BYTES];
+    _Atomic(struct request *) request; /* set by the engine, once; a reference */
+    uint32_t n_offsets;
+    struct attach_offset offset[];
 };
 
 void request_ref(struct request *r);
@@ -362,6 +413,8 @@ uint64_t choice_seed(uint64_t seed, uint32_t index);
 /* coord_chat.c: r->prompt from the messages; *n may be more than the context holds. */
 STATUS_MUST_CHECK enum status_code chat_take(const struct coord *c, struct request *r, const Tandem__V1__Chat *m,
                                              uint32_t max_context, size_t *n, struct status *st);
+/* A request of the journal again, as validate would have left it. Engine thread. */
+STATUS_MUST_CHECK enum status_code intake_restore(struct coord *c, struct request *r, struct status *st);
 STATUS_MUST_CHECK enum status_code intake_start(struct coord *c, struct status *st);
 void intake_stop(struct coord *c); /* requests still queued get UNAVAILABLE */
 /* Takes a reference. RESOURCE_EXHAUSTED when the queue is full (then nothing was taken). */
@@ -502,8 +555,11 @@ struct engine {
     int64_t balance_us;             /* when requests are looked over for a better group */
     struct plan_scratch *scratch;
     struct link conns;
-    struct link stalled; /* requests whose client does not read, oldest first */
-    struct link drains;  /* control calls */
+    struct link stalled;         /* requests whose client does not read, oldest first */
+    struct link drains;          /* control calls */
+    struct link unclaimed, held; /* requests without a client; of the journal, before the first group */
+    uint32_t n_kept, n_unclaimed;
+    int64_t unclaimed_us; /* when they were looked over */
     struct request *dirty;
     const Tandem__V1__StepResult *result; /* that the events under way came from */
     /* answers by table index (the scheduler's id is index and generation); requests by name */
@@ -531,9 +587,10 @@ struct coord {
     struct rpc_server *public_server, *control_server;
     struct http *http; /* NULL: switched off */
     struct metrics metrics;
-    struct flight *flight; /* NULL: switched off */
-    int spans_fd;          /* -1: switched off */
-    struct live *live;     /* NULL: no HTTP */
+    struct flight *flight;   /* NULL: switched off */
+    struct journal *journal; /* the same */
+    int spans_fd;            /* -1: switched off */
+    struct live *live;       /* NULL: no HTTP */
     struct mailbox box;
     struct intake intake;
     struct engine engine;
@@ -549,7 +606,7 @@ struct coord {
     char reason[320];         /* pub_mu: why state is not READY */
     struct model_facts model; /* pub_mu */
     /* counted where they are made and freed */
-    atomic_uint live_requests, live_conns, live_control;
+    atomic_uint live_requests, live_conns, live_control, live_attach;
 };
 
 /* coord_spans.c: engine thread, but span_file_open */
@@ -617,6 +674,51 @@ uint32_t requests_end_all(struct engine *e, const struct status *st, int64_t now
 /* Drops clients that took nothing for too long. */
 void requests_check_slow(struct engine *e, int64_t now_us);
 
+/* Everything that the engine knows of it is over. */
+void request_to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us);
+void request_flush(struct engine *e, struct request *r, int64_t now_us);
+void requests_name_add(struct engine *e, struct request *r);
+void requests_name_remove(struct engine *e, struct request *r);
+/* HELD to LIVE, or FINISHED where nothing is left to compute; else it is refused. */
+STATUS_MUST_CHECK enum status_code request_resume(struct engine *e, struct request *r, int64_t now_us,
+                                                  struct status *st);
+
+/* coord_attach.c: requests without a client, and clients that come back. Engine thread, but attach_call_open and attach_call_close */
+extern const struct sink_ops no_sink;
+void attach_call_open(struct rpc_call *call, const void *msg, size_t len, void *ctx);
+void attach_call_writable(struct rpc_call *call, void *ctx);
+void attach_call_close(struct rpc_call *call, bool cancelled, void *ctx);
+void attach_handle(struct engine *e, struct attach *a, uint32_t flags, int64_t now_us);
+void attach_unref(struct attach *a);
+/* The client is gone, the request goes on. */
+void attach_detach(struct engine *e, struct request *r, int64_t now_us);
+/* Its client has all of it: it stays for a while. */
+void attach_keep(struct engine *e, struct request *r, int64_t now_us);
+/* Its last event came: where it has no client it is only kept from now on. fresh: for its whole keep_ms. */
+void attach_finished(struct engine *e, struct request *r, bool fresh, int64_t now_us);
+/* The client gets this status, the request stays. */
+void attach_refuse(struct engine *e, struct request *r, const struct status *st, int64_t now_us);
+void attach_check(struct engine *e, int64_t now_us); /* ends what nobody came back for */
+/* At the end of a server: what no group will compute, and what is only kept. */
+void attach_end_held(struct engine *e, const struct status *st, int64_t now_us);
+void attach_drop_kept(struct engine *e, int64_t now_us);
+void attach_forget(struct engine *e, struct request *r); /* takes it out of the lists here */
+/* HELD to what follows: the client that came meanwhile gets what it has not. */
+void attach_begin(struct engine *e, struct request *r, int64_t now_us);
+
+/* coord_journal.c. Nothing happens without a journal */
+STATUS_MUST_CHECK enum status_code coord_journal_open(struct coord *c, struct status *st); /* before the engine runs */
+void coord_journal_close(struct coord *c);
+/* Intake: what submit will need. */
+STATUS_MUST_CHECK enum status_code coord_journal_image(struct request *r, const Tandem__V1__GenerateRequest *m,
+                                                       struct status *st);
+void coord_journal_accept(struct engine *e, struct request *r);
+void coord_journal_token(struct engine *e, const struct choice *c, uint32_t id);
+void coord_journal_end(struct engine *e, struct request *r, enum status_code code, int64_t now_us);
+/* A group serves: the requests that waited for one go on. */
+void coord_journal_resume(struct engine *e, int64_t now_us);
+void coord_journal_publish(struct engine *e);
+
 /* coord_output.c: the text, ids and scores of an answer on their way to the client */
 STATUS_MUST_CHECK enum status_code choices_create(struct request *r, const struct tokenizer *tok, struct status *st);
 void choices_destroy(struct request *r);
@@ -625,6 +727,8 @@ STATUS_MUST_CHECK enum status_code choice_add(struct choice *c, const uint32_t *
 STATUS_MUST_CHECK enum status_code choice_append(struct choice *c, const void *text, size_t len, struct status *st);
 STATUS_MUST_CHECK enum status_code scores_add(struct score_list *l, const Tandem__V1__Scores *s, struct status *st);
 bool choice_has_output(const struct choice *c);
+/* The client has so much of it; then no more of that is sent. text NULL: what belongs to the tokens. */
+void choice_seek(struct choice *c, uint32_t tokens, const uint64_t *text);
 /* One message with as much as fits; sets c->done with the last. */
 STATUS_MUST_CHECK enum status_code choice_send(struct choice *c, struct status *st);
 

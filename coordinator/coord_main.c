@@ -150,6 +150,7 @@ static enum status_code block_signals(int *fd, struct status *st)
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);               /* a write over the limit of a file's size is an error like any other */
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* before the first thread of any library */
     *fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     return *fd >= 0 ? ST_OK : status_errno(st, ST_INTERNAL, errno, "signalfd");
@@ -230,6 +231,7 @@ static void stop(struct coord *c, bool served)
     if (c->intake.n_threads)
         intake_stop(c);
     engine_stop(c); /* last: it takes the mail that the others left */
+    coord_journal_close(c);
     flight_close(c->flight, coord_now_us());
     if (served)
         bound_farewell();

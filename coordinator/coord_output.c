@@ -35,6 +35,7 @@ void choices_destroy(struct request *r)
         stop_match_fini(&c->match);
         free(c->text);
         free(c->ids);
+        free(c->text_at);
         free(c->scores.word);
         free(c->prompt_scores.word);
     }
@@ -65,9 +66,13 @@ static enum status_code append_id(struct choice *c, uint32_t id, struct status *
     if (c->n_ids == c->ids_cap) {
         uint32_t cap = c->ids_cap ? 2 * c->ids_cap : 8;
         uint32_t *p = realloc(c->ids, cap * sizeof *p);
-        if (!p)
+        if (p)
+            c->ids = p;
+        size_t *at = p && c->request->kept ? realloc(c->text_at, cap * sizeof *at) : NULL;
+        if (at)
+            c->text_at = at;
+        if (!p || (c->request->kept && !at))
             return status_nomem(st, "output of a request", cap * sizeof *p);
-        c->ids = p;
         c->ids_cap = cap;
     }
     c->ids[c->n_ids++] = id;
@@ -113,7 +118,7 @@ static bool is_stop(const struct request *r, uint32_t id)
     return false;
 }
 
-enum status_code choice_add(struct choice *c, const uint32_t *id, bool *ended, struct status *st)
+static enum status_code add(struct choice *c, const uint32_t *id, bool *ended, struct status *st)
 {
     const struct request *r = c->request;
     const char *text = NULL;
@@ -140,11 +145,36 @@ enum status_code choice_add(struct choice *c, const uint32_t *id, bool *ended, s
     return ST_OK;
 }
 
+enum status_code choice_add(struct choice *c, const uint32_t *id, bool *ended, struct status *st)
+{
+    enum status_code rc = add(c, id, ended, st);
+    if (rc != ST_OK || !id || !c->request->kept)
+        return rc;
+    size_t text = c->text_len - (*ended ? 0 : c->match.held);
+    c->text_at[c->n_ids - 1] = text;
+    if (c->text_follows && c->n_ids == c->ids_from) {
+        c->text_from = text;
+        c->text_follows = false;
+    }
+    return ST_OK;
+}
+
 /* ---- what goes ---- */
 
 static size_t sendable(const struct choice *c)
 {
-    return c->text_len - (c->finish_ready ? 0 : c->match.held);
+    size_t n = c->text_len - (c->finish_ready ? 0 : c->match.held);
+    return n > c->text_from && !c->text_follows ? n - c->text_from : 0;
+}
+
+static uint32_t ids_left(const struct choice *c)
+{
+    return c->n_ids > c->ids_from ? c->n_ids - c->ids_from : 0;
+}
+
+static uint32_t scores_left(const struct score_list *l)
+{
+    return l->n > l->from ? l->n - l->from : 0;
 }
 
 static uint32_t echo_left(const struct choice *c)
@@ -154,7 +184,7 @@ static uint32_t echo_left(const struct choice *c)
 
 bool choice_has_output(const struct choice *c)
 {
-    return !c->done && (sendable(c) || c->n_ids || c->prompt_scores.n || c->finish_ready);
+    return !c->done && (sendable(c) || ids_left(c) || scores_left(&c->prompt_scores) || c->finish_ready);
 }
 
 static size_t text_chunk(const struct choice *c)
@@ -163,7 +193,8 @@ static size_t text_chunk(const struct choice *c)
     if (n <= COORD_CHUNK_BYTES)
         return n;
     n = COORD_CHUNK_BYTES;
-    while (((unsigned char)c->text[n] & 0xC0) == 0x80) /* whole characters only; the text is valid UTF-8 */
+    while (((unsigned char)c->text[c->text_from + n] & 0xC0) ==
+           0x80) /* whole characters only; the text is valid UTF-8 */
         n--;
     return n;
 }
@@ -182,7 +213,7 @@ static Tandem__V1__TokenLogprob **score_messages(const struct score_list *l, uin
         return NULL;
     Tandem__V1__TokenLogprob *m = (Tandem__V1__TokenLogprob *)(void *)(list + n);
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t *w = l->word + i * score_words(l);
+        uint32_t *w = l->word + (l->from + i) * score_words(l);
         tandem__v1__token_logprob__init(&m[i]);
         m[i].token_id = w[0];
         m[i].rank = w[1];
@@ -195,8 +226,12 @@ static Tandem__V1__TokenLogprob **score_messages(const struct score_list *l, uin
     return list;
 }
 
-static void drop_scores(struct score_list *l, uint32_t n)
+static void drop_scores(struct score_list *l, uint32_t n, bool kept)
 {
+    if (kept) {
+        l->from += n;
+        return;
+    }
     l->n -= n;
     if (l->n)
         memmove(l->word, l->word + n * score_words(l), l->n * score_words(l) * sizeof *l->word);
@@ -236,6 +271,49 @@ static void fill_finish(const struct choice *c, struct finish_parts *f)
     f->finish.timing = &f->timing;
 }
 
+void choice_seek(struct choice *c, uint32_t tokens, const uint64_t *text)
+{
+    bool any = tokens > 0 || (text && *text > 0);
+    c->done = false;
+    c->ids_from = c->scores.from = tokens;
+    c->n_echoed = any ? c->request->n_prompt : 0;
+    c->prompt_scores.from = any ? UINT32_MAX : 0;
+    c->text_follows = !text && tokens > c->n_ids;
+    c->text_from = text ? *text : tokens && !c->text_follows ? c->text_at[tokens - 1] : 0;
+}
+
+/* What was sent: gone, or behind the marks. */
+static void drop_sent(struct choice *c, size_t n_text, uint32_t n_ids, uint32_t n_scores, uint32_t n_prompt)
+{
+    bool kept = c->request->kept;
+    drop_scores(&c->scores, n_scores, kept);
+    drop_scores(&c->prompt_scores, n_prompt, kept);
+    if (kept) {
+        c->text_from += n_text;
+        c->ids_from += n_ids;
+        return;
+    }
+    c->text_len -= n_text;
+    c->n_ids -= n_ids;
+    if (c->text_len)
+        memmove(c->text, c->text + n_text, c->text_len);
+    if (c->n_ids)
+        memmove(c->ids, c->ids + n_ids, c->n_ids * sizeof *c->ids);
+}
+
+/* Only Attach can ask for what does not come. */
+static enum status_code check_end(const struct choice *c, struct status *st)
+{
+    if (c->text_from < c->text_len && ((unsigned char)c->text[c->text_from] & 0xC0) == 0x80)
+        return status_set(st, ST_OUT_OF_RANGE, "offsets: text_bytes %zu of answer %u is within a character",
+                          c->text_from, c->index);
+    if (!c->finish_ready || (c->ids_from <= c->n_ids && c->text_from <= c->text_len))
+        return ST_OK;
+    return status_set(st, ST_OUT_OF_RANGE,
+                      "offsets: %u tokens and %zu bytes of text of answer %u, but it has %u and %zu", c->ids_from,
+                      c->text_from, c->index, c->n_ids, c->text_len);
+}
+
 enum status_code choice_send(struct choice *c, struct status *st)
 {
     struct request *r = c->request;
@@ -243,30 +321,37 @@ enum status_code choice_send(struct choice *c, struct status *st)
     struct finish_parts f;
     size_t n_text = text_chunk(c);
     bool scored = r->top >= 0;
-    uint32_t n_ids = min_u32(c->n_ids, scored ? COORD_CHUNK_SCORES : COORD_CHUNK_IDS);
-    uint32_t n_prompt = min_u32(c->prompt_scores.n, COORD_CHUNK_SCORES),
-             n_echo = min_u32(echo_left(c), COORD_CHUNK_IDS);
-    bool last = c->finish_ready && n_text == c->text_len && n_ids == c->n_ids && n_prompt == c->prompt_scores.n &&
-                n_echo == echo_left(c);
+    uint32_t prompt_left = scores_left(&c->prompt_scores);
+    uint32_t n_prompt = min_u32(prompt_left, COORD_CHUNK_SCORES), n_echo = min_u32(echo_left(c), COORD_CHUNK_IDS);
+    bool prompt_done = n_prompt == prompt_left && n_echo == echo_left(c);
+    /* all of the prompt's comes before the first id: who has an id has all of it */
+    uint32_t n_ids = prompt_done ? min_u32(ids_left(c), scored ? COORD_CHUNK_SCORES : COORD_CHUNK_IDS) : 0;
+    bool last = c->finish_ready && n_text == sendable(c) && n_ids == ids_left(c) && prompt_done;
+    enum status_code rc = check_end(c, st);
+    if (rc != ST_OK)
+        return rc;
     m.index = c->index;
-    m.text = (ProtobufCBinaryData){.len = n_text, .data = (uint8_t *)c->text};
+    m.text = (ProtobufCBinaryData){.len = n_text, .data = n_text ? (uint8_t *)c->text + c->text_from : NULL};
     m.n_token_ids = n_ids;
-    m.token_ids = c->ids;
+    m.token_ids = n_ids ? c->ids + c->ids_from : NULL;
     m.n_prompt_token_ids = n_echo;
     m.prompt_token_ids = n_echo ? r->prompt + c->n_echoed : NULL;
     m.n_logprobs = scored ? n_ids : 0;
     m.logprobs = score_messages(&c->scores, (uint32_t)m.n_logprobs);
     m.n_prompt_logprobs = n_prompt;
     m.prompt_logprobs = score_messages(&c->prompt_scores, n_prompt);
-    if (!r->first_sent)
+    if (!r->first_sent) {
         m.request_id = (ProtobufCBinaryData){.len = strlen(r->name), .data = (uint8_t *)r->name};
+        m.attach_ms =
+            r->number && r->keep_ms < r->coord->opt.journal_keep_ms ? r->coord->opt.journal_keep_ms : r->keep_ms;
+    }
     if (last) {
         fill_finish(c, &f);
         m.finish = &f.finish;
     }
-    enum status_code rc = (m.n_logprobs && !m.logprobs) || (n_prompt && !m.prompt_logprobs)
-                              ? status_nomem(st, "log probabilities of a message", n_ids + n_prompt)
-                              : r->ops->send(r->sink, &m, st);
+    rc = (m.n_logprobs && !m.logprobs) || (n_prompt && !m.prompt_logprobs)
+             ? status_nomem(st, "log probabilities of a message", n_ids + n_prompt)
+             : r->ops->send(r->sink, &m, st);
     free(m.logprobs);
     free(m.prompt_logprobs);
     if (rc != ST_OK)
@@ -274,13 +359,6 @@ enum status_code choice_send(struct choice *c, struct status *st)
     r->first_sent = true;
     c->done = last;
     c->n_echoed += n_echo;
-    c->text_len -= n_text;
-    c->n_ids -= n_ids;
-    if (c->text_len)
-        memmove(c->text, c->text + n_text, c->text_len);
-    if (c->n_ids)
-        memmove(c->ids, c->ids + n_ids, c->n_ids * sizeof *c->ids);
-    drop_scores(&c->scores, (uint32_t)m.n_logprobs);
-    drop_scores(&c->prompt_scores, n_prompt);
+    drop_sent(c, n_text, n_ids, (uint32_t)m.n_logprobs, n_prompt);
     return ST_OK;
 }

@@ -211,6 +211,7 @@ enum status_code group_serve(struct engine *e, struct group *g, int64_t now_us, 
     supervisor_line(c, "ready epoch=%llu%s", (unsigned long long)g->epoch, word);
     e->balance_us = 0; /* what waits for a group that is gone comes here at once */
     route_balance(e, now_us);
+    coord_journal_resume(e, now_us);
     engine_pump(e, now_us);
     return ST_OK;
 }

@@ -3,6 +3,9 @@
  *     NEW --submit--> LIVE --last event--> FINISHED --all text handed over--> CLOSING --closed--> GONE
  *      '--refused--> GONE      '--failed----------------------------------------^
  *
+ * With keep_ms LIVE and FINISHED outlive their client, and KEPT comes before CLOSING (coord_attach.c). What the journal brings
+ * is HELD until a group serves, then LIVE (coord_journal.c).
+ *
  * A request has n answers (struct choice), each a request of its own to the scheduler; it fails as a whole.
  * What a client has not taken waits in the choices (text, ids), not in its sink: at most one message is there at a time, so
  * a slow client gets fewer and larger messages, and what is held for it is bounded by its max_tokens. */
@@ -82,14 +85,14 @@ static void table_remove(struct engine *e, struct choice *c)
     c->id = 0;
 }
 
-static void name_add(struct engine *e, struct request *r)
+void requests_name_add(struct engine *e, struct request *r)
 {
     struct request **bucket = &e->by_name[name_hash(r->name) & e->name_mask];
     r->hash_next = *bucket;
     *bucket = r;
 }
 
-static void name_remove(struct engine *e, struct request *r)
+void requests_name_remove(struct engine *e, struct request *r)
 {
     struct request **p = &e->by_name[name_hash(r->name) & e->name_mask];
     while (*p != r)
@@ -133,13 +136,22 @@ static void leave_scheduler(struct engine *e, struct request *r, enum status_cod
     r->n_live = 0;
 }
 
-/* The call was finished or cancelled; what is left is request_closed. */
-static void to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
+static bool is_known(const struct request *r)
 {
-    if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
-        record_end(e->coord, r, code, now_us);
+    return r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED || r->state == REQUEST_HELD ||
+           r->state == REQUEST_KEPT;
+}
+
+/* The call was finished or cancelled; what is left is request_closed. */
+void request_to_closing(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
+{
+    if (is_known(r)) {
+        if (!r->told_end)
+            record_end(e->coord, r, code, now_us);
+        coord_journal_end(e, r, code, now_us);
         leave_scheduler(e, r, code, now_us);
-        name_remove(e, r);
+        requests_name_remove(e, r);
+        attach_forget(e, r);
     }
     list_remove(&r->stalled_link);
     if (r->closed) {
@@ -158,7 +170,7 @@ static void fail(struct engine *e, struct request *r, const struct status *st, u
         r->ops->finish(r->sink, st, retry_after_ms);
     metrics_error(&e->coord->metrics, st->code);
     log_request(&e->coord->log, LOG_DEBUG, r->name, "%s: %s", status_name(st->code), st->message);
-    to_closing(e, r, st->code, now_us);
+    request_to_closing(e, r, st->code, now_us);
 }
 
 /* ---- to the client ---- */
@@ -197,7 +209,7 @@ static bool has_output(const struct request *r)
     return false;
 }
 
-static void flush(struct engine *e, struct request *r, int64_t now_us)
+void request_flush(struct engine *e, struct request *r, int64_t now_us)
 {
     while ((r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) && !r->closed && has_output(r)) {
         if (!writable(r)) {
@@ -213,6 +225,10 @@ static void flush(struct engine *e, struct request *r, int64_t now_us)
         enum status_code rc = choice_send(c, &st);
         if (rc == ST_CANCELLED)
             return; /* request_closed is on its way */
+        if (rc == ST_OUT_OF_RANGE) {
+            attach_refuse(e, r, &st, now_us);
+            return;
+        }
         if (rc != ST_OK) {
             request_end(e, r, &st, now_us);
             return;
@@ -220,7 +236,10 @@ static void flush(struct engine *e, struct request *r, int64_t now_us)
         r->n_done += c->done;
         if (r->n_done == r->n_choices) {
             r->ops->finish(r->sink, NULL, 0);
-            to_closing(e, r, ST_OK, now_us);
+            if (r->kept)
+                attach_keep(e, r, now_us);
+            else
+                request_to_closing(e, r, ST_OK, now_us);
         }
     }
 }
@@ -241,7 +260,7 @@ void requests_flush_dirty(struct engine *e, int64_t now_us)
         struct request *r = e->dirty;
         e->dirty = r->dirty_next;
         r->dirty = false;
-        flush(e, r, now_us);
+        request_flush(e, r, now_us);
         request_unref(r);
     }
 }
@@ -292,6 +311,7 @@ static void take_token(struct engine *e, struct choice *c, const struct sched_ev
         request_end(e, r, &st, now_us);
         return;
     }
+    coord_journal_token(e, c, ev->token);
     if (ended) { /* NOT_FOUND: it has ended by length as well, the event comes next */
         c->matched = true;
         (void)!sched_finish(c->group->sched, now_us, c->id, NULL);
@@ -352,10 +372,11 @@ static void take_finished(struct engine *e, struct choice *c, const struct sched
     c->finish_ready = true;
     count_finished(&e->coord->metrics, c, ev, now_us);
     if (r->n_live == 0)
-        r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes */
+        r->state = REQUEST_FINISHED; /* not closed: a live request is ended when its call closes, or it is kept */
     mark_dirty(e, r);
     log_request(&e->coord->log, LOG_DEBUG, r->name, "%u prompt tokens, %u new, %s", ev->n_prompt, c->n_new,
                 ev->stopped || c->matched ? "stop" : "length");
+    attach_finished(e, r, true, now_us); /* may drop it, but it is in the dirty list */
 }
 
 static void take_failed(struct engine *e, struct choice *c, const struct sched_event *ev, int64_t now_us)
@@ -463,6 +484,7 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, struct
                                       struct status *st)
 {
     const struct request *r = c->request;
+    bool resumed = r->state == REQUEST_HELD;
     enum status_code rc = table_add(e, c, st);
     if (rc != ST_OK)
         return rc;
@@ -485,12 +507,57 @@ static enum status_code submit_choice(struct engine *e, struct choice *c, struct
                                       .scores = c->index == 0 && r->prompt_top >= 0,
                                       .salt = r->salt,
                                       .no_cache_read = r->no_cache_read || has_penalties(&r->params),
-                                      .no_cache_write = r->no_cache_write};
+                                      .no_cache_write = r->no_cache_write,
+                                      .resumed = resumed,
+                                      .output = c->ids,
+                                      .n_output = resumed ? c->n_new : 0};
     rc = sched_submit(g->sched, now_us, &req, st);
     c->live = rc == ST_OK;
     c->group = g;
     g->routed += c->live;
     return rc;
+}
+
+/* A request that is only kept gives way to its caller's next one of that name. */
+static bool name_is_free(struct engine *e, const struct request *r, int64_t now_us)
+{
+    struct request *old = request_by_name(e, r->name);
+    if (old && old->state == REQUEST_KEPT && old->closed && memcmp(old->owner, r->owner, sizeof r->owner) == 0) {
+        request_to_closing(e, old, ST_OK, now_us);
+        old = NULL;
+    }
+    return old == NULL;
+}
+
+static void to_live(struct engine *e, struct request *r, int64_t now_us)
+{
+    record_admit(e->coord, r, now_us);
+    r->state = REQUEST_LIVE;
+    if (!r->echo) {
+        free(r->prompt);
+        r->prompt = NULL;
+    }
+}
+
+enum status_code request_resume(struct engine *e, struct request *r, int64_t now_us, struct status *st)
+{
+    struct group *g = route_request(e, r, now_us);
+    if (!g)
+        return status_set(st, ST_UNAVAILABLE, "%s", e->coord->reason);
+    for (uint32_t i = 0; i < r->n_choices; i++) {
+        if (r->choice[i].finish_ready)
+            continue;
+        enum status_code rc = submit_choice(e, &r->choice[i], g, now_us, st);
+        if (rc != ST_OK) {
+            leave_scheduler(e, r, ST_CANCELLED, now_us);
+            return rc;
+        }
+        r->n_live++;
+    }
+    to_live(e, r, now_us);
+    if (r->n_live == 0)
+        r->state = REQUEST_FINISHED;
+    return ST_OK;
 }
 
 static void submit(struct engine *e, struct request *r, int64_t now_us)
@@ -509,7 +576,7 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
         status_set(&st, ST_CANCELLED, "aborted by Control.Abort");
         goto refuse;
     }
-    if (request_by_name(e, r->name)) {
+    if (!name_is_free(e, r, now_us)) {
         status_set(&st, ST_ALREADY_EXISTS, "request_id: \"%s\" is live already, expected a new one", r->name);
         goto refuse;
     }
@@ -524,15 +591,11 @@ static void submit(struct engine *e, struct request *r, int64_t now_us)
             retry = st.code == ST_RESOURCE_EXHAUSTED ? sched_retry_ms(g->sched) : retry;
             goto refuse;
         }
-    name_add(e, r);
-    record_admit(c, r, now_us);
+    requests_name_add(e, r);
     r->n_live = r->n_choices;
-    r->state = REQUEST_LIVE;
+    coord_journal_accept(e, r);
+    to_live(e, r, now_us);
     request_ref(r); /* the engine's */
-    if (!r->echo) {
-        free(r->prompt);
-        r->prompt = NULL;
-    }
     return;
 refuse:
     record_refuse(c, r, st.code, now_us);
@@ -541,22 +604,30 @@ refuse:
     r->state = REQUEST_GONE;
 }
 
+/* The call of request_open has ended. */
+static void client_left(struct engine *e, struct request *r, int64_t now_us)
+{
+    struct status st = STATUS_INIT;
+    status_set(&st, ST_CANCELLED, "the client cancelled or went away");
+    if (r->kept && is_known(r)) {
+        attach_detach(e, r, now_us);
+        return;
+    }
+    r->closed = true;
+    if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED)
+        request_end(e, r, &st, now_us);
+    else if (r->state == REQUEST_CLOSING)
+        request_to_closing(e, r, ST_CANCELLED, now_us);
+}
+
 void request_handle_mail(struct engine *e, struct request *r, uint32_t flags, int64_t now_us)
 {
-    if (flags & REQUEST_CLOSED) {
-        struct status st = STATUS_INIT;
-        r->closed = true;
-        status_set(&st, ST_CANCELLED, "the client cancelled or went away");
-        if (r->state == REQUEST_LIVE || r->state == REQUEST_FINISHED) {
-            request_end(e, r, &st, now_us);
-        } else if (r->state == REQUEST_CLOSING) {
-            to_closing(e, r, ST_CANCELLED, now_us);
-        }
-    }
+    if ((flags & REQUEST_CLOSED) && !r->closed && !r->taken_up)
+        client_left(e, r, now_us);
     if ((flags & REQUEST_SUBMIT) && !r->closed)
         submit(e, r, now_us);
     if (flags & REQUEST_WRITABLE)
-        flush(e, r, now_us);
+        request_flush(e, r, now_us);
 }
 
 void requests_check_slow(struct engine *e, int64_t now_us)
@@ -571,10 +642,12 @@ void requests_check_slow(struct engine *e, int64_t now_us)
                    e->coord->opt.slow_client_timeout_ms);
         log_request(&e->coord->log, LOG_INFO, r->name, "from %s: %s", r->ops->peer(r->sink), st.message);
         r->ops->cancel(r->sink, &st);
-        if (r->state == REQUEST_CLOSING) { /* cancelled now; request_closed comes */
+        if (r->state == REQUEST_CLOSING || r->state == REQUEST_KEPT) { /* cancelled now; request_closed comes */
             list_remove(&r->stalled_link);
             r->stalled_us = now_us;
             list_append(&e->stalled, &r->stalled_link);
+        } else if (r->kept) {
+            attach_detach(e, r, now_us);
         } else {
             request_end(e, r, &st, now_us);
         }

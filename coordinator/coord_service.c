@@ -47,12 +47,18 @@ static const char *call_header(const void *sink, const char *name)
     return rpc_call_metadata(sink, name);
 }
 
+static void call_owner(const void *sink, uint8_t *out)
+{
+    rpc_call_caller(sink, out);
+}
+
 static void call_release(void *sink)
 {
     rpc_call_unref(sink);
 }
 
 static const struct sink_ops call_ops = {
+    .attachable = true,
     .decode = call_decode,
     .pending = call_pending,
     .send = call_send,
@@ -60,6 +66,7 @@ static const struct sink_ops call_ops = {
     .cancel = call_cancel,
     .peer = call_peer,
     .header = call_header,
+    .owner = call_owner,
     .release = call_release,
 };
 
@@ -199,6 +206,12 @@ void service_methods(struct coord *c, struct rpc_method *m)
                                .on_open = generate_open,
                                .on_writable = generate_writable,
                                .on_close = generate_close,
+                               .ctx = c};
+    *m++ = (struct rpc_method){.path = "/tandem.v1.Inference/Attach",
+                               .kind = RPC_SERVER_STREAM,
+                               .on_open = attach_call_open,
+                               .on_writable = attach_call_writable,
+                               .on_close = attach_call_close,
                                .ctx = c};
     for (size_t i = 0; i < sizeof control / sizeof *control; i++)
         *m++ = (struct rpc_method){.path = control[i].path,

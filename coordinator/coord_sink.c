@@ -13,7 +13,8 @@ void request_unref(struct request *r)
 {
     if (!r || atomic_fetch_sub_explicit(&r->refs, 1, memory_order_acq_rel) != 1)
         return;
-    atomic_fetch_sub(&r->coord->live_requests, 1);
+    if (!r->shelved)
+        atomic_fetch_sub(&r->coord->live_requests, 1);
     if (r->ops)
         r->ops->release(r->sink);
     choices_destroy(r);
@@ -21,6 +22,8 @@ void request_unref(struct request *r)
     free(r->raw);
     free(r->prompt);
     free(r->stop);
+    free(r->image);
+    free(r->known);
     free(r);
 }
 
@@ -84,6 +87,8 @@ enum status_code request_open(struct coord *c, const struct sink_ops *ops, void 
     r->ops = ops;
     r->sink = sink;
     r->deadline_us = deadline_us;
+    if (ops->owner)
+        ops->owner(sink, r->owner);
     r->parent = spans_parent_parse(ops->header(sink, "traceparent"));
     *out = r; /* before others can see it: they may answer at once */
     rc = intake_push(c, r, st);

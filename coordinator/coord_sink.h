@@ -22,6 +22,7 @@ struct coord;
 struct request;
 
 struct sink_ops {
+    bool attachable; /* Inference.Attach can take up a request of it again */
     /* The message that the bytes stand for; freed with protobuf_c_message_free_unpacked. Once, on an intake thread. */
     enum status_code (*decode)(void *sink, const void *raw, size_t len, Tandem__V1__GenerateRequest **out,
                                struct status *st);
@@ -37,6 +38,8 @@ struct sink_ops {
     const char *(*peer)(const void *sink);
     /* A header of the request, NULL: it has none of this name (lower case). Within request_open only. */
     const char *(*header)(const void *sink, const char *name);
+    /* Whose request it is: 16 bytes (rpc_call_caller). The same; NULL: nobody's. */
+    void (*owner)(const void *sink, uint8_t *out);
     /* The last operation: the request is freed. */
     void (*release)(void *sink);
 };

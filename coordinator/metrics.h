@@ -34,11 +34,14 @@ struct metrics {
     /* of the ranks' KV pools, copied; the last five are counters, times in microseconds */
     metrics_counter pool_mapped, pool_fenced, pool_free, pool_parked, pool_shared, pool_given, pool_wasted_bytes;
     metrics_counter pool_map_calls, pool_clear_calls, pool_driver_us, pool_exposed_us, pool_failed_ahead;
+    metrics_counter unclaimed, journal_degraded, journal_file_bytes, journal_requests;
     /* counters of the scheduler, copied */
     metrics_counter steps, prompt_tokens, generation_tokens, preemptions, suspensions, recomputed_tokens, wasted_rows,
         cached_tokens;
     /* counters */
-    metrics_counter replays; /* copied, too */
+    metrics_counter replays;                                                       /* copied, too */
+    metrics_counter journal_errors, journal_bytes, journal_dropped, journal_syncs; /* the same, of the journal */
+    metrics_counter attached, recovered;
     metrics_counter within_targets, finished_stop, finished_length, groups, groups_lost, moved;
     metrics_counter errors[METRICS_CODES]; /* several threads */
     metrics_counter http_requests;

@@ -383,12 +383,15 @@ static enum status_code check_request(const struct sched *s, int64_t now_us, con
     enum status_code rc = check_fit(s, req->n_prompt, req->max_new, st);
     if (rc != ST_OK)
         return rc;
-    if (req->n_prompt > s->cfg.max_queued_tokens)
+    if (req->n_prompt > s->cfg.max_queued_tokens && !req->resumed)
         return status_set(st, ST_INVALID_ARGUMENT, "prompt: %u tokens, the queue takes at most %llu", req->n_prompt,
                           (unsigned long long)s->cfg.max_queued_tokens);
     if (req_map_find(&s->map, req->id))
         return status_set(st, ST_ALREADY_EXISTS, "request_id: a request with this id is running");
-    return queue_check(s, now_us, req, st);
+    if (req->n_output && (!req->resumed || req->n_output >= req->max_new))
+        return status_set(st, ST_INVALID_ARGUMENT, "output: %u tokens, expected less than max_tokens, %u",
+                          req->n_output, req->max_new);
+    return req->resumed ? ST_OK : queue_check(s, now_us, req, st);
 }
 
 enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sched_request *req, struct status *st)
@@ -414,12 +417,15 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     r->tokens = tokens;
     r->tenant = tenant;
     memcpy(tokens, req->prompt, req->n_prompt * sizeof(uint32_t));
+    if (req->n_output)
+        memcpy(tokens + req->n_prompt, req->output, req->n_output * sizeof(uint32_t));
     if (req->n_stop)
         memcpy(tokens + n_total, req->stop_ids, req->n_stop * sizeof(uint32_t));
     r->id = req->id;
     r->seq = s->book->next_seq++;
     r->state = REQ_QUEUED;
-    r->n_known = r->n_prompt = req->n_prompt;
+    r->n_prompt = req->n_prompt;
+    r->n_known = req->n_prompt + req->n_output;
     r->n_total = n_total;
     r->n_stop = req->n_stop;
     r->deadline_us = req->deadline_us;
@@ -433,8 +439,15 @@ enum status_code sched_submit(struct sched *s, int64_t now_us, const struct sche
     r->cls = (uint32_t)(1 - req->priority);
     r->ttft_target_us = req->ttft_target_us ? req->ttft_target_us : s->cfg.ttft_target_us;
     r->tbt_target_us = req->tbt_target_us ? req->tbt_target_us : s->cfg.tbt_target_us;
-    r->predicted_us = s->cfg.refuse_late ? queue_predict_us(s, now_us, req) : 0;
-    queue_add(s, r, now_us);
+    r->predicted_us = s->cfg.refuse_late && !req->resumed ? queue_predict_us(s, now_us, req) : 0;
+    if (req->resumed) {
+        r->state = REQ_PREEMPTED;
+        r->replays = 1;
+        s->total.replays++;
+        run_insert(&s->preempted, r);
+    } else {
+        queue_add(s, r, now_us);
+    }
     req_map_add(&s->map, r);
     if (r->deadline_us != INT64_MAX)
         req_heap_add(&s->heap, r);
@@ -478,7 +491,7 @@ static void take_token(struct sched *s, struct req *r, uint32_t token, uint32_t 
     r->n_unknown--;
     r->losses = 0;
     r->tokens[r->n_known++] = token;
-    if (r->n_known == r->n_prompt + 1) {
+    if (r->n_known == r->n_prompt + 1 || r->first_token_us == 0) {
         r->first_token_us = now_us;
         queue_learn(s, r, now_us);
     }

@@ -90,6 +90,11 @@ struct sched_request {
     uint64_t salt;       /* only requests of one salt share */
     bool no_cache_read;  /* computes its whole prompt */
     bool no_cache_write; /* nobody begins with its tokens */
+    /* One that went on elsewhere before: it waits like one that lost its group, before all that never ran, and the bounds of
+     * the queue do not count. n_output less than max_new; the last token is no stop id. */
+    bool resumed;
+    const uint32_t *output; /* new tokens that are known, copied */
+    uint32_t n_output;
 };
 
 enum sched_event_kind {

@@ -385,7 +385,7 @@ static void begin_as(struct sched *s, struct req *r)
 
 static void admit(struct sched *s, struct build *b, struct req *r)
 {
-    if (r->state == REQ_QUEUED)
+    if (r->state == REQ_QUEUED || r->started_us == 0) /* a resumed one is never queued */
         r->started_us = b->now_us;
     queue_admit(s, r);
     settle(s, b, r);

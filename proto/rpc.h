@@ -114,8 +114,12 @@ void *rpc_call_data(const struct rpc_call *call);
 int64_t rpc_call_deadline_us(const struct rpc_call *call);
 /* "ipv4:10.0.0.7:4711"; valid as long as the call. */
 const char *rpc_call_peer(const struct rpc_call *call);
-/* Value of a request header (lower-case key), NULL without it; valid as long as the call. */
+/* Value of a request header (lower-case key), NULL without it; valid as long as the call. "authorization" is never there. */
 const char *rpc_call_metadata(const struct rpc_call *call, const char *key);
+
+#define RPC_CALLER_BYTES 16
+/* Who calls: a digest of the bearer token that was shown, without one of the client certificate's names, else all zero. */
+void rpc_call_caller(const struct rpc_call *call, uint8_t out[RPC_CALLER_BYTES]);
 
 /* Queues a message (packed before this returns). RESOURCE_EXHAUSTED: the send queue is full, nothing was queued. After
  * the call was finished or cancelled: CANCELLED, and nothing happens. */

@@ -231,6 +231,7 @@ static void read_facts(struct rpc_call *call)
     gpr_timespec d = gpr_convert_clock_type(call->deadline, GPR_CLOCK_MONOTONIC);
     if (gpr_time_cmp(d, gpr_inf_future(GPR_CLOCK_MONOTONIC)) != 0)
         call->deadline_us = d.tv_sec * 1000000 + d.tv_nsec / 1000;
+    rpc_caller_take(call->caller, call->core, &call->metadata); /* and no token in the strings */
     char *peer = grpc_call_get_peer(call->core);
     call->strings = rpc_strings_copy(peer, &call->metadata);
     gpr_free(peer);
@@ -327,4 +328,9 @@ const char *rpc_call_peer(const struct rpc_call *call)
 const char *rpc_call_metadata(const struct rpc_call *call, const char *key)
 {
     return rpc_strings_find(call->strings, key);
+}
+
+void rpc_call_caller(const struct rpc_call *call, uint8_t out[RPC_CALLER_BYTES])
+{
+    memcpy(out, call->caller, RPC_CALLER_BYTES);
 }

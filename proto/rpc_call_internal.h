@@ -31,6 +31,7 @@ struct rpc_call {
     /* Constant from on_open on. */
     char *strings; /* peer, then request headers */
     int64_t deadline_us;
+    uint8_t caller[RPC_CALLER_BYTES];
 
     pthread_mutex_t lock; /* a leaf: nothing is called with it held */
     grpc_call *core;      /* NULL: not yet, or no longer */

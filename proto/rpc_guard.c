@@ -152,7 +152,7 @@ static void check_call(void *state, grpc_auth_context *context, const grpc_metad
         code = GRPC_STATUS_UNAUTHENTICATED;
         why = "authorization: not a token of this server, expected \"Bearer \" and a token";
     }
-    done(user, shown, shown ? 1 : 0, NULL, 0, code, why); /* what it consumes never reaches a handler or a log */
+    done(user, NULL, 0, NULL, 0, code, why); /* the header stays until rpc_caller_take has seen it */
 }
 
 /* ---- making one ---- */

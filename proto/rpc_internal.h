@@ -63,6 +63,9 @@ enum status_code rpc_status_from_slice(struct status *st, grpc_status_code code,
  * its bytes; 0 when there is neither. */
 size_t rpc_details_encode(const struct status *st, uint32_t retry_after_ms, uint8_t out[RPC_DETAILS_MAX]);
 
+/* rpc_caller.c: see rpc_call_caller. Takes the "authorization" headers out of md. */
+void rpc_caller_take(uint8_t out[RPC_CALLER_BYTES], grpc_call *core, grpc_metadata_array *md);
+
 /* Copies "first\0key\0value\0key\0value\0\0"; NULL when out of memory. */
 char *rpc_strings_copy(const char *first, const grpc_metadata_array *md);
 const char *rpc_strings_find(const char *strings, const char *key);

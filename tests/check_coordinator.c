@@ -263,6 +263,7 @@ static Suite *suite(void)
     suite_add_tcase(s, coord_replays());
     suite_add_tcase(s, coord_groups());
     suite_add_tcase(s, coord_memory());
+    suite_add_tcase(s, coord_attach());
     return s;
 }
 

@@ -350,6 +350,59 @@ START_TEST(the_queues_bounds_hold_over_all_groups)
 }
 END_TEST
 
+/* It knows tokens that another process drew, goes before who waits, and is bound by no queue. */
+START_TEST(a_resumed_request_goes_on_behind_what_is_known)
+{
+    struct sched_config cfg = config(2, 16, 1);
+    cfg.max_queued = 1;
+    struct sched *s = create(&cfg);
+    struct status st = STATUS_INIT;
+    uint32_t prompt[] = {1, 2, 3, 4}, output[] = {50, 51, 52}, stop = 7;
+    struct sched_request req = {.id = 2,
+                                .prompt = prompt,
+                                .n_prompt = 4,
+                                .max_new = 5,
+                                .stop_ids = &stop,
+                                .n_stop = 1,
+                                .deadline_us = INT64_MAX,
+                                .output = output,
+                                .n_output = 3};
+    submit(s, 1, 8, 5);
+    ck_assert_int_eq(sched_submit(s, 1000, &req, &st), ST_INVALID_ARGUMENT); /* not without `resumed` */
+    ck_assert(strstr(st.message, "output"));
+    req.resumed = true;
+    req.n_output = 5;
+    ck_assert_int_eq(sched_submit(s, 1000, &req, &st), ST_INVALID_ARGUMENT);
+    req.n_output = 3;
+    ck_assert_int_eq(sched_submit(s, 1000, &req, &st), ST_OK);
+    req.id = 3;
+    req.n_output = 0;
+    ck_assert_int_eq(sched_submit(s, 1000, &req, &st), ST_OK); /* the queue is full */
+    sched_check(s);
+    ck_assert_uint_eq(sched_load(s).queued, 1);
+    ck_assert_uint_eq(sched_load(s).running, 2);
+    ck_assert_int_eq(sched_attach(s, 1000, 2, 256, &ROOMY, &st), ST_OK);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_admit, 2);
+    ck_assert(p.admit[0].id == 2 && p.admit[1].id == 3);
+    ck_assert_uint_eq(p.n_chunk, 2);
+    ck_assert_uint_eq(p.chunk[0].n_tokens, 7);
+    ck_assert_uint_eq(p.chunk[0].tokens[6], 52);
+    ck_assert_uint_eq(p.chunk[1].n_tokens, 4);
+    RESULT(s, p.step, 53, 60);
+    expect_token(s, 2, 53);
+    expect_token(s, 3, 60);
+    p = plan(s);
+    RESULT(s, p.step, 54, 7);
+    expect_token(s, 2, 54);
+    struct sched_event ev = expect_finished(s, 2);
+    ck_assert(ev.n_prompt == 4 && ev.n_new == 5 && ev.replays == 1 && ev.first_token_us == 3000);
+    expect_token(s, 3, 7);
+    ck_assert(expect_finished(s, 3).stopped);
+    sched_destroy(s);
+}
+END_TEST
+
 TCase *scheduler_move(void)
 {
     TCase *moves = tcase_create("move");
@@ -359,5 +412,6 @@ TCase *scheduler_move(void)
     tcase_add_test(moves, a_held_group_empties);
     tcase_add_test(moves, tenants_share_all_groups_evenly);
     tcase_add_test(moves, the_queues_bounds_hold_over_all_groups);
+    tcase_add_test(moves, a_resumed_request_goes_on_behind_what_is_known);
     return moves;
 }

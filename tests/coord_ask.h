@@ -46,5 +46,6 @@ TCase *coord_faults(void);
 TCase *coord_replays(void);
 TCase *coord_groups(void);
 TCase *coord_memory(void);
+TCase *coord_attach(void);
 
 #endif

@@ -3,7 +3,9 @@
  * --step-us; the clients, in this process, read all streams. The coordinator is the real program in its own process; its
  * CPU time is taken from /proc, so what the ranks and clients here use does not count.
  *
- *     bench_coordinator [--streams 256] [--tokens 400] [--step-us 20000] [--ranks 2] [--tcp 1]
+ *     bench_coordinator [--streams 256] [--tokens 400] [--step-us 20000] [--ranks 2] [--tcp 1] [--journal 1]
+ *
+ * With --journal 1 it records the requests in a folder of $TMPDIR.
  */
 #include <pthread.h>
 #include <signal.h>
@@ -80,9 +82,14 @@ static void use_tcp(struct proc *p)
 
 int main(int argc, char **argv)
 {
-    uint32_t streams = 256, tokens = 400, step_us = 20000, ranks = 2, tcp = 0;
-    const struct bench_number numbers[] = {{"--streams", &streams}, {"--tokens", &tokens}, {"--step-us", &step_us},
-                                           {"--ranks", &ranks},     {"--tcp", &tcp},       {0}};
+    uint32_t streams = 256, tokens = 400, step_us = 20000, ranks = 2, tcp = 0, journal = 0;
+    const struct bench_number numbers[] = {{"--streams", &streams},
+                                           {"--tokens", &tokens},
+                                           {"--step-us", &step_us},
+                                           {"--ranks", &ranks},
+                                           {"--tcp", &tcp},
+                                           {"--journal", &journal},
+                                           {0}};
     bench_numbers("bench_coordinator", numbers, argc, argv);
     if (ranks < 1 || ranks > FAKE_MAX_RANKS || streams < READERS) {
         fprintf(stderr, "bench_coordinator: --ranks 1 to %d, --streams at least %d\n", FAKE_MAX_RANKS, READERS);
@@ -90,7 +97,12 @@ int main(int argc, char **argv)
     }
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
-    const char *args[] = {"--max-queued", "4096", "--listen", "127.0.0.1:0", NULL};
+    char dir[256];
+    const char *tmp = getenv("TMPDIR");
+    snprintf(dir, sizeof dir, "%.200s/tandem-bench-XXXXXX", tmp ? tmp : "/tmp");
+    if (journal && !mkdtemp(dir))
+        return 1;
+    const char *args[] = {"--max-queued", "4096", "--listen", "127.0.0.1:0", journal ? "--journal" : NULL, dir, NULL};
     o.size = ranks;
     o.max_slots = streams;
     o.max_context = tokens + 64;

@@ -19,6 +19,7 @@
 /* All others are parts of these. */
 static const ProtobufCMessageDescriptor *const types[] = {
     &tandem__v1__generate_request__descriptor,
+    &tandem__v1__attach_request__descriptor,
     &tandem__v1__generate_response__descriptor,
     &tandem__v1__get_server_info_request__descriptor,
     &tandem__v1__server_info__descriptor,

@@ -1,0 +1,69 @@
+"""The coordinator is killed in the middle of streams: `tandem serve --journal`, real ranks, a stock grpcio client."""
+import os
+import signal
+import tempfile
+import time
+import unittest
+
+import grpc
+
+from cluster import Cluster, Result, inference_pb2, wait_for
+
+ATTACH = "/tandem.v1.Inference/Attach"
+PROMPT = "Once upon a time, there was a little"
+LONG = dict(ignore_eos=True, max_tokens=400)
+
+
+def attach(c, name, have):
+    call = c.channel.unary_stream(ATTACH, inference_pb2.AttachRequest.SerializeToString,
+                                  inference_pb2.GenerateResponse.FromString)
+    offsets = [inference_pb2.AttachOffset(tokens=len(have.ids), text_bytes=len(have.text.encode()))]
+    return call(inference_pb2.AttachRequest(request_id=name, offsets=offsets), timeout=120)
+
+
+def until_lost(call, messages):
+    """What comes until the call breaks."""
+    try:
+        for m in call:
+            messages.append(m)
+    except grpc.RpcError as e:
+        return e.code()
+    return grpc.StatusCode.OK
+
+
+class Journal(unittest.TestCase):
+    def test_streams_outlive_a_killed_coordinator(self):
+        with tempfile.TemporaryDirectory() as where, Cluster(
+                args=["--journal", os.path.join(where, "journal")]) as c:
+            options = [dict(temperature=0), dict(temperature=1.0, seed=5), dict(temperature=0.7, seed=6, logprobs=1)]
+            quiet = [c.run(PROMPT, **LONG, **o) for o in options]
+            calls = [c.generate(PROMPT, request_id=f"r{i}", **LONG, **o) for i, o in enumerate(options)]
+            messages = [[next(call)] for call in calls]
+            self.assertGreater(messages[0][0].attach_ms, 0)
+            time.sleep(0.05)  # the journal writes each 10 ms
+            victim = c.coordinator_pid()
+            os.kill(victim, signal.SIGKILL)
+            for call, got in zip(calls, messages):
+                self.assertEqual(until_lost(call, got), grpc.StatusCode.UNAVAILABLE)
+            wait_for("another coordinator", lambda: c.coordinator_pid() not in (None, victim), 30)
+            c.wait_ready(60)
+            for i, (got, whole) in enumerate(zip(messages, quiet)):
+                have = Result(got)
+                self.assertIsNone(have.finish)
+                rest = list(attach(c, f"r{i}", have))
+                self.assertEqual(rest[0].request_id, f"r{i}")
+                both = Result(got + rest)
+                self.assertEqual(both.ids, whole.ids)
+                self.assertEqual(both.text, whole.text)
+                self.assertEqual(both.finish.reason, whole.finish.reason)
+                self.assertEqual(both.finish.timing.replays, 1)
+                self.assertEqual(list(attach(c, f"r{i}", both))[-1].token_ids, [])  # once more: nothing but the end
+            with self.assertRaises(grpc.RpcError) as e:
+                list(attach(c, "nobody", Result([])))
+            self.assertEqual(e.exception.code(), grpc.StatusCode.NOT_FOUND)
+            self.assertIn("request_id", e.exception.details())
+            c.wait_idle()
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
