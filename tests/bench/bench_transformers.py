@@ -85,8 +85,9 @@ def run(config_dir, trace, args):
         burst(range(min(64, len(prompts))), 16)
         print(f"warm after {time.monotonic() - start:.1f} s", flush=True)
         done, tokens, seconds = burst(range(len(prompts)), longest_out)
-    whole = "" if done == len(prompts) else f" ({done} of {len(prompts)} ended within the limit)"
-    print(f"{tokens} output tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s{whole}", flush=True)
+        whole = "" if done == len(prompts) else f" ({done} of {len(prompts)} ended within the limit)"
+        print(f"{tokens} output tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s{whole}", flush=True)
+        manager.stop(block=True, timeout=30, hard_stop=True)  # else it would go on until all have ended
 
 
 def main():
