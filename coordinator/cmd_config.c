@@ -20,7 +20,7 @@ const struct cli_command cmd_config_cli = {
     .name = "config",
     .summary = "print the options that count, and where each comes from",
     .operands = "[COMMAND [OPTIONS OF IT]]",
-    .words = "serve|generate|chat|bench|simulate|dump|top|tokenize|probe|drain|models|config|completion|man",
+    .words = "serve|generate|chat|bench|simulate|dump|top|memory|tokenize|probe|drain|models|config|completion|man",
     .about =
         "Prints the value of each option of COMMAND (without it: of all commands) as it would count, and its origin, "
         "in the\n"
@@ -166,7 +166,7 @@ const struct cli_command cmd_man_cli = {
     .name = "man",
     .summary = "print a man page",
     .operands = "[COMMAND]",
-    .words = "serve|generate|chat|bench|simulate|dump|top|tokenize|probe|drain|models|config|completion|man",
+    .words = "serve|generate|chat|bench|simulate|dump|top|memory|tokenize|probe|drain|models|config|completion|man",
     .about = "Prints the source of the man page tandem-COMMAND(1), or of tandem(1). It is made of what --help shows.",
     .tables = no_tables,
     .exits = "0 done, 2 wrong usage.",

@@ -733,7 +733,7 @@ void choice_seek(struct choice *c, uint32_t tokens, const uint64_t *text);
 STATUS_MUST_CHECK enum status_code choice_send(struct choice *c, struct status *st);
 
 /* coord_service.c: rpc callbacks of Inference and Control */
-#define COORD_PUBLIC_METHODS 7
+#define COORD_PUBLIC_METHODS 8
 void service_methods(struct coord *c, struct rpc_method *methods);
 
 /* coord_control.c: engine thread */

@@ -200,7 +200,7 @@ void service_methods(struct coord *c, struct rpc_method *m)
         {"/tandem.v1.Control/Drain", drain_open},
         {"/tandem.v1.Control/SetKvMemory", kv_memory_open},
     };
-    _Static_assert(1 + sizeof control / sizeof *control == COORD_PUBLIC_METHODS, "COORD_PUBLIC_METHODS");
+    _Static_assert(2 + sizeof control / sizeof *control == COORD_PUBLIC_METHODS, "two of Inference, the rest");
     *m++ = (struct rpc_method){.path = "/tandem.v1.Inference/Generate",
                                .kind = RPC_SERVER_STREAM,
                                .on_open = generate_open,
