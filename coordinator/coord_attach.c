@@ -280,7 +280,7 @@ static void to_kept(struct engine *e, struct request *r, int64_t now_us)
 
 void attach_finished(struct engine *e, struct request *r, bool fresh, int64_t now_us)
 {
-    if (!r->closed || !r->kept || r->state != REQUEST_FINISHED)
+    if (r->state != REQUEST_FINISHED || !r->closed || !r->kept)
         return;
     to_kept(e, r, now_us);
     if (fresh)

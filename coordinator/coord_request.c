@@ -609,7 +609,7 @@ static void client_left(struct engine *e, struct request *r, int64_t now_us)
 {
     struct status st = STATUS_INIT;
     status_set(&st, ST_CANCELLED, "the client cancelled or went away");
-    if (r->kept && is_known(r)) {
+    if (is_known(r) && r->kept) { /* in this order: kept is the intake's until the request is known */
         attach_detach(e, r, now_us);
         return;
     }
