@@ -311,10 +311,10 @@ struct request {
     uint64_t salt;                   /* of the prefix cache */
     uint64_t tenant;
     int32_t priority;
+    uint32_t keep_ms;                      /* without a client; 0: it ends with its call */
     int64_t ttft_target_us, tbt_target_us; /* its own or the server's; 0: none */
     struct choice *choice;
-    uint32_t keep_ms; /* without a client; 0: it ends with its call */
-    void *image;      /* for the journal: a GenerateRequest that needs no default */
+    void *image; /* for the journal: a GenerateRequest that needs no default */
     size_t image_len;
     uint32_t *known; /* HELD: tokens of each choice, how many: [COORD_MAX_ANSWERS], then they */
     uint64_t model;  /* HELD: digest */
@@ -323,6 +323,11 @@ struct request {
     bool closed;     /* request_closed was called: the sink takes nothing more */
     bool first_sent; /* the message with request_id */
     bool dirty;
+    /* coord_attach.c, coord_journal.c */
+    bool kept;              /* what was sent stays, for Attach; the intake's until REQUEST_SUBMIT */
+    bool taken_up;          /* the sink is no longer that of request_open */
+    bool told_end, shelved; /* its end is recorded; it is not counted as live */
+    /* engine */
     uint32_t n_live, n_done;    /* choices */
     uint32_t turn;              /* the choice that sends next */
     struct request *hash_next;  /* by name */
@@ -330,12 +335,9 @@ struct request {
     struct link stalled_link;   /* oldest first */
     int64_t stalled_us;         /* since then the client took nothing of what waits */
     /* coord_attach.c, coord_journal.c */
-    bool kept;              /* what was sent stays, for Attach */
-    bool taken_up;          /* the sink is no longer that of request_open */
-    bool told_end, shelved; /* its end is recorded; it is not counted as live */
-    uint64_t number;        /* in the journal; 0: it is not there */
-    struct link keep_link;  /* in engine.unclaimed: it has no client */
-    struct link held_link;  /* HELD */
+    uint64_t number;       /* in the journal; 0: it is not there */
+    struct link keep_link; /* in engine.unclaimed: it has no client */
+    struct link held_link; /* HELD */
     int64_t keep_until_us;
 };
 

@@ -213,12 +213,18 @@ void journal_expire(struct journal_state *s, int64_t now_us)
     }
 }
 
-void journal_state_fini(struct journal_state *s)
+static void free_list(struct journal_list *l)
 {
-    for (struct journal_entry *e = journal_first(s), *next; e; e = next) {
-        next = journal_next(s, e);
+    for (struct journal_entry *e = l->head, *next; e; e = next) {
+        next = e->next;
         entry_free(e);
     }
+}
+
+void journal_state_fini(struct journal_state *s)
+{
+    free_list(&s->ended);
+    free_list(&s->live);
     memset(s, 0, sizeof *s);
 }
 
