@@ -66,6 +66,7 @@ int cmd_read(struct cli_args *a, const struct cli_command *c, int argc, char **a
 /* Numbers from the command line; false when text is not wholly a number within [lo, hi]. */
 bool cmd_parse_u64(const char *text, uint64_t lo, uint64_t hi, uint64_t *out);
 bool cmd_parse_double(const char *text, double lo, double hi, double *out);
+bool cmd_parse_size(const char *text, uint64_t *out); /* bytes, over 0: 65536, 512M, 8G; powers of 1024 */
 /* The present option's value (cli_next): CMD_OK, or CMD_USAGE after a message. */
 int cmd_take_u32(const struct cli_args *a, uint32_t lo, uint32_t hi, uint32_t *out);
 int cmd_take_double(const struct cli_args *a, double lo, double hi, double *out);

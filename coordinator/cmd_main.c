@@ -1,4 +1,5 @@
 /* cmd_main.c - the `tandem` command: finds the subcommand and runs it. */
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -108,6 +109,23 @@ bool cmd_parse_u64(const char *text, uint64_t lo, uint64_t hi, uint64_t *out)
     if (text[0] < '0' || text[0] > '9' || *end || errno || v < lo || v > hi)
         return false;
     *out = v;
+    return true;
+}
+
+bool cmd_parse_size(const char *text, uint64_t *out)
+{
+    static const char letters[] = "KMGT";
+    char number[24];
+    uint64_t v = 0;
+    size_t n = strspn(text, "0123456789");
+    const char *letter = text[n] ? strchr(letters, toupper((unsigned char)text[n])) : NULL;
+    unsigned shift = letter ? 10 * (unsigned)(letter - letters + 1) : 0;
+    if (n >= sizeof number || (text[n] && (!letter || text[n + 1])))
+        return false;
+    snprintf(number, sizeof number, "%.*s", (int)n, text);
+    if (!cmd_parse_u64(number, 1, UINT64_MAX >> shift, &v))
+        return false;
+    *out = v << shift;
     return true;
 }
 

@@ -1,5 +1,4 @@
 /* cmd_memory.c - `tandem memory`: the KV memory of a server that runs: what it is used for, and how much there is. */
-#include <ctype.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,21 +43,6 @@ struct memory_options {
     struct cli_args args;
 };
 
-static bool parse_size(const char *text, uint64_t *out)
-{
-    static const char units[] = "KMGT";
-    char *end;
-    if (!isdigit((unsigned char)*text))
-        return false;
-    unsigned long long n = strtoull(text, &end, 10);
-    const char *unit = *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
-    unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
-    if ((*end && !unit) || (unit && end[1]) || n == 0 || n > UINT64_MAX >> shift)
-        return false;
-    *out = (uint64_t)n << shift;
-    return true;
-}
-
 static int take(struct memory_options *o, int opt)
 {
     const char *text = o->args.text;
@@ -71,7 +55,7 @@ static int take(struct memory_options *o, int opt)
     case OPT_KV_MEMORY:
         o->set = true;
         o->bytes = 0;
-        if (strcmp(text, "all") != 0 && !parse_size(text, &o->bytes))
+        if (strcmp(text, "all") != 0 && !cmd_parse_size(text, &o->bytes))
             return cmd_error(CMD_USAGE, o->args.where, "--kv-memory %s: expected a size as 512M or 8G, or all", text);
         break;
     default:

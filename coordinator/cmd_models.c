@@ -57,23 +57,6 @@ struct inspect_options {
     bool json;
 };
 
-static bool parse_size(const char *text, uint64_t *out)
-{
-    static const char letters[] = "KMGT";
-    char number[24];
-    uint64_t v = 0;
-    size_t n = strspn(text, "0123456789");
-    const char *letter = text[n] ? strchr(letters, text[n]) : NULL;
-    unsigned shift = letter ? 10 * (unsigned)(letter - letters + 1) : 0;
-    if (n >= sizeof number || (text[n] && (!letter || text[n + 1])))
-        return false;
-    snprintf(number, sizeof number, "%.*s", (int)n, text);
-    if (!cmd_parse_u64(number, 1, UINT64_MAX >> shift, &v))
-        return false;
-    *out = v << shift;
-    return true;
-}
-
 static int take(struct inspect_options *o, int opt)
 {
     const char *text = o->args.text;
@@ -84,7 +67,7 @@ static int take(struct inspect_options *o, int opt)
         o->backend = text;
         break;
     case OPT_MEMORY:
-        if (!parse_size(text, &o->memory_bytes))
+        if (!cmd_parse_size(text, &o->memory_bytes))
             return cmd_error(CMD_USAGE, o->args.where, "--memory %s: expected a size, such as 512M or 80G", text);
         break;
     case OPT_CONTEXT:

@@ -273,7 +273,7 @@ static void to_kept(struct engine *e, struct request *r, int64_t now_us)
         record_end(e->coord, r, ST_OK, now_us);
         r->told_end = true;
     }
-    coord_journal_end(e, r, ST_OK, now_us);
+    coord_journal_end(e, r, ST_OK);
     r->state = REQUEST_KEPT;
     e->n_kept++;
 }

@@ -716,7 +716,7 @@ STATUS_MUST_CHECK enum status_code coord_journal_image(struct request *r, const 
                                                        struct status *st);
 void coord_journal_accept(struct engine *e, struct request *r);
 void coord_journal_token(struct engine *e, const struct choice *c, uint32_t id);
-void coord_journal_end(struct engine *e, struct request *r, enum status_code code, int64_t now_us);
+void coord_journal_end(struct engine *e, struct request *r, enum status_code code);
 /* A group serves: the requests that waited for one go on. */
 void coord_journal_resume(struct engine *e, int64_t now_us);
 void coord_journal_publish(struct engine *e);

@@ -90,9 +90,8 @@ void coord_journal_token(struct engine *e, const struct choice *c, uint32_t id)
 }
 
 /* A server that stops tells its clients so, and leaves their requests to the next. */
-void coord_journal_end(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
+void coord_journal_end(struct engine *e, struct request *r, enum status_code code)
 {
-    (void)now_us;
     if (!r->number || (e->stop != STOP_NONE && code == ST_UNAVAILABLE))
         return;
     int64_t keep_ms = r->state == REQUEST_KEPT ? 0 : r->keep_ms > ENDED_MS ? r->keep_ms : ENDED_MS;
@@ -106,8 +105,11 @@ static uint32_t *copy_known(const struct journal_found *f)
     size_t n = COORD_MAX_ANSWERS;
     for (uint32_t i = 0; i < f->accept.n_choices; i++)
         n += f->n_tokens[i];
-    uint32_t *known = calloc(n, sizeof *known), *at = known + COORD_MAX_ANSWERS;
-    for (uint32_t i = 0; known && i < f->accept.n_choices; i++) {
+    uint32_t *known = calloc(n, sizeof *known);
+    if (!known)
+        return NULL;
+    uint32_t *at = known + COORD_MAX_ANSWERS;
+    for (uint32_t i = 0; i < f->accept.n_choices; i++) {
         known[i] = f->n_tokens[i];
         if (known[i])
             memcpy(at, f->tokens[i], known[i] * sizeof *at);

@@ -148,7 +148,7 @@ void request_to_closing(struct engine *e, struct request *r, enum status_code co
     if (is_known(r)) {
         if (!r->told_end)
             record_end(e->coord, r, code, now_us);
-        coord_journal_end(e, r, code, now_us);
+        coord_journal_end(e, r, code);
         leave_scheduler(e, r, code, now_us);
         requests_name_remove(e, r);
         attach_forget(e, r);
