@@ -74,7 +74,7 @@ static uint32_t attach_pending(void *sink)
 
 static enum status_code attach_send(void *sink, const Tandem__V1__GenerateResponse *m, struct status *st)
 {
-    return rpc_call_send(call_of(sink), &m->base, st);
+    return rpc_call_send_in_place(call_of(sink), &m->base, st);
 }
 
 static void attach_finish(void *sink, const struct status *st, uint32_t retry_after_ms)

@@ -24,7 +24,7 @@ static uint32_t call_pending(void *sink)
 
 static enum status_code call_send(void *sink, const Tandem__V1__GenerateResponse *m, struct status *st)
 {
-    return rpc_call_send(sink, &m->base, st);
+    return rpc_call_send_in_place(sink, &m->base, st);
 }
 
 static void call_finish(void *sink, const struct status *st, uint32_t retry_after_ms)

@@ -124,6 +124,10 @@ void rpc_call_caller(const struct rpc_call *call, uint8_t out[RPC_CALLER_BYTES])
 /* Queues a message (packed before this returns). RESOURCE_EXHAUSTED: the send queue is full, nothing was queued. After
  * the call was finished or cancelled: CANCELLED, and nothing happens. */
 STATUS_MUST_CHECK enum status_code rpc_call_send(struct rpc_call *call, const ProtobufCMessage *m, struct status *st);
+/* The same for a thread that holds no lock which a callback of this server takes: callbacks of this and of other calls may
+ * run in here, where rpc_call_send would wake a poll thread to run them. For whoever sends to many calls in a row. */
+STATUS_MUST_CHECK enum status_code rpc_call_send_in_place(struct rpc_call *call, const ProtobufCMessage *m,
+                                                          struct status *st);
 /* Messages queued or being written. 0: a message sent now goes out at once. */
 uint32_t rpc_call_pending(const struct rpc_call *call);
 /* Ends the call with this status after what is queued has gone out; an error with nothing sent yet travels before any

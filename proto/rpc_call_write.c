@@ -85,15 +85,25 @@ static size_t next_write(struct rpc_call *call, grpc_op ops[3])
     return n;
 }
 
-/* With the lock held; releases it. The core is entered without the lock: it may do a whole connection's work in here. */
-static void write_next_unlock(struct rpc_call *call)
+/* With the lock held; releases it. The core is entered without the lock: it may do a whole connection's work in here.
+ * With `in_place` the first completion of that work, mostly that of this very batch, is run here: left to the queue it
+ * wakes a poll thread, which costs more than the write. */
+static void write_next_unlock(struct rpc_call *call, bool in_place)
 {
     grpc_op ops[3];
     size_t n = next_write(call, ops);
     grpc_call *core = call->core;
+    grpc_completion_queue *cq = call->server->cq;
+    void *tag;
+    int ok;
     pthread_mutex_unlock(&call->lock);
-    if (n > 0)
-        rpc_batch_start(core, ops, n, &call->write_tag);
+    if (n == 0)
+        return;
+    if (in_place)
+        grpc_completion_queue_thread_local_cache_init(cq);
+    rpc_batch_start(core, ops, n, &call->write_tag);
+    if (in_place && grpc_completion_queue_thread_local_cache_flush(cq, &tag, &ok))
+        rpc_tag_run(tag, ok != 0);
 }
 
 void rpc_call_write_done(void *owner, bool ok)
@@ -111,7 +121,7 @@ void rpc_call_write_done(void *owner, bool ok)
         rpc_call_drop_queue(call); /* the call is lost: its close is on the way */
     else if (!call->head && !call->finish_wanted && call->opened)
         call->events |= EV_WRITABLE;
-    write_next_unlock(call);
+    write_next_unlock(call, false);
     message_free(written);
     rpc_call_dispatch(call);
     rpc_call_use_put(call);
@@ -144,7 +154,8 @@ static void append(struct rpc_call *call, struct out_message *m)
     call->queued_bytes += m->cost;
 }
 
-enum status_code rpc_call_send(struct rpc_call *call, const ProtobufCMessage *m, struct status *st)
+static enum status_code queue_message(struct rpc_call *call, const ProtobufCMessage *m, bool in_place,
+                                      struct status *st)
 {
     struct out_message *out = message_new(m);
     if (!out)
@@ -159,8 +170,18 @@ enum status_code rpc_call_send(struct rpc_call *call, const ProtobufCMessage *m,
                     : refuse(ST_RESOURCE_EXHAUSTED, out, st, "the send queue of the call is full");
     }
     append(call, out);
-    write_next_unlock(call);
+    write_next_unlock(call, in_place);
     return ST_OK;
+}
+
+enum status_code rpc_call_send(struct rpc_call *call, const ProtobufCMessage *m, struct status *st)
+{
+    return queue_message(call, m, false, st);
+}
+
+enum status_code rpc_call_send_in_place(struct rpc_call *call, const ProtobufCMessage *m, struct status *st)
+{
+    return queue_message(call, m, true, st);
 }
 
 /* With the lock held; releases it. The first to end the call wins. */
@@ -178,7 +199,7 @@ static void finish_unlock(struct rpc_call *call, struct out_message *last, const
     if (st)
         call->status = *st;
     call->retry_after_ms = retry_after_ms;
-    write_next_unlock(call);
+    write_next_unlock(call, false);
 }
 
 void rpc_call_finish(struct rpc_call *call, const struct status *st, uint32_t retry_after_ms)

@@ -81,6 +81,12 @@ void rpc_tag_disarm(struct rpc_tag *tag)
     tag->armed = false;
 }
 
+void rpc_tag_run(struct rpc_tag *tag, bool ok)
+{
+    rpc_tag_disarm(tag);
+    tag->done(tag->owner, ok);
+}
+
 void rpc_batch_start(grpc_call *call, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag)
 {
     rpc_tag_arm(tag);

@@ -33,6 +33,7 @@ struct rpc_tag {
 
 void rpc_tag_arm(struct rpc_tag *tag);
 void rpc_tag_disarm(struct rpc_tag *tag);
+void rpc_tag_run(struct rpc_tag *tag, bool ok); /* disarms it and calls done */
 /* grpc_call_start_batch with the tag armed. A refusal is a mistake of ours (the core would never complete it): abort. */
 void rpc_batch_start(grpc_call *call, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag);
 

@@ -25,9 +25,7 @@ static bool poll_event(struct rpc_server *s)
     grpc_event ev = grpc_completion_queue_next(s->cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
     if (ev.type == GRPC_QUEUE_SHUTDOWN)
         return false;
-    struct rpc_tag *tag = ev.tag;
-    rpc_tag_disarm(tag);
-    tag->done(tag->owner, ev.success != 0);
+    rpc_tag_run(ev.tag, ev.success != 0);
     return true;
 }
 
