@@ -92,7 +92,8 @@ enum status_code comm_gpu_create(struct comm_gpu **out, const struct comm_gpu_co
     g->ranks = comm_size(cfg->comm);
     g->layout = lay_out(cfg, g->ranks);
     uint64_t state_bytes = (COMM_GPU_BLOCKS + COMM_GPU_PUSH_ROWS + 1) * sizeof *g->state;
-    if ((rc = comm_gpu_check(cudaMalloc(&g->memory, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
+    if ((rc = comm_gpu_check(comm_gpu_load_kernels(), st, "kernels of sums over ranks")) != ST_OK ||
+        (rc = comm_gpu_check(cudaMalloc(&g->memory, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
         (rc = comm_gpu_check(cudaMemset(g->memory, 0, g->layout.bytes), st, "memory that ranks share")) != ST_OK ||
         (rc = comm_gpu_check(cudaMalloc((void **)&g->state, state_bytes), st, "counts of meetings")) != ST_OK ||
         (rc = comm_gpu_check(cudaMemset(g->state, 0, state_bytes), st, "counts of meetings")) != ST_OK ||

@@ -155,6 +155,13 @@ __device__ inline void wait_for_previous()
 #endif
 }
 
+/* Has the kernel loaded now, and not at its first launch. */
+template <typename J> cudaError_t load(void (*kernel)(J))
+{
+    cudaFuncAttributes unused;
+    return cudaFuncGetAttributes(&unused, kernel);
+}
+
 template <typename J>
 cudaError_t launch(void (*kernel)(J), uint32_t blocks, uint32_t threads, cudaStream_t stream, const J &job)
 {

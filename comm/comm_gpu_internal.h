@@ -78,6 +78,10 @@ struct comm_gpu_gather_job {
     float *out; /* [rows][total] */
 };
 
+/* Loads all kernels. By default CUDA loads one at its first launch, which waits for what runs on the device: behind a kernel
+ * that waits for a rank that is gone, the launch would wait with it, and nobody would look at the clock. */
+cudaError_t comm_gpu_load_kernels(void);
+cudaError_t comm_gpu_load_push(void); /* of comm_gpu_push.cu */
 cudaError_t comm_gpu_launch_sum(cudaStream_t stream, const struct comm_gpu_sum_job *job);
 cudaError_t comm_gpu_launch_push(cudaStream_t stream, const struct comm_gpu_push_job *job);
 cudaError_t comm_gpu_launch_gather(cudaStream_t stream, const struct comm_gpu_gather_job *job);

@@ -116,6 +116,16 @@ __global__ void __launch_bounds__(THREADS_MAX) gather_kernel(const __grid_consta
 }
 } // namespace
 
+cudaError_t comm_gpu_load_kernels(void)
+{
+    cudaError_t err = load(sum_kernel);
+    if (err == cudaSuccess)
+        err = load(gather_kernel<true>);
+    if (err == cudaSuccess)
+        err = load(gather_kernel<false>);
+    return err == cudaSuccess ? comm_gpu_load_push() : err;
+}
+
 cudaError_t comm_gpu_launch_sum(cudaStream_t stream, const struct comm_gpu_sum_job *job)
 {
     return launch(sum_kernel, job->rows.rows < COMM_GPU_BLOCKS ? job->rows.rows : COMM_GPU_BLOCKS,

@@ -195,7 +195,21 @@ template <uint32_t QUADS> cudaError_t launch_quads(cudaStream_t stream, const st
     return launch(job->ranks == 2 ? push_kernel<2, QUADS> : push_kernel<COMM_GPU_RANKS, QUADS>, job->rows.rows,
                   threads_for(job->rows.hidden), stream, *job);
 }
+
+template <uint32_t QUADS> cudaError_t load_quads()
+{
+    cudaError_t err = load(push_kernel<2, QUADS>);
+    return err == cudaSuccess ? load(push_kernel<COMM_GPU_RANKS, QUADS>) : err;
+}
 } // namespace
+
+cudaError_t comm_gpu_load_push(void)
+{
+    cudaError_t err = load_quads<1>();
+    if (err == cudaSuccess)
+        err = load_quads<2>();
+    return err == cudaSuccess ? load_quads<4>() : err;
+}
 
 cudaError_t comm_gpu_launch_push(cudaStream_t stream, const struct comm_gpu_push_job *job)
 {

@@ -68,7 +68,7 @@ STATUS_MUST_CHECK enum status_code cuda_gemm_run(struct cuda_gemm *g, const stru
 
 /* ---- the pass ---- */
 
-#define CUDA_BUCKETS_MAX 64
+#define CUDA_BUCKETS_MAX 72 /* 64 of 2^20 rows */
 
 /* Launches of the layers for up to `rows` rows. */
 struct cuda_bucket {

@@ -7,8 +7,9 @@
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
- * was measured at (--rate GB/s, default 4300: H200). Times are from result to result, host work included,
- * two steps being under way as in the worker; prefill is one step alone.
+ * was measured at (--rate GB/s, default 4300: H200). That of a step with a chunk is its products, and then the longer one of
+ * attention's arithmetic and its reading; arithmetic at --flops TFLOP/s, default 790. Times are from result to result, host
+ * work included, two steps being under way as in the worker; prefill is one step alone.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,13 +21,13 @@
 #define STEP_ROWS  2048
 #define STEPS      40
 #define WARM_UP    4
-#define MAX_BATCH  256
+#define MAX_BATCH  512
 #define MAX_WANTED 8
 
 struct bench {
     struct gpu_run run;
     uint32_t *ids, slots[MAX_BATCH];
-    double rate, weight_bytes, token_bytes;
+    double rate, flops, weight_bytes, token_bytes;
     bool one_at_a_time;
     uint32_t wanted, batch[MAX_WANTED], context[MAX_WANTED];
 };
@@ -93,21 +94,42 @@ static void prefill(struct bench *b, uint32_t tokens)
     fflush(stdout);
 }
 
-/* A chunk of `rows` that reaches to the end of `context`, beside `batch` decodes at context. */
+/* Seconds. Of one rank's part. */
+static double hybrid_limit(const struct bench *b, uint32_t rows, uint32_t batch, uint32_t context)
+{
+    const struct model_config *m = &b->run.e->model;
+    double keys = (double)rows * (context - (rows - 1) / 2.0) + (double)batch * context;
+    double attention = 4 * keys * m->heads * m->head_dim * m->layers / comm_size(gpu_comm()) / b->flops;
+    double reading = (double)(batch + 1) * context * b->token_bytes / b->rate;
+    return b->weight_bytes * (rows + batch) / b->flops + (attention > reading ? attention : reading);
+}
+
+/* The last chunk of `rows` of a prompt that ends at `context`, beside `batch` decodes there: from the result of the chunk before
+ * it, with which it was under way; and alone on an idle device. */
 static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t context)
 {
-    double best = 1e9;
+    double best = 1e9, alone = 1e9;
     for (uint32_t i = 0; i < batch; i++)
         fill(b, i, context);
     for (int i = 0; i < 5; i++) {
-        fill(b, batch, context - rows);
+        uint32_t at = context - 3 * rows;
+        fill(b, batch, at);
         double t0 = gpu_now_s();
-        gpu_hybrid(&b->run, b->slots, batch, batch, b->ids, rows, context - rows);
+        gpu_hybrid(&b->run, b->slots, batch, batch, b->ids, rows, at);
         double t = gpu_now_s() - t0;
+        alone = t < alone ? t : alone;
+        gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at + rows);
+        gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at + 2 * rows);
+        gpu_collect(&b->run);
+        t0 = gpu_now_s();
+        gpu_collect(&b->run);
+        t = gpu_now_s() - t0;
         best = t < best ? t : best;
         gpu_release(&b->run, batch);
     }
-    say("chunk of %u at %u with %u decodes at %u: best %.3f ms\n", rows, context, batch, context, best * 1e3);
+    double limit = hybrid_limit(b, rows, batch, context);
+    say("chunk of %u at %u with %u decodes at %u: best %.3f ms; limit %.3f ms, %.0f %%; alone %.3f ms\n", rows, context,
+        batch, context, best * 1e3, limit * 1e3, 100 * limit / best, alone * 1e3);
     fflush(stdout);
     for (uint32_t i = 0; i < batch; i++)
         gpu_release(&b->run, i);
@@ -135,6 +157,7 @@ static void all(struct bench *b, uint32_t max_context)
     decode(b, 64, 1024);
     decode(b, 64, 4096);
     decode(b, 256, 512);
+    decode(b, 512, 512);
     prefill(b, 512);
     prefill(b, 2048);
     if (max_context >= 16384)
@@ -149,7 +172,7 @@ static void print_note(void *ctx, const char *text)
 
 int main(int argc, char **argv)
 {
-    struct bench b = {.rate = 4300e9};
+    struct bench b = {.rate = 4300e9, .flops = 790e12};
     const char *plugin = NULL;
     struct engine_config cfg = {.random_weights = 1, .max_slots = MAX_BATCH, .max_step_tokens = STEP_ROWS};
     for (int i = 1; i < argc; i++) {
@@ -161,6 +184,8 @@ int main(int argc, char **argv)
             plugin = argv[++i];
         else if (!strcmp(argv[i], "--rate") && i + 1 < argc)
             b.rate = atof(argv[++i]) * 1e9;
+        else if (!strcmp(argv[i], "--flops") && i + 1 < argc)
+            b.flops = atof(argv[++i]) * 1e12;
         else if (!strcmp(argv[i], "--tune-cache") && i + 1 < argc)
             cfg.tune_dir = argv[++i];
         else if (!strcmp(argv[i], "--decode") && i + 1 < argc)
@@ -169,8 +194,8 @@ int main(int argc, char **argv)
             cfg.model_dir = argv[i];
     }
     if (!cfg.model_dir) {
-        fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s] [--one-at-a-time] "
-                        "[--tune-cache DIR] [--decode BATCH:CONTEXT]\n");
+        fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s] [--flops TFLOP/s] "
+                        "[--one-at-a-time] [--tune-cache DIR] [--decode BATCH:CONTEXT]\n");
         return 2;
     }
     cfg.parts = gpu_parts(plugin);

@@ -78,12 +78,18 @@ void gpu_destroy(struct gpu_run *r)
     engine_destroy(r->e);
 }
 
-static void step(struct gpu_run *r, Tandem__V1__StepPlan *plan)
+static void submit(struct gpu_run *r, Tandem__V1__StepPlan *plan)
 {
     struct status st = STATUS_INIT;
     plan->step = ++r->step;
-    if (engine_step(r->e, plan, &r->result, &st) != ST_OK)
+    if (engine_submit(r->e, plan, &st) != ST_OK)
         die("step", st.message);
+}
+
+static void step(struct gpu_run *r, Tandem__V1__StepPlan *plan)
+{
+    submit(r, plan);
+    gpu_collect(r);
 }
 
 void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
@@ -115,13 +121,10 @@ void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n)
 
 bool gpu_decode_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n)
 {
-    struct status st = STATUS_INIT;
     Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
     plan.decode_slots = slots;
     plan.n_decode_slots = n;
-    plan.step = ++r->step;
-    if (engine_submit(r->e, &plan, &st) != ST_OK)
-        die("step", st.message);
+    submit(r, &plan);
     if (engine_in_flight(r->e) < engine_info(r->e).depth)
         return false;
     gpu_collect(r);
@@ -138,6 +141,13 @@ void gpu_collect(struct gpu_run *r)
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position)
 {
+    gpu_hybrid_ahead(r, slots, n, slot, ids, rows, position);
+    gpu_collect(r);
+}
+
+void gpu_hybrid_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                      uint32_t position)
+{
     Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
     Tandem__V1__AdmitSlot admit = TANDEM__V1__ADMIT_SLOT__INIT, *admits[] = {&admit};
     Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT, *chunks[] = {&chunk};
@@ -151,7 +161,7 @@ void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, c
     plan.n_prefills = 1;
     plan.admits = admits;
     plan.prefills = chunks;
-    step(r, &plan);
+    submit(r, &plan);
 }
 
 void gpu_release(struct gpu_run *r, uint32_t slot)

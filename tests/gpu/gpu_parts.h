@@ -30,10 +30,13 @@ void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t
 void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n);
 /* The same with two steps under way: the result is that of the step before; false: there is none yet. */
 bool gpu_decode_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n);
-void gpu_collect(struct gpu_run *r); /* of the last one */
+void gpu_collect(struct gpu_run *r); /* of the oldest that is under way */
 /* Decodes of slots, and a chunk of another one. */
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position);
+/* The same, under way: gpu_collect gets its result. */
+void gpu_hybrid_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                      uint32_t position);
 void gpu_release(struct gpu_run *r, uint32_t slot);
 /* Slots to host memory, or back. */
 void gpu_suspend(struct gpu_run *r, uint32_t *slots, uint32_t n);
