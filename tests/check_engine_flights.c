@@ -82,19 +82,19 @@ static void free_store(void *ctx, void *arena)
     free(arena);
 }
 
-static uint8_t stage[WEIGHT_STAGE_BYTES];
+static uint8_t stage[WEIGHT_LANES][WEIGHT_STAGE_BYTES];
 
-static enum status_code stage_store(void *ctx, void **host, uint64_t bytes, struct status *st)
+static enum status_code stage_store(void *ctx, uint32_t lane, void **host, uint64_t bytes, struct status *st)
 {
     (void)ctx, (void)bytes, (void)st;
-    *host = stage;
+    *host = stage[lane];
     return ST_OK;
 }
 
-static enum status_code store(void *ctx, void *to, const void *host, uint64_t bytes, struct status *st)
+static enum status_code store(void *ctx, uint32_t lane, void *to, uint64_t bytes, struct status *st)
 {
     (void)ctx, (void)st;
-    memcpy(to, host, bytes);
+    memcpy(to, stage[lane], bytes);
     return ST_OK;
 }
 

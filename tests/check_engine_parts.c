@@ -1,12 +1,18 @@
 /* check_engine_parts.c - an engine that is built of a back end's parts: here the host's own, with weights in a store that
  * only takes copies, as a device does. And random weights, on which all of them agree. */
 #include <check.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "tests/engine_group.h"
 #include "tests/temp_dir.h"
 #include "worker/backend.h"
+#include "worker/mapped_read.h"
 #include "worker/model_convert.h"
 
 #define DEMO       TEST_DATA "/demo-model"
@@ -16,10 +22,13 @@
 /* ---- a device that is the host ---- */
 
 struct device {
-    uint8_t *arena, *stage;
-    uint64_t bytes, stored; /* stored: in all, so that nothing is forgotten or copied twice */
+    uint8_t *arena, *stage; /* [WEIGHT_LANES][WEIGHT_STAGE_BYTES] */
+    atomic_bool staged[WEIGHT_LANES];
+    uint64_t bytes;
+    atomic_ullong stored; /* in all, so that nothing is forgotten or copied twice */
     unsigned allocs, releases, finishes;
     bool refuses;
+    uint64_t fails_after; /* bytes */
     struct backend_memory memory;
     struct forward_ops ops;
     struct backend_parts parts;
@@ -33,7 +42,7 @@ static enum status_code store_alloc(void *ctx, void **arena, uint64_t bytes, str
     d->allocs++;
     d->bytes = bytes;
     d->arena = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    d->stage = malloc(WEIGHT_STAGE_BYTES);
+    d->stage = malloc((size_t)WEIGHT_LANES * WEIGHT_STAGE_BYTES);
     *arena = d->arena;
     return ST_OK;
 }
@@ -47,23 +56,27 @@ static void store_release(void *ctx, void *arena)
     free(d->stage);
 }
 
-static enum status_code store_stage(void *ctx, void **host, uint64_t bytes, struct status *st)
+/* Called by several threads: a lane is one thread's from here to its store. */
+static enum status_code store_stage(void *ctx, uint32_t lane, void **host, uint64_t bytes, struct status *st)
 {
     (void)st;
     struct device *d = ctx;
+    ck_assert_uint_lt(lane, WEIGHT_LANES);
     ck_assert_uint_le(bytes, WEIGHT_STAGE_BYTES);
-    memset(d->stage, 0xff, bytes); /* NaN where nothing is written */
-    *host = d->stage;
+    ck_assert(!atomic_exchange(&d->staged[lane], true));
+    *host = d->stage + (size_t)lane * WEIGHT_STAGE_BYTES;
+    memset(*host, 0xff, bytes); /* NaN where nothing is written */
     return ST_OK;
 }
 
-static enum status_code store_store(void *ctx, void *to, const void *host, uint64_t bytes, struct status *st)
+static enum status_code store_store(void *ctx, uint32_t lane, void *to, uint64_t bytes, struct status *st)
 {
-    (void)st;
     struct device *d = ctx;
     ck_assert((uint8_t *)to >= d->arena && (uint8_t *)to + bytes <= d->arena + d->bytes);
-    memcpy(to, host, bytes);
-    d->stored += bytes;
+    memcpy(to, d->stage + (size_t)lane * WEIGHT_STAGE_BYTES, bytes);
+    ck_assert(atomic_exchange(&d->staged[lane], false));
+    if (atomic_fetch_add(&d->stored, bytes) + bytes > d->fails_after)
+        return status_set(st, ST_INTERNAL, "the device is gone");
     return ST_OK;
 }
 
@@ -101,7 +114,8 @@ static enum status_code forward_bytes(uint64_t *out, const struct forward_config
 
 static void device_init(struct device *d, uint64_t total_mib, uint64_t free_mib)
 {
-    *d = (struct device){.memory = {total_mib << 20, free_mib << 20}, .ops = forward_ops_host};
+    *d = (struct device){
+        .memory = {total_mib << 20, free_mib << 20}, .fails_after = UINT64_MAX, .ops = forward_ops_host};
     d->ops.bytes = forward_bytes;
     d->parts = (struct backend_parts){
         .text = "fake:0",
@@ -133,9 +147,10 @@ START_TEST(weights_in_a_store_are_those_of_the_file)
     uint32_t plain[NEW_TOKENS], stored[NEW_TOKENS];
     struct device d;
     device_init(&d, 2048, 2000);
-    struct engine_config cfg = {.model_dir = DEMO, .max_slots = 2};
+    struct engine_config cfg = {.model_dir = DEMO, .max_slots = 2, .threads = 1};
     greedy(plain, &cfg, 1);
     cfg.parts = &d.parts;
+    cfg.threads = WEIGHT_LANES + 1; /* one more than can copy */
     greedy(stored, &cfg, 1);
     ck_assert_mem_eq(plain, stored, sizeof plain);
     ck_assert_uint_eq(d.allocs, 1);
@@ -252,6 +267,67 @@ START_TEST(a_store_that_refuses_leaves_nothing_behind)
 }
 END_TEST
 
+START_TEST(a_store_that_fails_on_the_way_is_an_error_of_the_load)
+{
+    struct group *g;
+    for (uint32_t threads = 1; threads <= 4; threads += 3) {
+        for (uint64_t bytes = 0; bytes < 3000000; bytes += 299993) { /* of 4 million */
+            struct device d;
+            struct status st = STATUS_INIT;
+            device_init(&d, 2048, 2000);
+            d.fails_after = bytes;
+            struct engine_config cfg = {.model_dir = DEMO, .parts = &d.parts, .max_slots = 4, .threads = threads};
+            ck_assert_int_eq(group_create(&g, &cfg, 1, &st), ST_INTERNAL);
+            ck_assert_msg(strstr(st.message, "the device is gone"), "%s", st.message);
+            ck_assert_uint_eq(d.releases, 1);
+            ck_assert_uint_eq(d.finishes, 0);
+        }
+    }
+}
+END_TEST
+
+static void read_last_byte(void *arg)
+{
+    *(volatile uint8_t *)arg;
+}
+
+struct cut_file {
+    uint8_t *map;
+    atomic_uint whole, cut;
+};
+
+static void read_both_pages(void *arg, uint32_t i, uint32_t worker)
+{
+    struct cut_file *f = arg;
+    (void)i, (void)worker;
+    atomic_fetch_add(&f->whole, mapped_read(read_last_byte, f->map));
+    atomic_fetch_add(&f->cut, !mapped_read(read_last_byte, f->map + 65536));
+    atomic_fetch_add(&f->whole, mapped_read(read_last_byte, f->map + 1));
+}
+
+START_TEST(a_file_that_was_cut_is_noticed_by_every_thread)
+{
+    struct temp_dir dir = temp_dir_make();
+    struct thread_pool *pool;
+    struct status st = STATUS_INIT;
+    char path[512];
+    temp_dir_write(&dir, "file", "x", 1);
+    snprintf(path, sizeof path, "%s/file", dir.path);
+    int fd = open(path, O_RDWR);
+    ck_assert(fd >= 0 && ftruncate(fd, 131072) == 0);
+    struct cut_file f = {.map = mmap(NULL, 131072, PROT_READ, MAP_PRIVATE, fd, 0)};
+    ck_assert(f.map != MAP_FAILED && ftruncate(fd, 4096) == 0);
+    ck_assert_int_eq(threads_create(&pool, 4, &st), ST_OK);
+    threads_for(pool, 100, read_both_pages, &f);
+    ck_assert_uint_eq(f.whole, 200);
+    ck_assert_uint_eq(f.cut, 100);
+    threads_destroy(pool);
+    munmap(f.map, 131072);
+    close(fd);
+    temp_dir_remove(&dir);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("engine_parts");
@@ -263,6 +339,8 @@ int main(void)
     tcase_add_test(limits, what_is_left_of_a_device_is_the_kv_cache);
     tcase_add_test(faults, a_device_that_is_too_small_is_said_with_the_arithmetic);
     tcase_add_test(faults, a_store_that_refuses_leaves_nothing_behind);
+    tcase_add_test(faults, a_store_that_fails_on_the_way_is_an_error_of_the_load);
+    tcase_add_test(faults, a_file_that_was_cut_is_noticed_by_every_thread);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);
     suite_add_tcase(s, faults);

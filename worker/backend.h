@@ -11,7 +11,7 @@
  * The parts are tables of functions that engine.c calls where it otherwise calls the host's: memory for the KV pool, memory
  * for the weights, the forward pass. Plan state and accounting stay in the engine. Structures cross in both directions, so
  * both sides must come from one build; BACKEND_ABI catches a plugin that an older build has left behind. Threads: one, that
- * of the engine.
+ * of the engine; stage and store of the weights also those of its pool.
  */
 #ifndef TANDEM_BACKEND_H
 #define TANDEM_BACKEND_H
@@ -23,7 +23,7 @@
 #include "worker/forward.h"
 #include "worker/model_weights.h"
 
-#define BACKEND_ABI    3u
+#define BACKEND_ABI    4u
 #define BACKEND_SYMBOL "tandem_backend"
 
 struct backend_session;

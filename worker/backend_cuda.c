@@ -8,7 +8,6 @@
 #include "worker/cuda_internal.h"
 
 #define MIN_MAJOR 8 /* bf16 in the tensor cores */
-#define STAGES    4 /* pinned buffers: one is filled while the others travel */
 
 static enum status_code cuda_status(struct status *st, enum status_code code, cudaError_t err, const char *what)
 {
@@ -55,10 +54,9 @@ struct backend_session {
     struct backend_parts parts;
     cudaStream_t stream; /* of what is loaded */
     struct {
-        void *host; /* pinned, taken with the first weights */
+        void *host; /* pinned */
         cudaEvent_t stored;
-    } stage[STAGES];
-    uint32_t next;
+    } stage[WEIGHT_LANES];
 };
 
 static enum status_code weights_alloc(void *ctx, void **arena, uint64_t bytes, struct status *st)
@@ -68,9 +66,8 @@ static enum status_code weights_alloc(void *ctx, void **arena, uint64_t bytes, s
     enum status_code rc = cuda_check(cudaMalloc(&memory, bytes), st, "memory for weights");
     if (rc != ST_OK)
         return status_prefix(st, "%llu bytes on %s", (unsigned long long)bytes, s->parts.text);
-    for (uint32_t i = 0; rc == ST_OK && i < STAGES && !s->stage[i].stored; i++)
-        if ((rc = cuda_check(cudaMallocHost(&s->stage[i].host, WEIGHT_STAGE_BYTES), st, "pinned memory")) == ST_OK)
-            rc = cuda_check(cudaEventCreateWithFlags(&s->stage[i].stored, cudaEventDisableTiming), st, "event");
+    for (uint32_t i = 0; rc == ST_OK && i < WEIGHT_LANES && !s->stage[i].stored; i++)
+        rc = cuda_check(cudaEventCreateWithFlags(&s->stage[i].stored, cudaEventDisableTiming), st, "event");
     if (rc != ST_OK) {
         cudaFree(memory);
         return rc;
@@ -85,23 +82,28 @@ static void weights_release(void *ctx, void *arena)
     cudaFree(arena);
 }
 
-static enum status_code weights_stage(void *ctx, void **host, uint64_t bytes, struct status *st)
+/* Its memory is taken when the lane is first used: random weights need none. */
+static enum status_code weights_stage(void *ctx, uint32_t lane, void **host, uint64_t bytes, struct status *st)
 {
     struct backend_session *s = ctx;
+    enum status_code rc = ST_OK;
     if (bytes > WEIGHT_STAGE_BYTES)
         return status_set(st, ST_UNIMPLEMENTED, "a row of weights of %llu bytes, expected at most %u",
                           (unsigned long long)bytes, WEIGHT_STAGE_BYTES);
-    s->next = (s->next + 1) % STAGES;
-    *host = s->stage[s->next].host;
-    return cuda_check(cudaEventSynchronize(s->stage[s->next].stored), st, "weights");
+    if ((rc = cuda_check(cudaSetDevice(s->parts.device), st, "cudaSetDevice")) != ST_OK) /* a thread has its own */
+        return rc;
+    if (!s->stage[lane].host)
+        rc = cuda_check(cudaMallocHost(&s->stage[lane].host, WEIGHT_STAGE_BYTES), st, "pinned memory");
+    *host = s->stage[lane].host;
+    return rc == ST_OK ? cuda_check(cudaEventSynchronize(s->stage[lane].stored), st, "weights") : rc;
 }
 
-static enum status_code weights_store(void *ctx, void *to, const void *host, uint64_t bytes, struct status *st)
+static enum status_code weights_store(void *ctx, uint32_t lane, void *to, uint64_t bytes, struct status *st)
 {
     struct backend_session *s = ctx;
     enum status_code rc =
-        cuda_check(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, s->stream), st, "weights");
-    return rc == ST_OK ? cuda_check(cudaEventRecord(s->stage[s->next].stored, s->stream), st, "weights") : rc;
+        cuda_check(cudaMemcpyAsync(to, s->stage[lane].host, bytes, cudaMemcpyHostToDevice, s->stream), st, "weights");
+    return rc == ST_OK ? cuda_check(cudaEventRecord(s->stage[lane].stored, s->stream), st, "weights") : rc;
 }
 
 static enum status_code weights_random(void *ctx, void *to, uint64_t seed, uint64_t first, uint64_t n, float scale,
@@ -131,7 +133,7 @@ static void cuda_close(struct backend_session *s)
 {
     if (!s)
         return;
-    for (uint32_t i = 0; i < STAGES; i++) {
+    for (uint32_t i = 0; i < WEIGHT_LANES; i++) {
         if (s->stage[i].stored)
             cudaEventDestroy(s->stage[i].stored);
         cudaFreeHost(s->stage[i].host);

@@ -246,7 +246,7 @@ static enum status_code load_weights(struct engine *e, const struct engine_confi
     end_phase(e, "model");
     if ((rc = create_kv(e, cfg, share, st)) == ST_OK) {
         end_phase(e, "KV cache");
-        rc = model_weights_load(&e->weights, loader, progress, st);
+        rc = model_weights_load(&e->weights, loader, e->pool, progress, st);
         end_phase(e, "weights");
     }
     forward->kv = e->kv;

@@ -1,7 +1,6 @@
-#include "worker/model_weights.h"
+#include "worker/model_weights_internal.h"
 
 #include <errno.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,36 +8,9 @@
 #include <unistd.h>
 
 #include "memory/memory.h"
-#include "worker/mapped_read.h"
 #include "worker/model_convert.h"
-#include "worker/model_source.h"
 
 #define ALIGN_BYTES 64
-#define CHUNK_BYTES (4u << 20) /* copied between two calls of progress */
-
-_Static_assert(CHUNK_BYTES <= WEIGHT_STAGE_BYTES, "a chunk is staged whole");
-
-/* A part of a tensor and where it goes. Addresses are offsets into the arena until it exists. */
-struct piece {
-    struct model_tensor src; /* random weights: without data */
-    uint64_t seed;           /* of random weights; 0: ones */
-    struct shard_span rows, cols;
-    uint64_t src_cols;
-    uint64_t at;
-    enum mat_dtype dtype; /* there */
-};
-
-struct model_loader {
-    struct model_source *source; /* NULL: random weights */
-    uint32_t seed;               /* of those */
-    const struct model_config *m;
-    const struct shard *shard;
-    const struct weight_store *store;
-    struct piece *piece;
-    size_t n_pieces, max_pieces;
-    uint64_t bytes; /* of the arena, so far */
-    struct model_weights w;
-};
 
 /* A tensor of a stack: its name and the rows and columns that this rank takes. */
 struct part {
@@ -250,151 +222,6 @@ static enum status_code plan_all(struct model_loader *l, struct model_weights *w
     return rc;
 }
 
-/* Rows first .. first + n - 1 of the piece's share. */
-struct rows_copy {
-    const struct piece *piece;
-    uint8_t *to;
-    uint32_t first, n;
-};
-
-/* The file's row for ours. */
-static uint64_t row_in_file(const struct model_tensor *t, uint64_t row)
-{
-    uint64_t d = t->paired_rows;
-    if (!d)
-        return row;
-    uint64_t in_head = row % d;
-    return row - in_head + (in_head < d / 2 ? 2 * in_head : 2 * in_head - d + 1);
-}
-
-#define QUANT_STEP 1024 /* values that are expanded at a time on their way to another dtype */
-
-static void copy_quantised(const struct piece *p, uint8_t *to, uint64_t row)
-{
-    const struct quant *q = p->src.quant;
-    const uint8_t *from = p->src.data + row * (p->src_cols / q->block_values * q->block_bytes);
-    if (p->dtype == MAT_F32) {
-        quant_row(q, (float *)(void *)to, from, p->cols.first, p->cols.count);
-        return;
-    }
-    float some[QUANT_STEP];
-    for (uint32_t at = 0, n; at < p->cols.count; at += n) {
-        n = p->cols.count - at < QUANT_STEP ? p->cols.count - at : QUANT_STEP;
-        quant_row(q, some, from, p->cols.first + at, n);
-        model_convert(to + (uint64_t)at * mat_elem_bytes(p->dtype), p->dtype, some, MAT_F32, n);
-    }
-}
-
-static void copy_rows(void *arg)
-{
-    const struct rows_copy *c = arg;
-    const struct piece *p = c->piece;
-    uint64_t src_elem = mat_elem_bytes(p->src.dtype), dst_stride = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
-    uint64_t src_stride = p->src_cols * src_elem, first = p->rows.first + (uint64_t)c->first;
-    const uint8_t *src = p->src.data + p->cols.first * src_elem;
-    if (p->src.dtype == p->dtype && src_stride == dst_stride && !p->src.paired_rows && !p->src.quant) {
-        memcpy(c->to, src + first * src_stride, c->n * dst_stride);
-        return;
-    }
-    for (uint32_t i = 0; i < c->n; i++) {
-        uint64_t row = row_in_file(&p->src, first + i);
-        if (p->src.quant)
-            copy_quantised(p, c->to + i * dst_stride, row);
-        else
-            model_convert(c->to + i * dst_stride, p->dtype, src + row * src_stride, p->src.dtype, p->cols.count);
-    }
-}
-
-/* The variance of an even spread over -s .. s is s^2 / 3. */
-static float random_scale(const struct piece *p)
-{
-    return (float)sqrt(3.0 / (double)p->src_cols);
-}
-
-static void random_rows(const struct rows_copy *c)
-{
-    const struct piece *p = c->piece;
-    uint64_t stride = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
-    for (uint32_t i = 0; i < c->n; i++) {
-        uint64_t at = (p->rows.first + (uint64_t)c->first + i) * p->src_cols + p->cols.first;
-        uint8_t *to = c->to + i * stride;
-        if (p->seed)
-            model_random(to, p->dtype, p->seed, at, p->cols.count, random_scale(p));
-        else
-            for (uint32_t j = 0; j < p->cols.count; j++)
-                memcpy(to + j * sizeof(float), &(float){1.0f}, sizeof(float));
-    }
-}
-
-/* A matrix whose rows are whole is one run of its stream, a slice of columns one per row. */
-static enum status_code random_in_store(const struct model_loader *l, const struct piece *p, uint8_t *to,
-                                        struct status *st)
-{
-    bool whole_rows = p->cols.count == p->src_cols;
-    uint32_t runs = whole_rows ? 1 : p->rows.count;
-    uint64_t n = whole_rows ? p->src_cols * p->rows.count : p->cols.count;
-    for (uint32_t i = 0; i < runs; i++) {
-        uint64_t at = ((uint64_t)p->rows.first + i) * p->src_cols + p->cols.first;
-        enum status_code rc =
-            l->store->random(l->store->ctx, to + i * n * sizeof(uint16_t), p->seed, at, n, random_scale(p), st);
-        if (rc != ST_OK)
-            return rc;
-    }
-    return ST_OK;
-}
-
-/* n rows of the piece, from row first of its share on, to their place at `to`. */
-static enum status_code load_rows(const struct model_loader *l, const struct piece *p, uint8_t *to, uint32_t first,
-                                  uint32_t n, struct status *st)
-{
-    const struct weight_store *s = l->store;
-    uint64_t bytes = (uint64_t)n * p->cols.count * mat_elem_bytes(p->dtype);
-    void *host = to;
-    enum status_code rc;
-    if (s && (rc = s->stage(s->ctx, &host, bytes, st)) != ST_OK)
-        return rc;
-    struct rows_copy c = {p, host, first, n};
-    if (!l->source)
-        random_rows(&c);
-    else if (!mapped_read(copy_rows, &c))
-        return status_set(st, ST_DATA_LOSS,
-                          "%s: tensor %s cannot be read any more: another program cuts the file, or the disk fails",
-                          p->src.file, p->src.name);
-    return s ? s->store(s->ctx, to, host, bytes, st) : ST_OK;
-}
-
-static enum status_code copy_all(const struct model_loader *l, uint8_t *arena, struct model_progress progress,
-                                 struct status *st)
-{
-    enum status_code rc;
-    uint64_t done = 0;
-    if (progress.fn)
-        progress.fn(progress.ctx, 0, l->bytes);
-    for (size_t i = 0; i < l->n_pieces; i++) {
-        const struct piece *p = &l->piece[i];
-        uint64_t row_bytes = (uint64_t)p->cols.count * mat_elem_bytes(p->dtype);
-        if (row_bytes == 0)
-            continue;
-        bool made_there = l->store && l->store->random && !l->source && p->seed && p->dtype == MAT_BF16;
-        if (made_there && (rc = random_in_store(l, p, arena + p->at, st)) != ST_OK)
-            return rc;
-        uint32_t step = made_there ? p->rows.count : row_bytes < CHUNK_BYTES ? (uint32_t)(CHUNK_BYTES / row_bytes) : 1;
-        for (uint32_t r = 0; r < p->rows.count; r += step) {
-            uint32_t n = p->rows.count - r < step ? p->rows.count - r : step;
-            if (!made_there && (rc = load_rows(l, p, arena + p->at + r * row_bytes, r, n, st)) != ST_OK)
-                return rc;
-            done += n * row_bytes;
-            if (progress.fn && n == step)
-                progress.fn(progress.ctx, done, l->bytes);
-        }
-    }
-    if (l->store && (rc = l->store->finish(l->store->ctx, st)) != ST_OK)
-        return rc;
-    if (progress.fn)
-        progress.fn(progress.ctx, l->bytes, l->bytes);
-    return l->source ? model_source_check_unchanged(l->source, st) : ST_OK;
-}
-
 static enum status_code allocate_arena(struct model_weights *w, uint64_t bytes, struct status *st)
 {
     /* Memory is given out at the first touch: without this look the kernel would kill the rank while it reads. */
@@ -486,8 +313,8 @@ void model_loader_close(struct model_loader *l)
     free(l);
 }
 
-enum status_code model_weights_load(struct model_weights *out, struct model_loader *l, struct model_progress progress,
-                                    struct status *st)
+enum status_code model_weights_load(struct model_weights *out, struct model_loader *l, struct thread_pool *pool,
+                                    struct model_progress progress, struct status *st)
 {
     struct model_weights *w = &l->w;
     enum status_code rc =
@@ -496,7 +323,7 @@ enum status_code model_weights_load(struct model_weights *out, struct model_load
         return rc;
     w->bytes = l->bytes;
     w->store = l->store;
-    if ((rc = copy_all(l, w->arena, progress, st)) != ST_OK)
+    if ((rc = model_weights_copy(l, w->arena, pool, progress, st)) != ST_OK)
         return rc;
     place_all(w, l->m);
     *out = *w;

@@ -21,6 +21,7 @@
 #include "worker/gemm.h"
 #include "worker/model_config.h"
 #include "worker/shard.h"
+#include "worker/threads.h"
 
 struct layer_weights {
     const float *attn_norm; /* [hidden] */
@@ -48,6 +49,7 @@ struct model_weights {
 };
 
 #define WEIGHT_STAGE_BYTES (8u << 20)
+#define WEIGHT_LANES       8 /* threads that copy at once */
 
 /* Memory that is not the host's. Addresses in it are only handed on. Every matrix is stored as BF16 there, whatever the
  * file holds, and every vector as F32. */
@@ -56,10 +58,11 @@ struct weight_store {
     /* RESOURCE_EXHAUSTED when there is not so much. */
     enum status_code (*alloc)(void *ctx, void **arena, uint64_t bytes, struct status *st);
     void (*release)(void *ctx, void *arena);
-    /* Memory of the host for the next `bytes`, at most WEIGHT_STAGE_BYTES ... */
-    enum status_code (*stage)(void *ctx, void **host, uint64_t bytes, struct status *st);
-    /* ... that go to `to`, in the arena. May return before they are there. */
-    enum status_code (*store)(void *ctx, void *to, const void *host, uint64_t bytes, struct status *st);
+    /* Memory of the host for the next `bytes` of a lane, at most WEIGHT_STAGE_BYTES, once its last ones have gone ... */
+    enum status_code (*stage)(void *ctx, uint32_t lane, void **host, uint64_t bytes, struct status *st);
+    /* ... and that go to `to`, in the arena. May return before they are there. Lanes, 0 to WEIGHT_LANES - 1, are used by
+     * several threads at once, each by one. */
+    enum status_code (*store)(void *ctx, uint32_t lane, void *to, uint64_t bytes, struct status *st);
     /* As model_random to BF16, made where they stay. Optional: they are made on the host then. */
     enum status_code (*random)(void *ctx, void *to, uint64_t seed, uint64_t first, uint64_t n, float scale,
                                struct status *st);
@@ -68,7 +71,8 @@ struct weight_store {
 };
 
 struct model_progress {
-    void (*fn)(void *ctx, uint64_t done_bytes, uint64_t total_bytes); /* NULL: none */
+    /* NULL: none. By any thread of the pool, one at a time, and never less than before. */
+    void (*fn)(void *ctx, uint64_t done_bytes, uint64_t total_bytes);
     void *ctx;
 };
 
@@ -83,9 +87,11 @@ STATUS_MUST_CHECK enum status_code model_loader_open(struct model_loader **out, 
 uint64_t model_loader_bytes(const struct model_loader *l);
 void model_loader_close(struct model_loader *l); /* NULL is fine */
 
-/* Once per loader. DATA_LOSS (the file changes or cannot be read), RESOURCE_EXHAUSTED. */
+/* Once per loader, with up to WEIGHT_LANES threads of the pool (NULL: the caller alone). DATA_LOSS (the file changes or
+ * cannot be read), RESOURCE_EXHAUSTED. */
 STATUS_MUST_CHECK enum status_code model_weights_load(struct model_weights *out, struct model_loader *l,
-                                                      struct model_progress progress, struct status *st);
+                                                      struct thread_pool *pool, struct model_progress progress,
+                                                      struct status *st);
 void model_weights_unload(struct model_weights *w); /* fine on zeroed memory */
 
 #endif

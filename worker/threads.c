@@ -150,6 +150,7 @@ static enum status_code start_helpers(struct thread_pool *p, struct status *st)
 {
     sigset_t all, old;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);                  /* a thread's own, of a file that was cut: see mapped_read.h */
     pthread_sigmask(SIG_SETMASK, &all, &old); /* signals stay with the threads that expect them */
     int err = 0;
     for (uint32_t i = 0; i + 1 < p->threads && !err; i++) {
