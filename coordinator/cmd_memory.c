@@ -1,12 +1,13 @@
 /* cmd_memory.c - `tandem memory`: the KV memory of a server that runs: what it is used for, and how much there is. */
 #include <inttypes.h>
+#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "coordinator/cmd.h"
 
-enum { OPT_GROUP = 1, OPT_KV_MEMORY };
+enum { OPT_GROUP = 1, OPT_KV_MEMORY, OPT_JSON };
 
 #define CALL_MS 10000
 
@@ -19,6 +20,10 @@ static const struct cli_option own_options[] = {
      .id = OPT_GROUP,
      .arg = "NAME",
      .help = "with --kv-memory: only of this worker group (default: all)"},
+    {.name = "json",
+     .id = OPT_JSON,
+     .help = "print one JSON object: groups with their pages, or what --kv-memory has set; an error as "
+             "{\"error\": {code, message}}"},
     {0},
 };
 
@@ -38,7 +43,7 @@ const struct cli_command cmd_memory_cli = {
 struct memory_options {
     struct tandem_client_options server;
     const char *group;
-    bool set;
+    bool set, json;
     uint64_t bytes; /* 0: all */
     struct cli_args args;
 };
@@ -57,6 +62,9 @@ static int take(struct memory_options *o, int opt)
         o->bytes = 0;
         if (strcmp(text, "all") != 0 && !cmd_parse_size(text, &o->bytes))
             return cmd_error(CMD_USAGE, o->args.where, "--kv-memory %s: expected a size as 512M or 8G, or all", text);
+        break;
+    case OPT_JSON:
+        o->json = true;
         break;
     default:
         cmd_connect_option(&o->server, opt, text);
@@ -79,11 +87,17 @@ static int parse(int argc, char **argv, struct memory_options *o)
     return rc;
 }
 
-static int failed(const struct status *st)
+static int failed(const struct memory_options *o, const struct status *st)
 {
     bool unreachable = st->code == ST_UNAVAILABLE || st->code == ST_DEADLINE_EXCEEDED;
-    return cmd_error(unreachable ? CMD_UNREACHABLE : CMD_FAILED, "memory", "%s (%s)", st->message,
-                     status_name(st->code));
+    return cmd_failed(unreachable ? CMD_UNREACHABLE : CMD_FAILED, "memory", o->json, st);
+}
+
+static void print_json(json_t *object)
+{
+    json_dumpf(object, stdout, JSON_COMPACT);
+    putchar('\n');
+    json_decref(object);
 }
 
 static int set(const struct memory_options *o, struct tandem_client *c)
@@ -91,9 +105,13 @@ static int set(const struct memory_options *o, struct tandem_client *c)
     struct status st = STATUS_INIT;
     Tandem__V1__SetKvMemoryResponse *m = NULL;
     if (tandem_client_set_kv_memory(c, o->group, o->bytes, &m, &st) != ST_OK)
-        return failed(&st);
-    printf("%" PRIu64 " pages of %" PRIu64 " bytes, on the way to %" PRIu64 "\n", m->total_pages, m->page_bytes,
-           m->goal_pages);
+        return failed(o, &st);
+    if (o->json)
+        print_json(json_pack("{s:I, s:I, s:I}", "total_pages", (json_int_t)m->total_pages, "goal_pages",
+                             (json_int_t)m->goal_pages, "page_bytes", (json_int_t)m->page_bytes));
+    else
+        printf("%" PRIu64 " pages of %" PRIu64 " bytes, on the way to %" PRIu64 "\n", m->total_pages, m->page_bytes,
+               m->goal_pages);
     tandem_free(m);
     return CMD_OK;
 }
@@ -116,15 +134,48 @@ static void print_group(const Tandem__V1__GroupLoad *g)
            (double)k->exposed_us / 1e3);
 }
 
-static int show(struct tandem_client *c)
+/* The names are those of control.proto. */
+static json_t *group_json(const Tandem__V1__GroupLoad *g)
+{
+    json_t *o =
+        json_pack("{s:o, s:I, s:I, s:I}", "name", cmd_json_string(g->name), "total_pages", (json_int_t)g->total_pages,
+                  "used_pages", (json_int_t)g->used_pages, "goal_pages", (json_int_t)g->goal_pages);
+    const Tandem__V1__KvStats *k = g->kv;
+    if (!k)
+        return o;
+    const struct {
+        const char *name;
+        uint64_t value;
+    } of_ranks[] = {
+        {"total_pages", k->total_pages},   {"mapped_pages", k->mapped_pages}, {"fenced_pages", k->fenced_pages},
+        {"free_pages", k->free_pages},     {"parked_pages", k->parked_pages}, {"shared_pages", k->shared_pages},
+        {"given_pages", k->given_pages},   {"wasted_bytes", k->wasted_bytes}, {"map_calls", k->map_calls},
+        {"clear_calls", k->clear_calls},   {"driver_us", k->driver_us},       {"exposed_us", k->exposed_us},
+        {"failed_ahead", k->failed_ahead},
+    };
+    json_t *kv = json_object();
+    for (size_t i = 0; i < sizeof of_ranks / sizeof *of_ranks; i++)
+        json_object_set_new(kv, of_ranks[i].name, json_integer((json_int_t)of_ranks[i].value));
+    json_object_set_new(o, "kv", kv);
+    return o;
+}
+
+static int show(const struct memory_options *o, struct tandem_client *c)
 {
     struct status st = STATUS_INIT;
     Tandem__V1__Load *l = NULL;
     if (tandem_client_load(c, &l, &st) != ST_OK)
-        return failed(&st);
-    for (size_t i = 0; i < l->n_groups; i++)
-        if (l->groups[i]->serving)
+        return failed(o, &st);
+    json_t *groups = json_array();
+    for (size_t i = 0; i < l->n_groups; i++) {
+        if (l->groups[i]->serving && o->json)
+            json_array_append_new(groups, group_json(l->groups[i]));
+        else if (l->groups[i]->serving)
             print_group(l->groups[i]);
+    }
+    if (o->json)
+        print_json(json_pack("{s:O}", "groups", groups));
+    json_decref(groups);
     tandem_free(l);
     return CMD_OK;
 }
@@ -137,9 +188,9 @@ int cmd_memory(int argc, char **argv)
         struct tandem_client *c = NULL;
         struct status st = STATUS_INIT;
         if (tandem_client_open(&c, &o.server, &st) != ST_OK)
-            rc = failed(&st);
+            rc = failed(&o, &st);
         else
-            rc = o.set ? set(&o, c) : show(c);
+            rc = o.set ? set(&o, c) : show(&o, c);
         tandem_client_close(c);
     }
     cli_free(&o.args);

@@ -29,7 +29,9 @@ static const struct cli_option own_options[] = {
      .id = OPT_CONTEXT,
      .arg = "N",
      .help = "tokens of KV that must fit beside the weights (default: the model's context)"},
-    {.name = "json", .id = OPT_JSON, .help = "print one JSON object, with the figures of each rank"},
+    {.name = "json",
+     .id = OPT_JSON,
+     .help = "print one JSON object, with the figures of each rank; an error as {\"error\": {code, message}}"},
     {0},
 };
 
@@ -82,7 +84,7 @@ static int take(struct inspect_options *o, int opt)
 
 /* ---- the worker ---- */
 
-/* Its standard error is ours. */
+/* Its standard error is ours. *out: also on failure what it has printed, or NULL. */
 static int run_worker(const char *path, json_t **out)
 {
     char program[PATH_MAX + 32];
@@ -116,13 +118,12 @@ static int run_worker(const char *path, json_t **out)
     int status = -1;
     if (pid > 0)
         waitpid(pid, &status, 0);
+    *out = got;
     if (status || !got) {
-        json_decref(got);
         if (pid > 0 && WIFEXITED(status) && WEXITSTATUS(status) == CMD_FAILED)
             return CMD_FAILED; /* it has said why */
         return cmd_error(CMD_FAILED, "models", "tandem-worker --inspect ended with status %d", status);
     }
-    *out = got;
     return CMD_OK;
 }
 
@@ -212,6 +213,10 @@ int cmd_models(int argc, char **argv)
         rc = cmd_error(CMD_USAGE, "models", "expected inspect and one folder or file; see `tandem models --help`");
     if (!rc)
         rc = run_worker(o.args.operands[1], &m);
+    if (rc && o.json && json_object_get(m, "error")) {
+        json_dumpf(m, stdout, JSON_COMPACT);
+        putchar('\n');
+    }
     if (rc)
         goto done;
     uint64_t context = o.context ? o.context : number(m, "max_context_tokens");

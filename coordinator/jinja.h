@@ -10,7 +10,8 @@
  *   statements    for (with else, if, tuple targets), if, set (also of blocks and of a namespace's attribute), macro,
  *                 filter, with, raw, generation, break, continue, comments, whitespace control
  *   expressions   all of Jinja's operators, literals, slices, calls with keywords; tests, filters, methods of strings,
- *                 lists and dictionaries: the tables in jinja_filter.c, jinja_test.c and jinja_method.c
+ *                 lists and dictionaries: the tables in jinja_filter.c, jinja_test.c and jinja_method.c. str.format knows no
+ *                 widths ("{:>8}"), keys of dictionaries are strings and integers
  *
  * What is not supported (include, extends, call, recursive loops, a filter that is not in the table ...) is refused by its
  * name when the template is compiled, never ignored. A method is known only by its object and is refused on rendering.

@@ -114,14 +114,11 @@ struct jj_value jj_item(struct jj_render *r, struct jj_value of, struct jj_value
         is_undefined(r, &of, name);
     if ((of.type == JJ_LIST || of.type == JJ_STRING) && (key.type == JJ_INT || key.type == JJ_BOOL))
         return sequence_item(r, of, jj_integer(&r->job, &key, "index"));
+    const struct jj_value *v = of.type == JJ_DICT ? jj_dict_find(&r->job, of.u.dict, &key) : NULL;
+    if (v)
+        return *v;
     if (key.type != JJ_STRING)
         return jj_undefined(name.s, name.n);
-    if (of.type == JJ_DICT) {
-        jj_step(&r->job, of.u.dict->n / 8);
-        const struct jj_value *v = jj_dict_get(of.u.dict, name);
-        if (v)
-            return *v;
-    }
     return jj_attribute(r, of, name);
 }
 
@@ -182,7 +179,7 @@ static void evaluate_args(struct jj_render *r, const struct jj_node *n, struct j
         args->v[i++] = jj_eval(r, a);
     i = 0;
     for (const struct jj_node *a = n->named; a; a = a->next)
-        args->kw[i++] = (struct jj_pair){a->name, jj_eval(r, a->a)};
+        args->kw[i++] = (struct jj_pair){.key = a->name, .value = jj_eval(r, a->a)};
 }
 
 struct jj_value jj_arg(const struct jj_args *args, size_t index, const char *name, struct jj_value fallback)
@@ -481,10 +478,7 @@ static struct jj_value dict(struct jj_render *r, const struct jj_node *n)
     struct jj_value out = jj_dict(&r->job);
     for (const struct jj_node *e = n->list; e; e = e->next->next) {
         struct jj_value key = jj_eval(r, e);
-        if (key.type != JJ_STRING)
-            jj_fail(&r->job, ST_UNIMPLEMENTED, "a dictionary's key that is a %s is not supported, only strings are",
-                    jj_type_name(&key));
-        jj_dict_set(&r->job, out.u.dict, key.u.str, jj_eval(r, e->next));
+        jj_dict_put(&r->job, out.u.dict, &key, jj_eval(r, e->next));
     }
     return out;
 }

@@ -486,6 +486,8 @@ static const struct jj_builtin *named(struct jj_render *r, const struct jj_value
 static struct jj_value choose(struct jj_render *r, struct jj_value v, const struct jj_args *args, bool by_attribute,
                               bool keep)
 {
+    if (!jj_truth(&r->job, &v)) /* None, too; and nobody looks at the arguments */
+        return jj_list(&r->job, 0);
     const struct jj_list *l = jj_iterate(&r->job, &v);
     struct jj_value out = jj_list(&r->job, l->n);
     size_t first = by_attribute, n = 0;
@@ -526,6 +528,8 @@ FILTER(f_rejectattr)
 
 FILTER(f_map)
 {
+    if (!jj_truth(&r->job, &v))
+        return jj_list(&r->job, 0);
     const struct jj_list *l = jj_iterate(&r->job, &v);
     struct jj_value out = jj_list(&r->job, l->n), attribute = jj_arg(args, SIZE_MAX, "attribute", jj_none());
     struct jj_value other = jj_arg(args, SIZE_MAX, "default", jj_none());

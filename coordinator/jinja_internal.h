@@ -49,7 +49,7 @@ enum jj_type {
     JJ_FLOAT,
     JJ_STRING,
     JJ_LIST,      /* and tuples, which differ in text and equality only */
-    JJ_DICT,      /* string keys, in order of insertion */
+    JJ_DICT,      /* keys are strings or integers, in order of insertion */
     JJ_NAMESPACE, /* a dict that {% set ns.x = %} changes */
     JJ_LOOP,
     JJ_CALLABLE,
@@ -84,6 +84,7 @@ struct jj_list {
 struct jj_pair {
     struct jj_str key;
     struct jj_value value;
+    bool whole; /* the key is the integer that is written there */
 };
 
 struct jj_dict {
@@ -125,6 +126,10 @@ struct jj_value jj_pair_value(struct jj *c, struct jj_value a, struct jj_value b
 struct jj_value jj_dict(struct jj *c);
 void jj_dict_set(struct jj *c, struct jj_dict *d, struct jj_str key, struct jj_value v);
 const struct jj_value *jj_dict_get(const struct jj_dict *d, struct jj_str key); /* NULL: not there */
+/* The same for any key; set fails unless it is a string or an integer. */
+void jj_dict_put(struct jj *c, struct jj_dict *d, const struct jj_value *key, struct jj_value v);
+const struct jj_value *jj_dict_find(struct jj *c, const struct jj_dict *d, const struct jj_value *key);
+struct jj_value jj_dict_key(const struct jj_dict *d, size_t i);
 struct jj_value jj_from_json(struct jj *c, const json_t *j);
 
 bool jj_str_is(struct jj_str s, const char *text);
@@ -325,6 +330,7 @@ bool jj_has_arg(const struct jj_args *args, size_t index, const char *name);
 /* Fails when there are more than max arguments by place. */
 void jj_arg_count(struct jj_render *r, const struct jj_args *args, size_t max, const char *of);
 struct jj_value jj_str_replace(struct jj *c, struct jj_str s, struct jj_str from, struct jj_str to, int64_t count);
+jj_function jj_format;                                                /* str.format */
 struct jj_value jj_str_case(struct jj *c, struct jj_str s, char how); /* 'u', 'l', 'c'apitalize, 't'itle */
 
 #endif

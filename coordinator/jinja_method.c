@@ -348,7 +348,7 @@ static struct jj_value m_items(struct jj_render *r, struct jj_value self, const 
     jj_arg_count(r, args, 0, "items");
     jj_step(&r->job, d->n);
     for (size_t i = 0; i < d->n; i++)
-        out.u.list->v[i] = jj_pair_value(&r->job, jj_string(d->pair[i].key.s, d->pair[i].key.n), d->pair[i].value);
+        out.u.list->v[i] = jj_pair_value(&r->job, jj_dict_key(d, i), d->pair[i].value);
     return out;
 }
 
@@ -373,8 +373,7 @@ static struct jj_value m_get(struct jj_render *r, struct jj_value self, const st
 {
     struct jj_value key = jj_arg(args, 0, NULL, jj_undefined("key", 3)), other = jj_arg(args, 1, NULL, jj_none());
     jj_arg_count(r, args, 2, "get");
-    jj_step(&r->job, self.u.dict->n / 8);
-    const struct jj_value *v = key.type == JJ_STRING ? jj_dict_get(self.u.dict, STR(key)) : NULL;
+    const struct jj_value *v = jj_dict_find(&r->job, self.u.dict, &key);
     return v ? *v : other;
 }
 
@@ -427,7 +426,7 @@ static const struct jj_builtin string_methods[] = {
     {"center", NULL},
     {"encode", NULL},
     {"expandtabs", NULL},
-    {"format", NULL},
+    {"format", jj_format},
     {"format_map", NULL},
     {"index", NULL},
     {"isalnum", NULL},
@@ -507,8 +506,10 @@ static struct jj_value new_dict(struct jj_render *r, const struct jj_args *args,
     if (args->n == 1) {
         if (args->v[0].type != JJ_DICT)
             jj_fail(&r->job, ST_INVALID_ARGUMENT, "%s: %s, expected a dictionary or names", of, jj_type_name(args->v));
-        for (size_t i = 0; i < args->v[0].u.dict->n; i++)
-            jj_dict_set(&r->job, out.u.dict, args->v[0].u.dict->pair[i].key, args->v[0].u.dict->pair[i].value);
+        for (size_t i = 0; i < args->v[0].u.dict->n; i++) {
+            struct jj_value key = jj_dict_key(args->v[0].u.dict, i);
+            jj_dict_put(&r->job, out.u.dict, &key, args->v[0].u.dict->pair[i].value);
+        }
     }
     for (size_t i = 0; i < args->n_kw; i++)
         jj_dict_set(&r->job, out.u.dict, args->kw[i].key, args->kw[i].value);

@@ -160,7 +160,10 @@ static struct jj_node *parse_generation(struct jj_parser *p)
 {
     struct jj_node *n = jj_node(p, N_WITH);
     jj_expect(p, TOK_TAG_END, NULL, "behind generation");
+    uint32_t loops = p->loops;
+    p->loops = 0; /* its body is a macro's: no loop around it is left from there */
     n->list = body(p, ENDS("endgeneration"));
+    p->loops = loops;
     end_tag(p, "endgeneration");
     return n;
 }

@@ -169,7 +169,10 @@ static void put_dict_repr(struct jj *c, struct jj_buf *b, const struct jj_dict *
     jj_puts(c, b, "{");
     for (size_t i = 0; i < d->n; i++) {
         jj_puts(c, b, i ? ", " : "");
-        put_quoted(c, b, d->pair[i].key);
+        if (d->pair[i].whole)
+            jj_put(c, b, d->pair[i].key.s, d->pair[i].key.n);
+        else
+            put_quoted(c, b, d->pair[i].key);
         jj_puts(c, b, ": ");
         jj_put_repr(c, b, &d->pair[i].value);
     }

@@ -69,9 +69,42 @@ bool jj_str_is(struct jj_str s, const char *text)
 const struct jj_value *jj_dict_get(const struct jj_dict *d, struct jj_str key)
 {
     for (size_t i = 0; i < d->n; i++)
-        if (jj_str_eq(d->pair[i].key, key))
+        if (!d->pair[i].whole && jj_str_eq(d->pair[i].key, key))
             return &d->pair[i].value;
     return NULL;
+}
+
+static int64_t whole_key(const struct jj_pair *p)
+{
+    uint64_t n = 0;
+    size_t i = p->key.s[0] == '-';
+    for (; i < p->key.n; i++)
+        n = n * 10 + (uint64_t)(p->key.s[i] - '0');
+    return (int64_t)(p->key.s[0] == '-' ? -n : n);
+}
+
+struct jj_value jj_dict_key(const struct jj_dict *d, size_t i)
+{
+    const struct jj_pair *p = &d->pair[i];
+    return p->whole ? jj_int(whole_key(p)) : jj_string(p->key.s, p->key.n);
+}
+
+/* Of an integer, which True and False are too. */
+static struct jj_value *find_whole(struct jj *c, const struct jj_dict *d, const struct jj_value *key)
+{
+    int64_t n = jj_integer(c, key, "a key");
+    for (size_t i = 0; i < d->n; i++)
+        if (d->pair[i].whole && whole_key(&d->pair[i]) == n)
+            return &d->pair[i].value;
+    return NULL;
+}
+
+const struct jj_value *jj_dict_find(struct jj *c, const struct jj_dict *d, const struct jj_value *key)
+{
+    jj_step(c, d->n / 8);
+    if (key->type == JJ_INT || key->type == JJ_BOOL)
+        return find_whole(c, d, key);
+    return key->type == JJ_STRING ? jj_dict_get(d, key->u.str) : NULL;
 }
 
 /* Behind the last pair; the key is new. */
@@ -85,18 +118,37 @@ static void dict_add(struct jj *c, struct jj_dict *d, struct jj_str key, struct 
         d->pair = p;
         d->cap = cap;
     }
-    d->pair[d->n++] = (struct jj_pair){key, v};
+    d->pair[d->n++] = (struct jj_pair){key, v, false};
 }
 
 void jj_dict_set(struct jj *c, struct jj_dict *d, struct jj_str key, struct jj_value v)
 {
     jj_step(c, d->n);
     for (size_t i = 0; i < d->n; i++)
-        if (jj_str_eq(d->pair[i].key, key)) {
+        if (!d->pair[i].whole && jj_str_eq(d->pair[i].key, key)) {
             d->pair[i].value = v;
             return;
         }
     dict_add(c, d, key, v);
+}
+
+void jj_dict_put(struct jj *c, struct jj_dict *d, const struct jj_value *key, struct jj_value v)
+{
+    if (key->type == JJ_STRING) {
+        jj_dict_set(c, d, key->u.str, v);
+        return;
+    }
+    if (key->type != JJ_INT)
+        jj_fail(c, ST_UNIMPLEMENTED, "a dictionary's key that is a %s is not supported, only strings and integers are",
+                jj_type_name(key));
+    jj_step(c, d->n);
+    struct jj_value *has = find_whole(c, d, key);
+    if (has) {
+        *has = v;
+        return;
+    }
+    dict_add(c, d, jj_to_str(c, key), v);
+    d->pair[d->n - 1].whole = true;
 }
 
 /* Strings stay in the JSON value, which outlives the job. Keys of a JSON object are unique. */
@@ -220,7 +272,8 @@ static bool equal_dicts(struct jj *c, const struct jj_dict *a, const struct jj_d
         return false;
     for (size_t i = 0; i < a->n; i++) {
         jj_step(c, b->n);
-        const struct jj_value *other = jj_dict_get(b, a->pair[i].key);
+        struct jj_value key = jj_dict_key(a, i);
+        const struct jj_value *other = jj_dict_find(c, b, &key);
         if (!other || !jj_equal(c, &a->pair[i].value, other))
             return false;
     }
@@ -311,7 +364,7 @@ bool jj_contains(struct jj *c, const struct jj_value *item, const struct jj_valu
         return false;
     case JJ_DICT:
         jj_step(c, in->u.dict->n);
-        return item->type == JJ_STRING && jj_dict_get(in->u.dict, item->u.str) != NULL;
+        return jj_dict_find(c, in->u.dict, item) != NULL;
     default:
         jj_fail(c, ST_INVALID_ARGUMENT, "\"in\" %s, expected a string, a list or a dictionary", jj_type_name(in));
     }
@@ -329,7 +382,7 @@ struct jj_list *jj_iterate(struct jj *c, const struct jj_value *v)
     case JJ_DICT:
         out = jj_list(c, v->u.dict->n).u.list;
         for (size_t i = 0; i < out->n; i++)
-            out->v[i] = jj_string(v->u.dict->pair[i].key.s, v->u.dict->pair[i].key.n);
+            out->v[i] = jj_dict_key(v->u.dict, i);
         return out;
     case JJ_STRING:
         out = jj_list(c, jj_char_count(v->u.str)).u.list;

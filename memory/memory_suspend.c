@@ -282,6 +282,7 @@ enum status_code kv_pool_shrink(struct kv_pool *p, uint64_t pages, struct status
                           p->total_pages);
     if (pages == 0)
         return ST_OK;
+    const uint64_t before = p->total_pages;
     kv_mapper_drain(p);
     uint32_t *list = calloc(pages, sizeof *list);
     if (!list)
@@ -296,6 +297,8 @@ enum status_code kv_pool_shrink(struct kv_pool *p, uint64_t pages, struct status
         kv_page_unclaim(p, list[i]);
     }
     free(list);
+    if (rc != ST_OK)
+        status_prefix(st, "pages: %" PRIu64 " of %" PRIu64 " given back", before - p->total_pages, pages);
     return rc;
 }
 
@@ -304,17 +307,19 @@ enum status_code kv_pool_extend(struct kv_pool *p, uint64_t pages, struct status
     if (pages > p->max_pages - p->total_pages)
         return status_set(st, ST_INVALID_ARGUMENT, "pages: %" PRIu64 " to take again, given back are %" PRIu64, pages,
                           p->max_pages - p->total_pages);
-    for (uint32_t i = 0; pages > 0 && i < p->max_pages; i++) {
+    const uint64_t goal = p->total_pages + pages;
+    for (uint32_t i = 0; p->total_pages < goal && i < p->max_pages; i++) {
         if (!p->page[i].gone)
             continue;
         enum status_code rc = p->ops->restore(p->be, i, st);
-        if (rc != ST_OK)
+        if (rc != ST_OK) {
+            status_prefix(st, "pages: %" PRIu64 " of %" PRIu64 " taken again", pages - (goal - p->total_pages), pages);
             return rc;
+        }
         p->page[i].gone = false;
         p->page[i].dirty = p->ops->new_pages_are_zero || p->no_clear ? 0 : (uint32_t)p->account.page_bytes;
         set_total(p, p->total_pages + 1);
         kv_cold_put(p, i);
-        pages--;
     }
     return ST_OK;
 }

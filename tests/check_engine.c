@@ -1,8 +1,10 @@
 /* check_engine.c - worker/engine.h on the demo model: the right tokens for every split and batch, and a clear refusal of
  * plans and folders that are wrong. The arithmetic on other shapes is tests/reference.py's business. */
 #include <check.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -312,6 +314,52 @@ static struct engine_result must_step(struct group *g, const struct hand *h)
     ck_assert_msg(group_step(g, &h->plan, &r, &st) == ST_OK, "%s", st.message);
     return r;
 }
+
+static atomic_int fallocate_fails_in; /* 0: it does not */
+
+int __real_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
+{
+    if (fallocate_fails_in && --fallocate_fails_in == 0) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return __real_fallocate(fd, mode, off, len);
+}
+
+START_TEST(what_the_machine_refuses_is_in_the_result)
+{
+    struct engine_config cfg = small(DEMO);
+    cfg.page_bytes = 4096;
+    cfg.kv_bytes = 40 * 4096;
+    struct group *g = make(cfg, 1);
+    struct hand h;
+    hand_init(&h, 1);
+    h.plan.kv_pages = 10;
+    fallocate_fails_in = 6;
+    struct engine_result r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 35);
+    ck_assert_ptr_nonnull(r.resize_failed);
+    ck_assert_msg(strstr(r.resize_failed, "pages: 5 of 30 given back: giving KV page "), "%s", r.resize_failed);
+    hand_init(&h, 2);
+    h.plan.kv_pages = 10;
+    r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 10);
+    ck_assert_ptr_null(r.resize_failed);
+    hand_init(&h, 3);
+    h.plan.kv_pages = 40;
+    fallocate_fails_in = 3;
+    r = must_step(g, &h);
+    ck_assert_uint_eq(r.kv.total_pages, 12);
+    ck_assert_uint_eq(engine_info(group_engine(g, 0)).kv.total_pages, 12);
+    ck_assert_msg(strstr(r.resize_failed, "pages: 2 of 30 taken again: taking KV page "), "%s", r.resize_failed);
+    hand_init(&h, 4);
+    r = must_step(g, &h);
+    ck_assert_ptr_null(r.resize_failed);
+    group_destroy(g);
+}
+END_TEST
 
 /* The same on a rank of uneven share, and on one without heads, which has no pages. */
 START_TEST(the_pool_has_as_many_pages_as_the_plan_says)
@@ -807,6 +855,7 @@ static void add_cases(Suite *s)
     tcase_add_test(core, info_says_what_the_model_is);
     tcase_add_test(core, progress_grows_to_the_whole);
     tcase_add_test(core, pages_follow_the_slots);
+    tcase_add_test(faults, what_the_machine_refuses_is_in_the_result);
     tcase_add_loop_test(core, the_pool_has_as_many_pages_as_the_plan_says, 1, 3);
     tcase_add_loop_test(core, the_pool_has_as_many_pages_as_the_plan_says, 8, 9);
     tcase_add_test(core, reset_forgets_everything);

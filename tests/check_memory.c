@@ -1,5 +1,5 @@
-/* check_memory.c - the KV pool: one table of tests over all back ends, a random walk against a plain model, and faults
- * injected into the calls that a back end makes (linked with --wrap, see CMakeLists.txt).
+/* check_memory.c - the KV pool: one table of tests over all back ends, and a random walk against a plain model; with
+ * memory_faults.c, where each call that a back end makes fails once.
  *
  *     check_memory          the host back end, and the CUDA back end over an imitation of the driver (fake_cuda.c)
  *     check_memory cuda     the CUDA back end on the GPU; 77 when there is none. All tests in one process with one context,
@@ -7,266 +7,19 @@
  *
  * TANDEM_TEST_SEED and TANDEM_TEST_STEPS change the random walk: 4000 steps and more are for a run by hand.
  */
-#include <check.h>
 #include <dirent.h>
 #include <dlfcn.h>
-#include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "memory/memory.h"
-#include "memory/memory_internal.h"
-#include "tests/fake_cuda.h"
+#include "tests/memory_fixture.h"
 
-/* --- faults: the n-th call from now on fails --- */
-
-static atomic_int fail_call; /* 0: none; n: the n-th call of the wrapped functions fails */
-static int fail_errno;       /* 0: ENOMEM */
 static bool quick;
-static const char *fake_root; /* files under /proc and /sys are opened here instead */
-
-static bool inject(void)
-{
-    int n = atomic_load(&fail_call);
-    do
-        if (n == 0)
-            return false;
-    while (!atomic_compare_exchange_weak(&fail_call, &n, n - 1));
-    if (n > 1)
-        return false;
-    errno = fail_errno ? fail_errno : ENOMEM;
-    return true;
-}
-
-void *__real_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off);
-void *__wrap_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off);
-void *__wrap_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off)
-{
-    return inject() ? MAP_FAILED : __real_mmap(addr, len, prot, flags, fd, off);
-}
-
-int __real_fallocate(int fd, int mode, off_t off, off_t len);
-int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
-int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
-{
-    return inject() ? -1 : __real_fallocate(fd, mode, off, len);
-}
-
-int __real_ftruncate(int fd, off_t len);
-int __wrap_ftruncate(int fd, off_t len);
-int __wrap_ftruncate(int fd, off_t len)
-{
-    return inject() ? -1 : __real_ftruncate(fd, len);
-}
-
-int __real_memfd_create(const char *name, unsigned flags);
-int __wrap_memfd_create(const char *name, unsigned flags);
-int __wrap_memfd_create(const char *name, unsigned flags)
-{
-    return inject() ? -1 : __real_memfd_create(name, flags);
-}
-
-void *__real_calloc(size_t n, size_t size);
-void *__wrap_calloc(size_t n, size_t size);
-void *__wrap_calloc(size_t n, size_t size)
-{
-    return inject() ? NULL : __real_calloc(n, size);
-}
-
-void *__real_realloc(void *p, size_t size);
-void *__wrap_realloc(void *p, size_t size);
-void *__wrap_realloc(void *p, size_t size)
-{
-    return inject() ? NULL : __real_realloc(p, size);
-}
-
-int __real_open(const char *path, int flags, ...);
-int __wrap_open(const char *path, int flags, ...);
-int __wrap_open(const char *path, int flags, ...)
-{
-    va_list ap;
-    va_start(ap, flags);
-    unsigned mode = va_arg(ap, unsigned); /* garbage without O_CREAT, and then ignored */
-    va_end(ap);
-    char fake[512];
-    if (fake_root && (strncmp(path, "/proc/", 6) == 0 || strncmp(path, "/sys/", 5) == 0)) {
-        snprintf(fake, sizeof fake, "%s%s", fake_root, path);
-        path = fake;
-    }
-    return __real_open(path, flags, mode);
-}
-
-/* --- back ends under test --- */
-
-struct back_end {
-    const char *name;
-    const struct kv_ops *ops;
-    const char *driver;
-    uint32_t scale; /* the smallest legal page is 4096 times this */
-    void (*put)(void *to_pool, const void *from, size_t n);
-    void (*get)(void *to, const void *from_pool, size_t n);
-};
-
-static void copy(void *to, const void *from, size_t n)
-{
-    if (n)
-        memcpy(to, from, n);
-}
-
-#ifdef TEST_FAKE_CUDA
-static void *find_call(const char *name)
-{
-    void *library = dlopen("libcuda.so.1", RTLD_NOW);
-    return library ? dlsym(library, name) : NULL;
-}
-
-static void *gpu_call(const char *name)
-{
-    void *at = find_call(name);
-    ck_assert_msg(at, "the driver has no %s", name);
-    return at;
-}
-
-static void gpu_put(void *to, const void *from, size_t n)
-{
-    static int (*call)(uintptr_t, const void *, size_t);
-    if (!call)
-        *(void **)&call = gpu_call("cuMemcpyHtoD_v2");
-    ck_assert_int_eq(n ? call((uintptr_t)to, from, n) : 0, 0);
-}
-
-static void gpu_get(void *to, const void *from, size_t n)
-{
-    static int (*call)(void *, uintptr_t, size_t);
-    if (!call)
-        *(void **)&call = gpu_call("cuMemcpyDtoH_v2");
-    ck_assert_int_eq(n ? call(to, (uintptr_t)from, n) : 0, 0);
-}
-#endif
-
-static const struct back_end back_ends[] = {
-    {.name = "host", .ops = &kv_ops_host, .scale = 1, .put = copy, .get = copy},
-#ifdef TEST_FAKE_CUDA
-    {.name = "imitated", .ops = &kv_ops_cuda, .driver = TEST_FAKE_CUDA, .scale = 1, .put = copy, .get = copy},
-    {.name = "cuda", .ops = &kv_ops_cuda, .scale = 512, .put = gpu_put, .get = gpu_get},
-#endif
-};
-#define GPU_BACK_END 2 /* in this table: the one that is not imitated */
-#define N_BACK_ENDS  ((int)(sizeof back_ends / sizeof *back_ends))
-#define TOKEN        (UINT64_C(384) * be->scale) /* bytes, see small_config */
-#define PAGE         (UINT64_C(4096) * be->scale)
-
-/* Of the imitated driver; NULL for others. Loads it, so that it stays the same one over all pools of a test. */
-static struct fake_cuda_control *control(const struct back_end *be)
-{
-    void *library = be->driver ? dlopen(be->driver, RTLD_NOW) : NULL;
-    return library ? dlsym(library, FAKE_CUDA_CONTROL) : NULL;
-}
-
-static int inject_result(void)
-{
-    return inject();
-}
-
-/* From here on fail_call counts the calls into the imitated driver too. */
-static void count_driver_calls(const struct back_end *be)
-{
-    struct fake_cuda_control *c = control(be);
-    if (c)
-        c->inject = inject_result;
-}
-
-/* Whether the calls of the back end can be made to fail: all but those of a real driver. */
-static bool injects(const struct back_end *be)
-{
-    return be->driver || be->ops == &kv_ops_host;
-}
-
-static void expect_rules_kept(const struct back_end *be, int live)
-{
-    struct fake_cuda_control *c = control(be);
-    if (!c)
-        return;
-    ck_assert_msg(c->broken_rules == 0, "%d rules of the driver are broken", c->broken_rules);
-    ck_assert_msg(live < 0 || c->live == live, "%d things of the driver are not given back", c->live);
-}
-
-/* A token of 2 * 2 * 3 * 8 * 4 = 384 bytes: 10.67 of them in a page of 4 KiB, so that tokens cross page edges. Where
- * pages are larger, so are tokens. */
-static struct kv_pool_config small_config(const struct back_end *be)
-{
-    return (struct kv_pool_config){.ops = be->ops,
-                                   .driver = be->driver,
-                                   .slots = 4,
-                                   .max_tokens = 100,
-                                   .layers = 2,
-                                   .kv_heads = 3,
-                                   .head_dim = 8 * be->scale,
-                                   .elem_bytes = 4,
-                                   .page_bytes = PAGE,
-                                   .total_pages = 20};
-}
-
-static struct kv_pool *make(const struct kv_pool_config *cfg)
-{
-    struct status st = STATUS_INIT;
-    struct kv_pool *pool = NULL;
-    ck_assert_msg(kv_pool_create(&pool, cfg, &st) == ST_OK, "%s", st.message);
-    return pool;
-}
-
-static void grow(struct kv_pool *pool, uint32_t slot, uint32_t tokens)
-{
-    struct status st = STATUS_INIT;
-    ck_assert_msg(kv_slot_grow(pool, slot, tokens, &st) == ST_OK, "%s", st.message);
-    ck_assert_uint_ge(kv_slot_tokens(pool, slot), tokens);
-}
-
-/* The counts that must hold at any time. */
-static void check_stats(const struct kv_pool *pool, const char *where)
-{
-    struct kv_stats s = kv_pool_stats(pool);
-    ck_assert_msg(s.mapped_pages + s.fenced_pages + s.free_pages == s.total_pages,
-                  "%s: %" PRIu64 " mapped + %" PRIu64 " fenced + %" PRIu64 " free != %" PRIu64, where, s.mapped_pages,
-                  s.fenced_pages, s.free_pages, s.total_pages);
-}
-
-static void expect(const struct kv_pool *pool, uint64_t mapped, uint64_t fenced, uint64_t free_pages)
-{
-    struct kv_stats s = kv_pool_stats(pool);
-    ck_assert_uint_eq(s.mapped_pages, mapped);
-    ck_assert_uint_eq(s.fenced_pages, fenced);
-    ck_assert_uint_eq(s.free_pages, free_pages);
-    check_stats(pool, "expect");
-}
-
-static void fill(const struct back_end *be, struct kv_pool *pool, uint32_t slot, uint8_t byte)
-{
-    uint64_t n = kv_slot_tokens(pool, slot) * kv_pool_account(pool).token_bytes;
-    uint8_t *bytes = malloc(n + 1);
-    memset(bytes, byte, n);
-    be->put(kv_slot_view(pool, slot, 0).k, bytes, n);
-    free(bytes);
-}
-
-static void expect_bytes(const struct back_end *be, const uint8_t *at, uint64_t n, uint8_t byte)
-{
-    uint8_t *bytes = malloc(n + 1);
-    be->get(bytes, at, n);
-    uint64_t i = 0;
-    while (i < n && bytes[i] == byte) /* an assertion writes to a pipe: not for each byte */
-        i++;
-    ck_assert_msg(i == n, "byte %" PRIu64 " of %" PRIu64 " is %02x, expected %02x", i, n, i < n ? bytes[i] : 0, byte);
-    free(bytes);
-}
 
 /* --- core --- */
 
@@ -1330,240 +1083,6 @@ START_TEST(control_groups_bound_what_is_available)
 }
 END_TEST
 
-/* --- faults --- */
-
-struct footprint {
-    unsigned fds;
-    unsigned pool_mappings;
-    uint64_t address_bytes;
-};
-
-static struct footprint footprint(void)
-{
-    struct footprint p = {0};
-    DIR *d = opendir("/proc/self/fd");
-    while (readdir(d))
-        p.fds++;
-    closedir(d);
-    FILE *f = fopen("/proc/self/maps", "r");
-    char line[1024];
-    while (fgets(line, sizeof line, f)) {
-        uint64_t from, to;
-        p.pool_mappings += strstr(line, "memfd:tandem-kv") != NULL;
-        if (sscanf(line, "%" SCNx64 "-%" SCNx64, &from, &to) == 2)
-            p.address_bytes += to - from;
-    }
-    fclose(f);
-    return p;
-}
-
-/* Slots big enough that a lost reservation (4 GiB) stands out from what the heap does. */
-static struct kv_pool_config roomy_config(const struct back_end *be)
-{
-    struct kv_pool_config c = small_config(be);
-    c.max_tokens = (uint32_t)((1u << 30) / TOKEN);
-    c.suspend_bytes = 2 * 16 * PAGE;
-    return c;
-}
-
-static void expect_footprint(const struct footprint *before, const char *where, int nth)
-{
-    struct footprint now = footprint();
-    ck_assert_msg(now.fds == before->fds, "%s %d: %u files open, %u before", where, nth, now.fds, before->fds);
-    ck_assert_msg(now.pool_mappings == before->pool_mappings, "%s %d: pages are still mapped", where, nth);
-    ck_assert_msg(now.address_bytes < before->address_bytes + (512u << 20), "%s %d: %" PRIu64 " MiB of addresses lost",
-                  where, nth, (now.address_bytes - before->address_bytes) >> 20);
-}
-
-START_TEST(destroy_gives_everything_back)
-{
-    struct kv_pool_config cfg = roomy_config(&back_ends[_i]);
-    count_driver_calls(&back_ends[_i]);
-    kv_pool_destroy(make(&cfg)); /* what a driver opens once and keeps */
-    struct footprint before = footprint();
-    for (int i = 0; i < 20; i++) {
-        struct kv_pool *pool = make(&cfg);
-        for (uint64_t step = 0; step < 8; step++) { /* makes extra ranges too: nothing completes */
-            grow(pool, 1, 20);
-            kv_slot_release(pool, 1, step);
-        }
-        kv_pool_destroy(pool);
-        expect_footprint(&before, "round", i);
-    }
-}
-END_TEST
-
-START_TEST(create_survives_the_failure_of_any_call)
-{
-    const struct back_end *be = &back_ends[_i];
-    struct kv_pool_config cfg = roomy_config(be);
-    count_driver_calls(be);
-    kv_pool_destroy(make(&cfg)); /* what a driver opens once and keeps */
-    struct footprint before = footprint();
-    int n = 1;
-    for (;; n++) {
-        struct status st = STATUS_INIT;
-        struct kv_pool *pool = NULL;
-        fail_call = n;
-        enum status_code rc = kv_pool_create(&pool, &cfg, &st);
-        bool reached = fail_call == 0;
-        fail_call = 0;
-        if (!reached) {
-            ck_assert_int_eq(rc, ST_OK);
-            kv_pool_destroy(pool);
-            break;
-        }
-        ck_assert_msg(rc == ST_RESOURCE_EXHAUSTED, "call %d: %s", n, status_name(rc));
-        ck_assert_msg(strlen(st.message) > 10, "call %d: no message", n);
-        ck_assert_ptr_null(pool);
-        expect_footprint(&before, "call", n);
-        expect_rules_kept(be, 0);
-    }
-    ck_assert_int_gt(n, 5);
-}
-END_TEST
-
-START_TEST(interrupted_commit_is_tried_again)
-{
-    struct kv_pool_config cfg = small_config(&back_ends[0]);
-    int n = 1;
-    for (;; n++) { /* find the fallocate call: the only one for which EINTR is no failure */
-        struct kv_pool *pool = NULL;
-        fail_call = n;
-        fail_errno = EINTR;
-        enum status_code rc = kv_pool_create(&pool, &cfg, NULL);
-        bool reached = fail_call == 0;
-        fail_call = fail_errno = 0;
-        ck_assert_msg(reached, "no call was tried again");
-        if (rc == ST_OK) {
-            grow(pool, 0, 100);
-            kv_pool_destroy(pool);
-            return;
-        }
-    }
-}
-END_TEST
-
-START_TEST(grow_survives_the_failure_of_any_call)
-{
-    const struct back_end *be = &back_ends[_i];
-    struct kv_pool_config cfg = small_config(be);
-    count_driver_calls(be);
-    int n = 1, failures = 0;
-    for (bool reached = true; reached; n++) {
-        struct kv_pool *pool = make(&cfg);
-        for (uint32_t s = 0; s < 4; s++) /* interleaved, so that no two pages of a slot are neighbours */
-            for (uint32_t t = 10; t <= 50; t += 10)
-                grow(pool, s, t);
-        fill(be, pool, 3, 3);
-        for (uint32_t s = 0; s < 3; s++)
-            kv_slot_release(pool, s, s);
-        kv_pool_complete(pool, 1); /* 2 is still in flight */
-        struct kv_stats before = kv_pool_stats(pool);
-        fail_call = n;
-        struct status st = STATUS_INIT;
-        enum status_code rc = kv_slot_grow(pool, 3, 100, &st); /* unmaps from two ranges, then maps in pieces */
-        reached = fail_call == 0;
-        fail_call = 0;
-        ck_assert_int_eq(rc, reached ? ST_RESOURCE_EXHAUSTED : ST_OK);
-        if (reached) {
-            failures++;
-            ck_assert_ptr_nonnull(strstr(st.message, "slot 3"));
-            expect(pool, before.mapped_pages, before.fenced_pages, before.free_pages);
-            ck_assert_uint_eq(kv_slot_tokens(pool, 3), 50);
-            expect_bytes(be, kv_slot_view(pool, 3, 0).k, 50 * TOKEN, 3);
-            grow(pool, 3, 100); /* works when asked again */
-        }
-        expect_bytes(be, kv_slot_view(pool, 3, 0).k, 50 * TOKEN, 3);
-        expect_bytes(be, kv_slot_view(pool, 3, 0).k + 50 * TOKEN, 50 * TOKEN, 0);
-        kv_pool_destroy(pool);
-    }
-    ck_assert_int_ge(failures, injects(be) ? 2 : 0);
-}
-END_TEST
-
-START_TEST(extra_range_survives_the_failure_of_any_call)
-{
-    const struct back_end *be = &back_ends[_i];
-    struct kv_pool_config cfg = small_config(be);
-    count_driver_calls(be);
-    cfg.slots = 1;
-    int failures = 0;
-    for (int n = 1;; n++) {
-        struct kv_pool *pool = make(&cfg);
-        grow(pool, 0, 10);
-        kv_slot_release(pool, 0, 1);
-        fail_call = n; /* the second range: a bigger table, the range, the back end's table, its addresses, the page */
-        enum status_code rc = kv_slot_grow(pool, 0, 10, NULL);
-        bool reached = fail_call == 0;
-        fail_call = 0;
-        failures += rc != ST_OK;
-        ck_assert_int_eq(rc, reached ? ST_RESOURCE_EXHAUSTED : ST_OK);
-        expect(pool, reached ? 0 : 1, 1, reached ? 19 : 18);
-        grow(pool, 0, 20);
-        kv_pool_destroy(pool);
-        if (!reached)
-            break;
-    }
-    ck_assert_int_ge(failures, injects(be) ? 5 : 3);
-}
-END_TEST
-
-/* Slot 0 has 50 tokens, all others together what is left. */
-static struct kv_pool *crowded_pool(const struct back_end *be, bool suspended)
-{
-    struct kv_pool_config cfg = small_config(be);
-    cfg.suspend_bytes = 16 * PAGE;
-    struct kv_pool *pool = make(&cfg);
-    grow(pool, 0, 50);
-    fill(be, pool, 0, 7);
-    if (suspended)
-        ck_assert_int_eq(kv_slot_suspend(pool, 0, NULL), ST_OK);
-    for (uint32_t s = 1; s < 4; s++) /* stale positions, for the way back */
-        grow(pool, s, s < 3 || suspended ? 60 : 10);
-    kv_slot_release(pool, 2, 1);
-    kv_pool_complete(pool, 1);
-    return pool;
-}
-
-/* There and, in the second half of the rounds, back. */
-START_TEST(suspension_survives_the_failure_of_any_call)
-{
-    const struct back_end *be = &back_ends[_i];
-    count_driver_calls(be);
-    int failures[2] = {0};
-    for (int back = 0; back < 2; back++)
-        for (int n = 1, reached = 1; reached; n++) {
-            struct kv_pool *pool = crowded_pool(be, back);
-            struct kv_stats before = kv_pool_stats(pool);
-            struct status st = STATUS_INIT;
-            fail_call = n;
-            enum status_code rc = back ? kv_slot_resume(pool, 0, &st) : kv_slot_suspend(pool, 0, &st);
-            reached = fail_call == 0;
-            fail_call = 0;
-            ck_assert_int_eq(rc, reached ? ST_RESOURCE_EXHAUSTED : ST_OK);
-            if (reached) {
-                failures[back]++;
-                ck_assert_ptr_nonnull(strstr(st.message, "slot 0"));
-                expect(pool, before.mapped_pages, before.fenced_pages, before.free_pages);
-                ck_assert_uint_eq(kv_pool_stats(pool).suspended_bytes, before.suspended_bytes);
-                ck_assert_int_eq(kv_pool_check(pool, &st), ST_OK);
-                rc = back ? kv_slot_resume(pool, 0, &st) : kv_slot_suspend(pool, 0, &st);
-                ck_assert_msg(rc == ST_OK, "%s", st.message); /* works when asked again */
-            }
-            if (!back)
-                ck_assert_int_eq(kv_slot_resume(pool, 0, NULL), ST_OK);
-            ck_assert_uint_eq(kv_slot_tokens(pool, 0), 50);
-            expect_bytes(be, kv_slot_view(pool, 0, 0).k, 50 * TOKEN, 7);
-            ck_assert_int_eq(kv_pool_check(pool, NULL), ST_OK);
-            kv_pool_destroy(pool);
-        }
-    /* the host copies there without a call; back it maps */
-    ck_assert_int_ge(failures[0], control(be) ? 5 : 0);
-    ck_assert_int_ge(failures[1], control(be) ? 6 : be->ops == &kv_ops_host ? 1 : 0);
-}
-END_TEST
-
 START_TEST(suspension_ends_where_the_host_memory_does)
 {
     const struct back_end *be = &back_ends[_i];
@@ -1629,14 +1148,9 @@ static Suite *memory_suite(int first, int end)
     EACH(limits, default_page_size_works);
     tcase_add_test(limits, too_many_mappings_are_refused_with_the_arithmetic);
     tcase_add_test(limits, control_groups_bound_what_is_available);
-    EACH(faults, destroy_gives_everything_back);
-    EACH(faults, create_survives_the_failure_of_any_call);
-    EACH(faults, grow_survives_the_failure_of_any_call);
-    EACH(faults, extra_range_survives_the_failure_of_any_call);
-    EACH(faults, suspension_survives_the_failure_of_any_call);
+    memory_fault_cases(faults, first, end);
     EACH(faults, random_walk_with_failing_calls_agrees_with_the_model);
     EACH(faults, random_walk_with_all_of_it_agrees_with_the_model);
-    tcase_add_test(faults, interrupted_commit_is_tried_again);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);
     suite_add_tcase(s, faults);
@@ -1681,12 +1195,12 @@ int main(int argc, char **argv)
 {
     bool gpu = argc > 1 && strcmp(argv[1], "cuda") == 0;
     quick = argc > 2 && strcmp(argv[2], "--quick") == 0;
-    if (gpu && (N_BACK_ENDS <= GPU_BACK_END || !gpu_is_here())) {
+    if (gpu && (n_back_ends <= GPU_BACK_END || !gpu_is_here())) {
         fprintf(stderr, "check_memory: skipped, there is no GPU here\n");
         return 77;
     }
-    int end = N_BACK_ENDS < GPU_BACK_END ? N_BACK_ENDS : GPU_BACK_END;
-    SRunner *runner = srunner_create(gpu ? memory_suite(GPU_BACK_END, N_BACK_ENDS) : memory_suite(0, end));
+    int end = n_back_ends < GPU_BACK_END ? n_back_ends : GPU_BACK_END;
+    SRunner *runner = srunner_create(gpu ? memory_suite(GPU_BACK_END, n_back_ends) : memory_suite(0, end));
     if (gpu) {
         hold_context();
         srunner_set_fork_status(runner, CK_NOFORK);

@@ -18,8 +18,12 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("text_of"), [], [], body).set_lineno(line)
+
+    def text_of(self, caller):
+        return caller()
 
 
 def raise_exception(message):
@@ -218,6 +222,12 @@ FILTERS = r"""
 ~~
 {{ s|upper|lower|title }} {{ (s|upper)[0] }} {{ s|upper == 'HELLO WORLD' }} {{ 1 + '2'|int }} {{ (1 + 2)|string ~ 'x' }}
 ~~
+{{ none|selectattr('x', 'equalto', 1)|list }}{{ none|rejectattr('x')|list|length }}{{ e|select|list }}{{ 0|reject|list }}{{ undef|map('upper')|list }}{{ none|map(attribute='x')|join }}{{ el|selectattr|list }}{{ none|select('nonsense')|list }}
+~~
+{{ 5|selectattr('x')|list }}
+~~
+{{ 5|map('upper')|list }}
+~~
 {{ s|nonsense }}
 ~~
 {{ n is nonsense }}
@@ -243,6 +253,32 @@ METHODS = r"""
 {{ s.startswith('He') }} {{ s.endswith('ld') }} {{ s.startswith(('x', 'H')) }} {{ s.startswith('') }} {{ ''.endswith('a') }} {{ s.replace('l', 'L') }} {{ s.replace('l', 'L', 1) }} {{ s.find('World') }} {{ s.find('zz') }} {{ u.find('世') }} {{ s.count('l') }} {{ 'aaa'.count('aa') }} {{ 'a'.count('') }} {{ ', '.join(ls) }} {{ '12'.isdigit() }} {{ ' '.isspace() }} {{ ''.isspace() }} {{ 'ab'.isalpha() }}
 ~~
 {{ d.items()|list }} {{ d.keys()|list }} {{ d.values()|list }} {{ d.get('b') }} {{ d.get('z') }} {{ d.get('z', 5) }} {{ l.index(1) }} {{ l.count(3) }} {% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}
+~~
+{{ 'a{}b{}'.format(1, 'x') }} {{ '{1}{0}{1}'.format(s, n) }} {{ '{a}/{b}'.format(b=2, a=none) }} {{ '{{}} {{{}}} }}'.format(f) }} {{ ''.format() }} {{ '{}'.format(l) }} {{ '{0[1]} {0[0]}'.format(ls) }} {{ '{d.b}{d[c][x]}'.format(d=d) }} {{ '{!r} {!s} {0!r:}'|replace('0', '').format(q, q, q) }} {{ '{}世{}'.format(undef, t) }} {{ '<｜{}｜>'.format(':x') }}
+~~
+{{ '{}{0}'.format(1, 2) }}
+~~
+{{ '{}{}'.format(1) }}
+~~
+{{ '{a}'.format(1) }}
+~~
+{{ '{'.format(1) }}
+~~
+{{ '}'.format(1) }}
+~~
+{{ '{0[}'.format(l) }}
+~~
+{{ '{0.}'.format(l) }}
+~~
+{{ '{0[0]x}'.format(l) }}
+~~
+{{ '{0.__class__}'.format(l) }}
+~~
+{{ '{12345678901}'.format(l) }}
+~~
+{% set m = {1: 'a', 2: 'b', '1': 'c'} %}{{ m }} {{ m[1] }}{{ m['1'] }}{{ m[3] }}{{ m.get(2) }}{{ m.get('2') }} {{ 2 in m }} {{ '2' in m }} {{ true in m }} {{ m|length }} {{ m.keys()|list }} {% for k, v in m.items() %}{{ k + 1 if k is integer else k }}{{ v }}{% endfor %} {{ m|tojson }} {{ m == {2: 'b', '1': 'c', 1: 'a'} }} {{ m == {'2': 'b', '1': 'c', 1: 'a'} }} {{ {1: 2, 1: 3} }} {{ dict({7: 8}) }}
+~~
+{% for k, v in {16: 'x', 4: 'y', -3: 'z'}|dictsort %}{{ k }}{{ v }} {% endfor %}{{ {0: 1, 'a': 2}|dictsort }}
 ~~
 {{ l.append(4) }}
 ~~
@@ -298,6 +334,12 @@ STATEMENTS = r"""
 ~~
 {% generation %}x{{ s }}{% endgeneration %}
 ~~
+{% generation %}{% set inner = 1 %}{{ inner }}{% endgeneration %}{{ inner }}| {% for x in l %}{% generation %}{{ x }}{{ loop.index }}{% if loop.last %}!{% endif %}{% endgeneration %}{% endfor %} {% set ns = namespace(a=1) %}{% generation %}{% set ns.a = 2 %}{% endgeneration %}{{ ns.a }}
+~~
+{% for x in l %}{% generation %}{% break %}{% endgeneration %}{% endfor %}
+~~
+{% generation %}{% for x in l %}{{ x }}{% break %}{% endfor %}{% endgeneration %}
+~~
 {% include 'x' %}
 ~~
 {% break %}
@@ -318,8 +360,9 @@ STATEMENTS = r"""
 # What Jinja can and we refuse by name.
 REFUSED = [("{{ s.encode() }}", "encode"), ("{% for x in l recursive %}{% endfor %}", "recursive"),
            ("{% include 'x' %}", "include"), ("{{ l|batch(2) }}", "batch"), ("{{ f(*l) }}", "*"),
-           ("{{ '%s' % s }}", "%"), ("{{ s.format(1) }}", "format"), ("{% call m() %}{% endcall %}", "call"),
-           ("{{ {1: 2} }}", "dictionary")]
+           ("{{ '%s' % s }}", "%"), ("{{ '{:>8}'.format(s) }}", ":>8"),
+           ("{{ '{!a}'.format(s) }}", "!a"), ("{{ ('<{}>'|safe).format(s) }}", "safe"), ("{% call m() %}{% endcall %}", "call"),
+           ("{{ {1.5: 2} }}", "dictionary")]
 
 # Written for this test after the conventions that published models use; not theirs.
 CHATS = r"""

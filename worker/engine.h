@@ -125,7 +125,8 @@ struct engine_result {
     const struct engine_score *sample_scores, *prompt_scores;
     uint32_t n_sample_scores, n_prompt_scores;
     uint64_t used_pages;
-    struct kv_stats kv; /* after the step was submitted */
+    struct kv_stats kv;        /* after the step was submitted */
+    const char *resize_failed; /* why the pool has not the size that a plan has asked for, told once; else NULL */
 };
 
 /* NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED (names the architecture, dtype or option), DATA_LOSS (damaged file: names the

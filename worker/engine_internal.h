@@ -73,6 +73,7 @@ struct engine {
     struct engine_slot *slot;                      /* [max_slots] */
     struct engine_flight flight[ENGINE_DEPTH_MAX]; /* the first info.depth are used */
     uint32_t first_flight, in_flight;
+    struct status resized; /* the last size that a plan has asked for; not OK: no result has told it yet */
     bool timed;
     double ended_us; /* the last step; 0: none has */
     double phase_ms; /* when the last phase of the start ended */

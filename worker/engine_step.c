@@ -152,7 +152,7 @@ static enum status_code resume_all(struct engine *e, const Tandem__V1__StepPlan 
 static void resize(struct engine *e, uint64_t pages)
 {
     if (pages)
-        (void)!kv_pool_resize(e->kv, pages, NULL);
+        (void)!kv_pool_resize(e->kv, pages, &e->resized);
     e->info.kv = kv_pool_account(e->kv);
 }
 
@@ -334,6 +334,8 @@ enum status_code engine_collect(struct engine *e, struct engine_result *result, 
     }
     bool reports = comm_rank(e->comm) == 0;
     struct kv_stats kv = kv_pool_stats(e->kv);
+    const char *resize_failed = e->resized.code == ST_OK ? NULL : e->resized.message;
+    e->resized.code = ST_OK;
     e->first_flight = (e->first_flight + 1) % e->info.depth;
     e->in_flight--;
     *result = (struct engine_result){
@@ -349,6 +351,7 @@ enum status_code engine_collect(struct engine *e, struct engine_result *result, 
         .n_prompt_scores = reports ? f->n_prompt_scores : 0,
         .used_pages = kv.mapped_pages,
         .kv = kv,
+        .resize_failed = resize_failed,
     };
     return ST_OK;
 }

@@ -237,6 +237,8 @@ static enum status_code collect(struct worker *w, struct steps *s, struct status
     worker_control_step_end(&w->control, message, rc == ST_OK);
     if (rc != ST_OK)
         return rc;
+    if (result.resize_failed)
+        worker_log(&w->log, WORKER_LOG_WARNING, "KV memory: %s", result.resize_failed);
     worker_log(&w->log, WORKER_LOG_DEBUG, "step %llu: %u tokens, %lld us", (unsigned long long)step, result.n_tokens,
                (long long)(now_us - start_us));
     worker_control_result(&w->control, step, (uint64_t)(now_us - start_us), &result);

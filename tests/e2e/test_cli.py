@@ -103,7 +103,7 @@ class Usage(unittest.TestCase):
         rc, out, err = tandem("generate", "--address", "127.0.0.1:1", "--print-ids", "hello")
         self.assertEqual((rc, out), (3, ""))
         self.assertIn("127.0.0.1:1", err)
-        for args in (("generate", "--json", "hello"), ("drain", "--json"), ("top", "--once", "--json")):
+        for args in (("generate", "--json", "hello"), ("drain", "--json"), ("memory", "--json"), ("top", "--once", "--json")):
             rc, out, err = tandem(*args, "--address", "127.0.0.1:1")
             got = json.loads(out)["error"]
             self.assertEqual((rc, got["code"], err), (3, "UNAVAILABLE", f"tandem {args[0]}: {got['message']} (UNAVAILABLE)\n"))
@@ -233,6 +233,10 @@ class Models(unittest.TestCase):
                 json.dump(config, f)
             rc, out, err = tandem("models", "inspect", d)
             self.assertEqual((rc, out, err.count("\n")), (1, "", 1))
+            rc, out, err_json = tandem("models", "inspect", d, "--json")
+            got = json.loads(out)["error"]
+            self.assertEqual((rc, got["code"], err_json), (1, "UNIMPLEMENTED", err))
+            self.assertEqual(err, f"tandem-worker: {got['message']}\n")
             self.assertIn("OtherForCausalLM", err)
 
 

@@ -160,12 +160,19 @@ class ElasticMemory(unittest.TestCase):
             self.assertEqual(c.load().kv.given_pages, 1000)
             status, out, err = tandem("memory", "--address", c.address)
             self.assertIn("default: 12 pages a rank, 0 in use\n", out)
+            status, out, err = tandem("memory", "--address", c.address, "--json")
+            got, = json.loads(out)["groups"]
+            self.assertEqual((status, err, got["name"], got["total_pages"], got["used_pages"], got["goal_pages"]),
+                             (0, "", "default", 12, 0, 0))
+            kv = got["kv"]
+            self.assertEqual((kv["given_pages"], kv["free_pages"], kv["mapped_pages"]), (1000, 24, 0))
             with self.assertRaises(grpc.RpcError) as e:  # 600 tokens of 2048 bytes on the larger rank
                 c.run(case["prompt_ids"], max_tokens=600)
             self.assertIn("the KV memory has 12", e.exception.details())
             streams = [c.generate(case["prompt_ids"], temperature=0, max_tokens=96) for _ in range(6)]
-            status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "all")
+            status, out, err = tandem("memory", "--address", c.address, "--kv-memory", "all", "--json")
             self.assertEqual((status, err), (0, ""))
+            self.assertEqual((json.loads(out)["goal_pages"], json.loads(out)["page_bytes"]), (512, 65536))
             for s in streams:
                 self.assertEqual(Result(s).ids, case["greedy_ids"])
             wait_for("512 pages a rank", lambda: pools(512), 20)
