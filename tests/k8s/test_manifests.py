@@ -304,6 +304,10 @@ def clients(docs):
     return find(docs, "NetworkPolicy", "tandem-clients")["spec"]["ingress"][0]
 
 
+def route(docs, kind):
+    return find(docs, kind)["spec"]["rules"][0]
+
+
 def open_to_the_world(docs):
     docs.append({"kind": "NetworkPolicy", "metadata": {"name": "more"}, "spec": {
         "podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 1}]}]}})
@@ -334,6 +338,9 @@ SCHEMA_MUTANTS = [
     ("tls", lambda d: find(d, "Certificate")["spec"].update(duration="90d"), "duration"),
     ("autoscale", lambda d: find(d, "ScaledObject")["spec"]["triggers"][0]["metadata"].update(threshold=2), "threshold"),
     ("autoscale-hpa", lambda d: find(d, "HorizontalPodAutoscaler")["spec"]["metrics"][0].update(type="CPU"), "CPU"),
+    ("gateway", lambda d: route(d, "GRPCRoute").update(timeouts={"request": "0s"}), "timeouts"),
+    ("gateway", lambda d: route(d, "GRPCRoute")["backendRefs"][0].update(port="grpc"), "port"),
+    ("gateway", lambda d: find(d, "HTTPRoute")["spec"].update(hostnames=["tandem_example"]), "hostnames"),
 ]
 POLICY_MUTANTS = [
     ("single-gpu", lambda d: pod(d)["securityContext"].pop("runAsNonRoot"), "runAsNonRoot"),
@@ -408,6 +415,14 @@ POLICY_MUTANTS = [
         tlsConfig={"insecureSkipVerify": True}), "insecureSkipVerify"),
     ("autoscale", lambda d: find(d, "Deployment")["spec"].update(replicas=1), "sets replicas"),
     ("autoscale", lambda d: find(d, "ScaledObject")["spec"]["scaleTargetRef"].update(name="x"), "target"),
+    ("gateway", lambda d: route(d, "GRPCRoute")["matches"][0]["method"].update(service="tandem.v1.Control"), "control the server"),
+    ("gateway", lambda d: route(d, "GRPCRoute").pop("matches"), "control the server"),
+    ("gateway", lambda d: route(d, "GRPCRoute")["backendRefs"][0].update(name="x"), "port 50051"),
+    ("gateway", lambda d: route(d, "HTTPRoute")["backendRefs"][0].update(port=50051), "port 8000"),
+    ("gateway", lambda d: route(d, "HTTPRoute")["matches"][0]["path"].update(value="/"), "not for clients"),
+    ("gateway", lambda d: route(d, "HTTPRoute").pop("timeouts"), "may take long"),
+    ("gateway", lambda d: find(d, "HTTPRoute")["spec"].update(hostnames=["grpc.tandem.example"]), "may not share"),
+    ("gateway", lambda d: find(d, "Service")["spec"]["ports"][0].pop("appProtocol"), "appProtocol"),
 ]
 
 
