@@ -247,6 +247,13 @@ class Metrics(unittest.TestCase):
             for group in re.findall(r'code=~"([A-Z_|]+)"', e):
                 self.assertLessEqual(set(group.split("|")), codes)
 
+    def test_runbook_has_every_alert_and_no_other(self):
+        with open(os.path.join(K8S, "README.md")) as f:
+            rows = re.findall(r"^\| (Tandem[A-Za-z, ]*) \|", f.read(), re.M)
+        alerts = [r["alert"] for g in find(rendered("single-gpu"), "PrometheusRule")["spec"]["groups"] for r in g["rules"]
+                  if "alert" in r]
+        self.assertEqual(sorted(", ".join(rows).split(", ")), sorted(alerts))
+
     def test_hpa_asks_for_the_recorded_backlog(self):
         docs = rendered("autoscale-hpa")
         name = find(docs, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"]
