@@ -59,7 +59,7 @@ run_tests() { # run_tests PRESET
     # These have bounds on time and share the machine with what they test. One that fails gets a second try, and is named at
     # the end: look at it. The end-to-end tests have the machine to themselves (RUN_SERIAL).
     ctest --preset "$preset" -j "$(nproc)" --repeat until-pass:2 -R "$timed" -E "${skip:-^$}" | tee build/ctest.log
-    second_tries+=$(sed -n "s/.*Test *#[0-9]*: \([a-z0-9_]*\) .*\*\*\*.*/ $preset:\1/p" build/ctest.log | tr -d '\n')
+    second_tries+=$(sed -n "/[*]Skipped/d; s/.*Test *#[0-9]*: \([a-z0-9_]*\) .*\*\*\*.*/ $preset:\1/p" build/ctest.log | tr -d '\n')
 }
 
 if [ -n "$only" ]; then

@@ -12,7 +12,8 @@
  *     group-drained restart=1  its ranks leave; launch it again
  *     group-drained restart=0  its ranks leave, and it stays away
  *     no "attaching" in time   end mpirun, launch it again
- *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready"
+ *     mpirun ended by itself   launch it again, with a growing pause; give up after MAX_FAILURES without a "ready", and at
+ *                              once when none of the groups has come further than that
  *     all groups given up      stop all, exit 1
  *     coordinator ended        start it again, with a growing pause when that fails (a file may be on its way to its place);
  *                              the ranks attach to the new one and keep their weights
@@ -50,6 +51,7 @@ struct ranks {
     struct child child;
     bool ready; /* it serves now */
     bool ever_ready;
+    bool refused;         /* its last mpirun failed by itself, and no rank has attached since */
     bool gone;            /* given up, or drained for good */
     unsigned failures;    /* launches without a ready since the last healthy time */
     int64_t ready_ms;     /* of the present epoch */
@@ -308,8 +310,10 @@ static void announce(struct serve *s)
 static void on_attaching(struct serve *s, const char *rest)
 {
     struct ranks *g = group_of(s, rest);
-    if (g)
-        g->attach_by_ms = INT64_MAX; /* from here on the coordinator watches it */
+    if (!g)
+        return;
+    g->attach_by_ms = INT64_MAX; /* from here on the coordinator watches it */
+    g->refused = false;
 }
 
 static void on_ready(struct serve *s, const char *rest)
@@ -475,6 +479,14 @@ static void coordinator_ended(struct serve *s, int status)
     s->coord_at_ms = serve_now_ms() + pause_ms(s->coord_failures);
 }
 
+static bool all_refused(const struct serve *s)
+{
+    for (uint64_t i = 0; i < s->set.groups; i++)
+        if (!s->group[i].gone && !s->group[i].refused)
+            return false;
+    return true;
+}
+
 static void ranks_ended(struct serve *s, struct ranks *g, int status)
 {
     bool asked = g->child.kill_at_ms != INT64_MAX;
@@ -486,20 +498,26 @@ static void ranks_ended(struct serve *s, struct ranks *g, int status)
     char how[96];
     describe_end(status, how, sizeof how);
     serve_event(&s->set, "ended", g->name, json_pack("{s:s, s:s}", "program", "mpirun", "how", how));
-    /* Before it ever served, a plain failure of the launch (wrong option, no mpirun, no slots) will not pass. A
-     * rank's own fault has come as "group-lost permanent=1" or will in a moment, with the better message. */
+    /* Before it ever served, a plain failure of the launch (wrong option, no mpirun, no slots) will not pass: unless
+     * another group was launched in the same way and has come further. A rank's own fault has come as "group-lost
+     * permanent=1" or will in a moment, with the better message. */
     if (!g->ever_ready && !asked && WIFEXITED(status) && WEXITSTATUS(status) && WEXITSTATUS(status) != 75) {
-        while (s->pipe_fd >= 0 && !s->stopping && !g->gone &&
+        g->refused = true;
+        bool all = all_refused(s);
+        while (all && s->pipe_fd >= 0 && !s->stopping && !g->gone &&
                poll(&(struct pollfd){s->pipe_fd, POLLIN, 0}, 1, 1000) > 0)
             read_lines(s);
-        if (!s->stopping && !g->gone) {
+        if (s->stopping || g->gone)
+            return;
+        if (all) {
             serve_error(&s->set, CMD_FAILED, "mpirun %s; its message stands above", how);
-            give_up(s, g);
+            stop(s, CMD_FAILED);
+            return;
         }
-        return;
     }
     if (!asked)
-        fprintf(stderr, "tandem serve: mpirun %s; starting a new worker group\n", how);
+        fprintf(stderr, "tandem serve: mpirun%s%s %s; starting a new worker group\n", g->name[0] ? " of group " : "",
+                g->name, how);
     plan_launch(s, g);
 }
 

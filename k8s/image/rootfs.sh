@@ -3,7 +3,8 @@
 # build machine's packages have it. The Dockerfile calls this; so do the tests, without any container engine.
 #
 #   coordinator  tandem, tandem-coordinator, tandem-agent, mpirun: no GPU, no ranks
-#   worker       all programs, orted, the CUDA back end, the CUDA libraries that it is linked with, and NCCL, which it opens
+#   worker       all programs, orted, the CUDA back end, the CUDA libraries that it is linked with, NCCL, which it opens, and
+#                what NCCL opens for RDMA
 #   host         all programs, orted, no CUDA; with the demo model in /models/demo (TANDEM_DEMO_MODEL: its folder)
 #
 # The driver's libcuda comes from the node. No shell is in any of them, and nothing of them is written to at run time.
@@ -67,10 +68,18 @@ cp "$here/openmpi-mca-params.conf" "$dest/etc/openmpi/"
 
 cuda=${CUDA_HOME:-/usr/local/cuda}/lib64
 if [ "$variant" = worker ]; then
-    nccl=$(ldconfig -p | awk '$1 == "libnccl.so.2" {print $NF; exit}')
+    nccl=$(ldconfig -p | awk '$1 == "libnccl.so.2" && !n++ {print $NF}') # reads all: a pipe cut short is an error
     [ -n "$nccl" ] || nccl=$cuda/libnccl.so.2
     [ -e "$nccl" ] || { echo "rootfs: libnccl.so.2 is not there: install libnccl2" >&2; exit 1; }
     cp -L "$nccl" "$dest$lib/"
+    # NCCL opens these by itself where a pod has an RDMA device. The links stay links: a second copy of a provider in one
+    # process knows nothing of the devices of the first.
+    [ -e "$lib/libibverbs" ] || { echo "rootfs: $lib/libibverbs is not there: install ibverbs-providers" >&2; exit 1; }
+    cp -a "$lib/libibverbs" "$lib"/libmlx5.so.1 "$dest$lib/"
+    for provider in "$lib"/libibverbs/*.so; do
+        [ ! -L "$provider" ] || cp "$(readlink -f "$provider")" "$dest$lib/"
+    done
+    cp -a /etc/libibverbs.d "$dest/etc/"
 fi
 
 # What all of these need, with the C library and its loader; cuBLASLt is found in the toolkit's folder.

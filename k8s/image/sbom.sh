@@ -18,7 +18,7 @@ owners() {
         esac
         real=/$f
         if [ ! -e "$real" ]; then
-            real=$(ldconfig -p | awk -v so="${f##*/}" '$1 == so {print $NF; exit}')
+            real=$(ldconfig -p | awk -v so="${f##*/}" '$1 == so && !n++ {print $NF}')
             [ -n "$real" ] || real=$cuda/${f##*/}
         fi
         printf '%s\n' "$real"
@@ -76,15 +76,25 @@ package() { # package NAME VERSION SOURCE LICENCES
             cp -L "/usr/share/doc/$p/copyright" "$doc/$p/" || echo "no copyright file in the package" >"$doc/$p/copyright"
         done
     for f in $strays; do
-        case $f in
-        *libcublas*) licence="NVIDIA CUDA Toolkit EULA" ;;
-        *libnccl*) licence="NCCL's own, see LICENSE.txt of this version" ;;
+        case ${f##*/} in
+        libcublas*) wheel=nvidia_cublas licence="NVIDIA CUDA Toolkit EULA" ;;
+        libnccl*) wheel=nvidia_nccl licence="BSD-3-Clause or Apache-2.0, by version: see copyright file" ;;
         *) echo "sbom: $f: of no package" >&2; exit 1 ;;
         esac
-        name=${f##*/}
+        name=${f##*/} text=$cuda/../EULA.txt
+        version=${name#*.so.} name=${name%%.so*}
+        # NVIDIA's packages for pip, where the toolkit is made of those: their version says more than the library's name.
+        for info in "$cuda"/../dist-info/"$wheel"*.dist-info; do
+            [ -d "$info" ] || continue
+            version=${info%.dist-info} text=$info/licenses/License.txt
+            version=${version##*-}
+        done
         printf ',\n'
-        package "$name" "${name#*.so.}" "CUDA Toolkit, $f" "$licence"
-        echo "$name: $licence" >>"$doc/LICENSES.txt"
+        package "$name" "$version" "CUDA Toolkit, $f" "$licence"
+        echo "$name $version: $licence" >>"$doc/LICENSES.txt"
+        mkdir -p "$doc/$name"
+        [ -e "$text" ] || { echo "sbom: $f: no licence text: expected $text" >&2; exit 1; }
+        cp -L "$text" "$doc/$name/copyright"
     done
     printf '\n ],\n "relationships": [{"spdxElementId": "SPDXRef-DOCUMENT", "relationshipType": "DESCRIBES", "relatedSpdxElement": "SPDXRef-tandem"}]\n}\n'
 } >"$doc/sbom.spdx.json"

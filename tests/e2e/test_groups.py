@@ -130,6 +130,31 @@ class Groups(unittest.TestCase):
             self.assertEqual(c.run(case["prompt_ids"], temperature=0, max_tokens=8).ids, case["greedy_ids"][:8])
             self.assertEqual([g.name for g in c.load().groups if g.serving], ["g1"])
 
+    def mpirun(self, last_line):
+        path = os.path.join(self.dir.name, "mpirun")
+        with open(path, "w") as f:
+            f.write("#!/bin/bash\n" + last_line + "\n")
+        os.chmod(path, 0o755)
+        return path
+
+    @unittest.skipIf(SLOW > 1, "it waits: in one build")
+    def test_group_whose_first_launch_fails_is_launched_again(self):
+        once = os.path.join(self.dir.name, "once")
+        mpirun = self.mpirun(f'[[ "$*" != *"--group g1"* || $(wc -c <{once}) = 2 ]] || {{ printf x >>{once}; exit 1; }}\nexec mpirun "$@"')
+        open(once, "w").close()
+        with self.cluster(DEMO, ["--mpirun", mpirun]) as c:
+            self.both_serve(c)
+            self.assertEqual(c.log().count("mpirun of group g1 ended with status 1; starting a new worker group"), 2)
+
+    @unittest.skipIf(SLOW > 1, "it waits: in one build")
+    def test_no_group_can_be_launched(self):
+        """Nothing to wait for: it ends at once and says why."""
+        rc, out, err = tandem("serve", "--model", DEMO, "--groups", 2, "--listen", "unix:" + os.path.join(self.dir.name, "s"),
+                              "--mpirun", self.mpirun("echo no slots >&2; exit 1"))
+        self.assertEqual((rc, out), (1, ""))
+        self.assertIn("no slots", err)
+        self.assertIn("mpirun ended with status 1; its message stands above", err)
+
     def test_wrong_usage(self):
         rc, _, err = tandem("serve", "--model", self.model, "--groups", 2, "--tp", 2, "--devices", "0,1,2")
         self.assertEqual(rc, 2)

@@ -268,6 +268,35 @@ def _network(docs):
                     yield f"{where}: port {p['name']}: open to clients"
 
 
+def _routes(docs):
+    """What a gateway hands on: to ports of our services, and only what is for clients."""
+    services = {d["metadata"]["name"]: {p["port"]: p for p in d["spec"]["ports"]} for d in docs if d["kind"] == "Service"}
+    for d in docs:
+        if d["kind"] not in ("GRPCRoute", "HTTPRoute"):
+            continue
+        name = f"{d['kind']} {d['metadata']['name']}"
+        port, app = (50051, "kubernetes.io/h2c") if d["kind"] == "GRPCRoute" else (8000, "http")
+        if not d["spec"].get("hostnames"):
+            yield f"{name}: hostnames: expected one: it would take those of others"
+        for rule in d["spec"].get("rules", [{}]):
+            for b in rule.get("backendRefs", [{}]):
+                to = services.get(b.get("name"), {}).get(b.get("port"))
+                if not to or b["port"] != port or to.get("appProtocol") != app:
+                    yield f"{name}: backendRefs: expected port {port} of a service of ours, with appProtocol {app}"
+            for m in rule.get("matches", [{}]):
+                method, path = m.get("method", {}), m.get("path", {})
+                if d["kind"] == "GRPCRoute" and (method.get("service") not in ("tandem.v1.Inference", "grpc.health.v1.Health")
+                                                 or method.get("type", "Exact") != "Exact"):
+                    yield f"{name}: matches: expected services for clients by name: others control the server"
+                if d["kind"] == "HTTPRoute" and (path.get("type") != "PathPrefix" or path.get("value") != "/v1"):
+                    yield f"{name}: matches: expected the prefix /v1: metrics are not for clients"
+            if d["kind"] == "HTTPRoute" and rule.get("timeouts", {}).get("request") != "0s":
+                yield f"{name}: timeouts: expected request: 0s: a stream may take long"
+    hosts = [h for d in docs if d["kind"] in ("GRPCRoute", "HTTPRoute") for h in d["spec"].get("hostnames", [])]
+    if len(hosts) != len(set(hosts)):
+        yield "routes: hostnames: gRPC and HTTP may not share one"
+
+
 def _references(docs):
     names = {(d["kind"], d["metadata"]["name"]) for d in docs}
     for where, t, _ in pods(docs):
@@ -343,7 +372,7 @@ def check(docs, monitored=True):
         problems += [f"{where}: {p}" for p in _pod(t, docs)]
     if sorted({component(t) for _, t, _ in pods(docs)}) not in ([SERVE], [RANKS, SERVE]):
         problems.append("pods: expected the components serve and ranks")
-    problems += list(_network(docs)) + list(_references(docs)) + list(_controllers(docs))
+    problems += list(_network(docs)) + list(_routes(docs)) + list(_references(docs)) + list(_controllers(docs))
     for kind in ("PodDisruptionBudget", "NetworkPolicy", "Service") + (("PodMonitor", "PrometheusRule") if monitored else ()):
         if kind not in [d["kind"] for d in docs]:
             problems.append(f"{kind}: missing")

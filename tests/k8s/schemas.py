@@ -196,6 +196,21 @@ kind("cert-manager.io/v1", "Certificate", "spec", spec=obj(
     duration=GO_TIME, renewBefore=GO_TIME, usages=arr(enum("digital signature", "key encipherment", "server auth", "client auth")),
     privateKey=obj(algorithm=enum("RSA", "ECDSA", "Ed25519"), size=number(256), rotationPolicy=enum("Never", "Always"))))
 
+# gateway.networking.k8s.io/v1, Gateway API 1.1 and later
+PARENTS = arr(obj("name", group=STR, kind=STR, namespace=LABEL, name=NAME, sectionName=NAME, port=PORT), 0, 32)
+BACKENDS = arr(obj("name port", group=STR, kind=STR, namespace=LABEL, name=NAME, port=PORT, weight=number(0, 10**6)), 0, 16)
+HOSTNAMES = arr(text(r"^(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", 253), 0, 16)
+GATEWAY_TIME = text(r"^([0-9]{1,5}(h|m|s|ms)){1,4}$")
+kind("gateway.networking.k8s.io/v1", "GRPCRoute", "spec", spec=obj(
+    parentRefs=PARENTS, hostnames=HOSTNAMES, rules=arr(obj(name=NAME, backendRefs=BACKENDS, matches=arr(obj(method=obj(
+        type=enum("Exact", "RegularExpression"), service=text(r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", 1024),
+        method=text(r"^[A-Za-z0-9_]+$", 1024))), 0, 64)), 0, 16)))
+kind("gateway.networking.k8s.io/v1", "HTTPRoute", "spec", spec=obj(
+    parentRefs=PARENTS, hostnames=HOSTNAMES, rules=arr(obj(
+        name=NAME, backendRefs=BACKENDS, timeouts=obj(request=GATEWAY_TIME, backendRequest=GATEWAY_TIME),
+        matches=arr(obj(path=obj(type=enum("Exact", "PathPrefix", "RegularExpression"), value=text(r"^/", 1024)),
+                        method=enum("GET", "POST")), 0, 64)), 0, 16)))
+
 # keda.sh/v1alpha1, KEDA 2
 kind("keda.sh/v1alpha1", "ScaledObject", "spec", spec=obj(
     "scaleTargetRef triggers", scaleTargetRef=TARGET, minReplicaCount=number(0), maxReplicaCount=number(1),

@@ -247,6 +247,13 @@ class Metrics(unittest.TestCase):
             for group in re.findall(r'code=~"([A-Z_|]+)"', e):
                 self.assertLessEqual(set(group.split("|")), codes)
 
+    def test_runbook_has_every_alert_and_no_other(self):
+        with open(os.path.join(K8S, "README.md")) as f:
+            rows = re.findall(r"^\| (Tandem[A-Za-z, ]*) \|", f.read(), re.M)
+        alerts = [r["alert"] for g in find(rendered("single-gpu"), "PrometheusRule")["spec"]["groups"] for r in g["rules"]
+                  if "alert" in r]
+        self.assertEqual(sorted(", ".join(rows).split(", ")), sorted(alerts))
+
     def test_hpa_asks_for_the_recorded_backlog(self):
         docs = rendered("autoscale-hpa")
         name = find(docs, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"]
@@ -304,6 +311,10 @@ def clients(docs):
     return find(docs, "NetworkPolicy", "tandem-clients")["spec"]["ingress"][0]
 
 
+def route(docs, kind):
+    return find(docs, kind)["spec"]["rules"][0]
+
+
 def open_to_the_world(docs):
     docs.append({"kind": "NetworkPolicy", "metadata": {"name": "more"}, "spec": {
         "podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 1}]}]}})
@@ -334,6 +345,9 @@ SCHEMA_MUTANTS = [
     ("tls", lambda d: find(d, "Certificate")["spec"].update(duration="90d"), "duration"),
     ("autoscale", lambda d: find(d, "ScaledObject")["spec"]["triggers"][0]["metadata"].update(threshold=2), "threshold"),
     ("autoscale-hpa", lambda d: find(d, "HorizontalPodAutoscaler")["spec"]["metrics"][0].update(type="CPU"), "CPU"),
+    ("gateway", lambda d: route(d, "GRPCRoute").update(timeouts={"request": "0s"}), "timeouts"),
+    ("gateway", lambda d: route(d, "GRPCRoute")["backendRefs"][0].update(port="grpc"), "port"),
+    ("gateway", lambda d: find(d, "HTTPRoute")["spec"].update(hostnames=["tandem_example"]), "hostnames"),
 ]
 POLICY_MUTANTS = [
     ("single-gpu", lambda d: pod(d)["securityContext"].pop("runAsNonRoot"), "runAsNonRoot"),
@@ -408,6 +422,14 @@ POLICY_MUTANTS = [
         tlsConfig={"insecureSkipVerify": True}), "insecureSkipVerify"),
     ("autoscale", lambda d: find(d, "Deployment")["spec"].update(replicas=1), "sets replicas"),
     ("autoscale", lambda d: find(d, "ScaledObject")["spec"]["scaleTargetRef"].update(name="x"), "target"),
+    ("gateway", lambda d: route(d, "GRPCRoute")["matches"][0]["method"].update(service="tandem.v1.Control"), "control the server"),
+    ("gateway", lambda d: route(d, "GRPCRoute").pop("matches"), "control the server"),
+    ("gateway", lambda d: route(d, "GRPCRoute")["backendRefs"][0].update(name="x"), "port 50051"),
+    ("gateway", lambda d: route(d, "HTTPRoute")["backendRefs"][0].update(port=50051), "port 8000"),
+    ("gateway", lambda d: route(d, "HTTPRoute")["matches"][0]["path"].update(value="/"), "not for clients"),
+    ("gateway", lambda d: route(d, "HTTPRoute").pop("timeouts"), "may take long"),
+    ("gateway", lambda d: find(d, "HTTPRoute")["spec"].update(hostnames=["grpc.tandem.example"]), "may not share"),
+    ("gateway", lambda d: find(d, "Service")["spec"]["ports"][0].pop("appProtocol"), "appProtocol"),
 ]
 
 

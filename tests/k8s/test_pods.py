@@ -359,6 +359,31 @@ class Launcher(PodsTest):
         self.life("mpijob", "tandem-worker", "tandem.default.svc", False, env, {"/etc/mpi/hostfile": hosts})
 
 
+@unittest.skipUnless(os.environ.get("TANDEM_PODS_ALL"), "TANDEM_PODS_ALL is not set")
+class Journal(PodsTest):
+    def test_answer_outlives_its_container(self):
+        """All processes of a pod are killed; the journal in its /tmp is still there when the container starts again."""
+        docs = render.render(os.path.join(K8S, "overlays/host-only"))
+        node = self.make_node("journal", docs, DEMO)
+        pod = Pod(node, "tandem-0", node.name("tandem-0"), policy.pods(docs)[0][1], {"TANDEM_SERVE_JOURNAL": "/tmp/journal"})
+        pod.wait_ready()
+        quiet, error = generate(pod.ip, "Once upon a time", max_tokens=300, **LONG)
+        self.assertIsNone(error, pod.logs())
+        stream = Stream(pod.ip, "Once upon a time", max_tokens=300, request_id="kept", **LONG)
+        stream.wait_count(20)
+        os.kill(pod.main.pid, 9)
+        stream.join(30 * SLOW)
+        self.assertEqual((stream.finish, stream.error.code()), (None, grpc.StatusCode.UNAVAILABLE))
+        wait_for("started again", lambda: pod.main.starts == 2 and pod.ready, 60)
+        with grpc.insecure_channel(f"{pod.ip}:50051", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            call = channel.unary_stream("/tandem.v1.Inference/Attach", inference_pb2.AttachRequest.SerializeToString,
+                                        inference_pb2.GenerateResponse.FromString)
+            offsets = [inference_pb2.AttachOffset(tokens=len(stream.ids))]
+            rest = Result(call(inference_pb2.AttachRequest(request_id="kept", offsets=offsets), timeout=60 * SLOW))
+        self.assertEqual(stream.ids + rest.ids, quiet.ids)
+        self.tell(pod)
+
+
 class Rolling(PodsTest):
     """Two replicas under load are replaced one after the other. One of them under a user that the platform chose."""
 
