@@ -313,8 +313,8 @@ struct request {
     int32_t priority;
     uint32_t keep_ms;                      /* without a client; 0: it ends with its call */
     int64_t ttft_target_us, tbt_target_us; /* its own or the server's; 0: none */
-    struct choice *choice;
-    void *image; /* for the journal: a GenerateRequest that needs no default */
+    struct choice *choice;                 /* of n_choices; NULL: HELD, none is made yet */
+    void *image;                           /* for the journal: a GenerateRequest that needs no default */
     size_t image_len;
     uint32_t *known; /* HELD: tokens of each choice, how many: [COORD_MAX_ANSWERS], then they */
     uint64_t model;  /* HELD: digest */

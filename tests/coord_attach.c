@@ -297,19 +297,22 @@ START_TEST(a_client_may_come_before_the_ranks)
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
     struct site site_ = site();
-    struct proc_reply r = {0}, other = {0};
+    struct proc_reply r = {0}, other = {0}, left = {0};
     struct ask a;
     o.step_us = 2000;
     struct fake_group *g = start_ready(&p, &o, args_of(&site_));
     ask_ids(&a, 8, 5, 100);
     struct rpc_stream *s = begin(&p, &a, "early", &r, 10);
+    ask_ids(&a, 8, 4, 900);
+    struct rpc_stream *nobody = begin(&p, &a, "left", &left, 1); /* its client never comes back */
     ask_ids(&a, 8, 6, 900);
     rpc_stream_close(begin(&p, &a, "gone", &other, 1)); /* cancelled before the crash */
-    ck_assert(wait_running(&p, 1, 0));
+    ck_assert(wait_running(&p, 2, 0));
     usleep(30000);
     kill(p.pid, SIGKILL);
     proc_drain(s, &r);
     rpc_stream_close(s);
+    rpc_stream_close(nobody);
     ck_assert_int_eq(proc_end(&p, SIGKILL, WAIT_MS), 128 + SIGKILL);
     ck_assert(fake_group_stop(g));
     const char *args[] = {"--journal", site_.journal, "--journal-keep-ms", "500", NULL};
@@ -318,6 +321,7 @@ START_TEST(a_client_may_come_before_the_ranks)
     s = attach(&p, "early", &r);
     attach_fails(&p, "gone", 0, ST_NOT_FOUND, "gone");
     usleep(700000); /* longer than it would wait without a client */
+    attach_fails(&p, "left", 1, ST_NOT_FOUND, "left");
     o.launch_id++;
     g = fake_group_start(p.control, &o);
     proc_drain(s, &r);
@@ -325,6 +329,7 @@ START_TEST(a_client_may_come_before_the_ranks)
     check_ids(&r, 8, 5, 100);
     proc_reply_free(&r);
     proc_reply_free(&other);
+    proc_reply_free(&left);
     finish(&p, g);
     temp_dir_remove(&site_.dir);
 }
