@@ -13,7 +13,17 @@
 
 #define MAX_PROMPT_BYTES (15u << 20) /* what fits a message of RPC_MAX_MESSAGE_BYTES */
 
-enum { OPT_PROMPT_IDS = 1, OPT_NO_SPECIAL, OPT_PRINT_IDS, OPT_JSON, OPT_STATS, OPT_TIMEOUT, OPT_WAIT, OPT_REQUEST_ID };
+enum {
+    OPT_PROMPT_IDS = 1,
+    OPT_NO_SPECIAL,
+    OPT_PRINT_IDS,
+    OPT_JSON,
+    OPT_STATS,
+    OPT_TIMEOUT,
+    OPT_WAIT,
+    OPT_REQUEST_ID,
+    OPT_NO_ATTACH
+};
 
 static const struct cli_option own_options[] = {
     {.name = "prompt-ids",
@@ -42,6 +52,9 @@ static const struct cli_option own_options[] = {
      .arg = "NAME",
      .flags = CLI_LINE_ONLY,
      .help = "name the request in the server's log"},
+    {.name = "no-attach",
+     .id = OPT_NO_ATTACH,
+     .help = "do not take the answer up again when the connection or the server is lost"},
     {0},
 };
 
@@ -52,7 +65,12 @@ const struct cli_command cmd_generate_cli = {
     .about = "Sends a prompt and prints the answer as it comes. Without PROMPT the prompt is read from standard input.",
     .tables = (const struct cli_option *const[]){cmd_connect_options, cmd_sampling_options, cmd_output_options,
                                                  own_options, NULL},
-    .notes = "Ctrl-C stops the generation; what was printed stays.",
+    .notes = "Ctrl-C stops the generation; what was printed stays. When the connection or the server is lost in the "
+             "middle of an "
+             "answer and the server keeps it (tandem serve --journal), a line on standard error says so and the rest "
+             "follows, "
+             "nothing twice; when that takes longer than the server keeps it (--journal-keep-ms), the generation has "
+             "failed.",
     .exits = "0 done, 1 the server refused or failed, 2 wrong usage, 3 not reachable, 130 interrupted.",
     .examples = "  tandem generate --greedy --max-tokens 64 \"Once upon a time\"\n"
                 "  echo \"One day, Tom\" | tandem generate --temperature 0.8 --seed 7\n",
@@ -159,6 +177,9 @@ static int parse_option(struct generate_options *o, int opt)
     case OPT_WAIT:
         if (!cmd_parse_double(text, 0, 86400, &o->wait_s))
             return cmd_error(CMD_USAGE, where, "--wait %s: expected seconds, 0 to 86400", text);
+        return CMD_OK;
+    case OPT_NO_ATTACH:
+        o->server.no_attach = true;
         return CMD_OK;
     case OPT_REQUEST_ID:
         o->request.request_id = (ProtobufCBinaryData){strlen(text), (uint8_t *)text};
@@ -290,6 +311,13 @@ static void watch(struct interrupt *in, struct tandem_generation *g)
     pthread_mutex_unlock(&in->lock);
 }
 
+static void say_lost(void *ctx, const struct status *st, uint32_t attach_ms)
+{
+    (void)ctx;
+    fprintf(stderr, "tandem generate: %s; taking the answer up again, for %u s at most\n", st->message,
+            (attach_ms + 999) / 1000);
+}
+
 /* One try: to the end of the stream. */
 static enum status_code run_once(const struct generate_options *o, struct tandem_client *client, struct interrupt *in,
                                  struct output *out, struct status *st)
@@ -355,7 +383,7 @@ static int run(const struct generate_options *o)
 
 int cmd_generate(int argc, char **argv)
 {
-    struct generate_options o = {.server = {.address = CMD_DEFAULT_ADDRESS}};
+    struct generate_options o = {.server = {.address = CMD_DEFAULT_ADDRESS, .on_lost = say_lost}};
     int rc = parse(argc, argv, &o);
     if (rc == CMD_OK)
         rc = run(&o);

@@ -316,9 +316,25 @@ static void give_up(struct engine *e, struct request *r, int64_t now_us)
     request_end(e, r, &st, now_us);
 }
 
-void attach_check(struct engine *e, int64_t now_us)
+/* Its deadline ends it; a client waits no longer than after the loss of a group, and may attach again. */
+static void check_held(struct engine *e, struct request *r, int64_t now_us)
 {
     struct status st = STATUS_INIT;
+    const struct attach *a = r->closed ? NULL : r->sink;
+    if (r->deadline_us <= now_us) {
+        status_set(&st, ST_DEADLINE_EXCEEDED, "the deadline passed before a worker group was ready");
+        request_end(e, r, &st, now_us);
+    } else if (a && a->wait_until_us <= now_us) {
+        status_set(&st, ST_UNAVAILABLE, "no worker group came within %u ms (--replay-timeout-ms); the request is kept",
+                   e->coord->opt.replay_timeout_ms);
+        metrics_error(&e->coord->metrics, st.code);
+        r->ops->finish(r->sink, &st, COORD_RETRY_AFTER_MS);
+        attach_detach(e, r, now_us);
+    }
+}
+
+void attach_check(struct engine *e, int64_t now_us)
+{
     if (now_us - e->unclaimed_us < LOOK_US)
         return;
     e->unclaimed_us = now_us;
@@ -330,11 +346,7 @@ void attach_check(struct engine *e, int64_t now_us)
     }
     for (struct link *l = e->held.next, *next; l != &e->held; l = next) {
         next = l->next;
-        struct request *r = container_of(l, struct request, held_link);
-        if (r->deadline_us > now_us)
-            continue;
-        status_set(&st, ST_DEADLINE_EXCEEDED, "the deadline passed before a worker group was ready");
-        request_end(e, r, &st, now_us);
+        check_held(e, container_of(l, struct request, held_link), now_us);
     }
 }
 
@@ -423,8 +435,10 @@ static void take_up(struct engine *e, struct request *r, struct attach *a, int64
     atomic_store(&a->request, r);
     metrics_add(&e->coord->metrics.attached, 1);
     log_request(&e->coord->log, LOG_DEBUG, r->name, "attached by %s", rpc_call_peer(a->call));
-    if (r->state == REQUEST_HELD)
-        return; /* attach_begin */
+    if (r->state == REQUEST_HELD) { /* attach_begin, or check_held */
+        a->wait_until_us = now_us + (int64_t)e->coord->opt.replay_timeout_ms * 1000;
+        return;
+    }
     seek_all(r, a);
     request_flush(e, r, now_us);
 }

@@ -71,7 +71,7 @@ void record_end(struct coord *c, const struct request *r, enum status_code code,
 {
     uint32_t tokens = 0;
     span_end(c, r, code, now_us);
-    for (uint32_t i = 0; i < r->n_choices; i++)
+    for (uint32_t i = 0; r->choice && i < r->n_choices; i++)
         tokens += r->choice[i].n_new;
     const uint32_t v[] = {(uint32_t)code, r->n_prompt, tokens};
     flight_named(c->flight, now_us, FLIGHT_END, r->name, v, 3);

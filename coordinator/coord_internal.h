@@ -118,7 +118,7 @@ struct coord_options {
     const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
     bool reflection;
     bool prefix_cache;
-    uint32_t tbt_target_ms, ttft_target_ms, short_first_us;
+    uint32_t tbt_target_ms, min_tbt_target_ms, ttft_target_ms, short_first_us;
     bool refuse_late;
     uint32_t keepalive_ms, keepalive_timeout_ms, min_ping_interval_ms;
     uint32_t max_connection_idle_ms, max_connection_age_ms, max_connection_age_grace_ms; /* 0: none */
@@ -313,8 +313,8 @@ struct request {
     int32_t priority;
     uint32_t keep_ms;                      /* without a client; 0: it ends with its call */
     int64_t ttft_target_us, tbt_target_us; /* its own or the server's; 0: none */
-    struct choice *choice;
-    void *image; /* for the journal: a GenerateRequest that needs no default */
+    struct choice *choice;                 /* of n_choices; NULL: HELD, none is made yet */
+    void *image;                           /* for the journal: a GenerateRequest that needs no default */
     size_t image_len;
     uint32_t *known; /* HELD: tokens of each choice, how many: [COORD_MAX_ANSWERS], then they */
     uint64_t model;  /* HELD: digest */
@@ -358,6 +358,7 @@ struct attach {
     char name[COORD_MAX_NAME + 1];
     uint8_t owner[JOURNAL_OWNER_BYTES];
     _Atomic(struct request *) request; /* set by the engine, once; a reference */
+    int64_t wait_until_us;             /* the engine's: while the request is HELD */
     uint32_t n_offsets;
     struct attach_offset offset[];
 };

@@ -82,6 +82,8 @@ static const struct option options[] = {
     {"--step-tokens", U32, AT(step_tokens), 1, 65536, "N", "rows of a step at most; default 512"},
     {"--tbt-target-ms", U32, AT(tbt_target_ms), 0, 60000, "T",
      "between two tokens of an answer: chunks of prompts are cut to what it leaves; 0 (the default): whole steps"},
+    {"--min-tbt-target-ms", U32, AT(min_tbt_target_ms), 0, 60000, "T",
+     "a request's own, lower one counts as this; 0 (the default): as it is"},
     {"--ttft-target-ms", U32, AT(ttft_target_ms), 0, 3600000, "T", "to the first token; 0 (the default): none"},
     {"--refuse-late", SWITCH, AT(refuse_late), 0, 0, "on|off",
      "a request that would miss it behind what waits gets RESOURCE_EXHAUSTED at once; default off"},

@@ -112,7 +112,7 @@ enum status_code plan_send(struct plan_scratch *p, const struct group *g, const 
     m.body_case = TANDEM__V1__COORDINATOR_MESSAGE__BODY_PLAN;
     m.plan = &step;
     for (uint32_t r = 0; r < g->size; r++) {
-        rc = rpc_call_send(g->rank[r]->call, &m.base, st);
+        rc = rpc_call_send_in_place(g->rank[r]->call, &m.base, st);
         if (rc != ST_OK) {
             *bad_rank = r;
             return rc;

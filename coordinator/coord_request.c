@@ -126,7 +126,7 @@ static uint32_t retry_after_ms(const struct engine *e)
 /* The scheduler forgets what it still has of the request; the events of that find no choice any more. */
 static void leave_scheduler(struct engine *e, struct request *r, enum status_code code, int64_t now_us)
 {
-    for (uint32_t i = 0; i < r->n_choices; i++) {
+    for (uint32_t i = 0; r->choice && i < r->n_choices; i++) {
         struct choice *c = &r->choice[i];
         if (c->live)
             (void)!sched_cancel(c->group->sched, now_us, c->id, code, NULL);

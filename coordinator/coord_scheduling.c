@@ -24,6 +24,9 @@ enum status_code take_scheduling(const struct coord *c, struct request *r, const
     if (rc == ST_OK)
         rc = take_target("tbt_target_ms", m->tbt_target_ms_is_case, m->tbt_target_ms, MAX_TBT_TARGET_MS,
                          c->opt.tbt_target_ms, &r->tbt_target_us, st);
+    int64_t least_us = (int64_t)c->opt.min_tbt_target_ms * 1000;
+    if (m->tbt_target_ms_is_case && r->tbt_target_us > 0 && r->tbt_target_us < least_us)
+        r->tbt_target_us = least_us;
     if (rc == ST_OK && (m->priority < -1 || m->priority > 1))
         rc = status_set(st, ST_INVALID_ARGUMENT, "scheduling.priority: %d, expected -1, 0 or 1", m->priority);
     if (rc != ST_OK)

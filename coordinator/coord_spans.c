@@ -43,7 +43,7 @@ void span_end(struct coord *c, const struct request *r, enum status_code code, i
         return;
     clock_gettime(CLOCK_REALTIME, &ts);
     int64_t offset_us = (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000 - now_us;
-    const struct sched_event *end = r->n_choices && r->choice[0].finish_ready ? &r->choice[0].end : NULL;
+    const struct sched_event *end = r->choice && r->choice[0].finish_ready ? &r->choice[0].end : NULL;
     struct spans_request s = {.name = r->name,
                               .model = c->opt.served_name,
                               .code = code == ST_OK ? "OK" : status_name(code),
@@ -51,7 +51,7 @@ void span_end(struct coord *c, const struct request *r, enum status_code code, i
                               .arrived_us = wall_us(r->arrived_us, offset_us),
                               .ended_us = wall_us(now_us, offset_us),
                               .prompt_tokens = r->n_prompt};
-    for (uint32_t i = 0; i < r->n_choices; i++)
+    for (uint32_t i = 0; r->choice && i < r->n_choices; i++)
         s.new_tokens += r->choice[i].n_new;
     if (end) {
         s.started_us = wall_us(end->started_us, offset_us);

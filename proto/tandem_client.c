@@ -1,23 +1,9 @@
-/* tandem_client.c - see tandem_client.h; calls of rpc.h, with the types of the public API. */
-#include "proto/tandem_client.h"
-
+/* tandem_client.c - opening a client and asking a server; see tandem_client.h. Generations: tandem_generation.c. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "grpc/health/v1/health.pb-c.h"
-#include "proto/rpc.h"
-
-#define SEND_TIMEOUT_MS 30000
-
-struct tandem_client {
-    struct rpc_channel *channel;
-    uint32_t timeout_ms;
-};
-
-struct tandem_generation {
-    struct rpc_stream *stream;
-    Tandem__V1__GenerateResponse *message; /* the one handed out last */
-};
+#include "proto/tandem_client_internal.h"
 
 enum status_code tandem_client_open(struct tandem_client **out, const struct tandem_client_options *options,
                                     struct status *st)
@@ -32,6 +18,9 @@ enum status_code tandem_client_open(struct tandem_client **out, const struct tan
     if (!c)
         return status_nomem(st, "client", sizeof *c);
     c->timeout_ms = options->timeout_ms;
+    c->no_attach = options->no_attach;
+    c->on_lost = options->on_lost;
+    c->on_lost_ctx = options->on_lost_ctx;
     enum status_code rc =
         rpc_channel_open(&c->channel, options->address ? options->address : TANDEM_DEFAULT_ADDRESS, &sec, st);
     if (rc != ST_OK) {
@@ -48,91 +37,6 @@ void tandem_client_close(struct tandem_client *c)
         return;
     rpc_channel_destroy(c->channel);
     free(c);
-}
-
-/* ---- generating ---- */
-
-enum status_code tandem_generation_open(struct tandem_generation **out, struct tandem_client *c, uint64_t deadline_ms,
-                                        struct status *st)
-{
-    struct tandem_generation *g = calloc(1, sizeof *g);
-    if (!g)
-        return status_nomem(st, "generation", sizeof *g);
-    enum status_code rc = rpc_stream_open(&g->stream, c->channel, "/tandem.v1.Inference/Generate", deadline_ms, st);
-    if (rc != ST_OK) {
-        free(g);
-        return rc;
-    }
-    *out = g;
-    return ST_OK;
-}
-
-void tandem_generation_send(struct tandem_generation *g, const Tandem__V1__GenerateRequest *request)
-{
-    /* A server that refuses at once ends the call before all was sent: an error here is not the reason, recv tells it. */
-    if (rpc_stream_send(g->stream, &request->base, SEND_TIMEOUT_MS, NULL) == ST_OK &&
-        rpc_stream_half_close(g->stream, NULL) != ST_OK)
-        rpc_stream_cancel(g->stream);
-}
-
-enum status_code tandem_generation_next(struct tandem_generation *g, const Tandem__V1__GenerateResponse **message,
-                                        uint32_t timeout_ms, bool *timed_out, struct status *st)
-{
-    const void *bytes;
-    size_t len;
-    enum status_code rc = rpc_stream_recv(g->stream, &bytes, &len, timeout_ms, timed_out, st);
-    if (rc != ST_OK)
-        return rc;
-    tandem_free(g->message);
-    g->message = NULL;
-    if (bytes) {
-        g->message = (Tandem__V1__GenerateResponse *)rpc_unpack(&tandem__v1__generate_response__descriptor, bytes, len);
-        if (!g->message)
-            return status_set(st, ST_INTERNAL, "the server sent %zu bytes that are not a GenerateResponse", len);
-    }
-    *message = g->message;
-    return ST_OK;
-}
-
-void tandem_generation_cancel(struct tandem_generation *g)
-{
-    rpc_stream_cancel(g->stream);
-}
-
-uint32_t tandem_generation_retry_after_ms(const struct tandem_generation *g)
-{
-    const char *text = rpc_stream_trailer(g->stream, "retry-after-ms");
-    unsigned long v = text ? strtoul(text, NULL, 10) : 0;
-    return v < UINT32_MAX ? (uint32_t)v : UINT32_MAX;
-}
-
-void tandem_generation_close(struct tandem_generation *g)
-{
-    if (!g)
-        return;
-    rpc_stream_close(g->stream);
-    tandem_free(g->message);
-    free(g);
-}
-
-enum status_code tandem_client_generate(struct tandem_client *c, const Tandem__V1__GenerateRequest *request,
-                                        uint64_t deadline_ms,
-                                        bool (*on_message)(void *ctx, const Tandem__V1__GenerateResponse *message),
-                                        void *ctx, struct status *st)
-{
-    struct tandem_generation *g = NULL;
-    const Tandem__V1__GenerateResponse *m = NULL;
-    enum status_code rc = tandem_generation_open(&g, c, deadline_ms, st);
-    if (rc != ST_OK || !g)
-        return rc;
-    tandem_generation_send(g, request);
-    do {
-        rc = tandem_generation_next(g, &m, 0, NULL, st);
-        if (rc == ST_OK && m && !on_message(ctx, m))
-            rc = status_set(st, ST_CANCELLED, "stopped by the caller");
-    } while (rc == ST_OK && m);
-    tandem_generation_close(g);
-    return rc;
 }
 
 /* ---- asking ---- */

@@ -15,6 +15,9 @@
  * another thread than the one that reads. Every wait has a bound or can be cancelled.
  * Errors: the code and message that the server sent, as README.md of the project lists them; UNAVAILABLE with the address
  * and the reason when there is no connection. st may be NULL. Out-parameters are set on ST_OK only.
+ * A lost connection: where the server keeps requests (it has a journal, or keep_ms was set), the generation goes on by
+ * itself: Inference.Attach asks for what is behind the tokens that came, for attach_ms of its first message at most, and
+ * after a loss the caller sees a pause and each message's content once. Else, and when that fails, the error of the loss.
  * Ownership: strings and messages handed in are used during the call only (paths and address are copied); what is handed
  * out says who frees it.
  * Signals: threads of the gRPC core block them all. Do not fork without exec once a client is open.
@@ -43,6 +46,11 @@ struct tandem_client_options {
     const char *tls_server_name;    /* in the server's certificate; default: the host of the address */
     const char *token_file;         /* its first token is sent with every call; not in the clear over a network */
     uint32_t timeout_ms;            /* of every call but a generation; 0: 10000 */
+    bool no_attach;                 /* a lost connection ends its generation */
+    /* May be NULL. From within tandem_generation_next: a generation lost its connection, st says how, and takes itself up
+     * again within attach_ms. */
+    void (*on_lost)(void *ctx, const struct status *st, uint32_t attach_ms);
+    void *on_lost_ctx;
 };
 
 /* Checks options and files; INVALID_ARGUMENT, NOT_FOUND or PERMISSION_DENIED name what is wrong. Connects with the first

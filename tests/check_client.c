@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "proto/tandem_client.h"
+#include "tests/client_attach.h"
 #include "tests/coord_ask.h"
 
 #define OK(expr)                                                                                                       \
@@ -320,6 +321,7 @@ int main(void)
     TCase *faults = add_case(s, "faults");
     tcase_add_test(faults, no_server_no_ranks_and_a_server_that_dies);
     tcase_add_test(faults, every_allocation_may_fail);
+    client_attach(faults);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_ENV);
     int failed = srunner_ntests_failed(r);

@@ -300,6 +300,27 @@ START_TEST(spans_go_on_in_the_trace_of_the_caller)
 }
 END_TEST
 
+START_TEST(a_target_below_the_least_counts_as_that)
+{
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    struct http_answer a;
+    char body[1024];
+    o.step_us = 2000;
+    struct fake_group *g =
+        start_ready(&p, &o, (const char *const[]){"--http", "127.0.0.1:0", "--min-tbt-target-ms", "20000", NULL});
+    ids_body(body, sizeof body, 30, 7, 40, ",\"tbt_target_ms\":1");
+    http_ask(&p, "POST", COMPLETIONS, "", body, &a);
+    check_code(&a, 200, NULL);
+    http_answer_free(&a);
+    for (int64_t until = proc_now_ms() + WAIT_MS;
+         http_metric(&p, "tandem_generation_tokens_total") < 40 && proc_now_ms() < until;)
+        usleep(10000);
+    ck_assert_double_eq(http_metric(&p, "tandem_answers_within_targets_total"), 1);
+    finish(&p, g);
+}
+END_TEST
+
 START_TEST(metrics_count_what_was_served)
 {
     struct proc p;
@@ -773,6 +794,7 @@ int main(void)
     tcase_add_test(core, live_numbers_are_those_of_what_was_served);
     tcase_add_test(core, spans_go_on_in_the_trace_of_the_caller);
     tcase_add_test(core, metrics_count_what_was_served);
+    tcase_add_test(core, a_target_below_the_least_counts_as_that);
     tcase_add_test(core, suspended_requests_are_counted);
     tcase_add_test(limits, bodies_and_heads_are_bounded);
     tcase_add_test(limits, tokens_are_those_of_grpc);

@@ -142,6 +142,66 @@ START_TEST(what_cannot_be_attached_is_told_why)
 }
 END_TEST
 
+static struct rpc_channel *channel_with(const char *address, const char *token_file)
+{
+    struct rpc_channel *ch = NULL;
+    struct status st = STATUS_INIT;
+    struct rpc_client_security sec = {.token_file = token_file};
+    ck_assert_msg(rpc_channel_open(&ch, address, &sec, &st) == ST_OK, "%s", st.message);
+    return ch;
+}
+
+/* Neither one that runs nor one that has ended, and nobody learns from the refusal what it has. */
+START_TEST(only_the_caller_of_a_request_attaches_to_it)
+{
+    static const char *const tokens[] = {"the-first-token-0123456789", "the-second-token-012345678"};
+    struct temp_dir d = temp_dir_make();
+    char all[300], address[300], file[2][300];
+    snprintf(all, sizeof all, "%s/all", d.path);
+    snprintf(address, sizeof address, "unix:%s/socket,token", d.path);
+    temp_dir_write(&d, "all", "the-first-token-0123456789\nthe-second-token-012345678\n", 54);
+    for (int i = 0; i < 2; i++) {
+        char name[8] = {(char)('a' + i)};
+        temp_dir_write(&d, name, tokens[i], strlen(tokens[i]));
+        snprintf(file[i], sizeof file[i], "%s/%s", d.path, name);
+    }
+    const char *args[] = {"--listen", address, "--token-file", all, NULL};
+    struct proc p;
+    struct fake_options o = FAKE_OPTIONS;
+    struct proc_reply r = {0};
+    struct ask a;
+    o.step_us = 2000;
+    struct fake_group *g = start_ready(&p, &o, args);
+    *strchr(address, ',') = '\0';
+    struct rpc_channel *open = p.ch, *mine = channel_with(address, file[0]), *other = channel_with(address, file[1]);
+    ask_ids(&a, 8, 3, 150);
+    a.m.keep_ms = 20000;
+    p.ch = mine;
+    struct rpc_stream *s = begin(&p, &a, "mine", &r, 5);
+    for (int ended = 0; ended < 2; ended++) {
+        p.ch = other;
+        attach_fails(&p, "mine", 5, ST_PERMISSION_DENIED, "\"mine\" is another caller's");
+        attach_fails(&p, "mine", 100000, ST_PERMISSION_DENIED, "another caller's"); /* not: behind its end */
+        p.ch = open;
+        attach_fails(&p, "mine", 5, ST_PERMISSION_DENIED, "another caller's");
+        p.ch = mine;
+        if (ended)
+            break;
+        proc_drain(s, &r); /* nobody took it away */
+        ck_assert_msg(r.code == ST_OK, "%s", r.message);
+        rpc_stream_close(s);
+    }
+    attach_rest(&p, "mine", &r);
+    check_ids(&r, 8, 3, 150);
+    proc_reply_free(&r);
+    p.ch = open;
+    rpc_channel_destroy(mine);
+    rpc_channel_destroy(other);
+    finish(&p, g);
+    temp_dir_remove(&d);
+}
+END_TEST
+
 /* Finished ones are kept, the newest two. */
 START_TEST(what_is_kept_is_bounded)
 {
@@ -291,33 +351,37 @@ START_TEST(text_and_stop_strings_outlive_it_too)
 }
 END_TEST
 
-/* Who comes before the ranks do waits for them; who does not come is ended. */
+/* Who comes before the ranks do waits for them, but not for ever; who does not come is ended. */
 START_TEST(a_client_may_come_before_the_ranks)
 {
     struct proc p;
     struct fake_options o = FAKE_OPTIONS;
     struct site site_ = site();
-    struct proc_reply r = {0}, other = {0};
+    struct proc_reply r = {0}, other = {0}, left = {0};
     struct ask a;
     o.step_us = 2000;
     struct fake_group *g = start_ready(&p, &o, args_of(&site_));
     ask_ids(&a, 8, 5, 100);
     struct rpc_stream *s = begin(&p, &a, "early", &r, 10);
+    ask_ids(&a, 8, 4, 900);
+    struct rpc_stream *nobody = begin(&p, &a, "left", &left, 1); /* its client never comes back */
     ask_ids(&a, 8, 6, 900);
     rpc_stream_close(begin(&p, &a, "gone", &other, 1)); /* cancelled before the crash */
-    ck_assert(wait_running(&p, 1, 0));
+    ck_assert(wait_running(&p, 2, 0));
     usleep(30000);
     kill(p.pid, SIGKILL);
     proc_drain(s, &r);
     rpc_stream_close(s);
+    rpc_stream_close(nobody);
     ck_assert_int_eq(proc_end(&p, SIGKILL, WAIT_MS), 128 + SIGKILL);
     ck_assert(fake_group_stop(g));
-    const char *args[] = {"--journal", site_.journal, "--journal-keep-ms", "500", NULL};
+    const char *args[] = {"--journal", site_.journal, "--journal-keep-ms", "500", "--replay-timeout-ms", "1500", NULL};
     start(&p, args);
+    attach_fails(&p, "gone", 0, ST_NOT_FOUND, "gone");
+    attach_fails(&p, "early", 10, ST_UNAVAILABLE, "1500 ms"); /* it waited longer than it is kept without a client */
+    attach_fails(&p, "left", 1, ST_NOT_FOUND, "left");
     r.n_first = 0;
     s = attach(&p, "early", &r);
-    attach_fails(&p, "gone", 0, ST_NOT_FOUND, "gone");
-    usleep(700000); /* longer than it would wait without a client */
     o.launch_id++;
     g = fake_group_start(p.control, &o);
     proc_drain(s, &r);
@@ -325,6 +389,7 @@ START_TEST(a_client_may_come_before_the_ranks)
     check_ids(&r, 8, 5, 100);
     proc_reply_free(&r);
     proc_reply_free(&other);
+    proc_reply_free(&left);
     finish(&p, g);
     temp_dir_remove(&site_.dir);
 }
@@ -377,6 +442,7 @@ TCase *coord_attach(void)
     tcase_set_timeout(t, 60);
     tcase_add_test(t, a_kept_request_is_taken_up_again);
     tcase_add_test(t, what_cannot_be_attached_is_told_why);
+    tcase_add_test(t, only_the_caller_of_a_request_attaches_to_it);
     tcase_add_test(t, what_is_kept_is_bounded);
     tcase_add_test(t, requests_outlive_a_killed_coordinator);
     tcase_add_test(t, text_and_stop_strings_outlive_it_too);

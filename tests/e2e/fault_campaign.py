@@ -2,11 +2,13 @@
 
     fault_campaign.py --faults 1000 --seed 1        # environment as in cluster.py
     fault_campaign.py --groups 2 --tp 1 --faults 500
+    fault_campaign.py --groups 2 --tp 1 --journal --faults 1000
 
 A coordinator and mpirun as `tandem serve` starts them, but launched again at once and for ever. Clients repeat a fixed set
 of requests: greedy, sampled, log probabilities, stop strings, penalties, several answers; some read slowly, some vanish.
 Faults: a rank is killed, stopped, cut off from the coordinator; the whole mpirun is killed; of several groups, one is also
-drained to be started again. Exit status 0 when
+drained to be started again; with a journal the coordinator is killed and started again, its clients attach, or its disk is
+full for a moment. Exit status 0 when
   - no token, text, log probability or reason differs from the quiet run, and no call failed
   - no stream paused for more than --hang seconds, the time without a group not counted
   - at the end no request, page or process is left, and the coordinator has no more descriptors than at the start
@@ -14,6 +16,7 @@ drained to be started again. Exit status 0 when
 import argparse
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -48,7 +51,19 @@ def score(t):
 class Answer:
     def __init__(self):
         self.ids, self.text, self.scores, self.values, self.end = {}, {}, {}, {}, {}
-        self.replays = 0
+        self.counted = {}
+
+    @property
+    def replays(self):
+        return sum(self.counted.values())
+
+    def offsets(self):
+        """For Attach. An answer without a token comes again from its beginning: what is there of it is forgotten."""
+        for part in (self.ids, self.text, self.scores, self.values, self.end):
+            for i in [i for i in part if not self.ids.get(i)]:
+                del part[i]
+        return [inference_pb2.AttachOffset(index=i, tokens=len(ids), text_bytes=len(self.text[i].encode()))
+                for i, ids in self.ids.items()]
 
     def add(self, m):
         self.ids.setdefault(m.index, []).extend(m.token_ids)
@@ -60,7 +75,7 @@ class Answer:
         if m.HasField("finish"):
             f = m.finish
             self.end[m.index] = (f.reason, f.stop_index, f.usage.prompt_tokens, f.usage.completion_tokens)
-            self.replays += f.timing.replays
+            self.counted[m.index] = f.timing.replays
 
     def same(self, other):
         return (self.ids, self.text, self.scores, self.end) == (other.ids, other.text, other.scores, other.end)
@@ -85,7 +100,12 @@ class Proxy:
         while True:
             rank, _ = self.server.accept()
             coordinator = socket.socket(socket.AF_UNIX)
-            coordinator.connect(self.target)
+            try:
+                coordinator.connect(self.target)
+            except OSError:  # it is being started
+                rank.close()
+                coordinator.close()
+                continue
             with self.lock:
                 self.pairs.append((rank, coordinator))
             for a, b in ((rank, coordinator), (coordinator, rank)):
@@ -135,9 +155,10 @@ class Group:
         own = f"{self.server.folder}/mpi{self.name}"  # its files: of several launches at a time none meets another's
         os.mkdir(own)
         while not self.server.stopping:
-            self.ranks = subprocess.Popen([*MPI, "--mca", "orte_tmpdir_base", own, "-np", str(self.server.tp), f"{BIN}/tandem-worker", "--model", DEMO,
-                                           "--coordinator", f"unix:{self.server.folder}/proxy", "--threads", "1",
-                                           "--kv-memory", "64M", *name], env=self.server.env, stdout=self.server.log,
+            self.ranks = subprocess.Popen([*MPI, "--mca", "orte_tmpdir_base", own, "-np", str(self.server.tp),
+                                           f"{BIN}/tandem-worker", "--model", DEMO, "--threads", "1", "--coordinator",
+                                           f"unix:{self.server.folder}/proxy", "--kv-memory", "64M", *name],
+                                          env=self.server.env, stdout=self.server.log,
                                           stderr=self.server.log, start_new_session=True)
             self.ranks.wait()
 
@@ -149,40 +170,69 @@ class Group:
         if launch and launch is not self.ranks:
             return
         for p in [*self.workers(), self.ranks.pid]:
-            try:
-                os.kill(p, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            self.server.signal(p, signal.SIGKILL)
 
 
 class Server:
     """The part of `tandem serve` that matters here, without its pauses and without giving up."""
 
-    def __init__(self, folder, log, groups, tp):
-        self.log, self.folder, self.stopping, self.tp = log, folder, False, tp
+    def __init__(self, folder, log, groups, tp, journal):
+        self.log, self.folder, self.stopping, self.tp, self.journal = log, folder, False, tp, journal
         self.address = f"127.0.0.1:{free_port()}"
         self.env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         self.down, self.down_since, self.ready = [], time.monotonic(), threading.Event()
         self.lock = threading.Lock()
+        self.start()
+        self.proxy = Proxy(f"{folder}/proxy", f"{folder}/control")
+        self.groups = [Group(self, f"g{i}" if groups > 1 else "") for i in range(groups)]
+        self.watch()
+
+    def start(self):
+        journal = ["--journal", f"{self.folder}/journal", "--journal-keep-ms", "10000"] if self.journal else []
         read, write = os.pipe()
         self.coordinator = subprocess.Popen(
-            [f"{BIN}/tandem-coordinator", "--model", DEMO, "--tp", str(tp), "--listen", self.address,
-             "--control-listen", f"unix:{folder}/control", "--supervisor-fd", str(write), "--heartbeat-interval-ms",
-             "100", "--heartbeat-timeout-ms", "700", "--replay-limit", "50"], pass_fds=[write], stdout=log, stderr=log)
+            [f"{BIN}/tandem-coordinator", "--model", DEMO, "--tp", str(self.tp), "--listen", self.address,
+             "--control-listen", f"unix:{self.folder}/control", "--supervisor-fd", str(write), "--heartbeat-interval-ms",
+             "100", "--heartbeat-timeout-ms", "700", "--replay-limit", "50", *journal], pass_fds=[write],
+            stdout=self.log, stderr=self.log)
         os.close(write)
         self.events = os.fdopen(read)
         self.expect("listening")
-        self.proxy = Proxy(f"{folder}/proxy", f"{folder}/control")
-        self.groups = [Group(self, f"g{i}" if groups > 1 else "") for i in range(groups)]
-        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        self.watcher = threading.Thread(target=self.follow, args=(self.events,), daemon=True)
+        self.watcher.start()
+
+    def crash(self):
+        """kill -9 of the coordinator; the ranks end by themselves when their stream does."""
+        self.coordinator.kill()
+        self.coordinator.wait()
+        self.watcher.join()
+        self.events.close()
+        for g in self.groups:
+            self.lost(g)
+            for p in g.workers():  # the next coordinator does not know one that is stopped
+                self.signal(p, signal.SIGCONT)
+        self.start()
+        self.watch()
+
+    @staticmethod
+    def signal(pid, number):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+    def limit_files(self, size):
+        resource.prlimit(self.coordinator.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def expect(self, word):
         line = self.events.readline()
         if not line.startswith(word):
             raise SystemExit(f"the coordinator said {line!r}, expected {word}")
 
-    def watch(self):
-        for line in self.events:
+    def follow(self, events):
+        for line in events:
             group = next((g for g in self.groups if f"group={g.name} " in line.strip() + " "), self.groups[0])
             if line.startswith("ready"):
                 with self.lock:
@@ -250,19 +300,25 @@ class Campaign:
     def __init__(self, options, server):
         self.o, self.server = options, server
         self.rng = random.Random(options.seed)
-        self.channel = grpc.insecure_channel(server.address)
+        self.channel = grpc.insecure_channel(server.address, options=[  # it may be back within a second
+            ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 5000),
+            ("grpc.max_reconnect_backoff_ms", 200)])
         self.generate = self.channel.unary_stream(
             "/tandem.v1.Inference/Generate", inference_pb2.GenerateRequest.SerializeToString,
             inference_pb2.GenerateResponse.FromString)
+        self.attach = self.channel.unary_stream(
+            "/tandem.v1.Inference/Attach", inference_pb2.AttachRequest.SerializeToString,
+            inference_pb2.GenerateResponse.FromString)
         self.requests, self.quiet = requests(), []
         self.lock, self.done = threading.Lock(), False
+        self.peak = 0
         self.errors, self.answers, self.vanished, self.replays, self.tokens = [], 0, 0, 0, 0
-        self.longest, self.apart = 0.0, 0.0
+        self.longest, self.apart, self.attached, self.again = 0.0, 0.0, 0, [0, 0]
 
     def load(self):
         call = self.channel.unary_unary("/tandem.v1.Control/GetLoad", control_pb2.GetLoadRequest.SerializeToString,
                                         control_pb2.Load.FromString)
-        return call(control_pb2.GetLoadRequest(), timeout=10)
+        return call(control_pb2.GetLoadRequest(), timeout=10, wait_for_ready=True)
 
     def fail(self, text):
         with self.lock:
@@ -271,7 +327,33 @@ class Campaign:
 
     def ask(self, r, slow=0.0, leave_after=None):
         """The answer, or None when this client vanished."""
-        call, answer, last = self.generate(r, timeout=300), Answer(), time.monotonic()
+        named = inference_pb2.GenerateRequest()
+        named.CopyFrom(r)
+        named.request_id = f"r{random.getrandbits(64):x}"
+        answer, call, until = Answer(), self.generate(named, timeout=300), None
+        while True:
+            try:
+                return answer if self.listen(call, answer, slow, leave_after) else None
+            except grpc.RpcError as e:
+                until = until or time.monotonic() + 60
+                lost = e.code() == grpc.StatusCode.NOT_FOUND
+                if not self.server.journal or time.monotonic() > until or not (
+                        lost or e.code() == grpc.StatusCode.UNAVAILABLE):
+                    raise
+            time.sleep(0.1)
+            if lost:  # killed before its acceptance was on disk
+                with self.lock:
+                    self.again[bool(answer.ids)] += 1
+                answer, call = Answer(), self.generate(named, timeout=300)
+            else:
+                with self.lock:
+                    self.attached += 1
+                call = self.attach(inference_pb2.AttachRequest(request_id=named.request_id, offsets=answer.offsets()),
+                                   timeout=300)
+
+    def listen(self, call, answer, slow, leave_after):
+        """To the end of the call; False when this client vanished."""
+        last = time.monotonic()
         for n, m in enumerate(call):
             now = time.monotonic()
             pause = now - last - self.server.down_within(last, now)
@@ -282,10 +364,10 @@ class Campaign:
             answer.add(m)
             if leave_after is not None and n >= leave_after:
                 call.cancel()
-                return None
+                return False
             time.sleep(slow)
             last = time.monotonic()
-        return answer
+        return True
 
     def client(self, seed):
         rng = random.Random(seed)
@@ -312,20 +394,37 @@ class Campaign:
     def drain(self, group):
         call = self.channel.unary_unary("/tandem.v1.Control/Drain", control_pb2.DrainRequest.SerializeToString,
                                         control_pb2.DrainResponse.FromString)
-        try:
-            call(control_pb2.DrainRequest(group=group.name, restart=True, timeout_ms=self.rng.choice([0, 20, 300])),
-                 timeout=30)
-        except grpc.RpcError as e:
-            if e.code() != grpc.StatusCode.NOT_FOUND:  # it was lost just now
-                self.fail(f"Drain: {e.code().name}: {e.details()}")
+        request = control_pb2.DrainRequest(group=group.name, restart=True, timeout_ms=self.rng.choice([0, 20, 300]))
+        for last in (not self.o.journal, True):  # once more: over the connection to one that was killed
+            try:
+                call(request, timeout=30, wait_for_ready=True)
+            except grpc.RpcError as e:
+                if e.code() == grpc.StatusCode.UNAVAILABLE and not last:
+                    continue
+                if e.code() != grpc.StatusCode.NOT_FOUND:  # it was lost just now
+                    self.fail(f"Drain: {e.code().name}: {e.details()}")
+            return
 
     def fault(self):
         several = len(self.server.groups) > 1
         group = self.rng.choice(self.server.groups)
         workers = group.workers()
-        kind = self.rng.choice(["kill", "stop", "mpirun", "cut"] + several * ["drain"])
+        kinds = ["kill", "stop", "mpirun", "cut"] + several * ["drain"]
+        kind = self.rng.choice(2 * kinds + self.o.journal * ["coordinator", "coordinator", "disk"])
+        if kind == "coordinator":
+            self.peak = max(self.peak, self.server.memory_kb())
+            self.server.crash()
+            return kind
+        if kind == "disk":
+            self.server.limit_files(64)
+            time.sleep(self.rng.uniform(0, 0.5))
+            self.server.limit_files(resource.RLIM_INFINITY)
+            time.sleep(1.3)  # each second a new file is tried: the next crash finds a journal that is whole
+            return kind
         if not several:
             self.server.lost(group)  # what follows is the fault's, not a hang; where another serves it may be one
+        elif kind != "cut":
+            group.ready = False  # until it is so again: nobody but mpirun knows a rank that is stopped before it attaches
         if kind == "cut":
             self.server.proxy.cut(self.rng)
         elif kind == "drain":
@@ -352,6 +451,7 @@ class Campaign:
                 self.fail(f"no group came back within 30 s: {self.server.tree()}")
                 break
             time.sleep(self.rng.uniform(0, 0.6))
+            self.server.wait_all(30)
             try:
                 kind = self.fault()
             except ProcessLookupError:  # it has just ended by itself: mpirun takes its time after a lost rank
@@ -366,16 +466,20 @@ class Campaign:
         for c in clients:
             c.join()
         self.settle(fds, memory)
+        at_most = max(self.peak, self.server.memory_kb())
         print(f"{sum(kinds.values())} faults {kinds} in {seconds:.0f} s; {self.answers} answers of {self.tokens} tokens, "
               f"{self.vanished} clients vanished, {self.replays} replays (server: {self.load().replays}); longest pause "
               f"beside the restarts {self.longest:.2f} s; log probabilities apart {self.apart:.1e}; coordinator "
-              f"{memory} kB, at the end {self.server.memory_kb()} kB, {fds} and {self.server.descriptors()} descriptors; "
-              f"{len(self.errors)} errors")
+              f"{memory} kB, at most {at_most} kB, at the end {self.server.memory_kb()} kB, {fds} and "
+              f"{self.server.descriptors()} descriptors; {len(self.errors)} errors")
+        if self.o.journal:
+            print(f"{self.attached} calls of Attach; unknown after a restart and asked for again: {self.again[0]} without "
+                  f"a token, {self.again[1]} with some")
 
     def settle(self, fds, memory):
         if not self.server.ready.wait(60):
             self.fail("no group at the end")
-        for _ in range(100):
+        for _ in range(300 if self.o.journal else 100):  # of those without a client the keep time
             load = self.load()
             left = (load.running_requests, load.queued_requests, load.used_pages)
             if left == (0, 0, 0) and self.server.descriptors() <= fds:
@@ -396,11 +500,12 @@ def main():
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--tp", type=int, default=2, help="ranks of each group")
+    parser.add_argument("--journal", action="store_true", help="the coordinator is killed, too")
     parser.add_argument("--hang", type=float, default=5.0)
     parser.add_argument("--log", default=os.devnull, help="file for what the programs say")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, open(options.log, "w") as log:
-        server = Server(folder, log, options.groups, options.tp)
+        server = Server(folder, log, options.groups, options.tp, options.journal)
         campaign = Campaign(options, server)
         try:
             campaign.run()

@@ -1,13 +1,15 @@
 """The coordinator is killed in the middle of streams: `tandem serve --journal`, real ranks, a stock grpcio client."""
+import json
 import os
 import signal
+import subprocess
 import tempfile
 import time
 import unittest
 
 import grpc
 
-from cluster import Cluster, Result, inference_pb2, wait_for
+from cluster import Cluster, Result, SLOW, TANDEM, inference_pb2, tandem, wait_for
 
 ATTACH = "/tandem.v1.Inference/Attach"
 PROMPT = "Once upon a time, there was a little"
@@ -31,12 +33,41 @@ def until_lost(call, messages):
     return grpc.StatusCode.OK
 
 
+class Command:
+    """`tandem generate` as it runs."""
+
+    def __init__(self, options):
+        self.process = subprocess.Popen([TANDEM, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.begun = os.read(self.process.stdout.fileno(), 4096)
+
+    def end(self):
+        out, err = self.process.communicate(timeout=60 * SLOW)
+        return self.process.returncode, (self.begun + out).decode(), err.decode()
+
+
+def pieces(text):
+    """Of generate --json: ids, text and log probabilities of each answer, however they were cut into messages."""
+    out = {}
+    for m in map(json.loads, text.splitlines()):
+        ids, words, scores, end = out.get(m["index"], ([], "", [], None))
+        assert end is None, "a message behind the end of its answer"
+        end = m["finish"]["reason"] if "finish" in m else None
+        out[m["index"]] = (ids + m.get("token_ids", []), words + m.get("text", ""),
+                           scores + [s["token_id"] for s in m.get("logprobs", [])], end)
+    return out
+
+
 class Journal(unittest.TestCase):
     def test_streams_outlive_a_killed_coordinator(self):
         with tempfile.TemporaryDirectory() as where, Cluster(
                 args=["--journal", os.path.join(where, "journal")]) as c:
             options = [dict(temperature=0), dict(temperature=1.0, seed=5), dict(temperature=0.7, seed=6, logprobs=1)]
             quiet = [c.run(PROMPT, **LONG, **o) for o in options]
+            generate = ["generate", "--address", c.address, "--ignore-eos", "--max-tokens", "400", PROMPT]
+            plain = [*generate, "--greedy"]
+            scored = [*generate, "--json", "--n", "2", "--logprobs", "1", "--echo", "--seed", "7"]
+            said = [tandem(*plain), tandem(*scored)]
+            commands = [Command(plain), Command(scored), Command([*plain, "--no-attach"])]
             calls = [c.generate(PROMPT, request_id=f"r{i}", **LONG, **o) for i, o in enumerate(options)]
             messages = [[next(call)] for call in calls]
             self.assertGreater(messages[0][0].attach_ms, 0)
@@ -58,6 +89,15 @@ class Journal(unittest.TestCase):
                 self.assertEqual(both.finish.reason, whole.finish.reason)
                 self.assertEqual(both.finish.timing.replays, 1)
                 self.assertEqual(list(attach(c, f"r{i}", both))[-1].token_ids, [])  # once more: nothing but the end
+            text, parts, alone = [command.end() for command in commands]
+            for (status, out, err), quiet, same in ((text, said[0], str), (parts, said[1], pieces)):
+                self.assertEqual(status, 0, err)
+                self.assertIn("taking the answer up again, for 60 s at most", err)
+                self.assertEqual(same(out), same(quiet[1]))
+            self.assertEqual(alone[0], 1)
+            self.assertIn("UNAVAILABLE", alone[2])
+            self.assertLess(len(alone[1]), len(said[0][1]))
+            self.assertTrue(said[0][1].startswith(alone[1].rstrip("\n")))
             with self.assertRaises(grpc.RpcError) as e:
                 list(attach(c, "nobody", Result([])))
             self.assertEqual(e.exception.code(), grpc.StatusCode.NOT_FOUND)

@@ -127,6 +127,17 @@ class Security(unittest.TestCase):
         wait_for("both reasons in the log", lambda: "peer did not return a certificate" in self.c.log() and
                  "certificate verify failed. The certificate that was shown has expired" in self.c.log())
 
+    def test_request_is_taken_up_by_the_same_names_only(self):
+        """Who attaches must show the names of the certificate that began the request; a renewed certificate has them."""
+        def attach(cert):
+            call = self.c.secure("mtls", credentials(cert=cert)).unary_stream(
+                "/tandem.v1.Inference/Attach", inference_pb2.AttachRequest.SerializeToString,
+                inference_pb2.GenerateResponse.FromString)
+            return Result(call(inference_pb2.AttachRequest(request_id="kept"), timeout=30 * SLOW))
+        ids = self.c.ask(self.c.secure("mtls", credentials(cert="client")), request_id="kept", keep_ms=60000).ids
+        self.refused(grpc.StatusCode.PERMISSION_DENIED, "another caller's", attach, "elsewhere")
+        self.assertEqual(attach("renewed").ids, ids)
+
     # -- tokens --
 
     def test_token(self):
