@@ -50,6 +50,7 @@ enum status_code prefix_create(struct prefix_index **out, const struct prefix_co
     if (!ix)
         return status_nomem(st, "prefix index", sizeof *ix);
     ix->cfg = *cfg;
+    ix->version = cfg->first_version;
     ix->free = ix->oldest = ix->youngest = NONE;
     ix->entry = malloc((size_t)cfg->max_entries * sizeof *ix->entry);
     if (!ix->entry) {

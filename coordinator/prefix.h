@@ -26,9 +26,10 @@
 struct prefix_index;
 
 struct prefix_config {
-    uint32_t block_tokens; /* at least 1 */
-    uint32_t max_entries;  /* entries are 0 to max_entries - 1; at least 1 */
-    uint32_t max_nodes;    /* blocks kept at most, each once however many entries share it; at least 1, below 2^31 */
+    uint32_t block_tokens;  /* at least 1 */
+    uint32_t max_entries;   /* entries are 0 to max_entries - 1; at least 1 */
+    uint32_t max_nodes;     /* blocks kept at most, each once however many entries share it; at least 1, below 2^31 */
+    uint64_t first_version; /* of prefix_version: higher than any of an index before it whose answers are still kept */
 };
 
 struct prefix_stats {

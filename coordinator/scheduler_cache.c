@@ -11,12 +11,15 @@ enum status_code cache_attach(struct sched *s, struct status *st)
     s->block_tokens = (uint32_t)((s->kv.page_bytes + lane_bytes - 1) / lane_bytes);
     const struct prefix_config cfg = {.block_tokens = s->block_tokens,
                                       .max_entries = s->slots,
-                                      .max_nodes = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS};
+                                      .max_nodes = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS,
+                                      .first_version = s->prefix_first_version};
     return prefix_create(&s->prefix, &cfg, st);
 }
 
 void cache_detach(struct sched *s)
 {
+    if (s->prefix) /* requests that wait keep what they matched */
+        s->prefix_first_version = prefix_version(s->prefix) + 1;
     prefix_destroy(s->prefix);
     s->prefix = NULL;
 }

@@ -250,6 +250,7 @@ struct sched {
 
     /* Parked slots have no owner and are neither pending nor free. NULL: no prefix cache, or no group. */
     struct prefix_index *prefix;
+    uint64_t prefix_first_version;        /* of the next one */
     struct holder *holders, *free_holder; /* 2 x slots */
     struct holder **slot_holder;          /* NULL: the slot is pending or free */
     uint64_t *source_step; /* the last plan in which another slot begins as this one: it stays till after */

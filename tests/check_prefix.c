@@ -245,7 +245,7 @@ END_TEST
 
 START_TEST(wrong_configurations_name_the_field)
 {
-    static const struct prefix_config wrong[] = {{0, 1, 1}, {1, 0, 1}, {1, 1, 0}, {1, 1, 1u << 31}};
+    static const struct prefix_config wrong[] = {{0, 1, 1, 0}, {1, 0, 1, 0}, {1, 1, 0, 0}, {1, 1, 1u << 31, 0}};
     static const char *const field[] = {"block_tokens", "max_entries", "max_nodes", "max_nodes"};
     struct prefix_index *ix = NULL;
     struct status st = STATUS_INIT;

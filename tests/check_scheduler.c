@@ -408,6 +408,47 @@ START_TEST(lost_group_is_followed_by_one_that_goes_on_with_its_requests)
 }
 END_TEST
 
+/* Tokens first, first + 1, ... */
+static void submit_from(struct sched *s, uint64_t id, uint32_t first, uint32_t n_prompt)
+{
+    uint32_t prompt[16];
+    for (uint32_t i = 0; i < n_prompt; i++)
+        prompt[i] = first + i;
+    struct sched_request req = {
+        .id = id, .prompt = prompt, .n_prompt = n_prompt, .max_new = 50, .deadline_us = INT64_MAX};
+    ck_assert_int_eq(sched_submit(s, 1000, &req, NULL), ST_OK);
+}
+
+/* 3 waits and has seen that it begins as 1 does. In the next group, whose index has changed as often by then, 2 has the slot. */
+START_TEST(what_was_matched_in_a_lost_group_is_not_believed_in_the_next)
+{
+    struct sched_config cfg = config(2, 4, 2);
+    cfg.replay_limit = 1;
+    cfg.prefix_cache = true;
+    struct sched *s = create_attached(cfg);
+    submit_from(s, 1, 100, 5);
+    submit_from(s, 2, 200, 5);
+    submit_from(s, 3, 100, 9);
+    plan(s);
+    plan(s);
+    result(s, 1, 0, NULL);
+    RESULT(s, 2, 50);
+    expect_token(s, 1, 50);
+    ck_assert_uint_eq(plan(s).n_admit, 0); /* looks at 3, but there is no slot */
+    sched_lose(s, 0);
+    ck_assert_int_eq(sched_finish(s, 0, 1, NULL), ST_OK);
+    expect_finished(s, 1);
+    ck_assert_int_eq(sched_attach(s, 0, 2, 256, &ROOMY, NULL), ST_OK);
+    ck_assert_uint_eq(plan(s).admit[0].id, 2);
+    struct sched_plan p = plan(s);
+    ck_assert_uint_eq(p.n_admit, 1);
+    ck_assert_uint_eq(p.admit[0].id, 3);
+    ck_assert_uint_eq(p.admit[0].from_tokens, 0);
+    ck_assert_uint_eq(p.chunk[1].position, 0);
+    sched_destroy(s);
+}
+END_TEST
+
 START_TEST(what_loses_group_after_group_without_a_token_fails)
 {
     struct sched_config cfg = config(4, 16, 2);
@@ -652,6 +693,7 @@ static Suite *suite(void)
     tcase_add_test(core, deadlines_end_queued_and_running_requests);
     tcase_add_test(core, lost_group_fails_admitted_requests_and_keeps_queued_ones);
     tcase_add_test(core, lost_group_is_followed_by_one_that_goes_on_with_its_requests);
+    tcase_add_test(core, what_was_matched_in_a_lost_group_is_not_believed_in_the_next);
     tcase_add_test(core, what_loses_group_after_group_without_a_token_fails);
     tcase_add_test(core, deadline_and_cancel_end_what_waits_for_the_next_group);
     tcase_add_test(core, requests_wait_for_the_first_group);
