@@ -200,6 +200,12 @@ const struct status *chat_status(const struct chat *c)
     return &c->why;
 }
 
+const char *chat_lacks(const struct chat *c)
+{
+    const char *plain = c->plain ? jinja_lacks(c->plain) : NULL;
+    return plain || !c->tools ? plain : jinja_lacks(c->tools);
+}
+
 /* ---- rendering ---- */
 
 static json_t *context_of(const struct chat *c, const struct chat_prompt *p)

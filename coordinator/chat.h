@@ -33,6 +33,8 @@ STATUS_MUST_CHECK enum status_code chat_load(struct chat **out, const char *dir,
 void chat_free(struct chat *c); /* NULL is fine */
 /* OK: chats are served. Else why not: FAILED_PRECONDITION (no template), UNIMPLEMENTED (names the construct). */
 const struct status *chat_status(const struct chat *c);
+/* What the template has that will be refused where a chat reaches it (jinja_lacks); NULL: nothing. */
+const char *chat_lacks(const struct chat *c);
 
 struct chat_prompt {
     const json_t *messages;     /* an array of objects with "role" and "content" */

@@ -46,6 +46,8 @@ static void announce(const struct coord *c)
     log_line(&c->log, LOG_INFO, "serving \"%s\" on %s; ranks attach to %s", c->opt.served_name, list, control);
     if (chat_status(c->chat)->code != ST_OK)
         log_line(&c->log, LOG_INFO, "no chats are served: %s", chat_status(c->chat)->message);
+    else if (chat_lacks(c->chat))
+        log_line(&c->log, LOG_INFO, "chats that need this are not served: chat template: %s", chat_lacks(c->chat));
     listeners_warn(&c->opt, &c->log);
     if (c->http) {
         bound_address(http, sizeof http, c->opt.http.address, http_port(c->http));

@@ -8,6 +8,7 @@
 struct jinja {
     struct jj_block *arena;
     const struct jj_node *body;
+    const char *lacks;
 };
 
 /* ---- memory ---- */
@@ -156,6 +157,7 @@ enum status_code jinja_compile(struct jinja **out, const char *source, size_t by
     if (guarded(&w->parser.job, compile, w)) {
         t->arena = w->parser.job.arena;
         t->body = w->body;
+        t->lacks = w->parser.lacks.s;
         *out = t;
         t = NULL;
     } else {
@@ -166,6 +168,11 @@ end:
     free(w);
     free(t);
     return rc;
+}
+
+const char *jinja_lacks(const struct jinja *t)
+{
+    return t->lacks;
 }
 
 void jinja_free(struct jinja *t)

@@ -14,7 +14,8 @@
  *                 widths ("{:>8}"), keys of dictionaries are strings and integers
  *
  * What is not supported (include, extends, call, recursive loops, a filter that is not in the table ...) is refused by its
- * name when the template is compiled, never ignored. A method is known only by its object and is refused on rendering.
+ * name when the template is compiled, never ignored. A method is known only by its object and is refused on rendering; so is,
+ * as in Jinja2, a filter or test that stands within an if: other messages may never reach it.
  *
  * Threads: a compiled template does not change; any number may render it at the same time.
  */
@@ -38,6 +39,8 @@ struct jinja;
 STATUS_MUST_CHECK enum status_code jinja_compile(struct jinja **out, const char *source, size_t bytes,
                                                  struct status *st);
 void jinja_free(struct jinja *t); /* NULL is fine */
+/* The first filter or test that will be refused where it is reached, as "line 3: ..."; NULL: there is none. The template's. */
+const char *jinja_lacks(const struct jinja *t);
 
 /* *text: NUL-terminated, the caller frees it. INVALID_ARGUMENT: raise_exception() of the template, with its message, or a
  * value that an operation cannot take; UNIMPLEMENTED: a method that is not supported; RESOURCE_EXHAUSTED: over a limit

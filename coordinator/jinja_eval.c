@@ -228,6 +228,8 @@ static struct jj_value call(struct jj_render *r, const struct jj_node *n)
 struct jj_value jj_filter_apply(struct jj_render *r, const struct jj_node *filter, struct jj_value of)
 {
     struct jj_args args = {0};
+    if (!filter->builtin)
+        jj_not_supported(&r->job, filter);
     if (filter->a) /* the inner ones of a chain come first */
         of = jj_filter_apply(r, filter->a, of);
     evaluate_args(r, filter, &args);
@@ -238,6 +240,8 @@ struct jj_value jj_filter_apply(struct jj_render *r, const struct jj_node *filte
 static struct jj_value filter(struct jj_render *r, const struct jj_node *n)
 {
     struct jj_args args = {0};
+    if (!n->builtin)
+        jj_not_supported(&r->job, n);
     struct jj_value of = jj_eval(r, n->a);
     evaluate_args(r, n, &args);
     r->job.line = n->line;

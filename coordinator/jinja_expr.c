@@ -2,6 +2,7 @@
  * minus' operand would suggest, ~ stands between + and *, and ** is left-associative.
  *
  *   tuple > if-else > or > and > not > compare > + - > ~ > * / // % > ** > unary > primary, postfix, filters, tests */
+#include <stdio.h>
 #include <string.h>
 
 #include "coordinator/jinja_internal.h"
@@ -236,6 +237,39 @@ static struct jj_node *postfix(struct jj_parser *p, struct jj_node *n)
     }
 }
 
+static struct jj_str missing(struct jj *c, const struct jj_node *n)
+{
+    struct jj_buf b = {0};
+    jj_puts(c, &b, n->kind == N_FILTER ? "the filter \"" : "the test \"is ");
+    jj_put(c, &b, n->name.s, n->name.n < 60 ? n->name.n : 60);
+    jj_puts(c, &b, "\" is not supported");
+    return jj_buf_value(&b).u.str;
+}
+
+void jj_not_supported(struct jj *c, const struct jj_node *n)
+{
+    struct jj_str s = missing(c, n);
+    c->line = n->line;
+    jj_fail(c, ST_UNIMPLEMENTED, "%.*s", (int)s.n, s.s);
+}
+
+/* As Jinja2 has it: within an if it is only missed when it is reached. */
+static void note_missing(struct jj_parser *p, const struct jj_node *n)
+{
+    char line[32];
+    if (p->ifs == 0)
+        jj_not_supported(&p->job, n);
+    if (p->lacks.n)
+        return;
+    struct jj_buf b = {0};
+    struct jj_str s = missing(&p->job, n);
+    snprintf(line, sizeof line, "line %u: ", n->line);
+    jj_puts(&p->job, &b, line);
+    jj_put(&p->job, &b, s.s, s.n);
+    jj_put(&p->job, &b, "", 1); /* NUL */
+    p->lacks = jj_buf_value(&b).u.str;
+}
+
 static struct jj_node *filter(struct jj_parser *p, struct jj_node *of)
 {
     struct jj_node *n = jj_node(p, N_FILTER);
@@ -243,8 +277,7 @@ static struct jj_node *filter(struct jj_parser *p, struct jj_node *of)
     n->a = of;
     n->builtin = jj_find_filter(n->name);
     if (!n->builtin)
-        jj_fail(&p->job, ST_UNIMPLEMENTED, "the filter \"%.*s\" is not supported",
-                (int)(n->name.n < 60 ? n->name.n : 60), n->name.s);
+        note_missing(p, n);
     if (jj_skip(p, TOK_OP, "("))
         call_args(p, n);
     return n;
@@ -277,8 +310,7 @@ static struct jj_node *test(struct jj_parser *p, struct jj_node *of)
     n->a = of;
     n->builtin = jj_find_test(n->name);
     if (!n->builtin)
-        jj_fail(&p->job, ST_UNIMPLEMENTED, "the test \"is %.*s\" is not supported",
-                (int)(n->name.n < 60 ? n->name.n : 60), n->name.s);
+        note_missing(p, n);
     if (jj_skip(p, TOK_OP, "("))
         call_args(p, n);
     else if (starts_operand(p))

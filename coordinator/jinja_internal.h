@@ -272,8 +272,10 @@ struct jj_node {
 
 struct jj_parser {
     struct jj job;
-    struct jj_token *t; /* the next one */
-    uint32_t loops;     /* we are inside of; break and continue need one */
+    struct jj_token *t;  /* the next one */
+    uint32_t loops;      /* we are inside of; break and continue need one */
+    uint32_t ifs;        /* we are inside of: what is not supported there may never be reached */
+    struct jj_str lacks; /* the first such thing, as a sentence */
 };
 
 struct jj_node *jj_parse(struct jj_parser *p);                         /* the whole template */
@@ -287,6 +289,7 @@ bool jj_skip(struct jj_parser *p, enum jj_token_kind kind, const char *text);
 void jj_expect(struct jj_parser *p, enum jj_token_kind kind, const char *text, const char *where);
 struct jj_str jj_expect_name(struct jj_parser *p, const char *what);
 _Noreturn void jj_unexpected(struct jj_parser *p, const char *expected);
+_Noreturn void jj_not_supported(struct jj *c, const struct jj_node *n); /* a filter or test without a builtin */
 
 /* ---- a render ---- */
 

@@ -57,6 +57,7 @@ static struct jj_node *parse_if(struct jj_parser *p)
 {
     struct jj_node *n = jj_node(p, N_IF);
     jj_enter(&p->job);
+    p->ifs++;
     n->a = jj_parse_tuple(p, false);
     jj_expect(p, TOK_TAG_END, NULL, "at the end of the if");
     n->list = body(p, ENDS("elif", "else", "endif"));
@@ -69,6 +70,7 @@ static struct jj_node *parse_if(struct jj_parser *p)
         }
         end_tag(p, "endif");
     }
+    p->ifs--;
     p->job.depth--;
     return n;
 }

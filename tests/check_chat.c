@@ -305,6 +305,30 @@ END_TEST
 
 /* ---- faults ---- */
 
+START_TEST(what_only_some_chats_reach_is_refused_to_them_only)
+{
+    static const char source[] = "{{ messages[0].content }}\n{% if messages|length > 3 %}\n{{ messages|batch(2) }}"
+                                 "{% elif messages is escaped %}x{% endif %}";
+    struct temp_dir d = temp_dir_make();
+    char out[512];
+    struct chat_prompt plain = {0};
+    temp_dir_write(&d, "chat_template.jinja", source, strlen(source));
+    struct chat *c = load(&d, NULL);
+    ck_assert_int_eq(chat_status(c)->code, ST_OK);
+    ck_assert_str_eq(chat_lacks(c), "line 3: the filter \"batch\" is not supported");
+    ck_assert_int_eq(ask(c, TURNS, &plain, out, sizeof out), ST_UNIMPLEMENTED);
+    ck_assert_msg(strstr(out, "line 3: the filter \"batch\" is not supported") != NULL, "%s", out);
+    ck_assert_int_eq(ask(c, "[{\"role\":\"user\",\"content\":\"U\"}]", &plain, out, sizeof out), ST_UNIMPLEMENTED);
+    ck_assert_msg(strstr(out, "line 3: the test \"is escaped\" is not supported") != NULL, "%s", out);
+    chat_free(c);
+    temp_dir_write(&d, "chat_template.jinja", source, 26);
+    c = load(&d, NULL);
+    ck_assert_ptr_null(chat_lacks(c));
+    chat_free(c);
+    temp_dir_remove(&d);
+}
+END_TEST
+
 START_TEST(what_cannot_be_used_says_why)
 {
     struct temp_dir d = temp_dir_make();
@@ -386,6 +410,7 @@ int main(void)
     tcase_add_loop_test(limits, a_template_without_an_end_is_ended, 0, (int)(sizeof endless / sizeof *endless));
     tcase_add_loop_test(limits, deep_nesting_of_the_source_is_refused, 0, 5);
     tcase_add_test(limits, slices_take_any_bounds);
+    tcase_add_test(faults, what_only_some_chats_reach_is_refused_to_them_only);
     tcase_add_test(faults, what_cannot_be_used_says_why);
     tcase_add_test(faults, any_allocation_may_fail);
     tcase_set_timeout(limits, 120);

@@ -228,6 +228,12 @@ FILTERS = r"""
 ~~
 {{ 5|map('upper')|list }}
 ~~
+{% if no %}{{ s|nonsense }}{% elif not t %}{{ s is nonsense }}{% else %}{{ s|upper }}{% endif %} {% if el %}{% if t %}{{ s|nonsense|upper }}{% endif %}{% endif %}
+~~
+{% if t %}{{ s|nonsense }}{% endif %}
+~~
+{% if t %}{{ s is nonsense }}{% endif %}
+~~
 {{ s|nonsense }}
 ~~
 {{ n is nonsense }}
@@ -362,7 +368,9 @@ REFUSED = [("{{ s.encode() }}", "encode"), ("{% for x in l recursive %}{% endfor
            ("{% include 'x' %}", "include"), ("{{ l|batch(2) }}", "batch"), ("{{ f(*l) }}", "*"),
            ("{{ '%s' % s }}", "%"), ("{{ '{:>8}'.format(s) }}", ":>8"),
            ("{{ '{!a}'.format(s) }}", "!a"), ("{{ ('<{}>'|safe).format(s) }}", "safe"), ("{% call m() %}{% endcall %}", "call"),
-           ("{{ {1.5: 2} }}", "dictionary")]
+           ("{{ {1.5: 2} }}", "dictionary"), ("{% if t %}{{ l|batch(2) }}{% endif %}", "batch"),
+           ("{% if no %}{% elif l|batch(2) %}{% endif %}", "batch"), ("{% if t %}{% endif %}{{ l|batch(2) }}", "batch"),
+           ("{% if t %}{{ s is escaped }}{% endif %}", "is escaped")]
 
 # Written for this test after the conventions that published models use; not theirs.
 CHATS = r"""
