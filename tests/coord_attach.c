@@ -220,7 +220,7 @@ START_TEST(what_is_kept_is_bounded)
         proc_reply_free(&r);
         ck_assert(wait_running(&p, 0, 0));
     }
-    usleep(200000); /* that the calls were closed has to arrive */
+    usleep(1000000); /* that the calls were closed has to arrive */
     attach_fails(&p, "k0", 0, ST_NOT_FOUND, "k0");
     attach_fails(&p, "k1", 0, ST_NOT_FOUND, "k1");
     for (int i = 2; i < 4; i++) {
