@@ -8,12 +8,14 @@ A coordinator and mpirun as `tandem serve` starts them, but launched again at on
 of requests: greedy, sampled, log probabilities, stop strings, penalties, several answers; some read slowly, some vanish.
 Faults: a rank is killed, stopped, cut off from the coordinator; the whole mpirun is killed; of several groups, one is also
 drained to be started again; with a journal the coordinator is killed and started again, its clients attach, or its disk is
-full for a moment. Exit status 0 when
+full for a moment. SIGTERM ends it before its time. Exit
+status 0 when
   - no token, text, log probability or reason differs from the quiet run, and no call failed
   - no stream paused for more than --hang seconds, the time without a group not counted
   - at the end no request, page or process is left, and the coordinator has no more descriptors than at the start
 """
 import argparse
+import itertools
 import os
 import random
 import resource
@@ -227,12 +229,16 @@ class Server:
         resource.prlimit(self.coordinator.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def expect(self, word):
-        line = self.events.readline()
-        if not line.startswith(word):
-            raise SystemExit(f"the coordinator said {line!r}, expected {word}")
+        """Until it says so; a rank may attach before that."""
+        self.early = []
+        for line in self.events:
+            if line.startswith(word):
+                return
+            self.early.append(line)
+        raise SystemExit(f"the coordinator ended before it said {word}: {self.early}")
 
     def follow(self, events):
-        for line in events:
+        for line in itertools.chain(self.early, events):
             group = next((g for g in self.groups if f"group={g.name} " in line.strip() + " "), self.groups[0])
             if line.startswith("ready"):
                 with self.lock:
@@ -311,7 +317,7 @@ class Campaign:
             inference_pb2.GenerateResponse.FromString)
         self.requests, self.quiet = requests(), []
         self.lock, self.done = threading.Lock(), False
-        self.peak = 0
+        self.peak, self.enough = 0, False
         self.errors, self.answers, self.vanished, self.replays, self.tokens = [], 0, 0, 0, 0
         self.longest, self.apart, self.attached, self.again = 0.0, 0.0, 0, [0, 0]
 
@@ -446,7 +452,10 @@ class Campaign:
             c.start()
         time.sleep(1)
         fds, memory, kinds, start = self.server.descriptors(), None, {}, time.monotonic()
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "enough", True))
         for k in range(self.o.faults):
+            if self.enough:
+                break
             if not self.server.wait_all(30):
                 self.fail(f"no group came back within 30 s: {self.server.tree()}")
                 break
