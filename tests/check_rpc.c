@@ -111,6 +111,49 @@ START_TEST(several_threads_may_send_on_a_stream)
 }
 END_TEST
 
+struct in_place {
+    struct rpc_call *call;
+    uint32_t sent, at_once; /* at_once: written, and said to be so, when the send returned */
+};
+
+static void *send_in_place(void *arg)
+{
+    struct in_place *p = arg;
+    Msg m = MSG_INIT;
+    m.n_token_ids = 1;
+    m.token_ids = &p->sent;
+    for (; p->sent < 3000; p->sent++) {
+        while (rpc_call_pending(p->call) > 8)
+            sleep_ms(1);
+        OK(rpc_call_send_in_place(p->call, &m.base, st));
+        p->at_once += rpc_call_pending(p->call) == 0;
+    }
+    rpc_call_finish(p->call, NULL, 0);
+    return NULL;
+}
+
+START_TEST(messages_sent_in_place_come_in_order_and_wait_for_no_poll_thread)
+{
+    server_start(socket_path("s"), NO_EXTRAS);
+    struct rpc_channel *ch = connect_to(srv.address);
+    struct rpc_stream *s = open_with(ch, "/test.T/Hold", 0, 0, 0);
+    pthread_t sender;
+    AWAIT(atomic_load(&srv.held) != NULL);
+    struct in_place p = {.call = atomic_load(&srv.held)};
+    pthread_create(&sender, NULL, send_in_place, &p);
+    for (int64_t i = 0; i < 3000; i++)
+        ck_assert_int_eq(next_id(s), i);
+    ck_assert_int_eq(next_id(s), -1);
+    pthread_join(sender, NULL);
+    ck_assert_uint_gt(p.at_once, 1500); /* the rest met a poll thread at work in the same connection */
+    rpc_stream_close(s);
+    rpc_channel_destroy(ch);
+    server_stop(PATIENCE_MS);
+    ck_assert_uint_eq(srv.cancelled, 0);
+    folder_remove();
+}
+END_TEST
+
 START_TEST(error_carries_message_and_trailer)
 {
     server_start("127.0.0.1:0", NO_EXTRAS);
@@ -311,6 +354,7 @@ static Suite *rpc_suite(void)
     tcase_add_test(core, stream_comes_in_order_and_whole);
     tcase_add_test(core, bidi_echoes_while_both_sides_talk);
     tcase_add_test(core, several_threads_may_send_on_a_stream);
+    tcase_add_test(core, messages_sent_in_place_come_in_order_and_wait_for_no_poll_thread);
     tcase_add_test(core, error_carries_message_and_trailer);
     tcase_add_test(core, early_error_leaves_the_call_retryable);
     tcase_add_test(core, health_check_and_list_tell_the_table);
