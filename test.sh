@@ -15,7 +15,7 @@ case ${1:-} in
 esac
 
 .ci/setup.sh test
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 CK_VERBOSITY=minimal
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 CK_VERBOSITY=normal
 started=$SECONDS second_tries='' timed='^(e2e_|k8s_pods|coordinator|worker|comm|rpc|client|http|agent$)'
 # What makes no thread, or those that another test makes too, has nothing to show the thread sanitizer.
 one_thread='^(agent|bench|trace|openai|cost|engine_share|engine_flights|e2e_sampling|e2e_chat|status|coord_stop|prefix|scheduler|fuzz_.*|shard|sample.*|safetensors|model_config|gguf|chat|jinja|tokenizer.*|cmd_tokenize|cli)$'

@@ -13,7 +13,8 @@ from cluster import Cluster, Result, SLOW, TANDEM, inference_pb2, wait_for
 
 ATTACH = "/tandem.v1.Inference/Attach"
 PROMPT = "Once upon a time, there was a little"
-LONG = dict(ignore_eos=True, max_tokens=400)
+TOKENS = 700  # more than are made until the coordinator is killed
+LONG = dict(ignore_eos=True, max_tokens=TOKENS)
 
 
 def attach(c, name, have):
@@ -38,6 +39,9 @@ class Command:
 
     def __init__(self, options):
         self.process = subprocess.Popen([TANDEM, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.begun = b""
+
+    def await_begin(self):
         self.begun = os.read(self.process.stdout.fileno(), 4096)
 
     def end(self):
@@ -58,11 +62,13 @@ class Journal(unittest.TestCase):
                 args=["--journal", os.path.join(where, "journal")]) as c:
             options = [dict(temperature=0), dict(temperature=1.0, seed=5), dict(temperature=0.7, seed=6, logprobs=1)]
             quiet = [c.run(PROMPT, **LONG, **o) for o in options]
-            generate = ["generate", "--address", c.address, "--ignore-eos", "--max-tokens", "400", PROMPT]
+            generate = ["generate", "--address", c.address, "--ignore-eos", "--max-tokens", str(TOKENS), PROMPT]
             sampled = ["--temperature", "1", "--seed", "5"]  # as in options
             commands = [Command([*generate, "--greedy"]), Command([*generate, *sampled, "--json"]),
                         Command([*generate, "--greedy", "--no-attach"])]
             calls = [c.generate(PROMPT, request_id=f"r{i}", **LONG, **o) for i, o in enumerate(options)]
+            for command in commands:
+                command.await_begin()
             messages = [[next(call)] for call in calls]
             self.assertGreater(messages[0][0].attach_ms, 0)
             time.sleep(0.05)  # the journal writes each 10 ms
