@@ -21,7 +21,7 @@ started=$SECONDS second_tries='' timed='^(e2e_|k8s_pods|coordinator|worker|comm|
 one_thread='^(agent|bench|trace|openai|cost|engine_share|engine_flights|e2e_sampling|e2e_chat|status|coord_stop|prefix|scheduler|fuzz_.*|shard|sample.*|safetensors|model_config|gguf|chat|jinja|tokenizer.*|cmd_tokenize|cli)$'
 # The sanitizer builds leave out tests that go where others go too; TANDEM_TEST_ALL=1 runs all in every build (for an hour).
 repeated='^(e2e_sampling|e2e_chat|e2e_prefix|e2e_tokens)$'
-one_thread="${one_thread%)\$}|gemm|engine_options|engine_reference|e2e_prefix|e2e_tokens|e2e_cli|e2e_api|e2e_security|e2e_groups)\$"
+one_thread="${one_thread%)\$}|gemm|engine_options|engine_reference|e2e_prefix|e2e_tokens|e2e_cli|e2e_api|e2e_security|e2e_groups|e2e_journal)\$"
 [ "${TANDEM_TEST_ALL:-0}" = 0 ] || { repeated='' one_thread=''; }
 say() { printf '== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
