@@ -13,7 +13,7 @@ from cluster import Cluster, Result, SLOW, TANDEM, inference_pb2, wait_for
 
 ATTACH = "/tandem.v1.Inference/Attach"
 PROMPT = "Once upon a time, there was a little"
-TOKENS = 700  # more than are made until the coordinator is killed
+TOKENS = 700 if SLOW == 1 else 400  # more than are made until the coordinator is killed
 LONG = dict(ignore_eos=True, max_tokens=TOKENS)
 
 
