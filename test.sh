@@ -79,10 +79,11 @@ if [ "$quick" = 0 ]; then
     run_tests release
     finish_beside "build asan"
     configure tsan
-    start_beside cmake --build --preset tsan
+    rm -f build/tsan.built
+    start_beside bash -c 'cmake --build --preset tsan && touch build/tsan.built && .ci/lint.sh tidy'
     run_tests asan
-    finish_beside "build tsan"
-    start_beside .ci/lint.sh tidy
+    while [ ! -e build/tsan.built ] && kill -0 "$beside" 2>/dev/null; do sleep 1; done
+    [ -e build/tsan.built ] || finish_beside "build tsan" # ends here, and says why
     run_tests tsan
     finish_beside "clang-tidy"
 else
