@@ -1,4 +1,7 @@
-/* The engine: the one thread that decides. It sleeps until mail comes or the next time limit is due. */
+/* The engine: the one thread that decides. It sleeps until mail comes or the next time limit is due.
+ *
+ * A turn: mail, time limits, plans to ranks, then writing to clients until a rank has something to say. Where writing takes
+ * longer than a step, the tokens that come meanwhile join the message that waits: ranks are not kept waiting by clients. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -60,14 +63,9 @@ void engine_publish(struct engine *e, const char *reason)
 void engine_events(struct engine *e, int64_t now_us)
 {
     struct sched_event ev;
-    do {
-        for (uint32_t i = 0; i < e->n_groups; i++)
-            while (e->group[i].sched && sched_next_event(e->group[i].sched, &ev))
-                request_event(e, &ev, now_us);
-        if (!e->dirty)
-            return;
-        requests_flush_dirty(e, now_us); /* may end a request, which makes an event */
-    } while (true);
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        while (e->group[i].sched && sched_next_event(e->group[i].sched, &ev))
+            request_event(e, &ev, now_us);
 }
 
 /* A rank that is far behind the others gets no further plans; if it does not catch up, its step is overdue in the end
@@ -110,7 +108,7 @@ static void send_plans(struct engine *e, struct group *g, int64_t now_us)
 
 void engine_pump_group(struct engine *e, struct group *g, int64_t now_us)
 {
-    send_plans(e, g, now_us); /* first: ranks compute while we write to clients */
+    send_plans(e, g, now_us); /* first: ranks compute meanwhile */
     engine_events(e, now_us);
 }
 
@@ -325,8 +323,8 @@ static void *engine_main(void *arg)
     int64_t turned_us = coord_now_us();
     for (;;) {
         uint32_t flags = 0;
-        struct mail *m = mailbox_take(box, &flags, e->quit ? 0 : next_wake_us(e, turned_us));
-        if (!m && e->quit)
+        struct mail *m = mailbox_take(box, &flags, e->quit || e->dirty ? 0 : next_wake_us(e, turned_us));
+        if (!m && e->quit && !e->dirty)
             return NULL;
         int64_t now_us = coord_now_us();
         if (now_us - turned_us > TURN_MAX_US + PAUSE_US) {
@@ -341,6 +339,8 @@ static void *engine_main(void *arg)
             m = n < MAIL_BATCH ? mailbox_take(box, &flags, 0) : NULL;
         }
         check_times(e, now_us);
+        if (requests_flush_dirty(e, now_us))
+            engine_pump(e, now_us);
     }
 }
 
@@ -353,6 +353,7 @@ enum status_code engine_start(struct coord *c, struct status *st)
     list_init(&e->stalled);
     list_init(&e->unclaimed);
     list_init(&e->held);
+    e->dirty_tail = &e->dirty;
     enum status_code rc = requests_init(e, st);
     if (rc == ST_OK)
         rc = sched_book_create(&e->book, st);

@@ -61,6 +61,7 @@
 #define COORD_CHUNK_BYTES    (256u << 10) /* text of one message to a client at most; clients take 4 MiB by default */
 #define COORD_CHUNK_IDS      (64u << 10)
 #define COORD_CHUNK_SCORES   1024
+#define COORD_LEAST_WRITES   32 /* requests that get their output in each turn, whatever else waits */
 
 static inline int64_t min_i64(int64_t a, int64_t b)
 {
@@ -183,6 +184,7 @@ void mailbox_fini(struct mailbox *box);
 void mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags, atomic_uint *refs);
 /* The next node and its flags; NULL when there is none at until_us (0: do not wait). The reference goes to the caller. */
 struct mail *mailbox_take(struct mailbox *box, uint32_t *flags, int64_t until_us);
+bool mailbox_has_ranks(struct mailbox *box); /* a rank's mail waits */
 
 /* ---- intrusive list, engine only ---- */
 
@@ -331,7 +333,7 @@ struct request {
     uint32_t n_live, n_done;    /* choices */
     uint32_t turn;              /* the choice that sends next */
     struct request *hash_next;  /* by name */
-    struct request *dirty_next; /* has new output in this round */
+    struct request *dirty_next; /* has new output that was not offered to its client yet */
     struct link stalled_link;   /* oldest first */
     int64_t stalled_us;         /* since then the client took nothing of what waits */
     /* coord_attach.c, coord_journal.c */
@@ -562,8 +564,8 @@ struct engine {
     struct link drains;          /* control calls */
     struct link unclaimed, held; /* requests without a client; of the journal, before the first group */
     uint32_t n_kept, n_unclaimed;
-    int64_t unclaimed_us; /* when they were looked over */
-    struct request *dirty;
+    int64_t unclaimed_us;                 /* when they were looked over */
+    struct request *dirty, **dirty_tail;  /* oldest first */
     const Tandem__V1__StepResult *result; /* that the events under way came from */
     /* answers by table index (the scheduler's id is index and generation); requests by name */
     struct choice **table;
@@ -642,6 +644,7 @@ void engine_stop(struct coord *c); /* after both servers are down; joins */
 void engine_pump(struct engine *e, int64_t now_us);
 /* The same, with plans for one group only. */
 void engine_pump_group(struct engine *e, struct group *g, int64_t now_us);
+/* What the schedulers say goes into the answers; the engine's loop writes these to clients (requests_flush_dirty). */
 void engine_events(struct engine *e, int64_t now_us);
 /* Whether the server serves, from its groups; reason: why it does not, when it had a group and has none. */
 void engine_publish(struct engine *e, const char *reason);
@@ -663,7 +666,9 @@ STATUS_MUST_CHECK enum status_code requests_init(struct engine *e, struct status
 void requests_fini(struct engine *e);
 void request_handle_mail(struct engine *e, struct request *r, uint32_t flags, int64_t now_us);
 void request_event(struct engine *e, const struct sched_event *ev, int64_t now_us);
-void requests_flush_dirty(struct engine *e, int64_t now_us);
+/* Writes new output to clients, oldest first, until all is written or a rank's mail waits; COORD_LEAST_WRITES in any case.
+ * May end requests, which makes events. Returns whether there was any. */
+bool requests_flush_dirty(struct engine *e, int64_t now_us);
 struct request *request_by_name(struct engine *e, const char *name);
 /* Ends one request early; its call gets this status. */
 void request_end(struct engine *e, struct request *r, const struct status *st, int64_t now_us);

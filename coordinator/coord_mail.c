@@ -47,6 +47,14 @@ void mailbox_post(struct mailbox *box, struct mail *mail, uint32_t flags, atomic
         pthread_cond_signal(&box->cond);
 }
 
+bool mailbox_has_ranks(struct mailbox *box)
+{
+    pthread_mutex_lock(&box->mu);
+    bool any = box->head[0] != NULL;
+    pthread_mutex_unlock(&box->mu);
+    return any;
+}
+
 struct mail *mailbox_take(struct mailbox *box, uint32_t *flags, int64_t until_us)
 {
     struct mail *m = NULL;

@@ -164,10 +164,37 @@ void request_to_closing(struct engine *e, struct request *r, enum status_code co
     list_append(&e->stalled, &r->stalled_link);
 }
 
+/* The next choice that has something to say, in turns; NULL: none has. */
+static struct choice *next_choice(struct request *r)
+{
+    for (uint32_t i = 0; i < r->n_choices; i++) {
+        struct choice *c = &r->choice[(r->turn + i) % r->n_choices];
+        if (choice_has_output(c)) {
+            r->turn = (c->index + 1) % r->n_choices;
+            return c;
+        }
+    }
+    return NULL;
+}
+
+/* Before an early end: what came already, as far as the client takes it at once. */
+static void send_rest(struct request *r)
+{
+    struct status st = STATUS_INIT;
+    struct choice *c = NULL;
+    if (r->state != REQUEST_LIVE && r->state != REQUEST_FINISHED)
+        return;
+    while (r->ops->pending(r->sink) == 0 && (c = next_choice(r)))
+        if (choice_send(c, &st) != ST_OK)
+            return;
+}
+
 static void fail(struct engine *e, struct request *r, const struct status *st, uint32_t retry_after_ms, int64_t now_us)
 {
-    if (!r->closed)
+    if (!r->closed) {
+        send_rest(r);
         r->ops->finish(r->sink, st, retry_after_ms);
+    }
     metrics_error(&e->coord->metrics, st->code);
     log_request(&e->coord->log, LOG_DEBUG, r->name, "%s: %s", status_name(st->code), st->message);
     request_to_closing(e, r, st->code, now_us);
@@ -186,19 +213,6 @@ static bool writable(struct request *r)
         return false;
     atomic_store(&r->want_writable, false);
     return true;
-}
-
-/* The next choice that has something to say, in turns; NULL: none has. */
-static struct choice *next_choice(struct request *r)
-{
-    for (uint32_t i = 0; i < r->n_choices; i++) {
-        struct choice *c = &r->choice[(r->turn + i) % r->n_choices];
-        if (choice_has_output(c)) {
-            r->turn = (c->index + 1) % r->n_choices;
-            return c;
-        }
-    }
-    return NULL;
 }
 
 static bool has_output(const struct request *r)
@@ -250,19 +264,24 @@ static void mark_dirty(struct engine *e, struct request *r)
         return;
     r->dirty = true;
     request_ref(r);
-    r->dirty_next = e->dirty;
-    e->dirty = r;
+    r->dirty_next = NULL;
+    *e->dirty_tail = r;
+    e->dirty_tail = &r->dirty_next;
 }
 
-void requests_flush_dirty(struct engine *e, int64_t now_us)
+bool requests_flush_dirty(struct engine *e, int64_t now_us)
 {
-    while (e->dirty) {
+    uint32_t n = 0;
+    for (; e->dirty && (n < COORD_LEAST_WRITES || !mailbox_has_ranks(&e->coord->box)); n++) {
         struct request *r = e->dirty;
         e->dirty = r->dirty_next;
+        if (!e->dirty)
+            e->dirty_tail = &e->dirty;
         r->dirty = false;
         request_flush(e, r, now_us);
         request_unref(r);
     }
+    return n > 0;
 }
 
 /* ---- tokens ---- */
