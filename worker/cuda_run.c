@@ -30,7 +30,7 @@ static void fill_rows(struct forward *f, struct cuda_flight *l, const struct for
 {
     for (uint32_t i = 0; i < b->seqs; i++) {
         const struct forward_seq *s = &b->seq[i];
-        const struct kv_view view = kv_slot_view(f->cfg.kv, s->slot, 0);
+        const struct kv_view view = kv_slot_view(*f->cfg.kv, s->slot, 0);
         l->seq[i] = (struct attn_seq){
             .k = view.k,
             .v = view.v,

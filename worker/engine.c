@@ -14,11 +14,6 @@
 #define DEFAULT_TUNE_MS     500
 #define MAX_SLOTS           65536u
 #define MAX_STEP_TOKENS     65536u
-/* When nobody says how much: each page may be a mapping, and a process has 65530 by default. */
-#define NO_BOUND_PAGES       (UINT64_C(1) << 31) /* as many as a pool can have */
-#define DEFAULT_KV_PAGES_MAX 32768u
-/* Tokens of a slot whose pages are ready before they are fed: enough steps for a call that waits behind others. */
-#define AHEAD_TOKENS 16
 
 _Static_assert(ENGINE_MAX_EOS == MODEL_MAX_EOS, "eos_ids is copied whole");
 
@@ -113,55 +108,6 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
     return ST_OK;
 }
 
-static enum status_code create_kv(struct engine *e, const struct engine_config *cfg, uint64_t share, struct status *st)
-{
-    const struct engine_info *info = &e->info;
-    uint32_t elem_bytes = e->parts ? e->parts->kv_elem_bytes : SHARD_KV_HOST_BYTES;
-    struct kv_account a = {
-        .page_bytes = cfg->page_bytes ? cfg->page_bytes : KV_PAGE_BYTES_DEFAULT,
-        .token_bytes = shard_kv_token_bytes(&e->shard, e->model.layers, e->model.head_dim, elem_bytes),
-    };
-    uint64_t budget = cfg->kv_bytes;
-    if (budget == 0) {
-        uint64_t useful = kv_pages_for(&a, info->max_context) * info->max_slots;
-        if (useful > DEFAULT_KV_PAGES_MAX && !e->parts)
-            useful = DEFAULT_KV_PAGES_MAX;
-        budget = share;
-        if (budget / a.page_bytes > useful)
-            budget = useful * a.page_bytes;
-    }
-    a.total_pages = budget / a.page_bytes;
-    if (a.token_bytes == 0)
-        a.total_pages = NO_BOUND_PAGES; /* it has none, and the others may have as many as they like */
-    else if (a.total_pages == 0)
-        return status_set(st, cfg->kv_bytes ? ST_INVALID_ARGUMENT : ST_RESOURCE_EXHAUSTED,
-                          "kv_bytes: %llu bytes of KV memory, less than one page of %llu bytes",
-                          (unsigned long long)budget, (unsigned long long)a.page_bytes);
-    bool ahead = cfg->kv_ahead == ENGINE_AHEAD_ON || (cfg->kv_ahead == ENGINE_AHEAD_AUTO && e->parts);
-    const struct kv_pool_config kv = {
-        .ops = e->parts ? e->parts->kv : &kv_ops_host,
-        .slots = info->max_slots,
-        .max_tokens = info->max_context,
-        .layers = e->model.layers,
-        .kv_heads = e->shard.kv_heads.count,
-        .head_dim = e->model.head_dim,
-        .elem_bytes = elem_bytes,
-        .page_bytes = a.page_bytes,
-        .total_pages = a.total_pages,
-        .device = e->parts ? e->parts->device : 0,
-        .no_clear = true, /* attention reads no row past a sequence's length: attention.h */
-        .background = ahead,
-        .ahead_tokens = AHEAD_TOKENS,
-        .arrival_tokens = info->max_step_tokens, /* the first chunk of a prompt */
-        .suspend_bytes = cfg->suspend_bytes,
-    };
-    enum status_code rc = kv_pool_create(&e->kv, &kv, st);
-    if (rc != ST_OK)
-        return rc;
-    e->info.suspend_pages = kv_pool_suspend_pages(e->kv);
-    return kv_pool_suspend_rate(e->kv, &e->info.suspend_bytes_per_s, st);
-}
-
 static enum status_code create_flight(struct engine_flight *f, uint64_t rows, struct status *st)
 {
     f->row_token = calloc(rows, sizeof *f->row_token);
@@ -244,12 +190,10 @@ static enum status_code load_weights(struct engine *e, const struct engine_confi
     else if ((rc = device_share(&share, e, cfg, model_loader_bytes(loader), forward, st)) != ST_OK)
         goto done;
     end_phase(e, "model");
-    if ((rc = create_kv(e, cfg, share, st)) == ST_OK) {
-        end_phase(e, "KV cache");
+    if ((rc = engine_kv_begin(e, cfg, share, st)) == ST_OK) {
         rc = model_weights_load(&e->weights, loader, e->pool, progress, st);
         end_phase(e, "weights");
     }
-    forward->kv = e->kv;
 done:
     model_loader_close(loader);
     return rc;
@@ -279,6 +223,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
     struct forward_config forward = {
         .model = &e->model,
         .weights = &e->weights,
+        .kv = &e->kv,
         .shard = &e->shard,
         .comm = cfg->comm,
         .pool = e->pool,
@@ -299,6 +244,9 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         return rc;
     rc = e->ops->create(&e->forward, &forward, st);
     end_phase(e, "workspace");
+    if (rc == ST_OK)
+        rc = engine_kv_end(e, st);
+    end_phase(e, "KV cache");
     return rc;
 }
 
@@ -333,7 +281,7 @@ void engine_destroy(struct engine *e)
     if (e->ops)
         e->ops->destroy(e->forward);
     model_weights_unload(&e->weights);
-    kv_pool_destroy(e->kv);
+    engine_kv_destroy(e);
     drop_options(e);
     free(e->slot);
     for (uint32_t i = 0; i < ENGINE_DEPTH_MAX; i++)

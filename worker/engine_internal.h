@@ -1,8 +1,9 @@
-/* engine_internal.h - the state of an engine, shared by engine.c (create), engine_plan.c (is the plan right?) and engine_step.c
- * (carried out). */
+/* engine_internal.h - the state of an engine, shared by engine.c (create), engine_kv.c (its KV pool), engine_plan.c (is the plan
+ * right?) and engine_step.c (carried out). */
 #ifndef TANDEM_ENGINE_INTERNAL_H
 #define TANDEM_ENGINE_INTERNAL_H
 
+#include <pthread.h>
 #include <stdbool.h>
 
 #include "memory/memory.h"
@@ -15,7 +16,8 @@
 #include "worker/shard.h"
 #include "worker/threads.h"
 
-struct engine_options; /* engine_options.c */
+struct engine_options;  /* engine_options.c */
+struct engine_kv_start; /* engine_kv.c */
 
 struct engine_slot {
     bool live;
@@ -60,6 +62,7 @@ struct engine {
     struct thread_pool *pool;
     struct model_weights weights;
     struct kv_pool *kv;
+    struct engine_kv_start *kv_start;  /* kv is being made; NULL: nobody makes it */
     const struct backend_parts *parts; /* NULL: the host */
     const struct forward_ops *ops;
     struct forward *forward;
@@ -78,6 +81,15 @@ struct engine {
     double ended_us; /* the last step; 0: none has */
     double phase_ms; /* when the last phase of the start ended */
 };
+
+/* ---- the KV pool (engine_kv.c) ---- */
+
+/* share: bytes that it may have where cfg does not say. A device's is made by a thread of its own until engine_kv_end; e->kv is not
+ * set before. */
+STATUS_MUST_CHECK enum status_code engine_kv_begin(struct engine *e, const struct engine_config *cfg, uint64_t share,
+                                                   struct status *st);
+STATUS_MUST_CHECK enum status_code engine_kv_end(struct engine *e, struct status *st);
+void engine_kv_destroy(struct engine *e); /* at any time */
 
 /* Whether the plan fits the state; changes nothing that counts. INVALID_ARGUMENT: a value that no state allows.
  * INTERNAL: it contradicts the state. RESOURCE_EXHAUSTED: more pages than there are. */

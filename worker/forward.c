@@ -194,7 +194,7 @@ static void rope_rows(void *arg, uint32_t first, uint32_t end, uint32_t worker)
     uint64_t qkv_width = (uint64_t)(heads + 2 * kv_heads) * d;
     for (uint32_t r = first; r < end; r++) {
         const struct forward_seq *seq = &j->b->seq[f->row_seq[r]];
-        const struct kv_view view = kv_slot_view(f->cfg.kv, seq->slot, j->layer);
+        const struct kv_view view = kv_slot_view(*f->cfg.kv, seq->slot, j->layer);
         uint32_t position = seq->position + (r - seq->first_row);
         const float *cosine = f->cosine + (uint64_t)position * (d / 2), *sine = f->sine + (uint64_t)position * (d / 2);
         float *q = f->qkv + r * qkv_width, *k = q + (uint64_t)heads * d, *v = k + (uint64_t)kv_heads * d;
@@ -255,7 +255,7 @@ static enum status_code attend(struct forward *f, const struct forward_batch *b,
     struct kv_view view = {0};
     for (uint32_t i = 0; i < b->seqs; i++) {
         const struct forward_seq *s = &b->seq[i];
-        view = kv_slot_view(f->cfg.kv, s->slot, layer);
+        view = kv_slot_view(*f->cfg.kv, s->slot, layer);
         f->attn_seq[i] = (struct attn_seq){
             .k = view.k,
             .v = view.v,

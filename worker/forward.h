@@ -30,7 +30,7 @@ struct forward_config {
     const struct shard *shard;
     struct comm *comm;
     struct thread_pool *pool;
-    struct kv_pool *kv;
+    struct kv_pool *const *kv; /* where it will be when steps come */
     uint32_t max_slots;
     uint32_t max_rows;    /* T */
     uint32_t max_samples; /* rows of one step whose token is chosen; given ones, of which there may be T, come on top */
