@@ -24,6 +24,7 @@ constexpr uint32_t LONG_PART_TILES = 16;
 constexpr uint32_t WAVE_TILES = 28; /* of parts, where two to six waves of them can be had */
 /* Decodes beside prefill come on by 7/10 of its tiles; alone tiles of both take as long. */
 constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
+constexpr uint32_t SHORT_PART_TILES = 64; /* that a block may still be at when a short prefill has ended */
 
 struct rule {
     uint32_t tiles[ROLES]; /* most of a part; 0: not cut */
@@ -138,6 +139,7 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
     if (a.fixed_tiles)
         return r;
     const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
+    bool mostly_alone = false; /* nearly all of decode is left when prefill has ended */
     if (units > 0) {
         /* Of units that are about equally long the longest counts: a part more of a few would be a wave more. */
         uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1, best = 1;
@@ -157,14 +159,18 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
         uint32_t whole = mean + mean / 2 > share ? mean + mean / 2 : (uint32_t)share;
         const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
         r.hand_over = decode * PROGRESS_OF > least * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;
+        mostly_alone = r.hand_over && decode * PROGRESS_OF > 4 * least * PROGRESS;
         r.tiles[ROLE_PREFILL] = best > 1 ? (mean + best - 1) / best : whole;
         if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
     }
-    if (t.units[ROLE_DECODE] > 0 && units == 0)
-        r.tiles[ROLE_DECODE] = r.last_tiles =
-            decode_tiles_alone(DECODE_BLOCKS_PER_SM * a.sms, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
-    else if (t.units[ROLE_DECODE] > 0)
+    if (t.units[ROLE_DECODE] == 0)
+        return r;
+    const uint32_t alone =
+        decode_tiles_alone(DECODE_BLOCKS_PER_SM * a.sms, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
+    if (units == 0 || (mostly_alone && alone <= SHORT_PART_TILES))
+        r.tiles[ROLE_DECODE] = r.last_tiles = alone;
+    else
         decode_tiles_beside(a, t, &r);
     return r;
 }

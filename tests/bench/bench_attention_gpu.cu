@@ -1,16 +1,21 @@
 /* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
  *
- *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams] [--tag TEXT] BATCH ...
+ *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams] [--tag TEXT]
+ *                         [--power MS] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
  * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of one run per layer
  * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer: median, p10, p90.
+ *
+ * With --power each is then repeated without a pause for so long: us per layer again, what the GPU draws, the SMs' clock (mean
+ * of samples), and the energy of a layer. First of all what it draws while one thread alone runs.
  */
 #include <cmath>
 #include <string>
 
 #include "attention/attention_internal.h"
 #include "tests/bench/bench_cuda.h"
+#include "tests/bench/bench_power.h"
 
 namespace
 {
@@ -126,6 +131,83 @@ struct contender {
     samples times;
 };
 
+struct power {
+    uint32_t ms; /* 0: not asked for */
+    power_meter meter;
+};
+
+__global__ void spin(uint64_t clocks)
+{
+    for (uint64_t t = clock64(); clock64() - t < clocks;)
+        ;
+}
+
+/* Launches for so long, two under way; *mhz: mean of what the SMs' clock was. Returns how many. */
+template <typename F> uint32_t run_for(const power *p, cudaStream_t stream, uint32_t ms, F launch, double *mhz)
+{
+    cudaEvent_t done[2];
+    uint32_t n = 0, looks = 0;
+    double sum = 0, from = now_us(), look = from;
+    for (cudaEvent_t &e : done)
+        CUDA_MUST(cudaEventCreateWithFlags(&e, cudaEventDisableTiming));
+    for (double t = from; t - from < ms * 1e3; t = now_us()) {
+        if (n >= 2)
+            CUDA_MUST(cudaEventSynchronize(done[n % 2]));
+        launch();
+        CUDA_MUST(cudaEventRecord(done[n++ % 2], stream));
+        if (t - look > 2e4) {
+            look = t;
+            sum += power_sm_mhz(&p->meter);
+            looks++;
+        }
+    }
+    CUDA_MUST(cudaStreamSynchronize(stream));
+    for (cudaEvent_t e : done)
+        CUDA_MUST(cudaEventDestroy(e));
+    *mhz = looks ? sum / looks : 0;
+    return n;
+}
+
+struct draw {
+    double us, watts, mhz, mj; /* us, mj: of a launch */
+};
+
+template <typename F> draw drawn_by(const power *p, cudaStream_t stream, F launch)
+{
+    draw d;
+    run_for(p, stream, 300, launch, &d.mhz); /* power and clock settle */
+    double t = now_us(), j = power_joules(&p->meter);
+    uint32_t n = run_for(p, stream, p->ms, launch, &d.mhz);
+    t = now_us() - t;
+    j = power_joules(&p->meter) - j;
+    d.us = t / n;
+    d.mj = j * 1e3 / n;
+    d.watts = j * 1e6 / t;
+    return d;
+}
+
+void start_power(power *p)
+{
+    char bus_id[32];
+    cudaStream_t stream;
+    CUDA_MUST(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, 0));
+    if (!power_open(&p->meter, bus_id)) {
+        fprintf(stderr, "--power: NVML has no energy counter for %s\n", bus_id);
+        exit(1);
+    }
+    CUDA_MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    draw d = drawn_by(p, stream, [&] { spin<<<1, 1, 0, stream>>>(2000000); });
+    CUDA_MUST(cudaStreamDestroy(stream));
+    printf("limit %.0f W; one thread alone: %.0f W at %.0f MHz\n", p->meter.limit_w, d.watts, d.mhz);
+}
+
+void print_power(const power *p, const contender *c, const batch *b, cudaStream_t stream)
+{
+    draw d = drawn_by(p, stream, [&] { CUDA_MUST(cudaGraphLaunch(c->exec, stream)); });
+    printf("%-32s        %-5s %-8s without a pause: %8.1f us, %4.0f W, %4.0f MHz, %7.1f mJ\n", b->text.c_str(),
+           c->back_end, c->policy, d.us / b->layers, d.watts, d.mhz, d.mj / b->layers);
+}
+
 void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, cudaStream_t stream)
 {
     attn_gpu_config cfg = {};
@@ -171,7 +253,7 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     c->policy = policy_names[policy];
 }
 
-void measure(batch *b, const char *back_end, const char *policies, const char *tag, uint32_t rounds)
+void measure(batch *b, const char *back_end, const char *policies, const char *tag, uint32_t rounds, const power *drawn)
 {
     allocate(b);
     cudaStream_t stream;
@@ -203,6 +285,8 @@ void measure(batch *b, const char *back_end, const char *policies, const char *t
         printf("%-32s %-6s %-5s %-8s %8.1f %8.1f %8.1f %6.0f %6.2f %6.2f\n", b->text.c_str(), tag, c.back_end, c.policy,
                us, sample_at(&c.times, 0.1), sample_at(&c.times, 0.9), b->flops / us * 1e-6,
                (double)b->bytes / us * 1e-6, limit / us);
+        if (drawn->ms)
+            print_power(drawn, &c, b, stream);
         CUDA_MUST(cudaGraphExecDestroy(c.exec));
         attn_gpu_destroy(c.attn);
     }
@@ -222,6 +306,7 @@ int main(int argc, char **argv)
 {
     const char *back_end = NULL, *policies = "auto,fused,serial", *tag = "";
     uint32_t rounds = 7;
+    power p = {};
     int devices = 0;
     int i = 1;
     for (; i + 1 < argc && !strncmp(argv[i], "--", 2); i += 2) {
@@ -233,12 +318,14 @@ int main(int argc, char **argv)
             policies = argv[i + 1];
         else if (!strcmp(argv[i], "--tag"))
             tag = argv[i + 1];
+        else if (!strcmp(argv[i], "--power"))
+            p.ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else
             break;
     }
     if (i >= argc || rounds == 0 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
-                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] "
+                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--power MS] "
                 "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
                 argv[0]);
         return 2;
@@ -247,6 +334,8 @@ int main(int argc, char **argv)
         printf("no GPU\n");
         return 77;
     }
+    if (p.ms)
+        start_power(&p);
     printf("%-32s %-6s %-5s %-8s %8s %8s %8s TFLOP/s TB/s  limit\n", "batch", "tag", "by", "policy", "us", "p10",
            "p90");
     for (; i < argc; i++) {
@@ -255,7 +344,7 @@ int main(int argc, char **argv)
             fprintf(stderr, "%s: expected \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\"\n", argv[i]);
             return 2;
         }
-        measure(&b, back_end, policies, tag, rounds);
+        measure(&b, back_end, policies, tag, rounds, &p);
     }
     return 0;
 }
