@@ -40,9 +40,12 @@ struct attn_counters {
     uint32_t left;        /* blocks */
 };
 
+constexpr uint32_t HAND_OVER_ALL = 2;
+
 struct alignas(16) attn_lists {
     uint32_t count[ROLES]; /* items; written by plan */
-    uint32_t hand_over; /* sm90: 1: decodes left when prefill's list is empty are decode's kernel's, if one follows */
+    /* sm90: 1: decodes left when prefill's list is empty are decode's kernel's, if one follows; HAND_OVER_ALL: all of them */
+    uint32_t hand_over;
     uint32_t fault;
 };
 

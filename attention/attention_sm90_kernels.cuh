@@ -107,7 +107,8 @@ template <typename C> __global__ void __launch_bounds__(128, 4) sm90_decode_besi
     decode_block<C>(a);
 }
 
-/* NARROW is prefill's shape where decode's rings stand beside it, P where the batch has no decodes (unless one_shape). */
+/* NARROW is prefill's shape where decode's rings stand beside it, P where no decodes are (unless one_shape): the batch has none,
+ * or leaves all to the decode kernel. */
 template <typename P, typename NARROW, typename C>
 __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm90_args a)
 {
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
     __syncthreads();
     attn_wait_earlier();
     attn_let_next();
-    const bool alone = !a.run.one_shape && lists.count[ROLE_DECODE] == 0;
+    const bool none_beside = a.run.decode_follows && lists.hand_over == HAND_OVER_ALL;
+    const bool alone = !a.run.one_shape && (lists.count[ROLE_DECODE] == 0 || none_beside);
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0) {
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
                 prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), items);
             else
                 prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items);
-            atomicExch(&bars.decode.stop, a.run.decode_follows & lists.hand_over);
+            atomicExch(&bars.decode.stop, a.run.decode_follows && lists.hand_over != 0);
         }
     } else if (group == 3) {
         if (alone) {

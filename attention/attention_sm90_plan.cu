@@ -24,6 +24,8 @@ constexpr uint32_t LONG_PART_TILES = 16;
 constexpr uint32_t WAVE_TILES = 28; /* of parts, where two to six waves of them can be had */
 /* Decodes beside prefill come on by 7/10 of its tiles; alone tiles of both take as long. */
 constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
+/* So many times what comes on beside prefill: decodes are cut as if alone; are left alone. */
+constexpr uint32_t MOSTLY = 4, NEARLY_ALL = 16;
 constexpr uint32_t SHORT_PART_TILES = 64; /* that a block may still be at when a short prefill has ended */
 
 struct rule {
@@ -159,7 +161,9 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
         uint32_t whole = mean + mean / 2 > share ? mean + mean / 2 : (uint32_t)share;
         const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
         r.hand_over = decode * PROGRESS_OF > least * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;
-        mostly_alone = r.hand_over && decode * PROGRESS_OF > 4 * least * PROGRESS;
+        mostly_alone = r.hand_over && decode * PROGRESS_OF > MOSTLY * least * PROGRESS;
+        if (r.hand_over && decode * PROGRESS_OF > NEARLY_ALL * least * PROGRESS)
+            r.hand_over = HAND_OVER_ALL;
         r.tiles[ROLE_PREFILL] = best > 1 ? (mean + best - 1) / best : whole;
         if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;

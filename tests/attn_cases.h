@@ -37,6 +37,9 @@ static const struct attn_span attn_short_decodes[] = {{8, 1, 1024}, {0, 0, 0}};
 static const struct attn_span attn_many_decodes[] = {{100, 1, 70}, {56, 1, 129}, {90, 1, 16}, {10, 1, 640}, {0, 0, 0}};
 static const struct attn_span attn_many_chunks[] = {{4, 40, 100}, {2, 64, 64}, {1, 100, 228}, {1, 17, 500}, {0, 0, 0}};
 static const struct attn_span attn_full_decodes[] = {{256, 1, 2048}, {1, 512, 4096}, {0, 0, 0}};
+/* Prefill is over at once: decodes are left to their own kernel from the beginning. */
+static const struct attn_span attn_short_beside[] = {
+    {200, 1, 2048}, {1, 200, 200}, {1, 40, 700}, {20, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
 static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
@@ -80,6 +83,7 @@ static const struct attn_case attn_cases[] = {
     {"few D 64", 2, 1, 64, 0, 0, 0, attn_few},
     {"few D 256, window", 2, 1, 256, 300, 20, 0, attn_few},
     {"256 decodes of 2K, a chunk", 32, 8, 128, 0, 0, 1, attn_full_decodes},
+    {"220 decodes, short chunks", 32, 8, 128, 0, 0, 1, attn_short_beside},
     {"8 chunks of 512, 64 decodes", 32, 8, 128, 0, 0, 1, attn_full_chunks},
     {"chunk at 32K, decodes", 8, 2, 128, 0, 0, 1, attn_at_32k},
     {"both sides cut", 32, 8, 128, 0, 0, 1, attn_long_both},
