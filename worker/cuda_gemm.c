@@ -172,12 +172,15 @@ static enum status_code candidates(const struct cuda_gemm *g, const struct shape
         return rc;
     const uint64_t workspace = CUDA_GEMM_WORKSPACE_BYTES;
     const uint32_t in = row_alignment(2ull * s->k), out = row_alignment((s->out == CUDA_OUT_BF16 ? 2ull : 4ull) * s->n);
+    /* One order of adding: no parts of k. Without this wish a long k gets suggestions with parts alone. */
+    const uint32_t reductions = g->one_way ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_MASK;
     const struct {
         cublasLtMatmulPreferenceAttributes_t name;
         const void *value;
         size_t bytes;
     } set[] = {
         {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &in, sizeof in},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &in, sizeof in},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &out, sizeof out},
@@ -369,6 +372,8 @@ static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struc
 /* ---- one way for all rows ---- */
 
 #define ONE_WAY_ROWS 64 /* what the library is asked for */
+/* Whether a suggestion is taken for all rows is not known beforehand: these stand for them. */
+static const uint32_t one_way_probes[] = {1, 3, 17, 256, 4096};
 
 static bool adds_in_order(const cublasLtMatmulAlgo_t *algo)
 {
@@ -381,7 +386,23 @@ static bool adds_in_order(const cublasLtMatmulAlgo_t *algo)
            parts <= 1 && reduction == CUBLASLT_REDUCTION_SCHEME_NONE;
 }
 
-/* The library's first suggestion for ONE_WAY_ROWS rows that keeps to one order: the same in every run. */
+static enum status_code takes_probes(bool *out, const struct cuda_gemm *g, const struct shape *s,
+                                     const cublasLtMatmulAlgo_t *algo, struct status *st)
+{
+    *out = adds_in_order(algo);
+    for (size_t i = 0; *out && i < sizeof one_way_probes / sizeof *one_way_probes; i++) {
+        struct shape probe = {.n = s->n, .k = s->k, .t = one_way_probes[i], .out = s->out};
+        enum status_code rc = describe(&probe, st);
+        *out = rc == ST_OK && takes(g, &probe, algo);
+        free_layouts(&probe);
+        if (rc != ST_OK)
+            return rc;
+    }
+    return ST_OK;
+}
+
+/* The library's first suggestion for ONE_WAY_ROWS rows that keeps to one order, and that it takes for few and many rows: the same
+ * in every run. */
 static enum status_code choose_one_way(const struct cuda_gemm *g, struct shape *s, struct status *st)
 {
     struct shape model = {.n = s->n, .k = s->k, .t = ONE_WAY_ROWS, .out = s->out};
@@ -393,8 +414,12 @@ static enum status_code choose_one_way(const struct cuda_gemm *g, struct shape *
     free_layouts(&model);
     if (rc != ST_OK)
         return rc;
-    while (i < n && !(found[i].state == CUBLAS_STATUS_SUCCESS && adds_in_order(&found[i].algo)))
-        i++;
+    for (bool good = false; i < n; i++) {
+        if (found[i].state == CUBLAS_STATUS_SUCCESS && (rc = takes_probes(&good, g, s, &found[i].algo, st)) != ST_OK)
+            return rc;
+        if (good)
+            break;
+    }
     if (i == n || !takes(g, s, &found[i].algo))
         return status_set(st, ST_UNIMPLEMENTED,
                           "batch_invariant: cublasLt has no such product of %u rows with a matrix of %u x %u", s->t,
