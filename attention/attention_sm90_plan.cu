@@ -170,9 +170,11 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
     }
     if (t.units[ROLE_DECODE] == 0)
         return r;
-    const uint32_t alone =
-        decode_tiles_alone(DECODE_BLOCKS_PER_SM * a.sms, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
-    if (units == 0 || (mostly_alone && alone <= SHORT_PART_TILES))
+    const bool like_alone = units == 0 || mostly_alone;
+    const uint32_t alone = like_alone ? decode_tiles_alone(DECODE_BLOCKS_PER_SM * a.sms,
+                                                           t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE])
+                                      : 0;
+    if (units == 0 || (like_alone && alone <= SHORT_PART_TILES))
         r.tiles[ROLE_DECODE] = r.last_tiles = alone;
     else
         decode_tiles_beside(a, t, &r);

@@ -216,6 +216,13 @@ static void drop_sink(struct request *r)
     r->sink = NULL;
 }
 
+static void drop_client(struct request *r)
+{
+    r->closed = true;
+    drop_sink(r);
+    list_remove(&r->stalled_link);
+}
+
 void attach_forget(struct engine *e, struct request *r)
 {
     if (link_listed(&r->keep_link)) {
@@ -256,17 +263,6 @@ static void bound_kept(struct engine *e, int64_t now_us)
     }
 }
 
-void attach_detach(struct engine *e, struct request *r, int64_t now_us)
-{
-    r->closed = true;
-    drop_sink(r);
-    list_remove(&r->stalled_link);
-    leave_unclaimed(e, r, now_us);
-    shelve(e, r);
-    log_request(&e->coord->log, LOG_DEBUG, r->name, "no client; kept for %u ms", r->keep_ms);
-    bound_kept(e, now_us);
-}
-
 static void to_kept(struct engine *e, struct request *r, int64_t now_us)
 {
     if (!r->told_end) {
@@ -276,6 +272,18 @@ static void to_kept(struct engine *e, struct request *r, int64_t now_us)
     coord_journal_end(e, r, ST_OK);
     r->state = REQUEST_KEPT;
     e->n_kept++;
+}
+
+/* r may be gone after it. */
+void attach_detach(struct engine *e, struct request *r, int64_t now_us)
+{
+    drop_client(r);
+    if (r->state == REQUEST_FINISHED) /* its client did not wait for the end */
+        to_kept(e, r, now_us);
+    leave_unclaimed(e, r, now_us);
+    shelve(e, r);
+    log_request(&e->coord->log, LOG_DEBUG, r->name, "no client; kept for %u ms", r->keep_ms);
+    bound_kept(e, now_us);
 }
 
 void attach_finished(struct engine *e, struct request *r, bool fresh, int64_t now_us)
@@ -414,10 +422,12 @@ static void take_up(struct engine *e, struct request *r, struct attach *a, int64
     if (!r->closed) {
         status_set(&st, ST_ABORTED, "request_id: another call has attached to \"%s\"", r->name);
         r->ops->finish(r->sink, &st, 0);
-        attach_detach(e, r, now_us);
+        drop_client(r);
     }
-    list_remove(&r->keep_link);
-    e->n_unclaimed--;
+    if (link_listed(&r->keep_link)) {
+        list_remove(&r->keep_link);
+        e->n_unclaimed--;
+    }
     if (r->state == REQUEST_KEPT) {
         e->n_kept--;
         r->state = REQUEST_FINISHED;

@@ -14,6 +14,7 @@
 #define DRAIN_TURN_US   10000   /* while draining: live requests may end outside of this thread */
 #define PAUSE_US        1000000 /* a turn this much late: the whole process was stopped or starved */
 #define MAIL_BATCH      256     /* nodes taken between two looks at the clock */
+#define MAIL_BESIDE     32      /* of clients, while there is something to write to clients */
 #define PUBLISH_US      20000   /* between two looks at the scheduler for whoever scrapes */
 #define CLIENTS_WAIT_US 1000000 /* for calls that were failed at the end of a drain */
 
@@ -336,7 +337,8 @@ static void *engine_main(void *arg)
         atomic_store_explicit(&e->coord->alive_us, now_us, memory_order_relaxed);
         for (unsigned n = 1; m; n++) {
             take_mail(e, m, flags, now_us);
-            m = n < MAIL_BATCH ? mailbox_take(box, &flags, 0) : NULL;
+            bool clients_wait = e->dirty && n % MAIL_BESIDE == 0 && !mailbox_has_ranks(box);
+            m = n < MAIL_BATCH && !clients_wait ? mailbox_take(box, &flags, 0) : NULL;
         }
         check_times(e, now_us);
         if (requests_flush_dirty(e, now_us))

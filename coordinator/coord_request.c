@@ -177,6 +177,16 @@ static struct choice *next_choice(struct request *r)
     return NULL;
 }
 
+/* Its client has all of it. */
+static void finish_well(struct engine *e, struct request *r, int64_t now_us)
+{
+    r->ops->finish(r->sink, NULL, 0);
+    if (r->kept)
+        attach_keep(e, r, now_us);
+    else
+        request_to_closing(e, r, ST_OK, now_us);
+}
+
 /* Before an early end: what came already, as far as the client takes it at once. */
 static void send_rest(struct request *r)
 {
@@ -184,15 +194,21 @@ static void send_rest(struct request *r)
     struct choice *c = NULL;
     if (r->state != REQUEST_LIVE && r->state != REQUEST_FINISHED)
         return;
-    while (r->ops->pending(r->sink) == 0 && (c = next_choice(r)))
+    while (r->ops->pending(r->sink) == 0 && (c = next_choice(r))) {
         if (choice_send(c, &st) != ST_OK)
             return;
+        r->n_done += c->done;
+    }
 }
 
 static void fail(struct engine *e, struct request *r, const struct status *st, uint32_t retry_after_ms, int64_t now_us)
 {
     if (!r->closed) {
         send_rest(r);
+        if (r->state == REQUEST_FINISHED && r->n_done == r->n_choices) { /* that was all: nothing failed */
+            finish_well(e, r, now_us);
+            return;
+        }
         r->ops->finish(r->sink, st, retry_after_ms);
     }
     metrics_error(&e->coord->metrics, st->code);
@@ -248,13 +264,8 @@ void request_flush(struct engine *e, struct request *r, int64_t now_us)
             return;
         }
         r->n_done += c->done;
-        if (r->n_done == r->n_choices) {
-            r->ops->finish(r->sink, NULL, 0);
-            if (r->kept)
-                attach_keep(e, r, now_us);
-            else
-                request_to_closing(e, r, ST_OK, now_us);
-        }
+        if (r->n_done == r->n_choices)
+            finish_well(e, r, now_us);
     }
 }
 

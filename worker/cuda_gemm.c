@@ -373,7 +373,7 @@ static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struc
 
 #define ONE_WAY_ROWS 64 /* what the library is asked for */
 /* Whether a suggestion is taken for all rows is not known beforehand: these stand for them. */
-static const uint32_t one_way_probes[] = {1, 3, 17, 256, 4096};
+static const uint32_t one_way_probes[] = {1, 3, 17, 256};
 
 static bool adds_in_order(const cublasLtMatmulAlgo_t *algo)
 {

@@ -193,6 +193,8 @@ static enum status_code load_weights(struct engine *e, const struct engine_confi
     if ((rc = engine_kv_begin(e, cfg, share, st)) == ST_OK) {
         rc = model_weights_load(&e->weights, loader, e->pool, progress, st);
         end_phase(e, "weights");
+        enum status_code kv = engine_kv_look(e, st); /* what fails there is the cause of what fails here */
+        rc = kv != ST_OK ? kv : rc;
     }
 done:
     model_loader_close(loader);

@@ -88,6 +88,8 @@ struct engine {
  * set before. */
 STATUS_MUST_CHECK enum status_code engine_kv_begin(struct engine *e, const struct engine_config *cfg, uint64_t share,
                                                    struct status *st);
+/* Why it cannot be made, as far as that is known already. */
+STATUS_MUST_CHECK enum status_code engine_kv_look(struct engine *e, struct status *st);
 STATUS_MUST_CHECK enum status_code engine_kv_end(struct engine *e, struct status *st);
 void engine_kv_destroy(struct engine *e); /* at any time */
 

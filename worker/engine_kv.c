@@ -1,5 +1,6 @@
 /* engine_kv.c - the KV pool of an engine: how large it is, and its pages. 110 GiB of them take an H200's driver 1.3 s, so that a
  * thread makes them while weights are read. */
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "worker/engine_internal.h"
@@ -16,6 +17,7 @@ struct engine_kv_start {
     struct kv_pool *pool;
     enum status_code rc;
     struct status st;
+    atomic_bool failed; /* rc and st are set */
 };
 
 static enum status_code configure(struct kv_pool_config *out, const struct engine *e, const struct engine_config *cfg,
@@ -68,6 +70,7 @@ static void *create(void *arg)
 {
     struct engine_kv_start *s = arg;
     s->rc = kv_pool_create(&s->pool, &s->cfg, &s->st);
+    atomic_store(&s->failed, s->rc != ST_OK);
     return NULL;
 }
 
@@ -105,6 +108,11 @@ static enum status_code join(struct engine *e, struct status *st)
         *st = s->st;
     free(s);
     return rc;
+}
+
+enum status_code engine_kv_look(struct engine *e, struct status *st)
+{
+    return e->kv_start && atomic_load(&e->kv_start->failed) ? join(e, st) : ST_OK;
 }
 
 enum status_code engine_kv_end(struct engine *e, struct status *st)

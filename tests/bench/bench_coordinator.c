@@ -96,10 +96,8 @@ static void use_cores(const cpu_set_t *all, bool first)
                 CPU_SET(i, &set);
             seen = true;
         }
-    if (sched_setaffinity(0, sizeof set, &set) != 0) {
-        fprintf(stderr, "bench_coordinator: --one-core 1: two cores are needed\n");
-        exit(2);
-    }
+    if (sched_setaffinity(0, sizeof set, &set) != 0)
+        abort();
 }
 
 int main(int argc, char **argv)
@@ -132,7 +130,11 @@ int main(int argc, char **argv)
                           dir,
                           NULL};
     cpu_set_t all;
-    sched_getaffinity(0, sizeof all, &all);
+    CPU_ZERO(&all);
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || (one_core && CPU_COUNT(&all) < 2)) {
+        fprintf(stderr, "bench_coordinator: --one-core 1: two cores are needed\n");
+        return 2;
+    }
     o.size = ranks;
     o.max_slots = streams;
     o.max_context = tokens + 64;

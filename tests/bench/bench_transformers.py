@@ -79,7 +79,8 @@ def run(config_dir, trace, args):
                         break
                 elif result.is_finished():
                     if result.error:
-                        sys.exit(f"a request failed: {result.error}")
+                        print(f"a request failed: {result.error}", file=sys.stderr, flush=True)
+                        os._exit(1)
                     done += 1
                     tokens += len(result.generated_tokens)
                     ended[:] = done, tokens
@@ -88,11 +89,16 @@ def run(config_dir, trace, args):
         def stop_at_limit():
             time.sleep(args.limit)
             # Of requests that have not ended; a copy, since the other thread goes on
-            active = list(manager.batch_processor.scheduler.active_requests.values())
-            tokens = ended[1] + sum(len(r.generated_tokens) for r in active)
-            print(f"after the limit of {args.limit:.0f} s: {ended[0]} of {len(prompts)} ended, {len(active)} running; {tokens} "
-                  f"output tokens: {tokens / args.limit:.0f} tokens/s", flush=True)
-            os._exit(0)  # the library's own stop waits for requests
+            code = 1
+            try:
+                done, tokens = ended
+                active = list(manager.batch_processor.scheduler.active_requests.values())
+                tokens += sum(len(r.generated_tokens) for r in active)
+                print(f"after the limit of {args.limit:.0f} s: {done} of {len(prompts)} ended, {len(active)} running; {tokens} "
+                      f"output tokens: {tokens / args.limit:.0f} tokens/s", flush=True)
+                code = 0
+            finally:
+                os._exit(code)  # the library's own stop waits for requests
 
         burst(range(min(64, len(prompts))), 16)
         print(f"warm after {time.monotonic() - start:.1f} s", flush=True)
