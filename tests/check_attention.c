@@ -15,6 +15,7 @@
 #include "attention/attention_host_internal.h"
 #include "attention/attention_internal.h"
 #include "tests/attn_cases.h"
+#include "tests/unsanitized.h"
 #include "worker/threads.h"
 
 enum { MAX_SEQS = 260 };
@@ -186,8 +187,8 @@ static void drop(struct problem *p)
 /* ---- the reference ---- */
 
 /* One query row and head against its keys, 0 .. keys - 1 or the window's; score has room for them. Returns the tolerance. */
-static double reference_row(const struct problem *p, uint32_t seq, uint32_t head, uint32_t keys, const float *q,
-                            double *want, double *score)
+UNSANITIZED static double reference_row(const struct problem *p, uint32_t seq, uint32_t head, uint32_t keys,
+                                        const float *q, double *want, double *score)
 {
     uint32_t D = p->b.head_dim, HK = p->b.kv_heads;
     uint64_t at = (uint64_t)(head / (p->b.heads / HK)) * D, step = (uint64_t)HK * D;
