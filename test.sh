@@ -36,12 +36,17 @@ build() { # build PRESET
     cmake --build --preset "$1" 2>&1 | tail -n 1
 }
 
-# Many tests wait most of the time: what comes next is made meanwhile, at the lowest priority.
+# Many tests wait most of the time: what comes next is made meanwhile, one after the other, at the lowest priority.
 beside='' beside_log=build/beside.log
 trap '[ -z "$beside" ] || kill -- "-$beside" 2>/dev/null || kill "$beside" 2>/dev/null || true' EXIT
 start_beside() { # start_beside COMMAND ...
     setsid nice -n 19 bash -c '(echo 19 >/proc/self/autogroup) 2>/dev/null; exec "$@"' beside "$@" >$beside_log 2>&1 &
     beside=$!
+}
+wait_built() { # wait_built PRESET, which is built beside the tests
+    say "build $1, begun beside the tests"
+    while [ ! -e "build/$1.built" ] && kill -0 "$beside" 2>/dev/null; do sleep 1; done
+    [ -e "build/$1.built" ] || finish_beside "build $1" # ends here, and says why
 }
 finish_beside() { # finish_beside WHAT
     say "$1, begun beside the tests"
@@ -75,15 +80,14 @@ fi
 build release
 if [ "$quick" = 0 ]; then
     configure asan
-    start_beside cmake --build --preset asan
-    run_tests release
-    finish_beside "build asan"
     configure tsan
-    rm -f build/tsan.built
-    start_beside bash -c 'cmake --build --preset tsan && touch build/tsan.built && .ci/lint.sh tidy'
+    rm -f build/asan.built build/tsan.built
+    # shellcheck disable=SC2016 # expanded there
+    start_beside bash -ec 'for p in asan tsan; do cmake --build --preset $p; touch build/$p.built; done; .ci/lint.sh tidy'
+    run_tests release
+    wait_built asan
     run_tests asan
-    while [ ! -e build/tsan.built ] && kill -0 "$beside" 2>/dev/null; do sleep 1; done
-    [ -e build/tsan.built ] || finish_beside "build tsan" # ends here, and says why
+    wait_built tsan
     run_tests tsan
     finish_beside "clang-tidy"
 else

@@ -15,6 +15,7 @@
 #include "attention/attention_host_internal.h"
 #include "attention/attention_internal.h"
 #include "tests/attn_cases.h"
+#include "tests/unsanitized.h"
 #include "worker/threads.h"
 
 enum { MAX_SEQS = 260 };
@@ -186,8 +187,8 @@ static void drop(struct problem *p)
 /* ---- the reference ---- */
 
 /* One query row and head against its keys, 0 .. keys - 1 or the window's; score has room for them. Returns the tolerance. */
-static double reference_row(const struct problem *p, uint32_t seq, uint32_t head, uint32_t keys, const float *q,
-                            double *want, double *score)
+UNSANITIZED static double reference_row(const struct problem *p, uint32_t seq, uint32_t head, uint32_t keys,
+                                        const float *q, double *want, double *score)
 {
     uint32_t D = p->b.head_dim, HK = p->b.kv_heads;
     uint64_t at = (uint64_t)(head / (p->b.heads / HK)) * D, step = (uint64_t)HK * D;
@@ -322,6 +323,13 @@ static const struct span decodes[] = {{1, 1},  {1, 2},   {1, 15},  {1, 16},  {1,
 static const struct span hybrid[] = {{1, 40}, {1, 700}, {9, 9},   {3, 130}, {25, 90},
                                      {1, 1},  {17, 64}, {1, 257}, {50, 300}};
 
+/* Threads meet alike whatever the type and the heads: the thread sanitizer sees each of them, not each with each. */
+#ifdef __SANITIZE_THREAD__
+enum { ONE_OF_EACH = 1 };
+#else
+enum { ONE_OF_EACH = 0 };
+#endif
+
 #define COUNT(a) ((uint32_t)(sizeof(a) / sizeof *(a)))
 
 /* Every shape in the index-th dtype, or only each third shape, so that three indices make up all of them. */
@@ -341,7 +349,7 @@ END_TEST
 
 START_TEST(decode_matches_the_reference)
 {
-    conformance((uint32_t)_i, 0, decodes, COUNT(decodes), "decode");
+    conformance((uint32_t)_i, ONE_OF_EACH, decodes, COUNT(decodes), "decode");
 }
 END_TEST
 
@@ -473,6 +481,8 @@ START_TEST(result_is_the_same_alone_and_in_a_batch_for_any_threads)
         uint32_t H, HK, D;
     } heads[] = {{6, 3, 32}, {8, 2, 64}, {3, 3, 48}, {12, 1, 128}};
     const struct attn_ops *ops = back_ends[_i / 4];
+    if (ONE_OF_EACH && _i % 4 != _i / 4)
+        return;
     struct layout l = {heads[_i % 4].H, heads[_i % 4].HK, heads[_i % 4].D, dtypes[_i % 3], 0, 3, 0};
     struct runner one = start(ops, 0);
     if (!one.attn)
