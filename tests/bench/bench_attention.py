@@ -16,6 +16,7 @@ import csv
 import ctypes
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,8 @@ class Config(ctypes.Structure):
                 ("scale", ctypes.c_float), ("soft_cap", ctypes.c_float), ("window", ctypes.c_uint32),
                 ("token_stride", ctypes.c_uint64), ("head_stride", ctypes.c_uint64),
                 ("max_seqs", ctypes.c_uint32), ("max_rows", ctypes.c_uint32), ("max_kv_len", ctypes.c_uint32),
-                ("max_kv_tokens", ctypes.c_uint64), ("fixed_split_keys", ctypes.c_uint32), ("policy", ctypes.c_int)]
+                ("max_kv_tokens", ctypes.c_uint64), ("fixed_split_keys", ctypes.c_uint32),
+                ("batch_invariant", ctypes.c_bool), ("policy", ctypes.c_int)]
 
 
 class Step(ctypes.Structure):
@@ -60,6 +62,19 @@ class Io(ctypes.Structure):
 
 class Status(ctypes.Structure):
     _fields_ = [("code", ctypes.c_int), ("message", ctypes.c_char * 512)]
+
+
+def check_fields():
+    """What is written out above has the members of attention.h, in its order."""
+    with open(os.path.join(ROOT, "attention", "attention.h")) as f:
+        header = re.sub(r"/\*.*?\*/", "", f.read(), flags=re.S)
+    for ours, name in ((Seq, "attn_seq"), (Config, "attn_gpu_config"), (Step, "attn_gpu_step"), (Io, "attn_gpu_io")):
+        body = re.search(r"struct " + name + r" \{(.*?)\};", header, re.S).group(1)
+        members = [m for line in body.split(";") if line.strip()
+                   for m in re.findall(r"(\w+)\s*(?:,|$)", line.strip())]
+        fields = [f[0] for f in ours._fields_]
+        if members != fields:
+            sys.exit(f"bench_attention.py: struct {name} has {members}, {ours.__name__} here {fields}")
 
 
 BF16 = 1
@@ -400,7 +415,11 @@ def main():
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--lib", help="a library made with --build")
     ap.add_argument("--build", help="only build, to this file")
+    ap.add_argument("--check", action="store_true", help="only compare the structures here with attention.h")
     args = ap.parse_args()
+    check_fields()
+    if args.check:
+        return
     if args.build:
         build(args.build)
         return
