@@ -61,7 +61,7 @@ class Usage(unittest.TestCase):
         for name in ("tandem-coordinator", "tandem-worker"):
             p = subprocess.run([os.path.join(os.path.dirname(TANDEM), name), "--help"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, timeout=60)
-            self.assertEqual((p.returncode, p.stderr), (0, b""))
+            self.assertEqual((p.returncode, p.stderr), (0, b""), p.stderr.decode(errors="replace"))
             self.assertIn(b"usage:", p.stdout)
 
     def test_both_programs_know_the_log_levels_of_serve(self):
