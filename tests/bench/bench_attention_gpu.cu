@@ -15,7 +15,7 @@
 
 #include "attention/attention_internal.h"
 #include "tests/bench/bench_cuda.h"
-#include "tests/bench/bench_power.h"
+#include "tests/bench/bench_draw.h"
 
 namespace
 {
@@ -33,20 +33,6 @@ const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
             exit(1);                                                                                                   \
         }                                                                                                              \
     } while (0)
-
-/* About normal, deviation 1: zeros and uniform bits draw less power than what models compute with. */
-__global__ void fill(uint16_t *at, uint64_t n)
-{
-    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n; i += (uint64_t)gridDim.x * blockDim.x) {
-        uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull;
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
-        x = (x ^ x >> 27) * 0x94D049BB133111EBull;
-        x ^= x >> 31;
-        float sum = (float)(x & 0xffff) + (float)(x >> 16 & 0xffff) + (float)(x >> 32 & 0xffff) + (float)(x >> 48);
-        float y = (sum / 65536 - 2) * 1.732f;
-        at[i] = (uint16_t)(__float_as_uint(y) >> 16);
-    }
-}
 
 struct batch {
     std::string text;
@@ -110,8 +96,8 @@ void allocate(batch *b)
     CUDA_MUST(cudaMalloc(&b->kv, layer * b->layers));
     CUDA_MUST(cudaMalloc(&b->q, q_bytes));
     CUDA_MUST(cudaMalloc(&b->out, q_bytes));
-    fill<<<1024, 256>>>((uint16_t *)b->kv, layer * b->layers / 2);
-    fill<<<1024, 256>>>((uint16_t *)b->q, q_bytes / 2);
+    draw_fill<<<1024, 256>>>((uint16_t *)b->kv, layer * b->layers / 2);
+    draw_fill<<<1024, 256>>>((uint16_t *)b->q, q_bytes / 2);
     for (attn_seq &s : b->seq) {
         s.k = b->kv + (uintptr_t)s.k * b->layers * 4 * b->kv_heads * D;
         s.v = (const char *)s.k + b->kv_heads * D * 2;
@@ -131,79 +117,9 @@ struct contender {
     samples times;
 };
 
-struct power {
-    uint32_t ms; /* 0: not asked for */
-    power_meter meter;
-};
-
-__global__ void spin(uint64_t clocks)
+void print_power(const draw_power *p, const contender *c, const batch *b, cudaStream_t stream)
 {
-    for (uint64_t t = clock64(); clock64() - t < clocks;)
-        ;
-}
-
-/* Launches for so long, two under way; *mhz: mean of what the SMs' clock was. Returns how many. */
-template <typename F> uint32_t run_for(const power *p, cudaStream_t stream, uint32_t ms, F launch, double *mhz)
-{
-    cudaEvent_t done[2];
-    uint32_t n = 0, looks = 0;
-    double sum = 0, from = now_us(), look = from;
-    for (cudaEvent_t &e : done)
-        CUDA_MUST(cudaEventCreateWithFlags(&e, cudaEventDisableTiming));
-    for (double t = from; t - from < ms * 1e3; t = now_us()) {
-        if (n >= 2)
-            CUDA_MUST(cudaEventSynchronize(done[n % 2]));
-        launch();
-        CUDA_MUST(cudaEventRecord(done[n++ % 2], stream));
-        if (t - look > 2e4) {
-            look = t;
-            sum += power_sm_mhz(&p->meter);
-            looks++;
-        }
-    }
-    CUDA_MUST(cudaStreamSynchronize(stream));
-    for (cudaEvent_t e : done)
-        CUDA_MUST(cudaEventDestroy(e));
-    *mhz = looks ? sum / looks : 0;
-    return n;
-}
-
-struct draw {
-    double us, watts, mhz, mj; /* us, mj: of a launch */
-};
-
-template <typename F> draw drawn_by(const power *p, cudaStream_t stream, F launch)
-{
-    draw d;
-    run_for(p, stream, 300, launch, &d.mhz); /* power and clock settle */
-    double t = now_us(), j = power_joules(&p->meter);
-    uint32_t n = run_for(p, stream, p->ms, launch, &d.mhz);
-    t = now_us() - t;
-    j = power_joules(&p->meter) - j;
-    d.us = t / n;
-    d.mj = j * 1e3 / n;
-    d.watts = j * 1e6 / t;
-    return d;
-}
-
-void start_power(power *p)
-{
-    char bus_id[32];
-    cudaStream_t stream;
-    CUDA_MUST(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, 0));
-    if (!power_open(&p->meter, bus_id)) {
-        fprintf(stderr, "--power: NVML has no energy counter for %s\n", bus_id);
-        exit(1);
-    }
-    CUDA_MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    draw d = drawn_by(p, stream, [&] { spin<<<1, 1, 0, stream>>>(2000000); });
-    CUDA_MUST(cudaStreamDestroy(stream));
-    printf("limit %.0f W; one thread alone: %.0f W at %.0f MHz\n", p->meter.limit_w, d.watts, d.mhz);
-}
-
-void print_power(const power *p, const contender *c, const batch *b, cudaStream_t stream)
-{
-    draw d = drawn_by(p, stream, [&] { CUDA_MUST(cudaGraphLaunch(c->exec, stream)); });
+    draw_result d = draw_of(p, stream, [&] { CUDA_MUST(cudaGraphLaunch(c->exec, stream)); });
     printf("%-32s        %-5s %-8s without a pause: %8.1f us, %4.0f W, %4.0f MHz, %7.1f mJ\n", b->text.c_str(),
            c->back_end, c->policy, d.us / b->layers, d.watts, d.mhz, d.mj / b->layers);
 }
@@ -253,7 +169,8 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     c->policy = policy_names[policy];
 }
 
-void measure(batch *b, const char *back_end, const char *policies, const char *tag, uint32_t rounds, const power *drawn)
+void measure(batch *b, const char *back_end, const char *policies, const char *tag, uint32_t rounds,
+             const draw_power *drawn)
 {
     allocate(b);
     cudaStream_t stream;
@@ -306,7 +223,7 @@ int main(int argc, char **argv)
 {
     const char *back_end = NULL, *policies = "auto,fused,serial", *tag = "";
     uint32_t rounds = 7;
-    power p = {};
+    draw_power p = {};
     int devices = 0;
     int i = 1;
     for (; i + 1 < argc && !strncmp(argv[i], "--", 2); i += 2) {
@@ -335,7 +252,7 @@ int main(int argc, char **argv)
         return 77;
     }
     if (p.ms)
-        start_power(&p);
+        draw_start(&p);
     printf("%-32s %-6s %-5s %-8s %8s %8s %8s TFLOP/s TB/s  limit\n", "batch", "tag", "by", "policy", "us", "p10",
            "p90");
     for (; i < argc; i++) {
