@@ -66,14 +66,14 @@ template <typename T> void take(arena *a, T **out, uint64_t n)
     a->used += (n * sizeof(T) + 255) / 256 * 256;
 }
 
-/* See rule_of in the planner. Prefill: at most 2 * sms units are cut, into at most 4 * sms parts plus one each. Decode: four
+/* See rule_of in the planner. Prefill: at most 2 units per cluster are cut, into at most 4 parts per cluster plus one each. Decode: four
  * parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are cut finer. */
 void size_lists(sm90_state *s)
 {
     const attn_gpu_config *c = &s->cfg;
     const uint64_t group = c->heads / c->kv_heads, fixed = c->fixed_split_keys,
                    seqs = (uint64_t)c->kv_heads * c->max_seqs;
-    uint64_t slots[ROLES] = {6 * s->sms, 5 * seqs + 14 * DECODE_BLOCKS_PER_SM * s->sms};
+    uint64_t slots[ROLES] = {6 * s->sms / CLUSTER, 5 * seqs + 14 * DECODE_BLOCKS_PER_SM * s->sms};
     if (fixed) {
         uint64_t by_tokens = c->kv_heads * (c->max_kv_tokens / fixed + c->max_seqs), by_parts = seqs * MAX_DECODE_PARTS;
         slots[ROLE_PREFILL] = 0;
@@ -92,7 +92,7 @@ void lay_out(sm90_state *s, arena *a)
     take(a, &s->ws.lists, 1);
     take(a, &s->ws.counters, 2);
     for (uint32_t r = 0; r < ROLES; r++)
-        take(a, &s->ws.arrived[r], s->ws.max_slots[r]);
+        take(a, &s->ws.arrived[r], (uint64_t)ARRIVED_PER_SLOT[r] * s->ws.max_slots[r]);
     take(a, &s->ws.k_maps, s->cfg.max_seqs);
     take(a, &s->ws.v_maps, s->cfg.max_seqs);
     for (uint32_t i = 0; i < 2 * ROLES; i++)
@@ -235,7 +235,8 @@ cudaError_t launch(const sm90_state *s, const sm90_kernel &k, sm90_args a, uint3
 {
     a.run.counters = s->ws.counters + set;
     const bool early = s->cfg.policy != ATTN_GPU_STREAMS;
-    return attn_launch(k.run, {s->sms * k.blocks_per_sm, k.threads, k.shared_bytes, early, (cudaStream_t)stream}, a);
+    const uint32_t blocks = s->sms / CLUSTER * CLUSTER * k.blocks_per_sm;
+    return attn_launch(k.run, {blocks, k.threads, k.shared_bytes, early, (cudaStream_t)stream}, a);
 }
 
 /* Decode's kernel on the side stream, beside prefill's: one block of each fits on an SM. */

@@ -23,7 +23,12 @@ constexpr uint32_t BOX_KEYS = 32;
 constexpr uint32_t BOX_BYTES = BOX_KEYS * 128;
 constexpr uint32_t DECODE_BLOCKS_PER_SM = 2;
 constexpr uint32_t MAX_DECODE_PARTS = 64;
-constexpr uint32_t UNIT_ROWS = 128; /* of prefill: 64 per consumer warpgroup */
+constexpr uint32_t CLUSTER = 2;      /* blocks that work on a prefill unit: each brings half of K and V to both */
+constexpr uint32_t BLOCK_ROWS = 128; /* of prefill: 64 per consumer warpgroup */
+constexpr uint32_t UNIT_ROWS = CLUSTER * BLOCK_ROWS;
+constexpr uint32_t UNIT_GROUPS = UNIT_ROWS / 64;
+/* Numbers of arrived parts, by role: a cut unit has two slots at least, and prefill counts by group of 64 rows. */
+constexpr uint32_t ARRIVED_PER_SLOT[2] = {UNIT_GROUPS / 2, 1};
 constexpr uint32_t GROUP_THREADS = 128;
 constexpr uint32_t NO_ITEM = UINT32_MAX;
 
@@ -43,7 +48,7 @@ cudaError_t sm90_launch_maps(const attn_seq *seq, const uint32_t *counts, uint32
 struct sm90_workspace {
     attn_lists *lists;
     attn_counters *counters;      /* [2]: of two launches at the same time */
-    uint32_t *arrived[ROLES];     /* [max_slots], zero between launches */
+    uint32_t *arrived[ROLES];     /* [ARRIVED_PER_SLOT * max_slots], zero between launches */
     sm90_map *k_maps, *v_maps;    /* [max_seqs] */
     uint32_t *offsets[2 * ROLES]; /* [max_seqs], of the plan: first item of a sequence by role, first slot by role */
     attn_item *items[ROLES];      /* [max_items] */

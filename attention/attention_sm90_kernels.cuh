@@ -4,7 +4,7 @@
  *   decode   2 blocks per SM: one warpgroup each (what one waits for at the ends of items, the other hides)
  *   fused    1 block per SM:  producer | consumer | consumer | decode, both roles with barriers and memory of their own
  *
- * Blocks stay until the lists are empty. The last to leave sets the counters back.
+ * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty. The last to leave sets the counters back.
  */
 #ifndef TANDEM_ATTENTION_SM90_KERNELS_CUH
 #define TANDEM_ATTENTION_SM90_KERNELS_CUH
@@ -36,6 +36,13 @@ __device__ __forceinline__ void sm90_leave(attn_counters *c, uint32_t role_bits)
     c->left = 0;
 }
 
+/* Barriers are set up, in all blocks of a cluster. */
+__device__ __forceinline__ void sm90_begin()
+{
+    __syncthreads();
+    sm90_cluster_sync();
+}
+
 template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_block(const sm90_args &a)
 {
     extern __shared__ char raw[];
@@ -48,29 +55,33 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
         prefill_init<P>(&bars);
         sm90_mbar_init_fence();
     }
-    __syncthreads();
+    sm90_begin();
     attn_wait_earlier();
     attn_let_next();
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0)
-            prefill_produce<P>(a, &bars, shared, items);
+            prefill_produce<P>(a, &bars, shared, items, [] {});
     } else {
         sm90_regs_more<REGS>();
         prefill_consume<P>(a, &bars, shared, group - 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0 && items > gridDim.x)
+    if (threadIdx.x == 0 && items > gridDim.x / CLUSTER)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL);
 }
 
-template <typename P> __global__ void __launch_bounds__(384, 1) sm90_prefill(const __grid_constant__ sm90_args a)
+template <typename P>
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+    sm90_prefill(const __grid_constant__ sm90_args a)
 {
     prefill_block<P, 240>(a);
 }
 
 /* As sm90_prefill, with registers left for a block of the decode kernel beside it. */
-template <typename P> __global__ void __launch_bounds__(512, 1) sm90_prefill_beside(const __grid_constant__ sm90_args a)
+template <typename P>
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
+    sm90_prefill_beside(const __grid_constant__ sm90_args a)
 {
     prefill_block<P, 176>(a);
 }
@@ -110,7 +121,8 @@ template <typename C> __global__ void __launch_bounds__(128, 4) sm90_decode_besi
 /* NARROW is prefill's shape where decode's rings stand beside it, P where no decodes are (unless one_shape): the batch has none,
  * or leaves all to the decode kernel. */
 template <typename P, typename NARROW, typename C>
-__global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm90_args a)
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
+    sm90_fused(const __grid_constant__ sm90_args a)
 {
     extern __shared__ char raw[];
     __shared__ sm90_bars bars;
@@ -126,7 +138,7 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
         bars.decode.stop = 0;
         sm90_mbar_init_fence();
     }
-    __syncthreads();
+    sm90_begin();
     attn_wait_earlier();
     attn_let_next();
     const bool none_beside = a.run.decode_follows && lists.hand_over == HAND_OVER_ALL;
@@ -134,11 +146,11 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0) {
+            auto taken = [&] { atomicExch(&bars.decode.stop, a.run.decode_follows && lists.hand_over != 0); };
             if (alone)
-                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), items);
+                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), items, taken);
             else
-                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items);
-            atomicExch(&bars.decode.stop, a.run.decode_follows && lists.hand_over != 0);
+                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items, taken);
         }
     } else if (group == 3) {
         if (alone) {
@@ -156,7 +168,7 @@ __global__ void __launch_bounds__(512, 1) sm90_fused(const __grid_constant__ sm9
         prefill_consume<NARROW>(a, &bars.prefill, sm90_shared(memory), group - 1);
     }
     __syncthreads();
-    const bool counted = items > gridDim.x || !alone; /* decode's role counts where there is nothing, too */
+    const bool counted = items > gridDim.x / CLUSTER || !alone; /* decode's role counts where there is nothing, too */
     if (threadIdx.x == 0 && counted && !a.run.decode_follows)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL | 1 << ROLE_DECODE);
 }

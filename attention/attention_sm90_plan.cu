@@ -129,7 +129,7 @@ __device__ void decode_tiles_beside(const sm90_plan_args &a, const totals &t, ru
     r->last_tiles = last < r->tiles[ROLE_DECODE] ? (uint32_t)last : r->tiles[ROLE_DECODE];
 }
 
-/* Prefill: as many parts per unit as make the waves of blocks cheapest. Slots are enough by construction (size_lists in
+/* Prefill: as many parts per unit as make the waves of clusters cheapest. Slots are enough by construction (size_lists in
  * attention_sm90.cu): units are cut into few parts where there are many, and a sum of quotients rounded up is less than
  * the quotient of the sum and their number. */
 __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
@@ -140,7 +140,7 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
     r.tiles[ROLE_DECODE] = r.last_tiles = a.fixed_tiles;
     if (a.fixed_tiles)
         return r;
-    const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
+    const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads, clusters = a.sms / CLUSTER;
     bool mostly_alone = false; /* nearly all of decode is left when prefill has ended */
     if (units > 0) {
         /* Of units that are about equally long the longest counts: a part more of a few would be a wave more. */
@@ -149,15 +149,15 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
             mean = t.longest[ROLE_PREFILL];
         uint64_t least = UINT64_MAX;
         for (uint32_t s = 1;
-             s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * a.sms)); s++) {
-            uint64_t waves = ((uint64_t)units * s + a.sms - 1) / a.sms;
+             s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * clusters)); s++) {
+            uint64_t waves = ((uint64_t)units * s + clusters - 1) / clusters;
             uint64_t cost = waves * ((mean + s - 1) / s + UNIT_COST_TILES + (s > 1 ? UNIT_COST_TILES : 0));
             if (cost < least) {
                 least = cost;
                 best = s;
             }
         }
-        uint64_t share = t.tiles[ROLE_PREFILL] * a.kv_heads / a.sms;
+        uint64_t share = t.tiles[ROLE_PREFILL] * a.kv_heads / clusters;
         uint32_t whole = mean + mean / 2 > share ? mean + mean / 2 : (uint32_t)share;
         const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
         r.hand_over = decode * PROGRESS_OF > least * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;

@@ -1,6 +1,8 @@
-/* attention_sm90_prefill.cuh - the compute-bound role: one producer warp, two consumer warpgroups of 64 packed rows each.
+/* attention_sm90_prefill.cuh - the compute-bound role: one producer warp, two consumer warpgroups of 64 packed rows each; two
+ * such blocks, a cluster, work on a unit.
  *
- *   producer   takes items, copies K and V tiles of KEYS keys, last keys first, into two slots each
+ *   producer   takes items (block 0 for both), copies half of each K and V tile of KEYS keys, last keys first, into two slots
+ *              each of both blocks: what comes from L2 is half, and so is what that costs in energy
  *   consumer   S' = Q K' of the next tile is issued before O += P V of this one, so that softmax of S' runs under PV; the
  *              two warpgroups take turns at issuing (named barriers), so that one's softmax runs under the other's products
  *
@@ -19,7 +21,7 @@ struct prefill_shape {
     static constexpr uint64_t POLICY = POLICY_;
     static constexpr bool BF16 = BF16_;
     static constexpr uint32_t D = D_, KEYS = KEYS_, STAGES = STAGES_;
-    static constexpr uint32_t Q_BYTES = UNIT_ROWS * D * 2;
+    static constexpr uint32_t Q_BYTES = BLOCK_ROWS * D * 2;
     static constexpr uint32_t TILE_BYTES = KEYS * D * 2;
     static constexpr uint32_t K_AT = Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES;
     static constexpr uint32_t BYTES = V_AT + STAGES * TILE_BYTES;
@@ -32,7 +34,9 @@ constexpr uint32_t PREFILL_ITEMS = 2; /* taken ahead */
 
 struct prefill_bars {
     uint64_t k_full[4], k_empty[4], v_full[4], v_empty[4], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS];
-    attn_item item[PREFILL_ITEMS]; /* parts 0: no more */
+    uint64_t mail_full, mail_empty; /* at the block that gets it; at block 0 */
+    uint32_t mail;                  /* index of the next item, to the others */
+    attn_item item[PREFILL_ITEMS];  /* parts 0: no more */
     uint32_t last[2];
 };
 
@@ -41,48 +45,84 @@ template <typename C> __device__ void prefill_init(prefill_bars *b)
     for (uint32_t i = 0; i < C::STAGES; i++) {
         sm90_mbar_init(sm90_shared(&b->k_full[i]), 1);
         sm90_mbar_init(sm90_shared(&b->v_full[i]), 1);
-        sm90_mbar_init(sm90_shared(&b->k_empty[i]), 2);
-        sm90_mbar_init(sm90_shared(&b->v_empty[i]), 2);
+        sm90_mbar_init(sm90_shared(&b->k_empty[i]), UNIT_GROUPS);
+        sm90_mbar_init(sm90_shared(&b->v_empty[i]), UNIT_GROUPS);
     }
     for (uint32_t i = 0; i < PREFILL_ITEMS; i++) {
         sm90_mbar_init(sm90_shared(&b->item_full[i]), 1);
         sm90_mbar_init(sm90_shared(&b->item_empty[i]), 2);
     }
+    sm90_mbar_init(sm90_shared(&b->mail_full), 1);
+    sm90_mbar_init(sm90_shared(&b->mail_empty), CLUSTER - 1);
 }
 
-template <typename C>
-__device__ __forceinline__ void prefill_copy(const sm90_unit &u, const sm90_map *map, uint32_t key, uint32_t dst,
-                                             uint32_t bar)
+/* A slot is free as far as this warpgroup goes: said to all blocks of the cluster. */
+__device__ __forceinline__ void prefill_release(const uint64_t *bar, uint32_t tid)
 {
+    if (tid < CLUSTER)
+        sm90_mbar_arrive_in(sm90_in_block(sm90_shared(bar), tid));
+}
+
+/* This block's boxes of a tile, to all; all of the tile arrives here. It may arrive before it is expected, but not before the slot
+ * was free everywhere. */
+template <typename C>
+__device__ __forceinline__ void prefill_copy(const sm90_unit &u, const sm90_map *map, uint32_t rank, uint32_t key,
+                                             uint32_t dst, uint32_t bar)
+{
+    constexpr uint32_t ROWS = C::KEYS / BOX_KEYS, BOXES = ROWS * (C::D / 64);
+    static_assert(BOXES % CLUSTER == 0, "the same number of boxes for each block");
     sm90_mbar_expect(bar, C::TILE_BYTES);
 #pragma unroll
-    for (uint32_t block = 0; block < C::D / 64; block++)
-#pragma unroll
-        for (uint32_t k = 0; k < C::KEYS; k += BOX_KEYS)
-            sm90_copy_box(dst + block * C::BLOCK + k * 128, map, bar, block * 64, key + k, u.k_step, C::POLICY);
+    for (uint32_t i = 0; i < BOXES / CLUSTER; i++) {
+        uint32_t n = i * CLUSTER + rank, block = n / ROWS, k = n % ROWS * BOX_KEYS;
+        sm90_copy_box_to((1 << CLUSTER) - 1, dst + block * C::BLOCK + k * 128, map, bar, (int32_t)(block * 64),
+                         (int32_t)(key + k), u.k_step, C::POLICY);
+    }
 }
 
-/* Block i begins with item i, which is read while the counts are. One thread, before prefill_produce by the same. */
+/* Cluster i begins with item i, which is read while the counts are. One thread, before prefill_produce by the same. */
 __device__ __forceinline__ void prefill_first(const sm90_args &a, prefill_bars *b)
 {
-    if (blockIdx.x < a.run.ws.max_items[ROLE_PREFILL])
-        attn_item_copy(&b->item[0], &a.run.ws.items[ROLE_PREFILL][blockIdx.x]);
+    if (blockIdx.x / CLUSTER < a.run.ws.max_items[ROLE_PREFILL])
+        attn_item_copy(&b->item[0], &a.run.ws.items[ROLE_PREFILL][blockIdx.x / CLUSTER]);
 }
 
-/* One thread; `items` is the length of the list. Nothing is counted where no block has a second item. */
-template <typename C>
-__device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t items)
+/* The next item's index, the same in all blocks of a cluster; `items` or more: no more. Block 0 takes it. */
+__device__ __forceinline__ uint32_t prefill_next(const sm90_args &a, prefill_bars *b, uint32_t rank, uint32_t items,
+                                                 uint32_t &parity)
+{
+    uint32_t index;
+    if (rank == 0) {
+        do
+            index = gridDim.x / CLUSTER + atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1);
+        while (index < items && __ldcg(&a.run.ws.items[ROLE_PREFILL][index].parts) == 0);
+        sm90_mbar_wait(sm90_shared(&b->mail_empty), parity ^ 1);
+        for (uint32_t r = 1; r < CLUSTER; r++)
+            sm90_store_in(sm90_in_block(sm90_shared(&b->mail), r), index, sm90_in_block(sm90_shared(&b->mail_full), r));
+    } else {
+        sm90_mbar_expect(sm90_shared(&b->mail_full), sizeof b->mail);
+        sm90_mbar_wait(sm90_shared(&b->mail_full), parity);
+        index = *(volatile uint32_t *)&b->mail;
+        if (index != NO_ITEM) /* always; so the arrival waits for what was read */
+            sm90_mbar_arrive_in(sm90_in_block(sm90_shared(&b->mail_empty), 0));
+    }
+    parity ^= 1;
+    return index;
+}
+
+/* One thread; `items` is the length of the list. Nothing is counted where no cluster has a second item. `taken` is
+ * called when there is no more to take. Returns when nothing more comes to this block from the others: then it may end. */
+template <typename C, typename F>
+__device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t items, F taken)
 {
     sm90_ring_at<C::STAGES> k_at, v_at;
     sm90_ring_at<PREFILL_ITEMS> at;
-    const bool counted = items > gridDim.x;
-    for (uint32_t index = blockIdx.x;;
-         index = counted ? gridDim.x + atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1) : items) {
-        const bool read = index == blockIdx.x;
-        if (index < items && !read && __ldcg(&a.run.ws.items[ROLE_PREFILL][index].parts) == 0)
-            continue;
-        if (index < items && read && b->item[0].parts == 0)
-            continue;
+    const uint32_t rank = sm90_cluster_rank(), first = blockIdx.x / CLUSTER;
+    const bool counted = items > gridDim.x / CLUSTER;
+    uint32_t mails = 0;
+    bool read = first < items && b->item[0].parts != 0;
+    for (;; read = false) {
+        const uint32_t index = read ? first : counted ? prefill_next(a, b, rank, items, mails) : items;
         sm90_mbar_wait(sm90_shared(&b->item_empty[at.slot]), at.parity ^ 1);
         attn_item *const item = &b->item[at.slot];
         if (index >= items)
@@ -101,34 +141,43 @@ __device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t sh
         for (uint32_t i = 0; i <= tiles; i++) { /* K runs one tile ahead of V, as the consumers need them */
             if (i < tiles) {
                 sm90_mbar_wait(sm90_shared(&b->k_empty[k_at.slot]), k_at.parity ^ 1);
-                prefill_copy<C>(u, u.k_map, it.key_begin + (tiles - 1 - i) * C::KEYS,
+                prefill_copy<C>(u, u.k_map, rank, it.key_begin + (tiles - 1 - i) * C::KEYS,
                                 shared + C::K_AT + k_at.slot * C::TILE_BYTES, sm90_shared(&b->k_full[k_at.slot]));
                 k_at.next();
             }
             if (i > 0) {
                 sm90_mbar_wait(sm90_shared(&b->v_empty[v_at.slot]), v_at.parity ^ 1);
-                prefill_copy<C>(u, u.v_map, it.key_begin + (tiles - i) * C::KEYS,
+                prefill_copy<C>(u, u.v_map, rank, it.key_begin + (tiles - i) * C::KEYS,
                                 shared + C::V_AT + v_at.slot * C::TILE_BYTES, sm90_shared(&b->v_full[v_at.slot]));
                 v_at.next();
             }
         }
     }
+    taken();
+    for (uint32_t i = 0; i < C::STAGES; i++) {
+        sm90_mbar_wait(sm90_shared(&b->k_empty[k_at.slot]), k_at.parity ^ 1);
+        sm90_mbar_wait(sm90_shared(&b->v_empty[v_at.slot]), v_at.parity ^ 1);
+        k_at.next();
+        v_at.next();
+    }
+    if (rank == 0)
+        sm90_mbar_wait(sm90_shared(&b->mail_empty), mails ^ 1);
 }
 
-/* 64 packed rows of Q into shared memory by a warpgroup; zeros behind the sequence and behind the head. */
+/* 64 packed rows of Q, from `first` on, into shared memory by a warpgroup; zeros behind the sequence and behind the head. */
 template <typename C>
 __device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_unit &u, const attn_item &it,
-                                               uint32_t group, uint32_t tid, uint32_t shared)
+                                               uint32_t first, uint32_t group, uint32_t tid, uint32_t shared)
 {
     constexpr uint32_t CHUNKS = C::D / 8;
 #pragma unroll
     for (uint32_t i = tid; i < 64 * CHUNKS; i += GROUP_THREADS) {
-        uint32_t r = i / CHUNKS, c = i % CHUNKS, p = it.first + group * 64 + r;
+        uint32_t r = i / CHUNKS, c = i % CHUNKS, p = first + r;
         uint4 x = {0, 0, 0, 0};
         if (p < u.packed && c * 8 < a.run.head_dim)
             x = *(const uint4 *)(a.run.q + sm90_row_at(a, u, it.kv_head, p, a.run.q_row_stride) + c * 16);
         asm volatile(
-            "st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared + sm90_swizzled(group * 64 + r, c, UNIT_ROWS)),
+            "st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared + sm90_swizzled(group * 64 + r, c, BLOCK_ROWS)),
             "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
             : "memory");
     }
@@ -140,7 +189,7 @@ __device__ __forceinline__ void prefill_qk(float (&s)[C::KEYS / 2], uint32_t q_s
 #pragma unroll
     for (uint32_t k = 0; k < C::D / 16; k++) {
         uint32_t in_block = (k % 4) * 32, block = k / 4;
-        sm90_wgmma_ss<C::BF16>(s, sm90_desc(q_shared + block * UNIT_ROWS * 128 + in_block, 16),
+        sm90_wgmma_ss<C::BF16>(s, sm90_desc(q_shared + block * BLOCK_ROWS * 128 + in_block, 16),
                                sm90_desc(k_shared + block * C::BLOCK + in_block, 16), k > 0);
     }
 }
@@ -246,11 +295,11 @@ template <typename C> __device__ __forceinline__ void prefill_scale(float (&o)[C
         o[i] *= by[i / 2 % 2];
 }
 
-/* Divides and writes 64 rows, through this warpgroup's part of Q. */
+/* Divides and writes 64 rows, from `first` on, through this warpgroup's part of Q. */
 template <typename C>
 __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_unit &u, const attn_item &it,
-                                              uint32_t group, uint32_t tid, uint32_t shared, const float (&o)[C::D / 2],
-                                              const prefill_rows &r)
+                                              uint32_t first, uint32_t group, uint32_t tid, uint32_t shared,
+                                              const float (&o)[C::D / 2], const prefill_rows &r)
 {
     const uint32_t row = group * 64 + tid / 32 * 16 + tid % 32 / 4;
     float inv[2];
@@ -259,7 +308,7 @@ __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_uni
         inv[i] = r.sum[i][0] > 0 ? 1 / r.sum[i][0] : 0;
 #pragma unroll
     for (uint32_t i = 0; i < C::D / 4; i++) {
-        uint32_t at = sm90_swizzled(row + i % 2 * 8, i / 2, UNIT_ROWS) + tid % 4 * 4;
+        uint32_t at = sm90_swizzled(row + i % 2 * 8, i / 2, BLOCK_ROWS) + tid % 4 * 4;
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + at),
                      "r"(sm90_pack<C::BF16>(o[i * 2] * inv[i % 2], o[i * 2 + 1] * inv[i % 2]))
                      : "memory");
@@ -268,26 +317,27 @@ __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_uni
     constexpr uint32_t CHUNKS = C::D / 8;
 #pragma unroll
     for (uint32_t i = tid; i < 64 * CHUNKS; i += GROUP_THREADS) {
-        uint32_t q = i / CHUNKS, c = i % CHUNKS, p = it.first + group * 64 + q;
+        uint32_t q = i / CHUNKS, c = i % CHUNKS, p = first + q;
         uint4 x;
         asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(shared + sm90_swizzled(group * 64 + q, c, UNIT_ROWS))
+                     : "r"(shared + sm90_swizzled(group * 64 + q, c, BLOCK_ROWS))
                      : "memory");
         if (p < u.packed && c * 8 < a.run.head_dim)
             *(uint4 *)(a.run.out + sm90_row_at(a, u, it.kv_head, p, a.run.out_row_stride) + c * 16) = x;
     }
 }
 
-/* Adds up the parts of 64 rows, in order of keys. */
+/* Adds up the parts of 64 rows, group `of_unit` of the unit, in order of keys. */
 template <typename C>
-__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const attn_item &it, uint32_t group, uint32_t tid)
+__device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const attn_item &it, uint32_t of_unit,
+                              uint32_t tid)
 {
     const sm90_workspace &ws = a.run.ws;
     const uint32_t lane = tid % 32;
     const bool on = lane * 4 < C::D;
     for (uint32_t r = tid / 32; r < 64; r += 4) {
-        uint32_t row = group * 64 + r, p = it.first + row;
+        uint32_t row = of_unit * 64 + r, p = it.first + row;
         if (p >= u.packed)
             break;
         float most = -INFINITY, sum = 0;
@@ -316,11 +366,11 @@ __device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const attn
 /* Leaves a part in the workspace; who brings the last one of these 64 rows adds all up. */
 template <typename C>
 __device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_unit &u, const attn_item &it,
-                                              prefill_bars *b, uint32_t group, uint32_t tid, const float (&o)[C::D / 2],
-                                              const prefill_rows &r)
+                                              prefill_bars *b, uint32_t rank, uint32_t group, uint32_t tid,
+                                              const float (&o)[C::D / 2], const prefill_rows &r)
 {
     const sm90_workspace &ws = a.run.ws;
-    const uint32_t row = group * 64 + tid / 32 * 16 + tid % 32 / 4;
+    const uint32_t of_unit = rank * 2 + group, row = of_unit * 64 + tid / 32 * 16 + tid % 32 / 4;
     const uint64_t at = (uint64_t)(it.slot + it.part) * UNIT_ROWS + row;
     float *sums = ws.sums[ROLE_PREFILL] + at * C::D + tid % 4 * 2;
 #pragma unroll
@@ -332,7 +382,7 @@ __device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_uni
     __threadfence();
     sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
     if (tid == 0) {
-        uint32_t *arrived = &ws.arrived[ROLE_PREFILL][it.slot + group]; /* a cut unit has two slots at least */
+        uint32_t *arrived = &ws.arrived[ROLE_PREFILL][it.slot * ARRIVED_PER_SLOT[ROLE_PREFILL] + of_unit];
         bool last = atomicAdd(arrived, 1) == it.parts - 1;
         if (last)
             *arrived = 0;
@@ -341,14 +391,14 @@ __device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_uni
     }
     sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
     if (b->last[group])
-        prefill_merge<C>(a, u, it, group, tid);
+        prefill_merge<C>(a, u, it, of_unit, tid);
 }
 
 /* A consumer warpgroup, group 0 or 1. */
 template <typename C>
 __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t group)
 {
-    const uint32_t tid = threadIdx.x % GROUP_THREADS;
+    const uint32_t tid = threadIdx.x % GROUP_THREADS, rank = sm90_cluster_rank();
     const float scale = a.run.score_scale;
     const uint32_t q_shared = shared + group * 64 * 128;
     sm90_ring_at<C::STAGES> k_at, v_at;
@@ -360,16 +410,29 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         const attn_item it = b->item[at.slot];
         if (it.parts == 0)
             break;
+        const uint32_t first = it.first + rank * BLOCK_ROWS + group * 64; /* packed row of this warpgroup */
+        const uint32_t tiles = (it.key_end - it.key_begin + C::KEYS - 1) / C::KEYS;
         const sm90_unit u = sm90_unit_of(a, it);
         sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the item, and the last output from Q's place */
         if (tid == 0)
             sm90_mbar_arrive(sm90_shared(&b->item_empty[at.slot]));
-        prefill_load_q<C>(a, u, it, group, tid, shared);
+        if (it.first + rank * BLOCK_ROWS >= u.packed) { /* no rows for this block: it only keeps step */
+            for (uint32_t i = 0; i < tiles; i++) {
+                sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
+                prefill_release(&b->k_empty[k_at.slot], tid);
+                k_at.next();
+                sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
+                prefill_release(&b->v_empty[v_at.slot], tid);
+                v_at.next();
+            }
+            continue;
+        }
+        prefill_load_q<C>(a, u, it, first, group, tid, shared);
         sm90_async_fence();
         sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
 
         prefill_rows rows;
-        const uint32_t row = it.first + group * 64 + tid / 32 * 16 + tid % 32 / 4;
+        const uint32_t row = first + tid / 32 * 16 + tid % 32 / 4;
 #pragma unroll
         for (uint32_t i = 0; i < 2; i++) {
             rows.limit[i] = sm90_limit(a, u, row + i * 8);
@@ -378,11 +441,10 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             rows.base[i] = rows.most[i] = LOW_BASE;
             rows.sum[i][0] = rows.sum[i][1] = 0;
         }
-        uint32_t all_see_to = sm90_limit(a, u, it.first + group * 64), all_see_from;
+        uint32_t all_see_to = sm90_limit(a, u, first), all_see_from;
         all_see_to = all_see_to < it.key_end ? all_see_to : it.key_end;
-        all_see_from = sm90_first(a, sm90_limit(a, u, it.first + group * 64 + 63));
+        all_see_from = sm90_first(a, sm90_limit(a, u, first + 63));
 
-        const uint32_t tiles = (it.key_end - it.key_begin + C::KEYS - 1) / C::KEYS;
         uint32_t key = it.key_begin + (tiles - 1) * C::KEYS;
         float o[C::D / 2], s[C::KEYS / 2], by[2];
         uint32_t p[C::KEYS / 4];
@@ -409,8 +471,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         sm90_wgmma_commit();
         sm90_wgmma_wait<0>();
         sm90_pin(s);
-        if (tid == 0)
-            sm90_mbar_arrive(sm90_shared(&b->k_empty[k_at.slot]));
+        prefill_release(&b->k_empty[k_at.slot], tid);
         k_at.next();
         weigh();
         prefill_pack<C>(p, s);
@@ -433,8 +494,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             sm90_bar_arrive(BAR_TURN + (group ^ 1), 2 * GROUP_THREADS);
             sm90_wgmma_wait<1>();
             sm90_pin(s);
-            if (tid == 0)
-                sm90_mbar_arrive(sm90_shared(&b->k_empty[k_at.slot]));
+            prefill_release(&b->k_empty[k_at.slot], tid);
             k_at.next();
             const bool grown = weigh();
             sm90_pin(s);
@@ -442,8 +502,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
                 sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
             sm90_wgmma_wait<0>();
             sm90_pin(o);
-            if (tid == 0)
-                sm90_mbar_arrive(sm90_shared(&b->v_empty[v_at.slot]));
+            prefill_release(&b->v_empty[v_at.slot], tid);
             v_at.next();
             if (grown)
                 prefill_scale<C>(o, by);
@@ -457,8 +516,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         sm90_wgmma_commit();
         sm90_wgmma_wait<0>();
         sm90_pin(o);
-        if (tid == 0)
-            sm90_mbar_arrive(sm90_shared(&b->v_empty[v_at.slot]));
+        prefill_release(&b->v_empty[v_at.slot], tid);
         v_at.next();
 
 #pragma unroll
@@ -468,9 +526,9 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             rows.sum[i][0] += __shfl_xor_sync(0xffffffff, rows.sum[i][0], 2);
         }
         if (it.parts == 1)
-            prefill_write<C>(a, u, it, group, tid, shared, o, rows);
+            prefill_write<C>(a, u, it, first, group, tid, shared, o, rows);
         else
-            prefill_leave<C>(a, u, it, b, group, tid, o, rows);
+            prefill_leave<C>(a, u, it, b, rank, group, tid, o, rows);
     }
 }
 

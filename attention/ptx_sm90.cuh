@@ -59,6 +59,46 @@ __device__ __forceinline__ void sm90_mbar_wait(uint32_t bar, uint32_t parity)
 #endif
 }
 
+/* ---- clusters: a block's barriers and shared memory lie at the same offsets in the others ---- */
+
+__device__ __forceinline__ uint32_t sm90_cluster_rank()
+{
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+/* All threads of all blocks, after __syncthreads; orders inits of barriers that were fenced (sm90_mbar_init_fence), nothing else. */
+__device__ __forceinline__ void sm90_cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+/* Where `addr` of this block stands in block `rank`. */
+__device__ __forceinline__ uint32_t sm90_in_block(uint32_t addr, uint32_t rank)
+{
+    uint32_t r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
+}
+
+/* bar: by sm90_in_block. Says that this thread has no more use for what a copy brought, which needs no fence; .release.cluster
+ * would be one of the whole device's memory (MEMBAR.ALL.GPU), 600 clocks and more. */
+__device__ __forceinline__ void sm90_mbar_arrive_in(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+/* A word into another block; bar, of the same block, gets its 4 bytes. Both by sm90_in_block. */
+__device__ __forceinline__ void sm90_store_in(uint32_t dst, uint32_t x, uint32_t bar)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(dst), "r"(x),
+                 "r"(bar)
+                 : "memory");
+}
+
 /* ---- named barriers (0 is __syncthreads) ---- */
 
 __device__ __forceinline__ void sm90_bar_sync(uint32_t id, uint32_t threads)
@@ -100,6 +140,16 @@ __device__ __forceinline__ void sm90_copy_box(uint32_t dst, const void *map, uin
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
                  "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+                 : "memory");
+}
+
+/* The same into every block of the cluster whose bit is set in `blocks`, at the offsets of dst and bar. */
+__device__ __forceinline__ void sm90_copy_box_to(uint16_t blocks, uint32_t dst, const void *map, uint32_t bar,
+                                                 int32_t c0, int32_t c1, int32_t c2, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::"
+                 "cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"(blocks), "l"(policy)
                  : "memory");
 }
 
