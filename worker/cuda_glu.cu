@@ -207,55 +207,66 @@ __device__ __forceinline__ void add_up(float (&gate)[C::N / 2], float (&up)[C::N
     release<C>(&b->empty[last]);
 }
 
-/* As cuda_swiglu, of sums that were not rounded. */
-__device__ __forceinline__ float swiglu(float gate, float up)
+/* 1 + e^-gate. Below -41 gate counts as -41: act is nothing there, and a product of two stays finite. */
+__device__ __forceinline__ float one_and_exp(float gate)
 {
-    return gate * sm90_reciprocal(1 + sm90_exp2(-LOG2E * gate)) * up;
+    return 1 + sm90_exp2(fminf(-LOG2E * gate, 60.0f));
 }
 
-/* Thread's sums: rows lane / 4 (low) and 8 more (high) of its warp's 16, columns 2 * (lane % 4) and 1 more of each 8. */
-template <typename C>
-__device__ __forceinline__ void make_act(uint32_t (&low)[C::N / 8], uint32_t (&high)[C::N / 8],
-                                         const float (&gate)[C::N / 2], const float (&up)[C::N / 2], const glu_args &a,
-                                         uint32_t col)
+/* As cuda_swiglu, of sums that were not rounded, for two columns. Powers and reciprocals are what the unit for them is busy with
+ * while nothing is added up: one reciprocal is enough for two. */
+__device__ __forceinline__ uint32_t swiglu(float gate0, float up0, float gate1, float up1)
 {
-    float g0 = 0, g8 = 0, u0 = 0, u8 = 0;
-    if (a.bias) {
-        const float *bias = a.bias + col + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
-        g0 = __ldg(bias);
-        g8 = __ldg(bias + 8);
-        u0 = __ldg(bias + a.inner);
-        u8 = __ldg(bias + a.inner + 8);
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < C::N / 8; j++) {
-        const uint32_t i = 4 * j;
-        low[j] = sm90_pack<true>(swiglu(gate[i] + g0, up[i] + u0), swiglu(gate[i + 1] + g0, up[i + 1] + u0));
-        high[j] = sm90_pack<true>(swiglu(gate[i + 2] + g8, up[i + 2] + u8), swiglu(gate[i + 3] + g8, up[i + 3] + u8));
-    }
+    const float a = one_and_exp(gate0), b = one_and_exp(gate1), r = sm90_reciprocal(a * b);
+    return sm90_pack<true>(gate0 * (r * b) * up0, gate1 * (r * a) * up1);
 }
 
-/* A warpgroup's [N][64] of act, through shared memory, since its threads have columns of it. */
+/* What is added to a thread's sums: of rows lane / 4 of its warp's 16, and 8 more. */
+struct glu_bias {
+    float gate[2] = {0, 0}, up[2] = {0, 0};
+};
+
+__device__ __forceinline__ glu_bias load_bias(const glu_args &a, uint32_t col)
+{
+    glu_bias b;
+    if (!a.bias)
+        return b;
+    const float *bias = a.bias + col + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
+    for (uint32_t i = 0; i < 2; i++) {
+        b.gate[i] = __ldg(bias + i * 8);
+        b.up[i] = __ldg(bias + a.inner + i * 8);
+    }
+    return b;
+}
+
+/* A warpgroup's [N][64] of act, OUT_ROWS at a time through shared memory, since its threads have columns of it: of each 8 rows
+ * of x a thread has rows 2 * (lane % 4) and 1 more, columns lane / 4 and 8 more of its warp's 16. */
 template <typename C>
-__device__ __forceinline__ void put_act(const glu_args &a, const uint32_t (&low)[C::N / 8],
-                                        const uint32_t (&high)[C::N / 8], uint32_t out, uint32_t group, uint32_t row,
-                                        uint32_t col)
+__device__ __forceinline__ void put_act(const glu_args &a, const float (&gate)[C::N / 2], const float (&up)[C::N / 2],
+                                        uint32_t out, uint32_t group, uint32_t row, uint32_t col)
 {
     const uint32_t tid = threadIdx.x % GROUP, warp = tid / 32, lane = tid % 32;
-    const uint32_t to_row = lane / 16 * 8 + lane % 8, to_chunk = warp * 2 + lane / 8 % 2; /* matrices: rows first */
+    const uint32_t to_row = lane / 16 * 8 + lane % 8, to_chunk = warp * 2 + lane / 8 % 2; /* matrices: columns first */
     const uint32_t to = to_row * 128 + ((to_chunk ^ lane % 8) << 4);
     const uint32_t from_row = tid / 8, from = from_row * 128 + ((tid % 8 ^ from_row % 8) << 4);
     __nv_bfloat16 *act = a.act + (uint64_t)(row + from_row) * a.inner + col + tid % 8 * 8;
+    const glu_bias b = load_bias(a, col);
 #pragma unroll
     for (uint32_t j = 0; j < C::N / 8; j += 2) {
         const uint32_t buffer = out + j / 2 % 2 * OUT_BYTES; /* whose last contents all have read at the last barrier */
-        const bool two = j + 1 < C::N / 8;
-        if (two)
-            sm90_stmatrix_trans(buffer + to, low[j], high[j], low[two ? j + 1 : j], high[two ? j + 1 : j]);
+        const uint32_t eights = j + 1 < C::N / 8 ? 2 : 1;
+        uint32_t v[4] = {}; /* columns lane / 4, 8 more; the same of the next 8 rows */
+#pragma unroll
+        for (uint32_t i = 0; i < 2 * eights; i++) {
+            const uint32_t at = 4 * j + 2 * i, s = i % 2;
+            v[i] = swiglu(gate[at] + b.gate[s], up[at] + b.up[s], gate[at + 1] + b.gate[s], up[at + 1] + b.up[s]);
+        }
+        if (eights == 2)
+            sm90_stmatrix_trans(buffer + to, v[0], v[1], v[2], v[3]);
         else
-            sm90_stmatrix_trans(buffer + to, low[j], high[j]);
+            sm90_stmatrix_trans(buffer + to, v[0], v[1]);
         sm90_bar_sync(BAR_OUT + group, GROUP);
-        if ((two || from_row < 8) && row + j * 8 + from_row < a.rows)
+        if (from_row < 8 * eights && row + j * 8 + from_row < a.rows)
             __stcg((uint4 *)(act + (uint64_t)j * 8 * a.inner), sm90_load_shared(buffer + from));
     }
     sm90_bar_sync(BAR_OUT + group, GROUP);
@@ -273,13 +284,10 @@ __device__ __forceinline__ void consume(const glu_args &a, glu_bars<C::STAGES> *
         sm90_mbar_wait(sm90_shared(&b->ahead), 0);
     for (uint32_t unit = blockIdx.x / C::CLUSTER; unit < units; unit += gridDim.x / C::CLUSTER) {
         const glu_place p = place_of<C>(a, unit, rank);
-        const uint32_t col = p.col + group * 64;
         float gate[C::N / 2], up[C::N / 2];
-        uint32_t low[C::N / 8], high[C::N / 8];
         add_up<C>(gate, up, at, b, shared, group, a.k_tiles, lag);
         lag = 0;
-        make_act<C>(low, high, gate, up, a, col);
-        put_act<C>(a, low, high, out, group, p.row, col);
+        put_act<C>(a, gate, up, out, group, p.row, p.col + group * 64);
     }
 }
 
@@ -307,11 +315,11 @@ __global__ void __launch_bounds__(THREADS, 1) glu_kernel(const __grid_constant__
     else
         sm90_cluster_sync();
     if (group == CONSUMERS) {
-        sm90_regs_less<40>();
+        sm90_regs_less<24>();
         if (threadIdx.x == CONSUMERS * GROUP)
             produce<C>(a, &bars, shared, rank);
     } else {
-        sm90_regs_more<232>();
+        sm90_regs_more<240>();
         consume<C>(a, &bars, shared, group, rank);
     }
     if (C::CLUSTER != 1)
