@@ -84,9 +84,10 @@ cudaError_t cuda_random(cudaStream_t stream, void *out, uint64_t seed, uint64_t 
 /* ---- products of few rows (cuda_few.cu) ---- */
 
 #define CUDA_FEW_ROWS_MAX 4
-/* y[T][N] = x[T][K] W[N][K]^T, T at most CUDA_FEW_ROWS_MAX, K a multiple of 8, everything 16-byte aligned. y is bf16, or
- * float32 to which the product is added (add) or not. */
-enum cuda_out { CUDA_OUT_BF16, CUDA_OUT_F32, CUDA_OUT_F32_ADD };
+/* What becomes of a product: bf16; float32; float32 to which it is added; or, of gate and up, silu(gate) * up in bf16. */
+enum cuda_out { CUDA_OUT_BF16, CUDA_OUT_F32, CUDA_OUT_F32_ADD, CUDA_OUT_SWIGLU };
+/* y[T][N] = x[T][K] W[N][K]^T, T at most CUDA_FEW_ROWS_MAX, K a multiple of 8, everything 16-byte aligned. Not for
+ * CUDA_OUT_SWIGLU: cuda_few_swiglu. */
 cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const void *x, const void *w, uint32_t t,
                           uint32_t n, uint32_t k);
 /* act[T][inner] = silu(gate) * up, with gate and up the halves of x W^T + bias, W [2 inner][K]; bias [2 inner] or NULL. */
