@@ -363,6 +363,16 @@ static void forward_destroy(struct forward *f)
     free(f);
 }
 
+static enum status_code create_products(struct forward *f, struct status *st)
+{
+    const struct cuda_gemm_config cfg = {
+        .stream = f->stream,
+        .one_way = f->cfg.batch_invariant,
+        .own_first = f->cfg.own_first,
+    };
+    return cuda_gemm_create(&f->gemm, &cfg, st);
+}
+
 static enum status_code forward_create(struct forward **out, const struct forward_config *cfg, struct status *st)
 {
     struct forward *f = calloc(1, sizeof *f);
@@ -375,9 +385,9 @@ static enum status_code forward_create(struct forward **out, const struct forwar
     enum status_code rc;
     if ((rc = check_model(cfg, st)) != ST_OK ||
         (rc = cuda_check(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
-        (rc = cuda_gemm_create(&f->gemm, f->stream, cfg->batch_invariant, st)) != ST_OK ||
-        (rc = allocate(f, st)) != ST_OK || (rc = create_attentions(f->attn, cfg, st)) != ST_OK ||
-        (rc = fill_rope(f, st)) != ST_OK || (rc = create_group(&f->group, cfg, st)) != ST_OK ||
+        (rc = create_products(f, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
+        (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
+        (rc = create_group(&f->group, cfg, st)) != ST_OK ||
         (cfg->tune_dir && (rc = cuda_gemm_remember(f->gemm, cfg->tune_dir, st)) != ST_OK) ||
         (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK ||
         (cfg->timed && (rc = set_mark(f, st)) != ST_OK)) {

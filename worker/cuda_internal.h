@@ -1,5 +1,5 @@
 /* cuda_internal.h - the CUDA back end of a rank, shared by its own C files: backend_cuda.c (devices, sessions, memory for
- * weights), cuda_forward.c (create), cuda_run.c (a step), cuda_gemm.c (products).
+ * weights), cuda_forward.c (create), cuda_run.c (a step), cuda_gemm.c and cuda_gemm_choose.c (products).
  *
  * One stream carries all of a step. Everything that changes from step to step is written to pinned memory of the host and
  * goes over in one copy; the launches that follow depend on the bucket alone, so they can be replayed as a graph.
@@ -20,7 +20,7 @@
  * runtime keeps. ST_OK stays ST_OK. */
 enum status_code cuda_check(cudaError_t err, struct status *st, const char *what);
 
-/* ---- products (cuda_gemm.c) ---- */
+/* ---- products (cuda_gemm.c, cuda_gemm_choose.c) ---- */
 
 struct cuda_gemm;
 
@@ -29,14 +29,22 @@ struct cuda_gemm;
 struct cuda_product {
     const struct mat *w; /* in the device's memory, BF16 */
     const void *x;       /* [rows][w->cols] bf16 */
-    void *y;             /* [rows][w->rows] */
+    void *y;             /* [rows][w->rows], of CUDA_OUT_SWIGLU half of it */
     enum cuda_out out;
     uint32_t rows;
+    /* of CUDA_OUT_SWIGLU */
+    const float *bias; /* [w->rows] or NULL */
+    void *gate_up;     /* [rows][w->rows] bf16: on their way, where they leave the chip at all */
 };
 
-/* one_way: whatever its rows, a product with matrices of one shape goes by one algorithm that adds up k in one order, so that
- * a row's bits do not depend on the others; nothing is measured then. */
-STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, cudaStream_t stream, bool one_way,
+struct cuda_gemm_config {
+    cudaStream_t stream;
+    /* Whatever its rows, a product with matrices of one shape goes by one algorithm that adds up k in one order, so that a row's
+     * bits do not depend on the others; nothing is measured then. */
+    bool one_way;
+    bool own_first; /* gate and up by the own kernel wherever it can: forward.h */
+};
+STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, const struct cuda_gemm_config *cfg,
                                                     struct status *st);
 void cuda_gemm_destroy(struct cuda_gemm *g); /* NULL is fine */
 #define CUDA_GEMM_TURNS 4
@@ -48,6 +56,7 @@ STATUS_MUST_CHECK enum status_code cuda_gemm_remember(struct cuda_gemm *g, const
 void cuda_gemm_try_until(struct cuda_gemm *g, double until_us);
 struct cuda_gemm_counts {
     uint32_t measured, remembered, untried; /* shapes */
+    uint32_t own;                           /* of those, gate and up with SwiGLU in the own kernel */
 };
 struct cuda_gemm_counts cuda_gemm_counts(const struct cuda_gemm *g);
 /* What is wrong with the file, or where it is; NULL without one. */
@@ -56,7 +65,7 @@ const char *cuda_gemm_file(const struct cuda_gemm *g);
 STATUS_MUST_CHECK enum status_code cuda_gemm_save(struct cuda_gemm *g, struct status *st);
 
 /* Picks the fastest way for products of this shape by trying them on these matrices of one shape in turn, so that none is
- * in the cache when its turn comes (p->w is one of them), the results going to scratch (as large as y); nothing when the
+ * in the cache when its turn comes (p->w is one of them), the results going to scratch (as large as y; those of CUDA_OUT_SWIGLU to y); nothing when the
  * way is known. Waits for the stream where it tries. */
 STATUS_MUST_CHECK enum status_code cuda_gemm_prepare(struct cuda_gemm *g, const struct cuda_product *p,
                                                      const void *const w[CUDA_GEMM_TURNS], void *scratch,

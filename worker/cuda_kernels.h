@@ -7,6 +7,7 @@
 #ifndef TANDEM_CUDA_KERNELS_H
 #define TANDEM_CUDA_KERNELS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include <cuda_runtime_api.h>
@@ -83,9 +84,10 @@ cudaError_t cuda_random(cudaStream_t stream, void *out, uint64_t seed, uint64_t 
 /* ---- products of few rows (cuda_few.cu) ---- */
 
 #define CUDA_FEW_ROWS_MAX 4
-/* y[T][N] = x[T][K] W[N][K]^T, T at most CUDA_FEW_ROWS_MAX, K a multiple of 8, everything 16-byte aligned. y is bf16, or
- * float32 to which the product is added (add) or not. */
-enum cuda_out { CUDA_OUT_BF16, CUDA_OUT_F32, CUDA_OUT_F32_ADD };
+/* What becomes of a product: bf16; float32; float32 to which it is added; or, of gate and up, silu(gate) * up in bf16. */
+enum cuda_out { CUDA_OUT_BF16, CUDA_OUT_F32, CUDA_OUT_F32_ADD, CUDA_OUT_SWIGLU };
+/* y[T][N] = x[T][K] W[N][K]^T, T at most CUDA_FEW_ROWS_MAX, K a multiple of 8, everything 16-byte aligned. Not for
+ * CUDA_OUT_SWIGLU: cuda_few_swiglu. */
 cudaError_t cuda_few_rows(cudaStream_t stream, void *y, enum cuda_out out, const void *x, const void *w, uint32_t t,
                           uint32_t n, uint32_t k);
 /* act[T][inner] = silu(gate) * up, with gate and up the halves of x W^T + bias, W [2 inner][K]; bias [2 inner] or NULL. */
@@ -94,6 +96,42 @@ cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const
 /* As the product of x with W [(H + 2 HK) D][K] and cuda_rope_kv on what comes of it; without norms of heads. */
 cudaError_t cuda_few_rope(cudaStream_t stream, const struct cuda_rope *r, const void *x, const void *w, uint32_t t,
                           uint32_t k);
+
+/* ---- gate and up with SwiGLU, of many rows (cuda_glu.cu): compute capability 9.0 alone ---- */
+
+#define CUDA_GLU_COLS     128 /* inner is a multiple of it, */
+#define CUDA_GLU_DEPTH    64  /* and K of this */
+#define CUDA_GLU_ALL_ROWS UINT32_MAX
+
+/* What launches need to know of a device. */
+struct cuda_glu {
+    void *encode;    /* the driver's; NULL: not a device for this */
+    uint32_t blocks; /* at a time: one for each SM */
+};
+
+/* Blocks work alone, or in pairs that load for each other what both need. SHARES_X: inner is a multiple of 256. */
+enum cuda_glu_share { CUDA_GLU_ALONE, CUDA_GLU_SHARES_X, CUDA_GLU_SHARES_W };
+
+struct cuda_glu_way {
+    uint32_t rows;  /* of x in a tile */
+    uint32_t share; /* enum cuda_glu_share */
+    uint32_t
+        group;    /* so many tiles in T, or pairs of them, are worked at before the next rows of W; CUDA_GLU_ALL_ROWS */
+    uint32_t lag; /* steps of k that a half of a block is behind the other; at most 2 */
+};
+
+/* Of the current device. cudaErrorNotSupported where these kernels do not run. */
+cudaError_t cuda_glu_open(struct cuda_glu *out);
+/* Whether cuda_glu_run takes it: a way that exists, inner and k multiples of what they must be. */
+bool cuda_glu_fits(const struct cuda_glu *g, const struct cuda_glu_way *way, uint32_t t, uint32_t inner, uint32_t k);
+/* Up to max ways, the one that should be fastest first; how many, 0 where none fits. */
+uint32_t cuda_glu_suggest(const struct cuda_glu *g, struct cuda_glu_way *out, uint32_t max, uint32_t t, uint32_t inner,
+                          uint32_t k);
+/* act[T][inner] = silu(gate) * up, with gate and up the halves of x W^T + bias, not rounded in between: x [T][K] and
+ * W [2 inner][K] bf16, gate's rows first; bias [2 inner] float32 or NULL. act, x and W are 16-byte aligned; W is never written
+ * while kernels run. cudaErrorInvalidValue for what does not fit. */
+cudaError_t cuda_glu_run(cudaStream_t stream, const struct cuda_glu *g, const struct cuda_glu_way *way, void *act,
+                         const void *x, const void *w, const float *bias, uint32_t t, uint32_t inner, uint32_t k);
 
 /* ---- sampling (cuda_sample.cu) ---- */
 

@@ -151,19 +151,13 @@ static enum status_code attention(struct forward *f, const struct attn_gpu_step 
     return attn_gpu_run(f->attn[model_window(m, layer) ? 1 : 0], step, &io, st);
 }
 
-/* act = silu(gate) * up */
-static enum status_code gated(struct forward *f, const struct layer_weights *w, uint32_t rows, struct status *st)
+/* act = silu(gate) * up of f->h */
+static struct cuda_product gated(struct forward *f, const struct layer_weights *w, uint32_t rows)
 {
-    const struct cuda_product gate_up = product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, rows);
-    uint32_t inner = f->cfg.shard->inner.count;
-    if (cuda_gemm_is_few(f->gemm, &gate_up))
-        return cuda_check(
-            cuda_few_swiglu(f->stream, f->act, f->h, w->gate_up.data, w->gate_up_bias, rows, inner, w->gate_up.cols),
-            st, "gate and up of few rows");
-    enum status_code rc = cuda_gemm_run(f->gemm, &gate_up, st);
-    return rc == ST_OK
-               ? cuda_check(cuda_swiglu(f->stream, f->act, f->gate_up, w->gate_up_bias, rows, inner), st, "SwiGLU")
-               : rc;
+    struct cuda_product p = product(&w->gate_up, f->h, f->act, CUDA_OUT_SWIGLU, rows);
+    p.bias = w->gate_up_bias;
+    p.gate_up = f->gate_up;
+    return p;
 }
 
 enum { PART_ATTENTION, PART_MLP, PART_EMBEDDING }; /* in turn, as comm.h wants it */
@@ -208,7 +202,7 @@ static enum status_code layer(struct forward *f, const struct attn_gpu_step *ste
     const struct layer_weights *w = &f->cfg.weights->layer[l], *next = l + 1 < m->layers ? w + 1 : NULL;
     const float *last_bias = l ? w[-1].down_bias : NULL;
     uint32_t rows = step->max_rows;
-    const struct cuda_product o = adding(f, &w->o, f->att, PART_ATTENTION, rows),
+    const struct cuda_product o = adding(f, &w->o, f->att, PART_ATTENTION, rows), act = gated(f, w, rows),
                               down = adding(f, &w->down, f->act, PART_MLP, rows);
     enum status_code rc = ST_OK;
     if (!f->group)
@@ -221,7 +215,8 @@ static enum status_code layer(struct forward *f, const struct attn_gpu_step *ste
     else
         rc = cuda_check(cuda_norm(f->stream, f->h, f->x, w->o_bias, w->mlp_norm, m->norm_eps, NULL, rows, m->hidden),
                         st, "norm");
-    if (rc != ST_OK || (rc = gated(f, w, rows, st)) != ST_OK || (rc = run_adding(f, &down, st)) != ST_OK || !f->group)
+    if (rc != ST_OK || (rc = cuda_gemm_run(f->gemm, &act, st)) != ST_OK || (rc = run_adding(f, &down, st)) != ST_OK ||
+        !f->group)
         return rc;
     return add_parts(f, PART_MLP, false, w->down_bias, next ? next->attn_norm : NULL, rows, st);
 }
@@ -282,7 +277,7 @@ enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, 
 #define TURNS(field) {turn[0]->field.data, turn[1]->field.data, turn[2]->field.data, turn[3]->field.data}
         {product(&w->qkv, f->h, f->qkv, CUDA_OUT_BF16, b->rows), TURNS(qkv)},
         {adding(f, &w->o, f->att, PART_ATTENTION, b->rows), TURNS(o)},
-        {product(&w->gate_up, f->h, f->gate_up, CUDA_OUT_BF16, b->rows), TURNS(gate_up)},
+        {gated(f, w, b->rows), TURNS(gate_up)},
         {adding(f, &w->down, f->act, PART_MLP, b->rows), TURNS(down)},
 #undef TURNS
     };

@@ -237,6 +237,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .timed = cfg->timed,
         .attention = cfg->attention,
         .batch_invariant = cfg->batch_invariant,
+        .own_first = cfg->own_first,
         .tune_dir = cfg->tune_dir,
         .tune_ms = cfg->tune_ms ? cfg->tune_ms : DEFAULT_TUNE_MS,
         .note = cfg->note,

@@ -48,6 +48,8 @@ struct engine_config {
      * kind of device. Slower: products are not picked by measurement, and attention does not share long keys among SMs.
      * UNIMPLEMENTED on the host and for models with sliding windows. */
     bool batch_invariant;
+    /* A device, for tests: gate and up of more than 4 rows go by the own kernel wherever it can, measured or not. */
+    bool own_first;
     bool timed;           /* results have a timing; a device takes about 1 us more a step */
     const char *tune_dir; /* a device: folder in which the ways of products that were measured are kept; NULL: none */
     uint32_t tune_ms;     /* a device: how long engine_connect measures at most; 0: 500 */

@@ -367,6 +367,31 @@ static void invariant(const char *name, const struct engine_config *base)
     gpu_destroy(&r);
 }
 
+/* ---- gate and up with SwiGLU in one kernel ---- */
+
+/* Wherever that kernel can be taken: each number of rows has another of its variants. */
+static void own_kernel(const char *name, struct gpu_run *host, const struct engine_config *base, const char *note)
+{
+    static const struct {
+        uint32_t prompt, chunk;
+    } text[] = {{300, 300}, {300, 300} /* graphs */, {517, 64}, {130, 100}, {37, 11}};
+    struct engine_config cfg = *base;
+    struct gpu_run r;
+    unsigned own = 0;
+    cfg.own_first = true;
+    gpu_create(&r, &cfg);
+    const char *at = strstr(note, " as the library suggests, ");
+    if (!at || sscanf(at, " as the library suggests, %u with SwiGLU in them", &own) != 1)
+        expect(false, note, name, 0, 0);
+    const uint32_t hidden = r.e->model.hidden, inner = r.e->shard.inner.count;
+    const bool can = gpu_capability() == 90 && hidden % 64 == 0 && inner % 128 == 0; /* CUDA_GLU_DEPTH, _COLS */
+    expect((own > 0) == can, "numbers of rows by the own kernel of gate and up", name, inner, own);
+    say("%-28s gate and up by the own kernel for %u numbers of rows\n", name, own);
+    for (uint32_t i = 0; own && i < sizeof text / sizeof *text; i++)
+        parity(name, host, &r, text[i].prompt, text[i].chunk, i);
+    gpu_destroy(&r);
+}
+
 /* ---- models ---- */
 
 static const struct {
@@ -476,8 +501,9 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
     options(name, &device);
     gpu_destroy(&eager);
     gpu_destroy(&device);
-    gpu_destroy(&host);
     cfg.eager = false;
+    own_kernel(name, &host, &cfg, note);
+    gpu_destroy(&host);
     if (strcmp(name, "mistral") != 0) /* whose windows are refused */
         invariant(name, &cfg);
 }

@@ -24,8 +24,16 @@ struct comm *gpu_comm(void)
     return comm;
 }
 
+static uint32_t capability;
+
+uint32_t gpu_capability(void)
+{
+    return capability;
+}
+
 const struct backend_parts *gpu_parts(const char *path)
 {
+    struct backend_device device;
     char own[4096] = "";
     if (!path) {
         ssize_t n = readlink("/proc/self/exe", own, sizeof own - 32);
@@ -55,6 +63,9 @@ const struct backend_parts *gpu_parts(const char *path)
     struct backend_session *session;
     if (api->open(&session, comm_local_rank(gpu_comm()), &st) != ST_OK)
         die("device 0", st.message);
+    if (api->describe(comm_local_rank(gpu_comm()), &device, &st) != ST_OK)
+        die("device", st.message);
+    capability = device.major * 10 + device.minor;
     return api->parts(session);
 }
 

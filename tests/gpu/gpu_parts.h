@@ -14,6 +14,9 @@ struct comm *gpu_comm(void);
  * is not usable. path NULL: backend_cuda.so beside the program. Stays open. */
 const struct backend_parts *gpu_parts(const char *path);
 
+/* Compute capability of that device, times 10. */
+uint32_t gpu_capability(void);
+
 /* An engine and the number of its last step. Everything here ends the program on an error. */
 struct gpu_run {
     struct engine *e;
