@@ -40,7 +40,7 @@ __device__ __forceinline__ void sm90_leave(attn_counters *c, uint32_t role_bits)
 __device__ __forceinline__ void sm90_begin()
 {
     __syncthreads();
-    sm90_cluster_sync();
+    sm90_cluster_begin();
 }
 
 template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_block(const sm90_args &a)

@@ -60,7 +60,7 @@ template <typename C> __device__ void prefill_init(prefill_bars *b)
 __device__ __forceinline__ void prefill_release(const uint64_t *bar, uint32_t tid)
 {
     if (tid < CLUSTER)
-        sm90_mbar_arrive_in(sm90_in_block(sm90_shared(bar), tid));
+        sm90_mbar_arrive_at(sm90_shared(bar), tid);
 }
 
 /* This block's boxes of a tile, to all; all of the tile arrives here. It may arrive before it is expected, but not before the slot
@@ -104,7 +104,7 @@ __device__ __forceinline__ uint32_t prefill_next(const sm90_args &a, prefill_bar
         sm90_mbar_wait(sm90_shared(&b->mail_full), parity);
         index = *(volatile uint32_t *)&b->mail;
         if (index != NO_ITEM) /* always; so the arrival waits for what was read */
-            sm90_mbar_arrive_in(sm90_in_block(sm90_shared(&b->mail_empty), 0));
+            sm90_mbar_arrive_at(sm90_shared(&b->mail_empty), 0);
     }
     parity ^= 1;
     return index;

@@ -68,8 +68,9 @@ __device__ __forceinline__ uint32_t sm90_cluster_rank()
     return r;
 }
 
-/* All threads of all blocks, after __syncthreads; orders inits of barriers that were fenced (sm90_mbar_init_fence), nothing else. */
-__device__ __forceinline__ void sm90_cluster_sync()
+/* All threads of all blocks of the cluster, after __syncthreads; orders inits of barriers that were fenced (sm90_mbar_init_fence),
+ * nothing else. */
+__device__ __forceinline__ void sm90_cluster_begin()
 {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n"
                  "barrier.cluster.wait.acquire.aligned;" ::
@@ -84,11 +85,17 @@ __device__ __forceinline__ uint32_t sm90_in_block(uint32_t addr, uint32_t rank)
     return r;
 }
 
-/* bar: by sm90_in_block. Says that this thread has no more use for what a copy brought, which needs no fence; .release.cluster
- * would be one of the whole device's memory (MEMBAR.ALL.GPU), 600 clocks and more. */
-__device__ __forceinline__ void sm90_mbar_arrive_in(uint32_t bar)
+/* At the barrier that block `rank` of the cluster has at the same place; rank may be this block's. Publishes nothing that this
+ * thread has written: a release for the cluster is a fence of the whole device's memory (MEMBAR.ALL.GPU), 600 clocks and more. */
+__device__ __forceinline__ void sm90_mbar_arrive_at(uint32_t bar, uint32_t rank)
 {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+    asm volatile("{\n"
+                 ".reg .b32 at;\n"
+                 "mapa.shared::cluster.u32 at, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [at];\n"
+                 "}\n" ::"r"(bar),
+                 "r"(rank)
+                 : "memory");
 }
 
 /* A word into another block; bar, of the same block, gets its 4 bytes. Both by sm90_in_block. */

@@ -5,32 +5,10 @@
 
 #include "attention/ptx_sm90.cuh"
 
-/* ---- blocks of a cluster ---- */
-
-__device__ __forceinline__ uint32_t sm90_cluster_rank()
-{
-    uint32_t r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
-/* All threads of all blocks of the cluster. */
+/* All threads of all blocks of the cluster; what they have written is seen behind it. */
 __device__ __forceinline__ void sm90_cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-/* At the barrier that block `rank` of the cluster has at the same place; rank may be this block's. Publishes nothing that this
- * thread has written: a release for the cluster costs a fence of the whole device. */
-__device__ __forceinline__ void sm90_mbar_arrive_at(uint32_t bar, uint32_t rank)
-{
-    asm volatile("{\n"
-                 ".reg .b32 at;\n"
-                 "mapa.shared::cluster.u32 at, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [at];\n"
-                 "}\n" ::"r"(bar),
-                 "r"(rank)
-                 : "memory");
 }
 
 /* ---- bulk tensor copies of matrices: c0 counts columns, c1 rows ---- */

@@ -52,21 +52,6 @@ __device__ __forceinline__ void copy_bytes(uint32_t dst, const char *src, uint32
                  : "memory");
 }
 
-__device__ __forceinline__ void arrive_at(uint32_t bar, uint32_t rank)
-{
-    asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [at];\n}\n" ::"r"(bar),
-                 "r"(rank)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_rank()
-{
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
 __device__ __forceinline__ void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -81,7 +66,7 @@ __global__ void __launch_bounds__(64, 1)
 {
     extern __shared__ __align__(1024) char memory[];
     __shared__ ring_bars bars;
-    const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const uint32_t rank = CLUSTER == 1 ? 0 : sm90_cluster_rank();
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < STAGES; s++) {
             sm90_mbar_init(sm90_shared(&bars.full[s]), 1);
@@ -111,7 +96,7 @@ __global__ void __launch_bounds__(64, 1)
                 if (CLUSTER == 1)
                     sm90_mbar_arrive(sm90_shared(&bars.empty[s]));
                 else
-                    arrive_at(sm90_shared(&bars.empty[s]), r);
+                    sm90_mbar_arrive_at(sm90_shared(&bars.empty[s]), r);
         }
     }
     __syncthreads();
