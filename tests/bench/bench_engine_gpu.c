@@ -3,6 +3,7 @@
  *     bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH]     random weights; 77 where there is no GPU
  *                  [--one-at-a-time]                            without a second step under way
  *                  [--tune-cache DIR]                           where measured products are kept; default: nowhere
+ *                  [--tune-ms MS]                                how long products are measured at the start; default: 500
  *                  [--decode BATCH:CONTEXT] ...                 these decodes alone, up to 8
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
@@ -192,6 +193,8 @@ int main(int argc, char **argv)
             b.flops = atof(argv[++i]) * 1e12;
         else if (!strcmp(argv[i], "--tune-cache") && i + 1 < argc)
             cfg.tune_dir = argv[++i];
+        else if (!strcmp(argv[i], "--tune-ms") && i + 1 < argc)
+            cfg.tune_ms = (uint32_t)atoi(argv[++i]);
         else if (!strcmp(argv[i], "--decode") && i + 1 < argc)
             read_wanted(&b, argv[++i]);
         else
@@ -199,7 +202,7 @@ int main(int argc, char **argv)
     }
     if (!cfg.model_dir) {
         fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s] [--flops TFLOP/s] "
-                        "[--one-at-a-time] [--tune-cache DIR] [--decode BATCH:CONTEXT]\n");
+                        "[--one-at-a-time] [--tune-cache DIR] [--tune-ms MS] [--decode BATCH:CONTEXT]\n");
         return 2;
     }
     cfg.parts = gpu_parts(plugin);
