@@ -133,9 +133,9 @@ __device__ __forceinline__ void wgmma_n8(float (&d)[4], uint64_t a, uint64_t b, 
                      : "l"(a), "l"(b), "r"((uint32_t)add));
 }
 
-/* S += Q K, then O += P V, over and over, 16 products of 64 clocks each. A sum that began anew each time would be dropped by
+/* S += Q K, then O += P V, over and over, 16 products of 64 clocks each, committed GROUP at a time. A sum that began anew each time would be dropped by
  * ptxas, all but the last. */
-__device__ __forceinline__ float multiply(uint32_t smem, uint32_t group, uint32_t tiles)
+template <uint32_t GROUP> __device__ __forceinline__ float multiply(uint32_t smem, uint32_t group, uint32_t tiles)
 {
     float s[64], o[64];
     uint32_t p[32];
@@ -152,14 +152,18 @@ __device__ __forceinline__ float multiply(uint32_t smem, uint32_t group, uint32_
         sm90_pin(p);
         sm90_wgmma_fence();
 #pragma unroll
-        for (uint32_t i = 0; i < 8; i++)
+        for (uint32_t i = 0; i < 8; i++) {
             sm90_wgmma_ss<true>(s, sm90_desc(q + i / 4 * 64 * 128 + i % 4 * 32, 16),
                                 sm90_desc(k + i / 4 * 128 * 128 + i % 4 * 32, 16), 1);
-        sm90_wgmma_commit();
+            if ((i + 1) % GROUP == 0)
+                sm90_wgmma_commit();
+        }
 #pragma unroll
-        for (uint32_t i = 0; i < 8; i++)
+        for (uint32_t i = 0; i < 8; i++) {
             sm90_wgmma_rs<true>(o, p + i * 4, sm90_desc(v + i * 16 * 128, K_BYTES / 2), 1);
-        sm90_wgmma_commit();
+            if ((i + 1) % GROUP == 0)
+                sm90_wgmma_commit();
+        }
         sm90_wgmma_wait<0>();
     }
     sm90_pin(s);
@@ -323,7 +327,7 @@ __device__ __forceinline__ uint32_t stream(uint32_t smem, sm_shared *sh, const c
 }
 
 /* tiles: of products per consumer, 0 for none; pieces: of the stream per warp where there are no products. *read: bytes. */
-template <beside BESIDE>
+template <beside BESIDE, uint32_t GROUP>
 __global__ void __launch_bounds__(THREADS, 1)
     together(const char *at, uint64_t bytes, uint32_t tiles, uint32_t pieces, unsigned long long *read, float *sink)
 {
@@ -344,7 +348,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x < 256) {
         sm90_regs_more<200>();
         if (tiles) {
-            left = multiply(smem, threadIdx.x / 128, tiles);
+            left = multiply<GROUP>(smem, threadIdx.x / 128, tiles);
             sm90_bar_sync(1, 256);
             if (threadIdx.x == 0)
                 *(volatile uint32_t *)&sh.ended = 1;
@@ -454,14 +458,15 @@ template <uint32_t CLUSTER> void l2_row(bench *b, const char *name, uint32_t apa
     printf("\n");
 }
 
-template <beside BESIDE> void together_row(bench *b, const char *name, uint32_t tiles)
+template <beside BESIDE, uint32_t GROUP = 8> void together_row(bench *b, const char *name, uint32_t tiles)
 {
     const uint32_t pieces = tiles ? 0 : 4096;
     const double flops = 2.0 * b->sms * tiles * 16 * 64 * 128 * 16 * 2;
-    CUDA_MUST(cudaFuncSetAttribute(together<BESIDE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)SM_BYTES));
+    CUDA_MUST(
+        cudaFuncSetAttribute(together<BESIDE, GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)SM_BYTES));
     auto go = [&] {
-        launch(b, together<BESIDE>, b->sms, 1, THREADS, SM_BYTES, (const char *)b->memory, b->bytes, tiles, pieces,
-               b->read, b->sink);
+        launch(b, together<BESIDE, GROUP>, b->sms, 1, THREADS, SM_BYTES, (const char *)b->memory, b->bytes, tiles,
+               pieces, b->read, b->sink);
     };
     unsigned long long bytes = 0;
     double us = median_us(b, go);
@@ -536,5 +541,7 @@ int main(int argc, char **argv)
     together_row<STREAM>(&b, "products beside a stream", tiles);
     together_row<STREAM_MMA>(&b, "products beside a stream with mma.sync", tiles);
     together_row<STREAM_WGMMA>(&b, "products beside a stream with wgmma", tiles);
+    together_row<STREAM_MMA, 2>(&b, "products by twos, a stream with mma.sync", tiles);
+    together_row<STREAM_MMA, 1>(&b, "products by ones, a stream with mma.sync", tiles);
     return 0;
 }
