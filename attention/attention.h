@@ -50,6 +50,7 @@ struct attn_batch {
     uint32_t kv_heads; /* HK */
     uint32_t head_dim; /* D, a multiple of 8 up to 256 */
     float scale;       /* of q . k, usually 1 / sqrt(D) */
+    float soft_cap;    /* c > 0: scores s = scale * q . k become c * tanh(s / c); 0: none */
     uint32_t window;   /* W: keys a row sees at most; 0: all */
     enum attn_dtype kv_dtype;
     uint64_t token_stride; /* bytes, of K and V alike */

@@ -16,8 +16,8 @@ struct attn_case {
     const char *name;
     uint32_t H, HK, D;
     uint32_t window;
-    float soft_cap;               /* GPU only: where it is not 0, the host skips the case */
-    int large;                    /* GPU only: a host takes seconds */
+    float soft_cap;
+    int large;                    /* a host takes seconds to minutes: only when asked */
     const struct attn_span *span; /* ends with times 0 */
 };
 
