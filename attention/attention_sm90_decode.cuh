@@ -359,7 +359,8 @@ __device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, ui
         const uint32_t index = b->item;
         if (index >= items)
             break;
-        const attn_item it = a.run.ws.items[ROLE_DECODE][index];
+        attn_item it;
+        attn_item_copy(&it, &a.run.ws.items[ROLE_DECODE][index]); /* perhaps before attn_wait_earlier */
         if (it.parts > 0) {
             const sm90_unit u = sm90_unit_of(a, it);
             if (u.packed - it.first <= 8)
