@@ -897,6 +897,20 @@ START_TEST(steps_on_a_gpu_reach_the_back_end)
     ck_assert_uint_eq(counted.plans, 1);
     ck_assert_uint_eq(counted.runs, 2);
     ck_assert_ptr_eq(attn_gpu_fault(a), &counted.plans);
+    static const struct {
+        uint32_t fault;
+        const char *text;
+    } faults[] = {{1, "seq[0] breaks"},
+                  {4, "seq[3] breaks"},
+                  {ATTN_FAULT_KV_TOKENS, "max_kv_tokens (4000)"},
+                  {ATTN_FAULT_ROWS, "max_rows (100)"},
+                  {ATTN_FAULT_SEQS, "max_seqs of the step (at most 4)"}};
+    ck_assert_int_eq(attn_gpu_fault_status(a, 0, NULL), ST_OK);
+    for (size_t i = 0; i < COUNT(faults); i++) {
+        struct status st = STATUS_INIT;
+        ck_assert_int_eq(attn_gpu_fault_status(a, faults[i].fault, &st), ST_INTERNAL);
+        ck_assert_msg(strstr(st.message, faults[i].text) != NULL, "'%s' without '%s'", st.message, faults[i].text);
+    }
     attn_gpu_destroy(a);
     attn_gpu_destroy(NULL);
     ck_assert_uint_eq(counted.creates, 0);

@@ -70,7 +70,7 @@ __device__ __forceinline__ float noise(uint64_t i)
     return (float)(uint32_t)i * (2.0f / 4294967296.0f) - 1;
 }
 
-__device__ __forceinline__ uint16_t narrow(float x, int f16)
+__host__ __device__ __forceinline__ uint16_t narrow(float x, int f16)
 {
     return f16 ? __half_as_ushort(__float2half(x)) : __bfloat16_as_ushort(__float2bfloat16(x));
 }
@@ -630,9 +630,68 @@ void check_faults(const problem *p, const attn_gpu_ops *ops)
     CUDA_MUST(cudaMemcpy(p->d_seq, p->seq.data(), p->seq.size() * sizeof(attn_seq), cudaMemcpyHostToDevice));
     CUDA_MUST(cudaMemcpy(p->d_count, &n, sizeof n, cudaMemcpyHostToDevice));
     plan_and_run(&r, p);
-    if (result(&r, p), fault_of(&r) != p->seq.size() + 1)
+    if (result(&r, p), fault_of(&r) != ATTN_FAULT_SEQS)
         fail(p, "faults", "too many sequences are not reported");
     stop(&r);
+}
+
+/* Rows that were written are right; those of sequences that found no room are as they were. */
+void compare_written(const problem *p, const std::vector<uint16_t> &out, const char *what)
+{
+    const uint64_t row = (uint64_t)p->c->H * p->c->D;
+    std::vector<uint16_t> all = out;
+    for (size_t i = 0; i < p->want.size(); i++) {
+        uint16_t &x = all[p->ref_row[i / row] * row + i % row];
+        if (x == 0xffff)
+            x = narrow((float)p->want[i], p->dtype == ATTN_F16);
+    }
+    compare(p, all, what);
+}
+
+/* A batch with more keys, or rows, than the workspace was made for: said as such, nothing written that is wrong, and a batch
+ * that fits is computed afterwards. */
+void check_overflow(const attn_gpu_ops *ops)
+{
+    static const attn_span long_ones[] = {{12, 1, 3000}, {0, 0, 0}},
+                           rows_of_one[] = {{1, 500, 700}, {7, 1, 10}, {0, 0, 0}};
+    const attn_case keys = {"overflow of keys", 4, 2, 64, 0, 0, 0, long_ones},
+                    rows = {"overflow of rows", 4, 2, 64, 0, 0, 0, rows_of_one};
+    const uint32_t fits = 2;
+    runner r;
+    problem p;
+    make(&p, &keys, ATTN_BF16);
+    p.cfg.max_kv_tokens = fits * 3000;
+    compute_reference(&p);
+    if (start(&r, &p, ops, ATTN_GPU_AUTO, 64)) {
+        set_batch(&p, p.seq.data(), (uint32_t)p.seq.size());
+        plan_and_run(&r, &p);
+        compare_written(&p, result(&r, &p), keys.name);
+        if (fault_of(&r) != ATTN_FAULT_KV_TOKENS)
+            fail(&p, "faults", "too many keys are not reported as such");
+        set_batch(&p, p.seq.data(), fits);
+        plan_and_run(&r, &p);
+        std::vector<uint16_t> out = result(&r, &p);
+        compare_written(&p, out, keys.name);
+        for (uint32_t i = 0; i < fits; i++)
+            if (out[(uint64_t)p.seq[i].first_row * keys.H * keys.D] == 0xffff)
+                fail(&p, "faults", "after an overflow a batch that fits is not computed");
+        if (fault_of(&r))
+            fail(&p, "faults", "after an overflow a batch that fits is refused");
+        stop(&r);
+    }
+    drop(&p);
+    make(&p, &rows, ATTN_BF16);
+    compute_reference(&p);
+    if (start(&r, &p, ops, ATTN_GPU_AUTO, 64)) {
+        std::vector<attn_seq> same(p.seq.size(), p.seq[0]); /* all write the same values to the same rows */
+        set_batch(&p, same.data(), (uint32_t)same.size());
+        plan_and_run(&r, &p);
+        compare_written(&p, result(&r, &p), rows.name);
+        if (fault_of(&r) != ATTN_FAULT_ROWS)
+            fail(&p, "faults", "too many rows are not reported as such");
+        stop(&r);
+    }
+    drop(&p);
 }
 
 const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
@@ -723,6 +782,7 @@ void check_back_end(const attn_gpu_ops *ops, const char *only, bool quick, bool 
         make(&p, &c, ATTN_BF16);
         check_faults(&p, ops);
         drop(&p);
+        check_overflow(ops);
     }
 }
 } // namespace
