@@ -73,6 +73,13 @@ static const struct attn_case attn_cases[] = {
     {"window 500", 4, 2, 64, 500, 0, 0, attn_mixed},
     {"soft cap", 8, 2, 128, 0, 3, 0, attn_mixed},
     {"soft cap, window", 4, 2, 256, 300, 20, 0, attn_mixed},
+    /* Caps as models have them, with scores that come near. */
+    {"cap 50", 8, 2, 128, 0, 50, 0, attn_mixed},
+    {"cap 50, window", 8, 2, 128, 300, 50, 0, attn_few},
+    {"cap 50 D 64", 4, 2, 64, 0, 50, 0, attn_few},
+    {"cap 50 D 64, window", 4, 2, 64, 300, 50, 0, attn_mixed},
+    {"cap 30", 4, 1, 128, 0, 30, 0, attn_few},
+    {"cap 30 D 64, window", 2, 1, 64, 100, 30, 0, attn_few},
     {"one chunk", 8, 2, 128, 0, 0, 0, attn_one_chunk},
     {"one decode", 32, 8, 128, 0, 0, 0, attn_one_decode},
     {"one row", 4, 1, 64, 0, 0, 0, attn_one_row},

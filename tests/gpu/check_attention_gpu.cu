@@ -11,7 +11,9 @@
  * Tolerance: weights and results are rounded to 16 bits, relatively by up to u = 2^-8 of bf16, 2^-11 of f16. With A, the mean
  * of |v| by a row's weights, an element may be off by u * (A + |element|), A <= 1. Allowed is half of that for A = 1, and a little
  * for sums in float: errors of many weights cancel out, and one weight above all others is exact where it is the maximum
- * that powers are relative to. A kernel that is further off has rounded that one as well.
+ * that powers are relative to. A kernel that is further off has rounded that one as well. Where scores are tens (soft caps
+ * of 30 and 50, scores up to 60 before them) few keys have nearly all the weight, nothing cancels out, and Hopper's prefill does
+ * round the largest: the whole is allowed.
  */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -141,11 +143,17 @@ void lay_out(problem *p)
     p->rows = row + SPARE_ROWS;
 }
 
+/* With a soft cap scores come near it. */
+float q_size(const attn_case *c)
+{
+    return c->soft_cap > 5 ? 0.4f * c->soft_cap : 2;
+}
+
 void write_q(const problem *p, uint64_t seed, cudaStream_t stream)
 {
     const attn_case *c = p->c;
     fill<<<256, 256, 0, stream>>>((char *)p->q.at + SPARE_ROWS * p->io.q_row_stride, p->rows - 2 * SPARE_ROWS,
-                                  p->io.q_row_stride, c->H * c->D, 2, seed, p->dtype == ATTN_F16);
+                                  p->io.q_row_stride, c->H * c->D, q_size(c), seed, p->dtype == ATTN_F16);
 }
 
 /* KV ends, with the last layer's V of the last token, where the mapping ends. */
@@ -430,7 +438,7 @@ double compare(const problem *p, const std::vector<uint16_t> &out, const char *w
 {
     const attn_case *c = p->c;
     int f16 = p->dtype == ATTN_F16;
-    double unit = f16 ? 0x1p-12 : 0x1p-9, worst = 0, squares = 0, all = 0;
+    double unit = (f16 ? 0x1p-12 : 0x1p-9) * (q_size(c) > 2 ? 2 : 1), worst = 0, squares = 0, all = 0;
     for (size_t i = 0; i < p->want.size(); i++) {
         uint64_t at = (uint64_t)p->ref_row[i / (c->H * c->D)] * c->H * c->D + i % (c->H * c->D);
         double want = p->want[i], err = fabs((double)wide(out[at], f16) - want);
