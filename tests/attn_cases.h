@@ -35,6 +35,9 @@ static const struct attn_span attn_one_decode[] = {{1, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_one_row[] = {{1, 1, 1}, {0, 0, 0}};
 static const struct attn_span attn_short_decodes[] = {{8, 1, 1024}, {0, 0, 0}};
 static const struct attn_span attn_many_decodes[] = {{100, 1, 70}, {56, 1, 129}, {90, 1, 16}, {10, 1, 640}, {0, 0, 0}};
+/* More than the planners look at in one round. */
+static const struct attn_span attn_crowd[] = {{1000, 1, 70}, {20, 40, 100}, {1000, 1, 33}, {1, 90, 2000},
+                                              {996, 1, 129}, {20, 17, 150}, {4, 1, 5000},  {0, 0, 0}};
 static const struct attn_span attn_many_chunks[] = {{4, 40, 100}, {2, 64, 64}, {1, 100, 228}, {1, 17, 500}, {0, 0, 0}};
 static const struct attn_span attn_full_decodes[] = {{256, 1, 2048}, {1, 512, 4096}, {0, 0, 0}};
 /* Prefill is over at once: decodes are left to their own kernel from the beginning. */
@@ -86,6 +89,7 @@ static const struct attn_case attn_cases[] = {
     {"short decodes", 8, 2, 128, 0, 0, 0, attn_short_decodes},
     {"256 decodes", 8, 2, 64, 0, 0, 0, attn_many_decodes},
     {"8 chunks", 4, 2, 64, 0, 0, 0, attn_many_chunks},
+    {"3000 decodes, 41 chunks", 4, 2, 64, 0, 0, 1, attn_crowd},
     {"few D 128", 8, 2, 128, 0, 0, 0, attn_few},
     {"few D 64", 2, 1, 64, 0, 0, 0, attn_few},
     {"few D 256, window", 2, 1, 256, 300, 20, 0, attn_few},

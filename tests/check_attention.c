@@ -21,7 +21,7 @@
 #include "tests/unsanitized.h"
 #include "worker/threads.h"
 
-enum { MAX_SEQS = 260, MAX_ROWS = 8192, LARGE_ROWS = 48 };
+enum { MAX_SEQS = 3100, MAX_ROWS = 8192, LARGE_ROWS = 48 };
 
 static const struct attn_ops *const back_ends[] = {&attn_ops_host, &attn_ops_host_nth[1], &attn_ops_host_nth[2]};
 enum { N_BACK_ENDS = sizeof back_ends / sizeof *back_ends };
