@@ -78,6 +78,9 @@ static enum status_code check_heads(const struct attn *a, const struct attn_batc
                           ATTN_HEAD_DIM_UNIT, a->cfg.max_head_dim);
     if (!isfinite(b->scale))
         return status_set(st, ST_INVALID_ARGUMENT, "scale: %g, expected a finite number", (double)b->scale);
+    if (!isfinite(b->soft_cap) || b->soft_cap < 0)
+        return status_set(st, ST_INVALID_ARGUMENT, "soft_cap: %g, expected 0 or a positive number",
+                          (double)b->soft_cap);
     return ST_OK;
 }
 

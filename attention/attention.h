@@ -50,6 +50,7 @@ struct attn_batch {
     uint32_t kv_heads; /* HK */
     uint32_t head_dim; /* D, a multiple of 8 up to 256 */
     float scale;       /* of q . k, usually 1 / sqrt(D) */
+    float soft_cap;    /* c > 0: scores s = scale * q . k become c * tanh(s / c); 0: none */
     uint32_t window;   /* W: keys a row sees at most; 0: all */
     enum attn_dtype kv_dtype;
     uint64_t token_stride; /* bytes, of K and V alike */
@@ -194,10 +195,19 @@ void attn_gpu_destroy(struct attn_gpu *a); /* NULL is fine */
 const char *attn_gpu_name(const struct attn_gpu *a);
 uint64_t attn_gpu_workspace_bytes(const struct attn_gpu *a); /* device memory held */
 
-/* Device memory, one uint32_t: 0, or 1 + the index of a sequence of the last plan that breaks a rule (no rows, kv_len below
- * rows or above max_kv_len, more rows than max_seq_rows, rows behind max_rows; max_seqs + 1: too many sequences). The rows
- * of such a sequence are not computed; the others are. Copy it with the step's results. */
+/* Faults that are not of one sequence. */
+#define ATTN_FAULT_KV_TOKENS 0xfffffff0u /* more keys in all than max_kv_tokens: rows of the last ones may be missing */
+#define ATTN_FAULT_ROWS      0xfffffff1u /* more rows in all than the config's max_rows; likewise */
+#define ATTN_FAULT_SEQS      0xfffffff2u /* more sequences than the step's max_seqs: those behind are not looked at */
+
+/* Device memory, one uint32_t: 0, one of the above, or, before these, 1 + the index of a sequence of the last plan that breaks
+ * a rule (no rows, kv_len below rows or above max_kv_len, more rows than max_seq_rows, rows behind max_rows). The rows of such
+ * a sequence are not computed; the others are. Sums are not looked for as such: more keys or rows in all are a fault where
+ * the workspace does not hold the plan that they need. Copy it with the step's results. */
 const uint32_t *attn_gpu_fault(const struct attn_gpu *a);
+
+/* What a fault that was copied says: OK for 0, else INTERNAL with the sequence or the limit by name. */
+STATUS_MUST_CHECK enum status_code attn_gpu_fault_status(const struct attn_gpu *a, uint32_t fault, struct status *st);
 
 /* The device of the config must be current. Both check what the host knows (INVALID_ARGUMENT) and report launch errors
  * (INTERNAL). A step of no sequences is fine. */

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     __shared__ uint32_t fault, longest_of[ROLES];
     uint32_t given = *a.counts, seqs = given < a.max_seqs ? given : a.max_seqs;
     if (threadIdx.x == 0)
-        fault = given > a.max_seqs ? a.max_seqs + 1 : UINT32_MAX;
+        fault = given > a.max_seqs ? ATTN_FAULT_SEQS : UINT32_MAX;
     if (threadIdx.x < ROLES)
         longest_of[threadIdx.x] = 0;
     __syncthreads();
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         from.v[ROLES + role] += parts > 1 ? parts * a.kv_heads : 0;
         if (parts > 1 && slot + parts * a.kv_heads > a.ws.max_slots[role]) {
             /* More keys than max_kv_tokens: said, and one part does without slots. Items behind keep their places. */
-            atomicMin(&fault, seq + 1);
+            atomicMin(&fault, ATTN_FAULT_KV_TOKENS);
             if (index % PLAN_BLOCKS == blockIdx.x)
                 write_items(a, seq, e, role, e.tiles, 1, item, 0);
             for (uint32_t i = a.kv_heads; i < parts * a.kv_heads; i++) {
@@ -275,11 +275,13 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         if (index % PLAN_BLOCKS == blockIdx.x)
             write_items(a, seq, e, role, each, parts, item, slot);
     });
-    __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x < ROLES) {
         uint32_t most = a.ws.max_items[threadIdx.x];
         a.ws.lists->count[threadIdx.x] = all.v[threadIdx.x] < most ? all.v[threadIdx.x] : most;
+        if (all.v[threadIdx.x] > most && all.v[ROLES + threadIdx.x] <= a.ws.max_slots[threadIdx.x])
+            atomicMin(&fault, ATTN_FAULT_ROWS); /* slots are enough, so units are not */
     }
+    __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x == 0)
         a.ws.lists->fault = fault == UINT32_MAX ? 0 : fault;
     __threadfence(); /* see attn_lists_of */

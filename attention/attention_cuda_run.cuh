@@ -21,11 +21,11 @@
 #ifndef TANDEM_ATTENTION_CUDA_RUN_CUH
 #define TANDEM_ATTENTION_CUDA_RUN_CUH
 
+#include "attention/attention_bend.cuh"
 #include "attention/attention_cuda.cuh"
 #include "attention/attention_launch.cuh"
 #include "attention/attention_ptx.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr uint32_t MERGE_PAD = 8; /* floats: rows of sums start in different banks */
 
 template <uint32_t PADDED, uint32_t MTILES_, uint32_t TILE_, uint32_t STAGES_, typename Type_> struct run_shape {
@@ -187,9 +187,7 @@ template <uint32_t MT, uint32_t NT> __device__ __forceinline__ void bend(const c
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++) {
                 float x = s[m][n][i];
-                /* tanh(y) = 1 - 2 / (1 + e^2y), right at both ends */
-                float t = 1 - __fdividef(2.0f, 1 + ptx_exp2(fminf(a.bend_in * x * 2 * LOG2_E, 64.0f)));
-                s[m][n][i] = a.bend_out * (a.bend_in != 0 ? t : x);
+                s[m][n][i] = a.bend_out * (a.bend_in != 0 ? attn_tanh(a.bend_in * x) : x);
             }
 }
 

@@ -112,6 +112,27 @@ const uint32_t *attn_gpu_fault(const struct attn_gpu *a)
     return a->cfg.ops->fault(a->state);
 }
 
+enum status_code attn_gpu_fault_status(const struct attn_gpu *a, uint32_t fault, struct status *st)
+{
+    const struct attn_gpu_config *c = &a->cfg;
+    switch (fault) {
+    case 0:
+        return ST_OK;
+    case ATTN_FAULT_KV_TOKENS:
+        return status_set(st, ST_INTERNAL, "attention: the batch has more keys than max_kv_tokens (%llu)",
+                          (unsigned long long)c->max_kv_tokens);
+    case ATTN_FAULT_ROWS:
+        return status_set(st, ST_INTERNAL, "attention: the sequences have more rows than max_rows (%u)", c->max_rows);
+    case ATTN_FAULT_SEQS:
+        return status_set(st, ST_INTERNAL, "attention: more sequences than max_seqs of the step (at most %u)",
+                          c->max_seqs);
+    default:
+        return status_set(st, ST_INTERNAL,
+                          "attention: seq[%u] breaks a rule: rows 1 to max_seq_rows, kv_len from rows to %u", fault - 1,
+                          c->max_kv_len);
+    }
+}
+
 static enum status_code check_step(const struct attn_gpu *a, const struct attn_gpu_step *s, struct status *st)
 {
     const struct attn_gpu_config *c = &a->cfg;

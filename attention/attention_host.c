@@ -210,6 +210,7 @@ static void run_item(struct host *h, const struct item *it, struct host_scratch 
         .rows = it->rows,
         .k_begin = it->k_begin,
         .k_end = it->k_end,
+        .cap = b->soft_cap * (float)M_LOG2E,
     };
     for (uint32_t i = 0; i < it->rows; i++) {
         float *q = s->q + (uint64_t)i * DP;

@@ -38,6 +38,7 @@ struct host_block {
     uint32_t D, DP;
     uint32_t rows;           /* packed, at most BLOCK_ROWS */
     uint32_t k_begin, k_end; /* no key from k_end on is read */
+    float cap;               /* soft cap of scores times log2(e); 0: none */
 };
 
 struct host_kernels {

@@ -20,7 +20,7 @@ struct attn_ops {
     /* Allocates all that run will need for the largest batch. *state is set only on ST_OK. */
     enum status_code (*create)(void **state, const struct attn_config *cfg, struct status *st);
     void (*destroy)(void *state); /* NULL is fine */
-    /* A back end that does not compute `window` says UNIMPLEMENTED where it is not 0. */
+    /* A back end that does not compute `window` or `soft_cap` says UNIMPLEMENTED where it is not 0. */
     enum status_code (*run)(void *state, const struct attn_batch *batch, struct status *st);
 };
 

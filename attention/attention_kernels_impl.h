@@ -52,22 +52,44 @@ INLINE NAME(vf) NAME(splat)(float x)
     return x - (NAME(vf)){0};
 }
 
-/* 2^x by a polynomial on [-1/2, 1/2]: relative error below 2e-7. Below -126 the result stays at 2^-126; x is never
- * above 0 but for infinities and NaN, and NaN stays NaN. */
-INLINE NAME(vf) NAME(exp2v)(NAME(vf) x)
+#define EXP2_ROUND 0x1.8p23f /* adding it leaves the nearest integer in the low bits */
+
+/* (2^r - 1) / r on [-1/2, 1/2]. */
+INLINE NAME(vf) NAME(exp2_rest)(NAME(vf) r)
 {
-    const float round = 0x1.8p23f; /* adding it leaves the nearest integer in the low bits */
-    x = MAX(NAME(splat)(-126.0f), x);
-    NAME(vf) shifted = x + round;
-    NAME(vf) r = x - (shifted - round);
     NAME(vf) p = EXP2_C6 * r + EXP2_C5;
     p = p * r + EXP2_C4;
     p = p * r + EXP2_C3;
     p = p * r + EXP2_C2;
-    p = p * r + EXP2_C1;
-    p = p * r + 1.0f;
-    NAME(vu) n = (NAME(vu))shifted - 0x4B400000; /* the bits of round */
+    return p * r + EXP2_C1;
+}
+
+/* 2^x by a polynomial on [-1/2, 1/2]: relative error below 2e-7. Below -126 the result stays at 2^-126; x is never
+ * above 0 but for infinities and NaN, and NaN stays NaN. */
+INLINE NAME(vf) NAME(exp2v)(NAME(vf) x)
+{
+    x = MAX(NAME(splat)(-126.0f), x);
+    NAME(vf) shifted = x + EXP2_ROUND;
+    NAME(vf) r = x - (shifted - EXP2_ROUND);
+    NAME(vf) p = NAME(exp2_rest)(r) * r + 1.0f;
+    NAME(vu) n = (NAME(vu))shifted - 0x4B400000; /* the bits of EXP2_ROUND */
     return p * (NAME(vf))((n + 127) << 23);
+}
+
+/* cap * tanh(x / cap), x and cap base 2. With 2^n (1 + m) the power of 2 that stands for e^-2y, tanh(y) is
+ * -(2^n (1 + m) - 1) / (2^n (1 + m) + 1), and 2^n - 1 + 2^n m cancels nowhere: the relative error stays below 4e-7. */
+INLINE NAME(vf) NAME(capv)(NAME(vf) x, float cap)
+{
+    NAME(vu) sign = (NAME(vu))x & 0x80000000;
+    NAME(vf) y = (NAME(vf))((NAME(vu))x & 0x7fffffff) * (-2.88539008f / cap);
+    y = MAX(NAME(splat)(-126.0f), y);
+    NAME(vf) shifted = y + EXP2_ROUND;
+    NAME(vf) r = y - (shifted - EXP2_ROUND);
+    NAME(vf) m = NAME(exp2_rest)(r) * r;
+    NAME(vf) power = (NAME(vf))(((NAME(vu))shifted - 0x4B400000 + 127) << 23);
+    NAME(vf) less = power - 1.0f + power * m; /* e^-2y - 1 */
+    NAME(vf) t = -less / (less + 2.0f) * cap;
+    return (NAME(vf))((NAME(vu))t | sign);
 }
 
 static TARGET float NAME(exp2s)(float x)
@@ -118,6 +140,8 @@ INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s
         memset(p, 0, (n + VW - 1) / VW * VW * sizeof *p);
         return;
     }
+    for (uint32_t j = 0; b->cap > 0 && j < seen; j += VW)
+        NAME(store)(p + j, NAME(capv)(NAME(load)(p + j, ATTN_F32), b->cap));
     for (uint32_t j = 0; j < skip; j++)
         p[j] = -INFINITY;
     for (uint32_t j = seen; j % VW; j++)
@@ -455,6 +479,7 @@ const struct host_kernels NAME(host_kernels) = {
 #undef INLINE
 #undef UNROLL
 #undef PASS_KEYS
+#undef EXP2_ROUND
 #undef ISA
 #undef VW
 #undef TARGET

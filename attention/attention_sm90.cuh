@@ -15,6 +15,7 @@
 
 #include <cuda_runtime.h>
 
+#include "attention/attention_bend.cuh"
 #include "attention/attention_internal.h"
 #include "attention/attention_items.cuh"
 #include "attention/ptx_sm90.cuh"
@@ -152,11 +153,7 @@ __device__ __forceinline__ uint32_t sm90_swizzled(uint32_t r, uint32_t c, uint32
 
 __device__ __forceinline__ float sm90_bend(const sm90_args &a, float s)
 {
-    if (a.run.bend_in == 0)
-        return a.run.bend_out * s;
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(a.run.bend_in * s));
-    return a.run.bend_out * t;
+    return a.run.bend_out * (a.run.bend_in == 0 ? s : attn_tanh(a.run.bend_in * s));
 }
 
 /* Where a loop over a ring of slots stands. */

@@ -28,6 +28,7 @@ constexpr uint32_t DECODE_SLOTS_MAX = 8;
 
 struct decode_bars {
     uint64_t full[WARPS][DECODE_SLOTS_MAX];
+    attn_item at; /* the item of index `item` */
     uint32_t item, last;
     uint32_t stop; /* set when this block has no prefill any more and may leave decode to others */
     float max[WARPS][DECODE_ROWS], sum[WARPS][DECODE_ROWS], by[WARPS][DECODE_ROWS];
@@ -353,13 +354,16 @@ __device__ void decode_role(const sm90_args &a, decode_bars *b, char *memory, ui
     st.bars = sm90_shared(&b->full[warp][0]);
     float *sums = (float *)memory;
     for (;;) {
-        if (tid == 0)
+        if (tid == 0) {
             b->item = decode_take(a, stop);
+            if (b->item < items)
+                attn_item_copy(&b->at, &a.run.ws.items[ROLE_DECODE][b->item]); /* perhaps before attn_wait_earlier */
+        }
         sm90_bar_sync(BAR_DECODE, GROUP_THREADS);
         const uint32_t index = b->item;
         if (index >= items)
             break;
-        const attn_item it = a.run.ws.items[ROLE_DECODE][index];
+        const attn_item it = b->at;
         if (it.parts > 0) {
             const sm90_unit u = sm90_unit_of(a, it);
             if (u.packed - it.first <= 8)

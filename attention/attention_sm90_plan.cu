@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         t = {};
-        t.fault = given > a.max_seqs ? a.max_seqs + 1 : UINT32_MAX;
+        t.fault = given > a.max_seqs ? ATTN_FAULT_SEQS : UINT32_MAX;
     }
     __syncthreads();
     const uint32_t last = seqs - seqs / 4;
@@ -351,8 +351,10 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     if (threadIdx.x < ROLES) {
         uint32_t n = all[threadIdx.x], most = a.ws.max_items[threadIdx.x];
         a.ws.lists->count[threadIdx.x] = n < most ? n : most;
-        if (n > most || all[ROLES + threadIdx.x] > a.ws.max_slots[threadIdx.x]) /* more keys than max_kv_tokens */
-            atomicMin(&t.fault, a.max_seqs);
+        if (all[ROLES + threadIdx.x] > a.ws.max_slots[threadIdx.x])
+            atomicMin(&t.fault, ATTN_FAULT_KV_TOKENS);
+        else if (n > most) /* slots are enough, so units are not */
+            atomicMin(&t.fault, ATTN_FAULT_ROWS);
     }
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -16,8 +16,8 @@ struct attn_case {
     const char *name;
     uint32_t H, HK, D;
     uint32_t window;
-    float soft_cap;               /* GPU only: where it is not 0, the host skips the case */
-    int large;                    /* GPU only: a host takes seconds */
+    float soft_cap;
+    int large;                    /* a host takes seconds to minutes: only when asked */
     const struct attn_span *span; /* ends with times 0 */
 };
 
@@ -35,6 +35,9 @@ static const struct attn_span attn_one_decode[] = {{1, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_one_row[] = {{1, 1, 1}, {0, 0, 0}};
 static const struct attn_span attn_short_decodes[] = {{8, 1, 1024}, {0, 0, 0}};
 static const struct attn_span attn_many_decodes[] = {{100, 1, 70}, {56, 1, 129}, {90, 1, 16}, {10, 1, 640}, {0, 0, 0}};
+/* More than the planners look at in one round. */
+static const struct attn_span attn_crowd[] = {{1000, 1, 70}, {20, 40, 100}, {1000, 1, 33}, {1, 90, 2000},
+                                              {996, 1, 129}, {20, 17, 150}, {4, 1, 5000},  {0, 0, 0}};
 static const struct attn_span attn_many_chunks[] = {{4, 40, 100}, {2, 64, 64}, {1, 100, 228}, {1, 17, 500}, {0, 0, 0}};
 static const struct attn_span attn_full_decodes[] = {{256, 1, 2048}, {1, 512, 4096}, {0, 0, 0}};
 /* Prefill is over at once: decodes are left to their own kernel from the beginning. */
@@ -73,12 +76,20 @@ static const struct attn_case attn_cases[] = {
     {"window 500", 4, 2, 64, 500, 0, 0, attn_mixed},
     {"soft cap", 8, 2, 128, 0, 3, 0, attn_mixed},
     {"soft cap, window", 4, 2, 256, 300, 20, 0, attn_mixed},
+    /* Caps as models have them, with scores that come near. */
+    {"cap 50", 8, 2, 128, 0, 50, 0, attn_mixed},
+    {"cap 50, window", 8, 2, 128, 300, 50, 0, attn_few},
+    {"cap 50 D 64", 4, 2, 64, 0, 50, 0, attn_few},
+    {"cap 50 D 64, window", 4, 2, 64, 300, 50, 0, attn_mixed},
+    {"cap 30", 4, 1, 128, 0, 30, 0, attn_few},
+    {"cap 30 D 64, window", 2, 1, 64, 100, 30, 0, attn_few},
     {"one chunk", 8, 2, 128, 0, 0, 0, attn_one_chunk},
     {"one decode", 32, 8, 128, 0, 0, 0, attn_one_decode},
     {"one row", 4, 1, 64, 0, 0, 0, attn_one_row},
     {"short decodes", 8, 2, 128, 0, 0, 0, attn_short_decodes},
     {"256 decodes", 8, 2, 64, 0, 0, 0, attn_many_decodes},
     {"8 chunks", 4, 2, 64, 0, 0, 0, attn_many_chunks},
+    {"3000 decodes, 41 chunks", 4, 2, 64, 0, 0, 1, attn_crowd},
     {"few D 128", 8, 2, 128, 0, 0, 0, attn_few},
     {"few D 64", 2, 1, 64, 0, 0, 0, attn_few},
     {"few D 256, window", 2, 1, 256, 300, 20, 0, attn_few},

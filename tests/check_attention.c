@@ -1,7 +1,10 @@
 /* check_attention.c - attention/attention.h: every back end of a table against softmax in double.
  *
  * Tolerance: K and V are at most 1. A score is a float sum of D products, off by some 2^-24 times S = scale * sum |q|; a
- * power is off by that, relatively, and the weighted mean of the values adds a few roundings: 2^-23 * (8 + S) in all.
+ * power is off by that, relatively, and the weighted mean of the values adds a few roundings: 2^-23 * (8 + S) in all. A
+ * soft cap keeps what a score is off by, and adds 2^-22 of the score it leaves.
+ *
+ * TANDEM_TEST_LARGE=1: the table's large shapes too, with 48 rows of each sequence compared (minutes).
  */
 #include <check.h>
 #include <math.h>
@@ -18,7 +21,7 @@
 #include "tests/unsanitized.h"
 #include "worker/threads.h"
 
-enum { MAX_SEQS = 260 };
+enum { MAX_SEQS = 3100, MAX_ROWS = 8192, LARGE_ROWS = 48 };
 
 static const struct attn_ops *const back_ends[] = {&attn_ops_host, &attn_ops_host_nth[1], &attn_ops_host_nth[2]};
 enum { N_BACK_ENDS = sizeof back_ends / sizeof *back_ends };
@@ -37,6 +40,7 @@ struct layout {
     uint64_t token_pad; /* bytes between tokens; head-major instead: HEAD_MAJOR */
     float sharpness;    /* of the softmax: magnitude of q */
     uint32_t window;
+    float soft_cap;
 };
 
 #define HEAD_MAJOR UINT64_MAX
@@ -50,6 +54,7 @@ struct problem {
     float *q, *out;
     double *want;    /* [rows][H][D], and what an element of a row and head may be off by; NULL until they are needed */
     double *allowed; /* [rows][H] */
+    uint32_t most_rows; /* of a sequence that are compared, spread out; 0: all */
 };
 
 static float uniform(unsigned *seed)
@@ -150,6 +155,7 @@ static struct problem *make(const struct layout *l, const struct span *spans, ui
                                .kv_heads = l->HK,
                                .head_dim = l->D,
                                .scale = 1 / sqrtf((float)l->D),
+                               .soft_cap = l->soft_cap,
                                .window = l->window,
                                .kv_dtype = l->dtype};
     for (uint32_t i = 0; i < n; i++) {
@@ -186,6 +192,8 @@ static void drop(struct problem *p)
 
 /* ---- the reference ---- */
 
+#define NOT_COMPARED -1.0 /* allowed, of a row that is left out */
+
 /* One query row and head against its keys, 0 .. keys - 1 or the window's; score has room for them. Returns the tolerance. */
 UNSANITIZED static double reference_row(const struct problem *p, uint32_t seq, uint32_t head, uint32_t keys,
                                         const float *q, double *want, double *score)
@@ -193,7 +201,7 @@ UNSANITIZED static double reference_row(const struct problem *p, uint32_t seq, u
     uint32_t D = p->b.head_dim, HK = p->b.kv_heads;
     uint64_t at = (uint64_t)(head / (p->b.heads / HK)) * D, step = (uint64_t)HK * D;
     uint32_t first = p->b.window && p->b.window < keys ? keys - p->b.window : 0;
-    double max = -INFINITY, S = 0, sum = 0;
+    double max = -INFINITY, S = 0, sum = 0, cap = (double)p->b.soft_cap, most = 0;
     for (uint32_t d = 0; d < D; d++)
         S += fabs((double)q[d]) * (double)p->b.scale;
     for (uint32_t t = first; t < keys; t++) {
@@ -204,6 +212,9 @@ UNSANITIZED static double reference_row(const struct problem *p, uint32_t seq, u
                 dot[u] += (double)q[d + u] * (double)k[d + u];
         }
         score[t] = (dot[0] + dot[1] + dot[2] + dot[3]) * (double)p->b.scale;
+        if (cap > 0)
+            score[t] = cap * tanh(score[t] / cap);
+        most = fmax(most, fabs(score[t]));
         max = fmax(max, score[t]);
     }
     memset(want, 0, D * sizeof *want);
@@ -216,7 +227,7 @@ UNSANITIZED static double reference_row(const struct problem *p, uint32_t seq, u
     }
     for (uint32_t d = 0; d < D; d++)
         want[d] /= sum;
-    return 0x1p-23 * (8 + S);
+    return 0x1p-23 * (8 + S + (cap > 0 ? 2 * most : 0));
 }
 
 static void compute_reference(struct problem *p)
@@ -230,6 +241,9 @@ static void compute_reference(struct problem *p)
         for (uint32_t r = 0; r < s->rows; r++) {
             for (uint32_t h = 0; h < H; h++) {
                 uint64_t at = (uint64_t)(s->first_row + r) * H + h;
+                p->allowed[at] = NOT_COMPARED;
+                if (p->most_rows && s->rows > p->most_rows && r % (s->rows / p->most_rows) && r + 1 < s->rows)
+                    continue;
                 p->allowed[at] =
                     reference_row(p, i, h, s->kv_len - s->rows + r + 1, p->q + at * D, p->want + at * D, score);
             }
@@ -244,6 +258,8 @@ static void check_result(struct problem *p, const char *what)
     if (!p->want)
         compute_reference(p);
     for (uint64_t i = 0; i < (uint64_t)p->b.rows * H * D; i++) {
+        if (p->allowed[i / D] == NOT_COMPARED)
+            continue;
         double err = fabs((double)p->out[i] - p->want[i]);
         if (!(err <= p->allowed[i / D])) /* an assertion of Check writes a line even when it holds */
             ck_abort_msg(
@@ -270,7 +286,7 @@ static struct runner start(const struct attn_ops *ops, uint32_t threads)
 {
     struct runner r = {0};
     struct attn_config cfg = {
-        .ops = ops, .max_rows = 1024, .max_heads = 80, .max_head_dim = 256, .max_kv_len = 1 << 20};
+        .ops = ops, .max_rows = MAX_ROWS, .max_heads = 80, .max_head_dim = 256, .max_kv_len = 1 << 20};
     if (threads) {
         ck_assert_int_eq(threads_create(&r.pool, threads, NULL), ST_OK);
         cfg.exec = (struct attn_executor){threads, on_pool, r.pool};
@@ -294,9 +310,11 @@ static void run_ok(struct runner *r, const struct attn_batch *b)
 }
 
 /* All back ends that this machine has. */
-static void check_all(const struct layout *l, const struct span *spans, uint32_t n, const char *what)
+static void check_rows_of(const struct layout *l, const struct span *spans, uint32_t n, const char *what,
+                          uint32_t most_rows)
 {
     struct problem *p = make(l, spans, n, 42 + n + l->D);
+    p->most_rows = most_rows;
     for (uint32_t i = 0; i < N_BACK_ENDS; i++) {
         struct runner r = start(back_ends[i], 2);
         if (r.attn) {
@@ -307,6 +325,11 @@ static void check_all(const struct layout *l, const struct span *spans, uint32_t
         stop(&r);
     }
     drop(p);
+}
+
+static void check_all(const struct layout *l, const struct span *spans, uint32_t n, const char *what)
+{
+    check_rows_of(l, spans, n, what, 0);
 }
 
 static const struct {
@@ -336,7 +359,7 @@ enum { ONE_OF_EACH = 0 };
 static void conformance(uint32_t index, int third, const struct span *spans, uint32_t n, const char *what)
 {
     for (uint32_t s = third ? index : 0; s < N_SHAPES; s += third ? 3 : 1) {
-        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtypes[index], s * 48, s % 2 ? 8 : 1, 0};
+        struct layout l = {shapes[s].H, shapes[s].HK, shapes[s].D, dtypes[index], s * 48, s % 2 ? 8 : 1, 0, 0};
         check_all(&l, spans, n, what);
     }
 }
@@ -362,9 +385,11 @@ END_TEST
 /* The table that every back end is held to, a dtype each. */
 START_TEST(table_of_shapes_matches_the_reference)
 {
+    const char *asked = getenv("TANDEM_TEST_LARGE");
+    const int large = asked && strcmp(asked, "0") != 0;
     for (uint32_t i = (uint32_t)_i; i < ATTN_CASES; i += 4) {
         const struct attn_case *c = &attn_cases[i];
-        if (c->large || c->soft_cap > 0)
+        if (c->large && !large)
             continue;
 #ifdef TANDEM_SANITIZED
         if (attn_case_rows(c->span) > 200 && i % 5)
@@ -376,8 +401,14 @@ START_TEST(table_of_shapes_matches_the_reference)
             for (uint32_t k = 0; k < s->times; k++)
                 spans[n++] = (struct span){s->rows, s->kv_len};
         }
-        struct layout l = {c->H, c->HK, c->D, dtypes[i % 3], 0, 2, c->window};
-        check_all(&l, spans, n, c->name);
+        struct layout l = {c->H, c->HK, c->D, dtypes[i % 3], 0, 2, c->window, c->soft_cap};
+        if (c->soft_cap > 0)
+            l.sharpness = 2 * c->soft_cap; /* so that scores come near the cap, and pass it */
+        check_rows_of(&l, spans, n, c->name, c->large ? LARGE_ROWS : 0);
+        if (c->large) {
+            printf("%s: as the reference\n", c->name);
+            fflush(stdout);
+        }
     }
 }
 END_TEST
@@ -385,7 +416,7 @@ END_TEST
 START_TEST(every_group_size_matches_the_reference)
 {
     for (uint32_t G = 1; G <= 16; G++) {
-        struct layout l = {2 * G, 2, 48, dtypes[G % 3], 0, 1, 0};
+        struct layout l = {2 * G, 2, 48, dtypes[G % 3], 0, 1, 0, 0};
         static const struct span spans[] = {{1, 77}, {2, 20}, {7, 30}, {1, 3}};
         check_all(&l, spans, COUNT(spans), "group");
     }
@@ -396,7 +427,7 @@ START_TEST(wide_token_strides_and_head_major_layouts_work)
 {
     static const uint64_t pads[] = {HEAD_MAJOR, 4, 65536 - 64, 65536 - 1024 * 4};
     for (size_t i = 0; i < COUNT(pads); i++) {
-        struct layout l = {8, 4, 64, dtypes[_i], pads[i], 1, 0};
+        struct layout l = {8, 4, 64, dtypes[_i], pads[i], 1, 0, 0};
         /* one stride serves the whole batch: head-major needs equal lengths */
         static const struct span spans[] = {{1, 130}, {20, 130}, {5, 130}};
         check_all(&l, spans, COUNT(spans), "stride");
@@ -407,7 +438,7 @@ END_TEST
 START_TEST(long_contexts_match_the_reference)
 {
     static const struct span spans[] = {{1, 20000}, {30, 3000}, {1, 4097}};
-    struct layout l = {4, 2, 64, dtypes[_i], 0, 4, 0};
+    struct layout l = {4, 2, 64, dtypes[_i], 0, 4, 0, 0};
     check_all(&l, spans, COUNT(spans), "long");
 }
 END_TEST
@@ -416,7 +447,7 @@ END_TEST
 START_TEST(parts_grow_with_very_long_contexts)
 {
     static const struct span spans[] = {{1, 70001}};
-    struct layout l = {2, 1, 8, ATTN_F32, 0, 1, 0};
+    struct layout l = {2, 1, 8, ATTN_F32, 0, 1, 0, 0};
     check_all(&l, spans, COUNT(spans), "very long");
 }
 END_TEST
@@ -428,7 +459,7 @@ START_TEST(sliding_windows_match_the_reference)
     static const struct span spans[] = {{1, 1}, {1, 40}, {1, 700}, {3, 1100}, {9, 9}, {25, 90}, {40, 1100}, {110, 150}};
     for (size_t i = 0; i < COUNT(windows); i++) {
         uint32_t G = 1 + (uint32_t)i % 4;
-        struct layout l = {2 * G, 2, i % 2 ? 40 : 32, dtypes[i % 3], 0, 4, windows[i]};
+        struct layout l = {2 * G, 2, i % 2 ? 40 : 32, dtypes[i % 3], 0, 4, windows[i], 0};
         check_all(&l, spans, COUNT(spans), "window");
     }
 }
@@ -441,7 +472,7 @@ START_TEST(large_batches_run_in_waves)
     struct span spans[N];
     for (uint32_t i = 0; i < N; i++)
         spans[i] = (struct span){1 + (i % 16 == 3), 20 + i + (i % 10 == 0 ? 1500 : 0)};
-    struct layout l = {64, 64, 8, ATTN_BF16, 0, 1, 0};
+    struct layout l = {64, 64, 8, ATTN_BF16, 0, 1, 0, 0};
     check_all(&l, spans, N, "waves");
 }
 END_TEST
@@ -449,15 +480,35 @@ END_TEST
 START_TEST(scores_far_apart_do_not_overflow)
 {
     static const struct span spans[] = {{1, 700}, {40, 200}, {3, 3}};
-    struct layout l = {4, 2, 64, ATTN_F32, 0, 2000, 0};
+    struct layout l = {4, 2, 64, ATTN_F32, 0, 2000, 0, 0};
     check_all(&l, spans, COUNT(spans), "sharp");
+}
+END_TEST
+
+/* Scores far below the cap, near it and far above, by every path: few and many rows, a window, keys cut. */
+START_TEST(soft_caps_match_the_reference)
+{
+    static const float caps[] = {0.5f, 30, 50, 1e6f};
+    static const struct span spans[] = {{1, 1}, {1, 700}, {9, 9}, {40, 450}};
+    for (size_t i = 0; i < COUNT(caps) * 3; i++) {
+        const float sharpness[] = {0.01f, 8, 400};
+        struct layout l = {4,
+                           2,
+                           i % 2 ? 64 : 40,
+                           dtypes[i % 3],
+                           0,
+                           sharpness[i / COUNT(caps)],
+                           i % 2 ? 300 : 0,
+                           caps[i % COUNT(caps)]};
+        check_all(&l, spans, COUNT(spans), "soft cap");
+    }
 }
 END_TEST
 
 START_TEST(sequences_may_stand_in_any_order)
 {
     struct runner r = start(back_ends[_i], 2);
-    struct layout l = {4, 2, 32, ATTN_F32, 0, 1, 0};
+    struct layout l = {4, 2, 32, ATTN_F32, 0, 1, 0, 0};
     if (r.attn) {
         struct problem *p = make(&l, hybrid, COUNT(hybrid), 5);
         uint32_t at = p->b.rows;
@@ -483,7 +534,7 @@ START_TEST(result_is_the_same_alone_and_in_a_batch_for_any_threads)
     const struct attn_ops *ops = back_ends[_i / 4];
     if (ONE_OF_EACH && _i % 4 != _i / 4)
         return;
-    struct layout l = {heads[_i % 4].H, heads[_i % 4].HK, heads[_i % 4].D, dtypes[_i % 3], 0, 3, 0};
+    struct layout l = {heads[_i % 4].H, heads[_i % 4].HK, heads[_i % 4].D, dtypes[_i % 3], 0, 3, 0, 0};
     struct runner one = start(ops, 0);
     if (!one.attn)
         return;
@@ -585,7 +636,7 @@ static void refuse(const struct attn_batch *b, const char *field)
 static void setup_refuser(void)
 {
     static const struct span spans[] = {{3, 10}, {1, 20}, {2, 2}};
-    static const struct layout l = {4, 2, 32, ATTN_F32, 0, 1, 0};
+    static const struct layout l = {4, 2, 32, ATTN_F32, 0, 1, 0, 0};
     refuser = (struct runner){0};
     struct attn_config cfg = {
         .ops = &attn_ops_host, .max_rows = 8, .max_heads = 8, .max_head_dim = 64, .max_kv_len = 30};
@@ -633,6 +684,11 @@ START_TEST(wrong_head_shapes_are_refused)
     b = refused->b;
     b.scale = NAN;
     refuse(&b, "scale");
+    b = refused->b;
+    b.soft_cap = -1;
+    refuse(&b, "soft_cap: -1");
+    b.soft_cap = INFINITY;
+    refuse(&b, "soft_cap: inf");
     b = refused->b;
     b.kv_dtype = (enum attn_dtype)3;
     refuse(&b, "kv_dtype: 3");
@@ -841,6 +897,20 @@ START_TEST(steps_on_a_gpu_reach_the_back_end)
     ck_assert_uint_eq(counted.plans, 1);
     ck_assert_uint_eq(counted.runs, 2);
     ck_assert_ptr_eq(attn_gpu_fault(a), &counted.plans);
+    static const struct {
+        uint32_t fault;
+        const char *text;
+    } faults[] = {{1, "seq[0] breaks"},
+                  {4, "seq[3] breaks"},
+                  {ATTN_FAULT_KV_TOKENS, "max_kv_tokens (4000)"},
+                  {ATTN_FAULT_ROWS, "max_rows (100)"},
+                  {ATTN_FAULT_SEQS, "max_seqs of the step (at most 4)"}};
+    ck_assert_int_eq(attn_gpu_fault_status(a, 0, NULL), ST_OK);
+    for (size_t i = 0; i < COUNT(faults); i++) {
+        struct status st = STATUS_INIT;
+        ck_assert_int_eq(attn_gpu_fault_status(a, faults[i].fault, &st), ST_INTERNAL);
+        ck_assert_msg(strstr(st.message, faults[i].text) != NULL, "'%s' without '%s'", st.message, faults[i].text);
+    }
     attn_gpu_destroy(a);
     attn_gpu_destroy(NULL);
     ck_assert_uint_eq(counted.creates, 0);
@@ -958,6 +1028,7 @@ int main(void)
     tcase_add_test(limits, sliding_windows_match_the_reference);
     tcase_add_test(limits, large_batches_run_in_waves);
     tcase_add_test(limits, scores_far_apart_do_not_overflow);
+    tcase_add_test(limits, soft_caps_match_the_reference);
     tcase_add_loop_test(limits, nothing_to_do_is_fine, 0, N_BACK_ENDS);
     tcase_add_test(limits, exp2_is_accurate);
     tcase_add_test(core, steps_on_a_gpu_reach_the_back_end);

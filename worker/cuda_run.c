@@ -526,9 +526,11 @@ enum status_code cuda_forward_poll(struct forward *f, bool *done, struct status 
 static enum status_code take_tokens(struct forward *f, const struct cuda_flight *l, struct status *st)
 {
     const struct forward_batch *b = &l->batch;
-    for (int i = 0; i < 2; i++)
-        if (f->attn[i] && l->fault[i])
-            return status_set(st, ST_INTERNAL, "attention refuses sequence %u of %u", l->fault[i] - 1, b->seqs);
+    for (int i = 0; i < 2; i++) {
+        enum status_code rc = f->attn[i] ? attn_gpu_fault_status(f->attn[i], l->fault[i], st) : ST_OK;
+        if (rc != ST_OK)
+            return rc;
+    }
     for (uint32_t i = 0; i < b->samples; i++) {
         if (on_host(&b->sample[i]))
             continue;

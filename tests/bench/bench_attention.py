@@ -4,8 +4,12 @@
     tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--lib FILE] [--build FILE]
 
 Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph over as many
-layers as make 2 GB of KV or more, on the same random token-major KV; replays take turns. Prints a table; writes
-attention.csv and attention.svg to DIR. Needs PyTorch; needs no model and no network.
+layers as make 2 GB of distinct KV or more, on the same random token-major KV: 32 layers side by side, or as many as memory
+allows, in as many buffers as that takes (a chunk of 128: 128 buffers); dense is one layer, likewise. Replays take turns.
+Prints a table; writes attention.csv and attention.svg to DIR. Needs PyTorch; needs no model and no network.
+
+The best serial pair is of the fastest prefill and the fastest decode of all contenders that compute what is asked: cuDNN has no
+causal mask at the lower right here, so its prefill counts only where each chunk is its whole context ("no mask" else).
 
 Sets: alone (prefill and decode by themselves), small (steps that are all latency), layout (token-major against dense),
 paper (C0 to C2, Table 8 and Figure 6 of POD-Attention), mixed (FlashInfer's mixed batches), sweep (POD-Attention's models,
@@ -77,7 +81,18 @@ def check_fields():
             sys.exit(f"bench_attention.py: struct {name} has {members}, {ours.__name__} here {fields}")
 
 
+def check_sizes():
+    """Every case computes on 2 GB of KV or more, and all of it fits."""
+    for group, name, _, hk, chunks, decodes, layers in cases(SETS):
+        tokens = sum(n for _, n in chunks) + sum(decodes)
+        layer = tokens * 2 * hk * D * 2
+        beside, buffers, used = layers_of(tokens, hk, layers)
+        if used * layer < DISTINCT or used > beside * buffers or beside * buffers * layer > KV_BYTES + DISTINCT:
+            sys.exit(f"bench_attention.py: {group}, {name}: {used} layers of {layer} bytes in {buffers} buffers of {beside}")
+
+
 BF16 = 1
+SETS = ("alone", "small", "layout", "paper", "mixed", "sweep")
 OURS = ("auto", "fused")  # one call for both sides: what is compared with the best serial pair
 POLICIES = {"fused": 1, "serial": 2, "streams": 3, "auto": 0}
 
@@ -126,18 +141,24 @@ class Library:
 
 # ---- a batch ----
 
+def layers_of(tokens, kv_heads, layers):
+    """Layers side by side, buffers of them, and layers that are computed: 2 GB or more. layers: 0: up to 32."""
+    layer = tokens * 2 * kv_heads * D * 2
+    layers = layers or max(1, min(32, KV_BYTES // layer))
+    buffers = max(1, -(-DISTINCT // (layers * layer)))
+    return layers, buffers, min(layers * buffers, max(1, -(-DISTINCT // layer)))
+
+
 class Batch:
-    """chunks: (rows, context) of prefills; decodes: lengths. KV token-major, `layers` side by side."""
+    """chunks: (rows, context) of prefills; decodes: lengths. KV token-major, `layers` side by side in each buffer."""
 
     def __init__(self, torch, heads, kv_heads, chunks, decodes, layers=0):
         self.torch, self.heads, self.kv_heads = torch, heads, kv_heads
         self.chunks, self.decodes = chunks, decodes
         lengths = [context for _, context in chunks] + list(decodes)
         self.tokens = sum(lengths)
-        layer = self.tokens * 2 * kv_heads * D * 2
-        self.layers = layers or max(1, min(32, KV_BYTES // layer))
-        self.used = min(self.layers, max(1, -(-DISTINCT // layer)))  # layers that are computed
-        self.kv = torch.empty(self.tokens, self.layers, 2, kv_heads, D, dtype=torch.bfloat16, device="cuda")
+        self.layers, buffers, self.used = layers_of(self.tokens, kv_heads, layers)
+        self.kv = torch.empty(buffers, self.tokens, self.layers, 2, kv_heads, D, dtype=torch.bfloat16, device="cuda")
         self.kv.normal_()
         self.rows = sum(r for r, _ in chunks) + len(decodes)
         self.q = torch.randn(self.rows, heads, D, dtype=torch.bfloat16, device="cuda")
@@ -148,6 +169,10 @@ class Batch:
         self.flops = sum(4 * heads * D * (c * (n - c) + c * (c + 1) / 2) for c, n in chunks)
         self.bytes = 4 * kv_heads * D * sum(decodes)
         self.prefill_rows = sum(r for r, _ in chunks)
+
+    def at(self, l):
+        """Buffer, and layer within it, of the l-th layer that is computed."""
+        return divmod(l, self.layers)
 
     def sides(self):
         return [s for s, there in (("prefill", self.chunks), ("decode", self.decodes)) if there]
@@ -160,7 +185,7 @@ class Ours:
         torch = batch.torch
         self.lib, self.batch = lib, batch
         seqs, row = [], 0
-        base, token = batch.kv.data_ptr(), batch.kv.stride(0) * 2
+        base, token = batch.kv.data_ptr(), batch.kv.stride(1) * 2
         for i, (rows, n) in enumerate(batch.chunks + [(1, n) for n in batch.decodes]):
             k = base + batch.starts[i] * token
             if side == "both" or (side == "prefill") == (i < len(batch.chunks)):
@@ -186,7 +211,9 @@ class Ours:
 
     def layer(self, l):
         b = self.batch
-        io = Io(b.q.data_ptr(), self.out.data_ptr(), b.heads * D * 2, b.heads * D * 2, l * 2 * b.kv_heads * D * 2)
+        buffer, l = b.at(l)
+        io = Io(b.q.data_ptr(), self.out.data_ptr(), b.heads * D * 2, b.heads * D * 2,
+                buffer * b.kv.stride(0) * 2 + l * 2 * b.kv_heads * D * 2)
         self.lib.must("attn_gpu_run", self.handle, self.on_stream(), ctypes.byref(io))
 
     def close(self):
@@ -211,10 +238,12 @@ class Torch:
 
     def layer(self, l):
         b = self.batch
+        buffer, l = b.at(l)
+        all_kv = b.kv[buffer]
         if self.side == "prefill":
             row = 0
             for i, (rows, n) in enumerate(b.chunks):
-                kv = b.kv[b.starts[i]:b.starts[i] + n, l]
+                kv = all_kv[b.starts[i]:b.starts[i] + n, l]
                 k, v = (kv[:, s].transpose(0, 1).unsqueeze(0) for s in (0, 1))
                 o = self.attend(b.q[row:row + rows].transpose(0, 1).unsqueeze(0), k, v, True)
                 self.last = (row, rows, o)
@@ -225,9 +254,8 @@ class Torch:
         while lengths:
             n = lengths[0]
             times = next((i for i, m in enumerate(lengths) if m != n), len(lengths))
-            kv = b.kv[b.starts[first]:b.starts[first] + n * times, l].view(times, n, 2, b.kv_heads, D) \
-                if b.layers == 1 else \
-                b.kv[b.starts[first]:b.starts[first] + n * times].view(times, n, b.layers, 2, b.kv_heads, D)[:, :, l]
+            kv = all_kv[b.starts[first]:b.starts[first] + n * times]
+            kv = kv.view(times, n, b.layers, 2, b.kv_heads, D)[:, :, l]
             k, v = (kv[:, :, s].transpose(1, 2) for s in (0, 1))
             o = self.attend(b.q[row:row + times].unsqueeze(2), k, v, False)
             self.last = (row, times, o)
@@ -329,8 +357,9 @@ def cases(wanted):
         yield ("small", "8 decodes of 1024, a chunk of 128", *l3, [(128, 128)], [1024] * 8, 32)
     if "layout" in wanted:
         for layers in (1, 32):
-            yield ("layout", f"32 x 8192, {layers} layers", *l3, [], [8192] * 32, layers)
-            yield ("layout", f"2048 of 16384, {layers} layers", *l3, [(2048, 16384)], [], layers)
+            side = "dense" if layers == 1 else f"{layers} layers side by side"
+            yield ("layout", f"32 x 8192, {side}", *l3, [], [8192] * 32, layers)
+            yield ("layout", f"2048 of 16384, {side}", *l3, [(2048, 16384)], [], layers)
     if "paper" in wanted:
         tp2 = MODELS["L3-8B TP2"]
         yield ("paper", "C0 1K of 12K, 80 x 12K", *tp2, [(1024, 12288)], [12288] * 80, 0)
@@ -411,14 +440,15 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", default=".")
     ap.add_argument("--seconds", type=float, default=600, help="no new case after that")
-    ap.add_argument("--set", default="alone,small,layout,paper,mixed,sweep")
+    ap.add_argument("--set", default=",".join(SETS))
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--lib", help="a library made with --build")
     ap.add_argument("--build", help="only build, to this file")
-    ap.add_argument("--check", action="store_true", help="only compare the structures here with attention.h")
+    ap.add_argument("--check", action="store_true", help="only compare the structures with attention.h, and add up KV")
     args = ap.parse_args()
     check_fields()
     if args.check:
+        check_sizes()
         return
     if args.build:
         build(args.build)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # check_attention_gpu under compute-sanitizer, on a machine with a GPU: sanitize_attention.sh [DIR of the programs]
-# memcheck and synccheck over every small shape; racecheck, which is slow, over the shapes that take every path.
-# Each policy and the fixed cut once; the reference is not looked at.
+# memcheck and synccheck over every small shape, and over f16, graphs and layers; racecheck, which is slow, over the shapes
+# that take every path, a cap, f16, graphs and layers. Each policy and the fixed cut once; the reference is not looked at.
 set -uo pipefail
 bin=${1:-build/release/bin}
 rc=0
@@ -15,8 +15,13 @@ one() {
 }
 for tool in memcheck synccheck; do
     one "$tool" "small shapes"
+    one "$tool" "f16" --f16 --case "few D"
+    one "$tool" "graphs and layers" --replay --case "few D"
 done
-for what in "few D" "one decode" "short decodes" "mixed D 40" "mixed 8/2" "soft cap"; do
+for what in "few D" "one decode" "short decodes" "mixed D 40" "mixed 8/2" "soft cap" "cap 50 D 64"; do
     one racecheck "$what" --case "$what"
 done
+one racecheck "f16" --f16 --case "few D 128"
+one racecheck "graphs and layers, D 128" --replay --case "few D 128"
+one racecheck "graphs and layers, D 64" --replay --case "few D 64"
 exit "$rc"
