@@ -33,6 +33,13 @@ struct cuda_sample {
     uint32_t top_k;
     uint64_t seed;
     uint32_t slot; /* whose last token it becomes; CUDA_NO_SLOT */
+    uint32_t how;  /* enum cuda_how */
+};
+
+enum cuda_how {
+    CUDA_DRAW,
+    CUDA_DRAW_ADJUSTED, /* from a row of its own */
+    CUDA_ON_HOST,       /* nothing is done */
 };
 
 enum cuda_fault { CUDA_FAULT_NONE, CUDA_FAULT_NAN, CUDA_FAULT_INFINITE, CUDA_FAULT_MINUS_INFINITE };
@@ -137,9 +144,52 @@ cudaError_t cuda_glu_run(cudaStream_t stream, const struct cuda_glu *g, const st
 
 /* choice[i] from logits row i, as sample.h has it: greedy, temperature, top_k, min_p, top_p. Weights are the host's to the
  * bit, but sums are formed in units of 2^-44, exact and in any order: a draw differs from the host's only where u falls
- * within about 1e-12 of a token's edge. vocab: at most 2^18. The token also goes to last[slot]. */
+ * within about 1e-12 of a token's edge. vocab: at most 2^18. The token also goes to last[slot]. Rows of samples that are not
+ * CUDA_DRAW are left out. */
 cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *logits,
                              const struct cuda_sample *sample, uint32_t rows, uint32_t vocab);
+
+/* ---- options of single tokens (cuda_adjust.cu) ---- */
+
+#define CUDA_MAX_BIASES     1024
+#define CUDA_MAX_BANNED     256
+#define CUDA_SEEN_IN_PROMPT (1u << 31)
+
+struct cuda_bias {
+    uint32_t id;
+    float bias;
+};
+
+/* As struct sample_adjust, for one sample. */
+struct cuda_adjust {
+    const uint32_t *allowed; /* NULL: all are */
+    const uint32_t *banned;
+    const struct cuda_bias *bias;
+    const uint32_t *seen; /* [V] times in the output, and CUDA_SEEN_IN_PROMPT; NULL: no penalties */
+    uint32_t sample;      /* of the step's */
+    uint32_t n_banned, n_bias;
+    float repetition, frequency, presence;
+};
+
+/* A row whose token is counted. */
+struct cuda_fed {
+    uint32_t *seen;
+    uint32_t row;
+    uint32_t output; /* 0: in the prompt */
+};
+
+/* Before the step samples: a row may name the slot whose token it is. */
+cudaError_t cuda_count_fed(cudaStream_t stream, const struct cuda_fed *fed, uint32_t n, const struct cuda_row *row,
+                           const uint32_t *last);
+/* out row i = logits row adjust[i].sample - first_sample, adjusted: the host's to the bit. */
+cudaError_t cuda_adjust_rows(cudaStream_t stream, float *out, const float *logits, const struct cuda_adjust *adjust,
+                             uint32_t rows, uint32_t first_sample, uint32_t vocab);
+/* As cuda_sample_rows for samples adjust[i].sample from row i. */
+cudaError_t cuda_sample_adjusted(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *adjusted,
+                                 const struct cuda_sample *sample, const struct cuda_adjust *adjust, uint32_t rows,
+                                 uint32_t vocab);
+/* Loads both kernels, which a step would otherwise wait for. */
+cudaError_t cuda_adjust_load(void);
 
 #ifdef __cplusplus
 }

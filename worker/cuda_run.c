@@ -52,7 +52,14 @@ static void fill_rows(struct forward *f, struct cuda_flight *l, const struct for
     *l->counts = b->seqs;
 }
 
-static void fill_samples(struct cuda_flight *l, const struct forward_batch *b)
+/* What the device does not do: options of slots for which it has no table, typical_p, scores; and a token that is known. */
+static bool on_host(const struct forward *f, const struct forward_sample *s)
+{
+    bool typical = s->params.typical_p > 0.0f && s->params.typical_p < 1.0f && !sample_is_greedy(&s->params);
+    return (s->adjust && !cuda_options_kept(f, s)) || s->given || s->scored || typical;
+}
+
+static void fill_samples(const struct forward *f, struct cuda_flight *l, const struct forward_batch *b)
 {
     for (uint32_t i = 0; i < b->samples; i++) {
         const struct forward_sample *s = &b->sample[i];
@@ -65,6 +72,9 @@ static void fill_samples(struct cuda_flight *l, const struct forward_batch *b)
             .top_k = s->params.top_k,
             .seed = s->params.seed,
             .slot = s->slot,
+            .how = on_host(f, s)             ? CUDA_ON_HOST
+                   : cuda_options_kept(f, s) ? CUDA_DRAW_ADJUSTED
+                                             : CUDA_DRAW,
         };
     }
 }
@@ -75,7 +85,8 @@ static enum status_code send_batch(struct forward *f, struct cuda_flight *l, con
                                    uint32_t padded, struct status *st)
 {
     fill_rows(f, l, b, padded);
-    fill_samples(l, b);
+    fill_samples(f, l, b);
+    cuda_options_fill(f, l, b);
     /* counts stands right in front of seq */
     uint64_t seq_bytes = (uint64_t)((uint8_t *)(l->seq + b->seqs) - (uint8_t *)l->counts);
     const struct {
@@ -86,6 +97,8 @@ static enum status_code send_batch(struct forward *f, struct cuda_flight *l, con
         {f->row, l->row, padded * sizeof *f->row},
         {f->counts, l->counts, seq_bytes},
         {f->sample, l->sample, b->samples * sizeof *f->sample},
+        {f->adjust, l->adjust, l->n_adjust * sizeof *f->adjust},
+        {f->fed, l->fed, l->n_fed * sizeof *f->fed},
     };
     for (size_t i = 0; i < sizeof copy / sizeof *copy; i++) {
         if (copy[i].bytes == 0)
@@ -332,13 +345,6 @@ static enum status_code run_layers(struct forward *f, struct cuda_bucket *b, boo
 
 /* ---- head ---- */
 
-/* What the device does not know: options of single tokens, typical_p, scores; and a token that is known. */
-static bool on_host(const struct forward_sample *s)
-{
-    bool typical = s->params.typical_p > 0.0f && s->params.typical_p < 1.0f && !sample_is_greedy(&s->params);
-    return s->adjust || s->given || s->scored || typical;
-}
-
 /* Until everything on the stream is done, bounded where peers take part in it. */
 static enum status_code wait_for_stream(struct forward *f, struct status *st)
 {
@@ -428,9 +434,11 @@ static enum status_code head_block(struct forward *f, struct cuda_flight *l, uin
     rc = cuda_check(
         cuda_sample_rows(f->stream, f->choice + first, f->last, f->logits, f->sample + first, n, m->vocab_size), st,
         "sampling");
+    if (rc == ST_OK)
+        rc = cuda_options_draw(f, l, first, n, st);
     for (uint32_t i = 0; rc == ST_OK && i < n; i++) {
         const struct forward_sample *s = &l->batch.sample[first + i];
-        if (!on_host(s))
+        if (l->sample[first + i].how != CUDA_ON_HOST)
             continue;
         rc = sample_on_host(f, s, i, &l->tokens[first + i], st);
         if (rc == ST_OK)
@@ -480,6 +488,8 @@ static enum status_code start_rows(struct forward *f, struct cuda_flight *l, str
     rc = run_layers(f, bucket, b->rows == b->seqs, st);
     cuda_range_end();
     cuda_range_begin("head and tokens", b->samples);
+    if (rc == ST_OK)
+        rc = cuda_check(cuda_count_fed(f->stream, f->fed, l->n_fed, f->row, f->last), st, "history of slots");
     for (uint32_t first = 0; rc == ST_OK && first < b->samples; first += f->head_rows)
         rc = head_block(f, l, first, b->samples - first < f->head_rows ? b->samples - first : f->head_rows, st);
     if (rc == ST_OK)
@@ -532,7 +542,7 @@ static enum status_code take_tokens(struct forward *f, const struct cuda_flight 
             return rc;
     }
     for (uint32_t i = 0; i < b->samples; i++) {
-        if (on_host(&b->sample[i]))
+        if (l->sample[i].how == CUDA_ON_HOST)
             continue;
         if (l->choice[i].fault)
             return refuse(&b->sample[i], l->choice[i], st);

@@ -285,13 +285,17 @@ __device__ uint32_t draw(row_state &r, shared_state *s, const cuda_sample &p, ui
     return id == NONE ? best_id : id;
 }
 
-/* One block per row. Sums over ids in order: warp w has the ids of the w-th of WARPS equal spans. */
+/* One block per row; adjusted: what the rows are, NULL: those of all samples. Sums over ids in order: warp w has the ids of the w-th of WARPS equal spans. */
 __global__ void __launch_bounds__(THREADS)
-    sample_kernel(cuda_choice *choice, uint32_t *last, const float *logits, const cuda_sample *sample, uint32_t vocab)
+    sample_kernel(cuda_choice *choice, uint32_t *last, const float *logits, const cuda_sample *sample,
+                  const cuda_adjust *adjusted, uint32_t vocab)
 {
     __shared__ shared_state s;
+    const uint32_t i = adjusted ? adjusted[blockIdx.x].sample : blockIdx.x;
     const uint32_t warp = threadIdx.x / WARP, span = (vocab + WARPS - 1) / WARPS;
-    const cuda_sample p = sample[blockIdx.x];
+    const cuda_sample p = sample[i];
+    if (p.how != (adjusted ? CUDA_DRAW_ADJUSTED : CUDA_DRAW))
+        return;
     row_state r = {};
     r.logits = logits + (uint64_t)blockIdx.x * vocab;
     r.vocab = vocab;
@@ -302,7 +306,7 @@ __global__ void __launch_bounds__(THREADS)
         token = draw(r, &s, p, token);
     if (threadIdx.x)
         return;
-    choice[blockIdx.x] = {token, fault};
+    choice[i] = {token, fault};
     if (p.slot != CUDA_NO_SLOT)
         last[p.slot] = fault == CUDA_FAULT_NONE ? token : 0;
 }
@@ -313,6 +317,16 @@ cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, ui
 {
     if (rows == 0)
         return cudaSuccess;
-    sample_kernel<<<rows, THREADS, 0, stream>>>(choice, last, logits, sample, vocab);
+    sample_kernel<<<rows, THREADS, 0, stream>>>(choice, last, logits, sample, NULL, vocab);
+    return cudaGetLastError();
+}
+
+cudaError_t cuda_sample_adjusted(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *adjusted,
+                                 const struct cuda_sample *sample, const struct cuda_adjust *adjust, uint32_t rows,
+                                 uint32_t vocab)
+{
+    if (rows == 0)
+        return cudaSuccess;
+    sample_kernel<<<rows, THREADS, 0, stream>>>(choice, last, adjusted, sample, adjust, vocab);
     return cudaGetLastError();
 }
