@@ -83,6 +83,7 @@ static void lay_out(struct forward *f, struct arena *a)
     f->adjusted_rows = adjusted_rows(c);
     f->adjusted = take(a, (uint64_t)f->adjusted_rows * m->vocab_size, sizeof *f->adjusted);
     uint64_t tables = cuda_options_tables(c->max_slots, m->vocab_size);
+    f->scores = take(a, rows, sizeof *f->scores);
     f->seen = take(a, tables * m->vocab_size, sizeof *f->seen);
     f->lists = take(a, tables * cuda_options_list_words(m->vocab_size), sizeof *f->lists);
 }
@@ -90,7 +91,7 @@ static void lay_out(struct forward *f, struct arena *a)
 /* The same on both sides of the bus. */
 static void lay_out_step(const struct forward_config *c, struct arena *a, struct cuda_row **row, uint32_t **counts,
                          struct attn_seq **seq, struct cuda_sample **sample, struct cuda_adjust **adjust,
-                         struct cuda_fed **fed)
+                         struct cuda_fed **fed, struct cuda_score **score)
 {
     *row = take(a, c->max_rows, sizeof **row);
     *counts = take(a, 1, sizeof **counts);
@@ -98,6 +99,7 @@ static void lay_out_step(const struct forward_config *c, struct arena *a, struct
     *sample = take(a, c->max_rows, sizeof **sample);
     *adjust = take(a, c->max_samples, sizeof **adjust);
     *fed = take(a, c->max_rows, sizeof **fed);
+    *score = take(a, c->max_rows, sizeof **score);
 }
 
 /* ---- attention ---- */
@@ -223,12 +225,13 @@ static enum status_code forward_bytes(uint64_t *out, const struct forward_config
     struct cuda_sample *sample;
     struct cuda_adjust *adjust;
     struct cuda_fed *fed;
+    struct cuda_score *score;
     enum status_code rc = check_model(cfg, st);
     if (rc != ST_OK)
         return rc;
     struct arena a = {NULL, 0};
     lay_out(&f, &a);
-    lay_out_step(cfg, &a, &row, &counts, &seq, &sample, &adjust, &fed);
+    lay_out_step(cfg, &a, &row, &counts, &seq, &sample, &adjust, &fed, &score);
     uint64_t bytes = a.at + CUDA_GEMM_WORKSPACE_BYTES;
     if (comm_size(cfg->comm) > 1) {
         const struct comm_gpu_config group = group_config(cfg);
@@ -272,6 +275,8 @@ static enum status_code allocate_flight(struct cuda_flight *l, const struct forw
     const uint32_t vocab = c->model->vocab_size;
     uint64_t list_bytes = sizeof *l->lists * cuda_options_tables(c->max_slots, vocab) * cuda_options_list_words(vocab);
     if ((rc = cuda_check(cudaMallocHost(&l->host_step, step_bytes), st, "pinned batch")) != ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&l->scores, c->max_rows * sizeof *l->scores), st, "pinned scores")) !=
+            ST_OK ||
         (rc = cuda_check(cudaMallocHost((void **)&l->lists, list_bytes), st, "pinned options")) != ST_OK ||
         (rc = cuda_check(cudaMallocHost((void **)&l->choice, c->max_rows * sizeof *l->choice), st, "pinned tokens")) !=
             ST_OK ||
@@ -283,7 +288,7 @@ static enum status_code allocate_flight(struct cuda_flight *l, const struct forw
         (c->timed && (rc = cuda_check(cudaEventCreate(&l->begin), st, "event")) != ST_OK))
         return rc;
     struct arena a = {l->host_step, 0};
-    lay_out_step(c, &a, &l->row, &l->counts, &l->seq, &l->sample, &l->adjust, &l->fed);
+    lay_out_step(c, &a, &l->row, &l->counts, &l->seq, &l->sample, &l->adjust, &l->fed, &l->score);
     return ST_OK;
 }
 
@@ -296,6 +301,7 @@ static void free_flight(struct cuda_flight *l)
     cudaFreeHost(l->fault);
     cudaFreeHost(l->drawn);
     cudaFreeHost(l->choice);
+    cudaFreeHost(l->scores);
     cudaFreeHost(l->lists);
     cudaFreeHost(l->host_step);
 }
@@ -305,7 +311,7 @@ static enum status_code allocate(struct forward *f, struct status *st)
     enum status_code rc;
     struct arena a = {NULL, 0}, step = {NULL, 0};
     lay_out(f, &a);
-    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample, &f->adjust, &f->fed);
+    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample, &f->adjust, &f->fed, &f->score);
     f->step_bytes = step.at;
     if ((rc = cuda_check(cudaMalloc(&f->arena, a.at), st, "activations")) != ST_OK ||
         (rc = cuda_check(cudaMemset(f->arena, 0, a.at), st, "activations")) != ST_OK ||
@@ -323,7 +329,7 @@ static enum status_code allocate(struct forward *f, struct status *st)
     a = (struct arena){f->arena, 0};
     lay_out(f, &a);
     step = (struct arena){f->step, 0};
-    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample, &f->adjust, &f->fed);
+    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample, &f->adjust, &f->fed, &f->score);
     return sampler_create(&f->sampler, f->cfg.model->vocab_size, st);
 }
 

@@ -101,7 +101,9 @@ struct cuda_flight {
     struct cuda_sample *sample; /* [T] */
     struct cuda_adjust *adjust; /* [max_samples] in the order of samples */
     struct cuda_fed *fed;       /* [T] */
-    uint32_t n_adjust, n_fed;
+    struct cuda_score *score;   /* [T] in the order of samples */
+    uint32_t n_adjust, n_fed, n_score;
+    struct cuda_scores *scores; /* [T] */
     uint32_t *lists;            /* [tables][list_words] of slots that begin in it */
     struct cuda_choice *choice; /* [T] */
     uint32_t *fault;            /* [2] of attn */
@@ -140,9 +142,10 @@ struct forward {
     float *logits;                       /* [head_rows][V], of all ranks */
     struct cuda_choice *choice;          /* [max_samples] */
 
-    uint32_t *last;         /* [slots] token sampled last */
-    uint32_t *seen, *lists; /* [tables][V], [tables][list_words]: cuda_options.c */
-    float *adjusted;        /* [adjusted_rows][V] */
+    uint32_t *last;             /* [slots] token sampled last */
+    uint32_t *seen, *lists;     /* [tables][V], [tables][list_words]: cuda_options.c */
+    struct cuda_scores *scores; /* [T] */
+    float *adjusted;            /* [adjusted_rows][V] */
     uint32_t adjusted_rows;
     struct cuda_options options;
 
@@ -155,6 +158,7 @@ struct forward {
     struct cuda_sample *sample;
     struct cuda_adjust *adjust;
     struct cuda_fed *fed;
+    struct cuda_score *score;
 
     struct cuda_flight flight[CUDA_FLIGHTS];
     uint32_t first_flight, flights; /* under way */
@@ -164,7 +168,7 @@ struct forward {
     double mark_us;          /* CLOCK_MONOTONIC */
     double begin_us, end_us; /* of the step that was finished last */
 
-    /* rows whose options the device does not know: sampled on the host */
+    /* slots for whose options there is no table: sampled on the host */
     struct sampler *sampler;
     float *host_logits, *host_adjusted; /* pinned [V]; [V] */
 };
@@ -190,8 +194,13 @@ void cuda_forward_end(struct forward *f, uint32_t slot);
 /* The device does what s->adjust says. */
 bool cuda_options_kept(const struct forward *f, const struct forward_sample *s);
 void cuda_options_fill(const struct forward *f, struct cuda_flight *l, const struct forward_batch *b);
+/* Of samples first .. first + n - 1, whose raw logits stand in f->logits: those with options are drawn from copies; scores. */
 STATUS_MUST_CHECK enum status_code cuda_options_draw(struct forward *f, const struct cuda_flight *l, uint32_t first,
                                                      uint32_t n, struct status *st);
+STATUS_MUST_CHECK enum status_code cuda_options_score(struct forward *f, const struct cuda_flight *l, uint32_t first,
+                                                      uint32_t n, struct status *st);
+/* The step has ended: its scores go where the batch wants them. */
+void cuda_options_take_scores(const struct cuda_flight *l);
 
 /* ---- before the first step (cuda_run.c, cuda_warm.c) ---- */
 

@@ -1,4 +1,4 @@
-/* cuda_options.c - options of single tokens on a device: a table for each slot that has some, out of a bounded pool.
+/* cuda_options.c - options of single tokens on a device, and scores. A table for each slot that has some, out of a bounded pool.
  *
  *   seen   [V]   how often the slot's output holds a token, and whether its prompt does: counted by each step from its own rows,
  *                on the device, so that a step can be under way whose tokens the host does not know yet
@@ -41,7 +41,8 @@ enum status_code cuda_options_create(struct cuda_options *o, uint32_t max_slots,
         return status_nomem(st, "options of slots", max_slots * sizeof *o->slot + tables * sizeof *o->free);
     for (uint32_t i = 0; i < tables; i++)
         o->free[o->n_free++] = i;
-    return cuda_check(cuda_adjust_load(), st, "kernels of options");
+    enum status_code rc = cuda_check(cuda_adjust_load(), st, "kernels of options");
+    return rc == ST_OK ? cuda_check(cuda_score_load(), st, "kernel of scores") : rc;
 }
 
 void cuda_options_fini(struct cuda_options *o)
@@ -126,9 +127,13 @@ bool cuda_options_kept(const struct forward *f, const struct forward_sample *s)
 
 void cuda_options_fill(const struct forward *f, struct cuda_flight *l, const struct forward_batch *b)
 {
-    l->n_adjust = l->n_fed = 0;
+    const bool reports = comm_rank(f->cfg.comm) == 0;
+    l->n_adjust = l->n_fed = l->n_score = 0;
     for (uint32_t i = 0; i < b->samples; i++) {
         const struct forward_sample *s = &b->sample[i];
+        if (reports && s->scored && l->sample[i].how != CUDA_ON_HOST)
+            l->score[l->n_score++] =
+                (struct cuda_score){.sample = i, .given = s->given, .token = s->token, .top = s->top};
         if (!cuda_options_kept(f, s))
             continue;
         struct cuda_adjust *a = &l->adjust[l->n_adjust++];
@@ -147,7 +152,6 @@ void cuda_options_fill(const struct forward *f, struct cuda_flight *l, const str
     }
 }
 
-/* Raw logits of samples first .. first + n - 1 stand in f->logits. Those with options are drawn from copies. */
 enum status_code cuda_options_draw(struct forward *f, const struct cuda_flight *l, uint32_t first, uint32_t n,
                                    struct status *st)
 {
@@ -169,4 +173,33 @@ enum status_code cuda_options_draw(struct forward *f, const struct cuda_flight *
         at += rows;
     }
     return rc;
+}
+
+enum status_code cuda_options_score(struct forward *f, const struct cuda_flight *l, uint32_t first, uint32_t n,
+                                    struct status *st)
+{
+    uint32_t at = 0, end;
+    while (at < l->n_score && l->score[at].sample < first)
+        at++;
+    for (end = at; end < l->n_score && l->score[end].sample < first + n;)
+        end++;
+    return cuda_check(cuda_score_rows(f->stream, f->scores + at, f->choice, f->logits, f->score + at, end - at, first,
+                                      f->cfg.model->vocab_size),
+                      st, "scores");
+}
+
+_Static_assert(CUDA_MAX_TOP == SAMPLE_MAX_TOP, "as many");
+
+void cuda_options_take_scores(const struct cuda_flight *l)
+{
+    for (uint32_t i = 0; i < l->n_score; i++) {
+        const struct cuda_scores *from = &l->scores[i];
+        struct sample_scores *to = l->batch.sample[l->score[i].sample].scores;
+        to->token = l->tokens[l->score[i].sample];
+        to->logprob = from->logprob;
+        to->rank = from->rank;
+        to->n = from->n;
+        memcpy(to->top, from->top, from->n * sizeof *to->top);
+        memcpy(to->top_logprob, from->top_logprob, from->n * sizeof *to->top_logprob);
+    }
 }

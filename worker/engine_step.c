@@ -105,8 +105,8 @@ static bool must_wait(const struct engine *e, const Tandem__V1__StepPlan *plan)
 static enum status_code hand_over(struct engine *e, const Tandem__V1__AdmitSlot *admit, struct status *st)
 {
     struct engine_slot *s = &e->slot[admit->slot];
-    bool kept = false, typical = s->sample.typical_p > 0.0f && s->sample.typical_p < 1.0f;
-    if (!admit->sample || s->logprobs || typical) /* without, there are no options; the others are chosen on the host */
+    bool kept = false;
+    if (!admit->sample) /* then there are no options */
         return ST_OK;
     const struct sample_adjust *all = engine_options_at(s->options, 0); /* tokens that are banned at first, too */
     enum status_code rc = e->ops->begin(e->forward, admit->slot, all, admit->sample->output_at, &kept, st);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SETS       16
+#define SETS       17
 #define PROMPT     9
 #define NEW_TOKENS 24
 #define BATCH      12 /* slots side by side */
@@ -26,7 +26,7 @@ static const struct options {
     {.repetition = 1.3f},
     {.frequency = 0.7f},
     {.presence = 1.1f, .in_prompt = true},
-    {.n_bias = 40},
+    {.n_bias = 40, .n_banned = 300}, /* more than a device keeps: chosen on the host */
     {.n_allowed = 50},
     {.n_banned = 8},
     {.temperature = 1, .logprobs = 1 + 20},
@@ -38,7 +38,8 @@ static const struct options {
     {.temperature = 2, .typical_p = 0.3f, .top_p = 0.95f, .presence = -0.6f, .logprobs = 1 + 5},
     {.frequency = 1.5f, .presence = 1, .repetition = 1.1f, .n_bias = 3, .logprobs = 1 + 2},
     {.temperature = 0.5f, .typical_p = 0.95f, .top_k = 500, .n_bias = 20},
-    {.temperature = 1}, /* none */
+    {.temperature = 1, .typical_p = 0.9f, .frequency = 0.5f, .n_banned = 300, .logprobs = 1 + 3}, /* host */
+    {.temperature = 1},                                                                           /* none */
 };
 
 /* What the engine gets, and the same for the host's functions. */
@@ -47,7 +48,7 @@ struct choice {
     struct sample_params params;
     struct sample_adjust adjust;
     struct sample_history history;
-    uint32_t bias_id[1000], allowed[700], banned[64], *bits;
+    uint32_t bias_id[1000], allowed[700], banned[300], *bits;
     float bias[1000];
     struct sample_bias biases[1000];
 };
