@@ -21,11 +21,66 @@ static struct {
     uint32_t last[SLOTS];
     unsigned fails_at, starts; /* the n-th start; 0: none */
     bool finish_fails;
+    /* a device that keeps options: of so many slots at a time */
+    uint32_t tables, kept_rows; /* rows of such slots whose token the host did not know */
+    struct kept {
+        bool used;
+        uint32_t output_at;
+        struct sample_adjust adjust;
+        struct sample_history history;
+    } kept[SLOTS];
 } fake;
+
+static enum status_code fake_begin(struct forward *f, uint32_t slot, const struct sample_adjust *a, uint32_t output_at,
+                                   bool *kept, struct status *st)
+{
+    struct kept *k = &fake.kept[slot];
+    (void)f, (void)st;
+    ck_assert(!k->used);
+    *kept = fake.tables > 0;
+    if (!*kept)
+        return ST_OK;
+    fake.tables--;
+    *k = (struct kept){.used = true, .output_at = output_at, .adjust = *a};
+    k->adjust.history = &k->history;
+    return ST_OK;
+}
+
+static void fake_end(struct forward *f, uint32_t slot)
+{
+    struct kept *k = &fake.kept[slot];
+    (void)f;
+    fake.tables += k->used;
+    sample_history_fini(&k->history);
+    k->used = false;
+}
+
+/* Counts what the batch feeds; samples of slots that are kept know nothing of the engine's history. */
+static void keep_options(const struct forward_batch *b, const uint32_t *id, struct forward_sample *sample)
+{
+    for (uint32_t i = 0; i < b->seqs; i++) {
+        struct kept *k = &fake.kept[b->seq[i].slot];
+        for (uint32_t r = 0; k->used && r < b->seq[i].rows; r++) {
+            uint32_t row = b->seq[i].first_row + r;
+            fake.kept_rows += b->token[row] != id[row];
+            ck_assert_int_eq(sample_history_add(&k->history, id[row], b->seq[i].position + r >= k->output_at, NULL),
+                             ST_OK);
+        }
+    }
+    for (uint32_t i = 0; i < b->samples; i++) {
+        sample[i] = b->sample[i];
+        if (sample[i].slot == FORWARD_NO_SLOT || !fake.kept[sample[i].slot].used)
+            continue;
+        struct sample_adjust *a = &fake.kept[sample[i].slot].adjust;
+        a->n_banned = sample[i].adjust->n_banned;
+        sample[i].adjust = a;
+    }
+}
 
 static enum status_code fake_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
                                    struct status *st)
 {
+    static struct forward_sample sample[64];
     uint32_t id[64];
     ck_assert_uint_lt(fake.count, 2);
     ck_assert_uint_le(b->rows, 64);
@@ -39,6 +94,8 @@ static enum status_code fake_start(struct forward *f, const struct forward_batch
     struct forward_batch batch = *b;
     struct flight *l = &fake.flight[(fake.first + fake.count++) % 2];
     batch.token = id;
+    keep_options(b, id, sample);
+    batch.sample = sample;
     *l = (struct flight){.to = tokens, .n = b->samples};
     enum status_code rc = forward_ops_host.run(f, &batch, l->token, st);
     for (uint32_t i = 0; rc == ST_OK && i < b->samples; i++) {
@@ -118,6 +175,8 @@ static enum status_code memory(void *ctx, struct backend_memory *out, struct sta
     return ST_OK;
 }
 
+static uint32_t fake_tables; /* what the next one has */
+
 static struct engine *make(bool flights)
 {
     static struct forward_ops ops;
@@ -130,6 +189,10 @@ static struct engine *make(bool flights)
     ops.start = fake_start;
     ops.poll = fake_poll;
     ops.finish = fake_finish;
+    if (fake_tables) {
+        ops.begin = fake_begin;
+        ops.end = fake_end;
+    }
     parts = (struct backend_parts){.text = "fake:0",
                                    .kv = &kv_ops_host,
                                    .kv_elem_bytes = 4,
@@ -137,6 +200,7 @@ static struct engine *make(bool flights)
                                    .forward = &ops,
                                    .memory = memory};
     memset(&fake, 0, sizeof fake);
+    fake.tables = fake_tables;
     if (!comm)
         ck_assert_int_eq(comm_create(&comm, &(struct comm_config){.ops = &comm_ops_self}, &st), ST_OK);
     const struct engine_config cfg = {.model_dir = DEMO,
@@ -282,6 +346,9 @@ static void write_texts(struct text *text, bool flights, Tandem__V1__SampleParam
     while (s.count)
         collect(&s);
     ck_assert_uint_eq(fake.count, 0);
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(engine_reset(s.e, &st), ST_OK);
+    ck_assert_uint_eq(fake.tables, fake_tables); /* none is lost */
     engine_destroy(s.e);
 }
 
@@ -322,6 +389,27 @@ START_TEST(options_that_look_at_all_tokens_see_those_in_flight)
     p.frequency_penalty = 0.5f;
     p.repetition_penalty = 1;
     compare(&p);
+}
+END_TEST
+
+/* Of the eight slots none, some or all are kept. */
+START_TEST(a_device_that_keeps_options_sees_those_in_flight_without_a_wait)
+{
+    Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
+    uint32_t banned = 3;
+    p.presence_penalty = 1.5f;
+    p.frequency_penalty = 0.5f;
+    p.repetition_penalty = 1.1f;
+    p.output_at = 12;
+    p.banned_ids = &banned;
+    p.n_banned_ids = 1;
+    p.min_tokens = 5;
+    fake_tables = (uint32_t[]){0, 3, SLOTS}[_i];
+    compare(&p);
+    if (_i == 0)
+        ck_assert_uint_eq(fake.kept_rows, 0);
+    else
+        ck_assert_uint_gt(fake.kept_rows, _i == 1 ? 0 : 100); /* who is not kept makes all wait */
 }
 END_TEST
 
@@ -393,6 +481,7 @@ int main(void)
     tcase_add_test(core, greedy_texts_are_those_of_one_step_at_a_time);
     tcase_add_test(core, drawn_texts_are_those_of_one_step_at_a_time);
     tcase_add_test(core, options_that_look_at_all_tokens_see_those_in_flight);
+    tcase_add_loop_test(core, a_device_that_keeps_options_sees_those_in_flight_without_a_wait, 0, 3);
     tcase_add_test(limits, a_third_step_is_refused_and_changes_nothing);
     tcase_add_test(faults, a_start_that_fails_is_said_with_its_step);
     tcase_add_test(faults, a_step_that_fails_is_not_forgotten_by_a_reset);

@@ -9,8 +9,9 @@
 #define ALIGN_BYTES      256
 #define HEAD_LOGIT_BYTES (128u << 20) /* of logits held at a time, by which the rows of the LM head are cut */
 #define HEAD_MIN_ROWS    8
-#define VOCAB_MAX        (1u << 18) /* of cuda_sample_rows */
-#define KV_BYTES         2          /* bf16 */
+#define ADJUSTED_BYTES   (32u << 20) /* of adjusted logits held at a time */
+#define VOCAB_MAX        (1u << 18)  /* of cuda_sample_rows */
+#define KV_BYTES         2           /* bf16 */
 
 enum status_code cuda_check(cudaError_t err, struct status *st, const char *what)
 {
@@ -50,6 +51,14 @@ static uint32_t head_rows(const struct forward_config *c)
     return rows < c->max_rows ? (uint32_t)rows : c->max_rows;
 }
 
+static uint32_t adjusted_rows(const struct forward_config *c)
+{
+    uint64_t rows = ADJUSTED_BYTES / sizeof(float) / c->model->vocab_size;
+    if (rows < HEAD_MIN_ROWS)
+        rows = HEAD_MIN_ROWS;
+    return rows < c->max_samples ? (uint32_t)rows : c->max_samples;
+}
+
 static void lay_out(struct forward *f, struct arena *a)
 {
     const struct forward_config *c = &f->cfg;
@@ -71,16 +80,26 @@ static void lay_out(struct forward *f, struct arena *a)
     f->logits = take(a, (uint64_t)f->head_rows * m->vocab_size, sizeof(float));
     f->choice = take(a, rows, sizeof *f->choice);
     f->last = take(a, c->max_slots, sizeof *f->last);
+    f->adjusted_rows = adjusted_rows(c);
+    f->adjusted = take(a, (uint64_t)f->adjusted_rows * m->vocab_size, sizeof *f->adjusted);
+    uint64_t tables = cuda_options_tables(c->max_slots, m->vocab_size);
+    f->scores = take(a, rows, sizeof *f->scores);
+    f->seen = take(a, tables * m->vocab_size, sizeof *f->seen);
+    f->lists = take(a, tables * cuda_options_list_words(m->vocab_size), sizeof *f->lists);
 }
 
 /* The same on both sides of the bus. */
 static void lay_out_step(const struct forward_config *c, struct arena *a, struct cuda_row **row, uint32_t **counts,
-                         struct attn_seq **seq, struct cuda_sample **sample)
+                         struct attn_seq **seq, struct cuda_sample **sample, struct cuda_adjust **adjust,
+                         struct cuda_fed **fed, struct cuda_score **score)
 {
     *row = take(a, c->max_rows, sizeof **row);
     *counts = take(a, 1, sizeof **counts);
     *seq = take(a, cuda_forward_max_seqs(c), sizeof **seq);
     *sample = take(a, c->max_rows, sizeof **sample);
+    *adjust = take(a, c->max_samples, sizeof **adjust);
+    *fed = take(a, c->max_rows, sizeof **fed);
+    *score = take(a, c->max_rows, sizeof **score);
 }
 
 /* ---- attention ---- */
@@ -204,12 +223,15 @@ static enum status_code forward_bytes(uint64_t *out, const struct forward_config
     uint32_t *counts;
     struct attn_seq *seq;
     struct cuda_sample *sample;
+    struct cuda_adjust *adjust;
+    struct cuda_fed *fed;
+    struct cuda_score *score;
     enum status_code rc = check_model(cfg, st);
     if (rc != ST_OK)
         return rc;
     struct arena a = {NULL, 0};
     lay_out(&f, &a);
-    lay_out_step(cfg, &a, &row, &counts, &seq, &sample);
+    lay_out_step(cfg, &a, &row, &counts, &seq, &sample, &adjust, &fed, &score);
     uint64_t bytes = a.at + CUDA_GEMM_WORKSPACE_BYTES;
     if (comm_size(cfg->comm) > 1) {
         const struct comm_gpu_config group = group_config(cfg);
@@ -250,7 +272,12 @@ static enum status_code allocate_flight(struct cuda_flight *l, const struct forw
                                         struct status *st)
 {
     enum status_code rc;
+    const uint32_t vocab = c->model->vocab_size;
+    uint64_t list_bytes = sizeof *l->lists * cuda_options_tables(c->max_slots, vocab) * cuda_options_list_words(vocab);
     if ((rc = cuda_check(cudaMallocHost(&l->host_step, step_bytes), st, "pinned batch")) != ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&l->scores, c->max_rows * sizeof *l->scores), st, "pinned scores")) !=
+            ST_OK ||
+        (rc = cuda_check(cudaMallocHost((void **)&l->lists, list_bytes), st, "pinned options")) != ST_OK ||
         (rc = cuda_check(cudaMallocHost((void **)&l->choice, c->max_rows * sizeof *l->choice), st, "pinned tokens")) !=
             ST_OK ||
         (rc = cuda_check(cudaMallocHost((void **)&l->drawn, c->max_rows * sizeof *l->drawn), st, "pinned tokens")) !=
@@ -261,7 +288,7 @@ static enum status_code allocate_flight(struct cuda_flight *l, const struct forw
         (c->timed && (rc = cuda_check(cudaEventCreate(&l->begin), st, "event")) != ST_OK))
         return rc;
     struct arena a = {l->host_step, 0};
-    lay_out_step(c, &a, &l->row, &l->counts, &l->seq, &l->sample);
+    lay_out_step(c, &a, &l->row, &l->counts, &l->seq, &l->sample, &l->adjust, &l->fed, &l->score);
     return ST_OK;
 }
 
@@ -274,6 +301,8 @@ static void free_flight(struct cuda_flight *l)
     cudaFreeHost(l->fault);
     cudaFreeHost(l->drawn);
     cudaFreeHost(l->choice);
+    cudaFreeHost(l->scores);
+    cudaFreeHost(l->lists);
     cudaFreeHost(l->host_step);
 }
 
@@ -282,7 +311,7 @@ static enum status_code allocate(struct forward *f, struct status *st)
     enum status_code rc;
     struct arena a = {NULL, 0}, step = {NULL, 0};
     lay_out(f, &a);
-    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample);
+    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample, &f->adjust, &f->fed, &f->score);
     f->step_bytes = step.at;
     if ((rc = cuda_check(cudaMalloc(&f->arena, a.at), st, "activations")) != ST_OK ||
         (rc = cuda_check(cudaMemset(f->arena, 0, a.at), st, "activations")) != ST_OK ||
@@ -300,7 +329,7 @@ static enum status_code allocate(struct forward *f, struct status *st)
     a = (struct arena){f->arena, 0};
     lay_out(f, &a);
     step = (struct arena){f->step, 0};
-    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample);
+    lay_out_step(&f->cfg, &step, &f->row, &f->counts, &f->seq, &f->sample, &f->adjust, &f->fed, &f->score);
     return sampler_create(&f->sampler, f->cfg.model->vocab_size, st);
 }
 
@@ -353,6 +382,7 @@ static void forward_destroy(struct forward *f)
     attn_gpu_destroy(f->attn[0]);
     attn_gpu_destroy(f->attn[1]);
     cuda_gemm_destroy(f->gemm);
+    cuda_options_fini(&f->options);
     sampler_destroy(f->sampler);
     free(f->host_adjusted);
     cudaFreeHost(f->host_logits);
@@ -386,8 +416,9 @@ static enum status_code forward_create(struct forward **out, const struct forwar
     if ((rc = check_model(cfg, st)) != ST_OK ||
         (rc = cuda_check(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
         (rc = create_products(f, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
-        (rc = create_attentions(f->attn, cfg, st)) != ST_OK || (rc = fill_rope(f, st)) != ST_OK ||
-        (rc = create_group(&f->group, cfg, st)) != ST_OK ||
+        (rc = create_attentions(f->attn, cfg, st)) != ST_OK ||
+        (rc = cuda_options_create(&f->options, cfg->max_slots, cfg->model->vocab_size, st)) != ST_OK ||
+        (rc = fill_rope(f, st)) != ST_OK || (rc = create_group(&f->group, cfg, st)) != ST_OK ||
         (cfg->tune_dir && (rc = cuda_gemm_remember(f->gemm, cfg->tune_dir, st)) != ST_OK) ||
         (rc = cuda_check(cudaDeviceSynchronize(), st, "preparing the device")) != ST_OK ||
         (cfg->timed && (rc = set_mark(f, st)) != ST_OK)) {
@@ -422,5 +453,7 @@ const struct forward_ops forward_ops_cuda = {
     .poll = cuda_forward_poll,
     .finish = cuda_forward_finish,
     .time_of = forward_time_of,
+    .begin = cuda_forward_begin,
+    .end = cuda_forward_end,
     .logits = forward_logits,
 };

@@ -99,9 +99,25 @@ struct cuda_flight {
     uint32_t *counts;           /* [1] sequences */
     struct attn_seq *seq;       /* [max_seqs] */
     struct cuda_sample *sample; /* [T] */
+    struct cuda_adjust *adjust; /* [max_samples] in the order of samples */
+    struct cuda_fed *fed;       /* [T] */
+    struct cuda_score *score;   /* [T] in the order of samples */
+    uint32_t n_adjust, n_fed, n_score;
+    struct cuda_scores *scores; /* [T] */
+    uint32_t *lists;            /* [tables][list_words] of slots that begin in it */
     struct cuda_choice *choice; /* [T] */
     uint32_t *fault;            /* [2] of attn */
     uint32_t *drawn;            /* [T] tokens that the host has drawn, on their way to last */
+};
+
+/* What the device has of slots whose options it keeps. */
+struct cuda_options {
+    struct cuda_options_slot {
+        bool kept;
+        uint32_t table, output_at;
+        struct cuda_adjust adjust; /* but for the sample and n_banned */
+    } * slot;                      /* [max_slots] */
+    uint32_t *free, n_free;        /* [tables] */
 };
 
 struct forward {
@@ -126,7 +142,12 @@ struct forward {
     float *logits;                       /* [head_rows][V], of all ranks */
     struct cuda_choice *choice;          /* [max_samples] */
 
-    uint32_t *last; /* [slots] token sampled last */
+    uint32_t *last;             /* [slots] token sampled last */
+    uint32_t *seen, *lists;     /* [tables][V], [tables][list_words]: cuda_options.c */
+    struct cuda_scores *scores; /* [T] */
+    float *adjusted;            /* [adjusted_rows][V] */
+    uint32_t adjusted_rows;
+    struct cuda_options options;
 
     /* of the step that the device works at; the host's copy, laid out alike, is the flight's */
     void *step;
@@ -135,6 +156,9 @@ struct forward {
     struct attn_seq *seq;
     uint32_t *counts;
     struct cuda_sample *sample;
+    struct cuda_adjust *adjust;
+    struct cuda_fed *fed;
+    struct cuda_score *score;
 
     struct cuda_flight flight[CUDA_FLIGHTS];
     uint32_t first_flight, flights; /* under way */
@@ -144,7 +168,7 @@ struct forward {
     double mark_us;          /* CLOCK_MONOTONIC */
     double begin_us, end_us; /* of the step that was finished last */
 
-    /* rows whose options the device does not know: sampled on the host */
+    /* slots for whose options there is no table: sampled on the host */
     struct sampler *sampler;
     float *host_logits, *host_adjusted; /* pinned [V]; [V] */
 };
@@ -156,6 +180,27 @@ enum status_code cuda_forward_poll(struct forward *f, bool *done, struct status 
 enum status_code cuda_forward_finish(struct forward *f, struct status *st);
 enum status_code cuda_forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
                                   struct status *st);
+
+/* ---- options of single tokens (cuda_options.c) ---- */
+
+uint32_t cuda_options_tables(uint32_t max_slots, uint32_t vocab);
+uint32_t cuda_options_list_words(uint32_t vocab); /* of a table */
+STATUS_MUST_CHECK enum status_code cuda_options_create(struct cuda_options *o, uint32_t max_slots, uint32_t vocab,
+                                                       struct status *st);
+void cuda_options_fini(struct cuda_options *o);
+enum status_code cuda_forward_begin(struct forward *f, uint32_t slot, const struct sample_adjust *a, uint32_t output_at,
+                                    bool *kept, struct status *st);
+void cuda_forward_end(struct forward *f, uint32_t slot);
+/* The device does what s->adjust says. */
+bool cuda_options_kept(const struct forward *f, const struct forward_sample *s);
+void cuda_options_fill(const struct forward *f, struct cuda_flight *l, const struct forward_batch *b);
+/* Of samples first .. first + n - 1, whose raw logits stand in f->logits: those with options are drawn from copies; scores. */
+STATUS_MUST_CHECK enum status_code cuda_options_draw(struct forward *f, const struct cuda_flight *l, uint32_t first,
+                                                     uint32_t n, struct status *st);
+STATUS_MUST_CHECK enum status_code cuda_options_score(struct forward *f, const struct cuda_flight *l, uint32_t first,
+                                                      uint32_t n, struct status *st);
+/* The step has ended: its scores go where the batch wants them. */
+void cuda_options_take_scores(const struct cuda_flight *l);
 
 /* ---- before the first step (cuda_run.c, cuda_warm.c) ---- */
 

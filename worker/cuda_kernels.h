@@ -29,10 +29,18 @@ struct cuda_row {
 struct cuda_sample {
     uint32_t row;
     uint32_t position;
-    float temperature, top_p, min_p; /* as in sample.h */
+    float temperature, top_p, min_p, typical_p; /* as in sample.h */
     uint32_t top_k;
     uint64_t seed;
     uint32_t slot; /* whose last token it becomes; CUDA_NO_SLOT */
+    uint32_t how;  /* enum cuda_how */
+};
+
+enum cuda_how {
+    CUDA_DRAW,
+    CUDA_DRAW_ADJUSTED, /* from a row of its own */
+    CUDA_GIVEN,         /* nothing is chosen, there is no fault yet */
+    CUDA_ON_HOST,       /* nothing is done */
 };
 
 enum cuda_fault { CUDA_FAULT_NONE, CUDA_FAULT_NAN, CUDA_FAULT_INFINITE, CUDA_FAULT_MINUS_INFINITE };
@@ -135,11 +143,79 @@ cudaError_t cuda_glu_run(cudaStream_t stream, const struct cuda_glu *g, const st
 
 /* ---- sampling (cuda_sample.cu) ---- */
 
-/* choice[i] from logits row i, as sample.h has it: greedy, temperature, top_k, min_p, top_p. Weights are the host's to the
+/* choice[i] from logits row i, as sample.h has it: greedy, temperature, top_k, min_p, top_p, typical_p. Weights are the host's to the
  * bit, but sums are formed in units of 2^-44, exact and in any order: a draw differs from the host's only where u falls
- * within about 1e-12 of a token's edge. vocab: at most 2^18. The token also goes to last[slot]. */
+ * within about 1e-12 of a token's edge. vocab: at most 2^18. The token also goes to last[slot]. Rows of samples that are not
+ * CUDA_DRAW are left out. */
 cudaError_t cuda_sample_rows(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *logits,
                              const struct cuda_sample *sample, uint32_t rows, uint32_t vocab);
+
+/* ---- log probabilities (cuda_score.cu) ---- */
+
+#define CUDA_MAX_TOP 20
+
+struct cuda_score {
+    uint32_t sample;       /* of the step's */
+    uint32_t given, token; /* not given: the sample's choice */
+    uint32_t top;          /* likeliest ones */
+};
+
+struct cuda_scores {
+    float logprob;
+    uint32_t rank, n;
+    uint32_t top[CUDA_MAX_TOP];
+    float top_logprob[CUDA_MAX_TOP];
+};
+
+/* scores[i] of raw logits row score[i].sample - first_sample, as sample_score has them: tokens, ranks and order are the host's.
+ * The sum is formed in another order, always the same, so a log probability may be off by 2^-36 and one rounding to float32,
+ * 2^-23 of itself. A fault of the raw logits becomes the sample's. */
+cudaError_t cuda_score_rows(cudaStream_t stream, struct cuda_scores *scores, struct cuda_choice *choice,
+                            const float *logits, const struct cuda_score *score, uint32_t rows, uint32_t first_sample,
+                            uint32_t vocab);
+cudaError_t cuda_score_load(void); /* as cuda_adjust_load */
+
+/* ---- options of single tokens (cuda_adjust.cu) ---- */
+
+#define CUDA_MAX_BIASES     1024
+#define CUDA_MAX_BANNED     256
+#define CUDA_SEEN_IN_PROMPT (1u << 31)
+
+struct cuda_bias {
+    uint32_t id;
+    float bias;
+};
+
+/* As struct sample_adjust, for one sample. */
+struct cuda_adjust {
+    const uint32_t *allowed; /* NULL: all are */
+    const uint32_t *banned;
+    const struct cuda_bias *bias;
+    const uint32_t *seen; /* [V] times in the output, and CUDA_SEEN_IN_PROMPT; NULL: no penalties */
+    uint32_t sample;      /* of the step's */
+    uint32_t n_banned, n_bias;
+    float repetition, frequency, presence;
+};
+
+/* A row whose token is counted. */
+struct cuda_fed {
+    uint32_t *seen;
+    uint32_t row;
+    uint32_t output; /* 0: in the prompt */
+};
+
+/* Before the step samples: a row may name the slot whose token it is. */
+cudaError_t cuda_count_fed(cudaStream_t stream, const struct cuda_fed *fed, uint32_t n, const struct cuda_row *row,
+                           const uint32_t *last);
+/* out row i = logits row adjust[i].sample - first_sample, adjusted: the host's to the bit. */
+cudaError_t cuda_adjust_rows(cudaStream_t stream, float *out, const float *logits, const struct cuda_adjust *adjust,
+                             uint32_t rows, uint32_t first_sample, uint32_t vocab);
+/* As cuda_sample_rows for samples adjust[i].sample from row i. */
+cudaError_t cuda_sample_adjusted(cudaStream_t stream, struct cuda_choice *choice, uint32_t *last, const float *adjusted,
+                                 const struct cuda_sample *sample, const struct cuda_adjust *adjust, uint32_t rows,
+                                 uint32_t vocab);
+/* Loads both kernels, which a step would otherwise wait for. */
+cudaError_t cuda_adjust_load(void);
 
 #ifdef __cplusplus
 }

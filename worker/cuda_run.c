@@ -52,7 +52,22 @@ static void fill_rows(struct forward *f, struct cuda_flight *l, const struct for
     *l->counts = b->seqs;
 }
 
-static void fill_samples(struct cuda_flight *l, const struct forward_batch *b)
+/* Options of slots for which the device has no table. */
+static bool on_host(const struct forward *f, const struct forward_sample *s)
+{
+    return s->adjust && !cuda_options_kept(f, s);
+}
+
+static enum cuda_how how_of(const struct forward *f, const struct forward_sample *s)
+{
+    if (s->given)
+        return CUDA_GIVEN;
+    if (on_host(f, s))
+        return CUDA_ON_HOST;
+    return cuda_options_kept(f, s) ? CUDA_DRAW_ADJUSTED : CUDA_DRAW;
+}
+
+static void fill_samples(const struct forward *f, struct cuda_flight *l, const struct forward_batch *b)
 {
     for (uint32_t i = 0; i < b->samples; i++) {
         const struct forward_sample *s = &b->sample[i];
@@ -62,9 +77,11 @@ static void fill_samples(struct cuda_flight *l, const struct forward_batch *b)
             .temperature = s->params.temperature,
             .top_p = s->params.top_p,
             .min_p = s->params.min_p,
+            .typical_p = s->params.typical_p,
             .top_k = s->params.top_k,
             .seed = s->params.seed,
             .slot = s->slot,
+            .how = how_of(f, s),
         };
     }
 }
@@ -75,7 +92,8 @@ static enum status_code send_batch(struct forward *f, struct cuda_flight *l, con
                                    uint32_t padded, struct status *st)
 {
     fill_rows(f, l, b, padded);
-    fill_samples(l, b);
+    fill_samples(f, l, b);
+    cuda_options_fill(f, l, b);
     /* counts stands right in front of seq */
     uint64_t seq_bytes = (uint64_t)((uint8_t *)(l->seq + b->seqs) - (uint8_t *)l->counts);
     const struct {
@@ -86,6 +104,9 @@ static enum status_code send_batch(struct forward *f, struct cuda_flight *l, con
         {f->row, l->row, padded * sizeof *f->row},
         {f->counts, l->counts, seq_bytes},
         {f->sample, l->sample, b->samples * sizeof *f->sample},
+        {f->adjust, l->adjust, l->n_adjust * sizeof *f->adjust},
+        {f->fed, l->fed, l->n_fed * sizeof *f->fed},
+        {f->score, l->score, l->n_score * sizeof *f->score},
     };
     for (size_t i = 0; i < sizeof copy / sizeof *copy; i++) {
         if (copy[i].bytes == 0)
@@ -332,13 +353,6 @@ static enum status_code run_layers(struct forward *f, struct cuda_bucket *b, boo
 
 /* ---- head ---- */
 
-/* What the device does not know: options of single tokens, typical_p, scores; and a token that is known. */
-static bool on_host(const struct forward_sample *s)
-{
-    bool typical = s->params.typical_p > 0.0f && s->params.typical_p < 1.0f && !sample_is_greedy(&s->params);
-    return s->adjust || s->given || s->scored || typical;
-}
-
 /* Until everything on the stream is done, bounded where peers take part in it. */
 static enum status_code wait_for_stream(struct forward *f, struct status *st)
 {
@@ -353,7 +367,6 @@ static enum status_code sample_on_host(struct forward *f, const struct forward_s
                                        struct status *st)
 {
     uint32_t vocab = f->cfg.model->vocab_size;
-    const float *logits = f->host_logits;
     enum status_code rc = cuda_check(cudaMemcpyAsync(f->host_logits, f->logits + (uint64_t)i * vocab,
                                                      vocab * sizeof(float), cudaMemcpyDeviceToHost, f->stream),
                                      st, "logits");
@@ -361,18 +374,11 @@ static enum status_code sample_on_host(struct forward *f, const struct forward_s
         rc = wait_for_stream(f, st);
     if (rc != ST_OK)
         return rc;
-    *token = s->token;
-    if (!s->given) {
-        if (s->adjust) {
-            memcpy(f->host_adjusted, logits, vocab * sizeof *logits);
-            sample_adjust(f->host_adjusted, vocab, 0, s->adjust);
-            logits = f->host_adjusted;
-        }
-        if ((rc = sampler_draw(f->sampler, token, logits, &s->params, s->position, s->row, st)) != ST_OK)
-            return rc;
-    }
-    if (!s->scored)
-        return ST_OK;
+    memcpy(f->host_adjusted, f->host_logits, vocab * sizeof *f->host_logits);
+    sample_adjust(f->host_adjusted, vocab, 0, s->adjust);
+    rc = sampler_draw(f->sampler, token, f->host_adjusted, &s->params, s->position, s->row, st);
+    if (rc != ST_OK || !s->scored)
+        return rc;
     return sample_score(s->scores, f->host_logits, vocab, *token, s->top < vocab ? s->top : vocab, s->row, st);
 }
 
@@ -428,9 +434,13 @@ static enum status_code head_block(struct forward *f, struct cuda_flight *l, uin
     rc = cuda_check(
         cuda_sample_rows(f->stream, f->choice + first, f->last, f->logits, f->sample + first, n, m->vocab_size), st,
         "sampling");
+    if (rc == ST_OK)
+        rc = cuda_options_draw(f, l, first, n, st);
+    if (rc == ST_OK)
+        rc = cuda_options_score(f, l, first, n, st);
     for (uint32_t i = 0; rc == ST_OK && i < n; i++) {
         const struct forward_sample *s = &l->batch.sample[first + i];
-        if (!on_host(s))
+        if (l->sample[first + i].how != CUDA_ON_HOST)
             continue;
         rc = sample_on_host(f, s, i, &l->tokens[first + i], st);
         if (rc == ST_OK)
@@ -464,6 +474,10 @@ static enum status_code send_results(struct forward *f, struct cuda_flight *l, s
         rc = cuda_check(cudaMemcpyAsync(l->choice, f->choice, l->batch.samples * sizeof *f->choice,
                                         cudaMemcpyDeviceToHost, f->stream),
                         st, "tokens");
+    if (rc == ST_OK && l->n_score)
+        rc = cuda_check(
+            cudaMemcpyAsync(l->scores, f->scores, l->n_score * sizeof *f->scores, cudaMemcpyDeviceToHost, f->stream),
+            st, "scores");
     return rc;
 }
 
@@ -480,6 +494,8 @@ static enum status_code start_rows(struct forward *f, struct cuda_flight *l, str
     rc = run_layers(f, bucket, b->rows == b->seqs, st);
     cuda_range_end();
     cuda_range_begin("head and tokens", b->samples);
+    if (rc == ST_OK)
+        rc = cuda_check(cuda_count_fed(f->stream, f->fed, l->n_fed, f->row, f->last), st, "history of slots");
     for (uint32_t first = 0; rc == ST_OK && first < b->samples; first += f->head_rows)
         rc = head_block(f, l, first, b->samples - first < f->head_rows ? b->samples - first : f->head_rows, st);
     if (rc == ST_OK)
@@ -532,12 +548,13 @@ static enum status_code take_tokens(struct forward *f, const struct cuda_flight 
             return rc;
     }
     for (uint32_t i = 0; i < b->samples; i++) {
-        if (on_host(&b->sample[i]))
+        if (l->sample[i].how == CUDA_ON_HOST)
             continue;
         if (l->choice[i].fault)
             return refuse(&b->sample[i], l->choice[i], st);
-        l->tokens[i] = l->choice[i].token;
+        l->tokens[i] = b->sample[i].given ? b->sample[i].token : l->choice[i].token;
     }
+    cuda_options_take_scores(l);
     return ST_OK;
 }
 

@@ -269,12 +269,19 @@ enum status_code engine_create(struct engine **out, const struct engine_config *
     return ST_OK;
 }
 
+void engine_drop_options(struct engine *e, uint32_t slot)
+{
+    struct engine_slot *s = &e->slot[slot];
+    if (s->options && e->forward && e->ops->end)
+        e->ops->end(e->forward, slot);
+    engine_options_destroy(s->options);
+    s->options = NULL;
+}
+
 static void drop_options(struct engine *e)
 {
-    for (uint32_t i = 0; e->slot && i < e->info.max_slots; i++) {
-        engine_options_destroy(e->slot[i].options);
-        e->slot[i].options = NULL;
-    }
+    for (uint32_t i = 0; e->slot && i < e->info.max_slots; i++)
+        engine_drop_options(e, i);
 }
 
 void engine_destroy(struct engine *e)
@@ -283,6 +290,7 @@ void engine_destroy(struct engine *e)
         return;
     if (e->ops)
         e->ops->destroy(e->forward);
+    e->forward = NULL;
     model_weights_unload(&e->weights);
     engine_kv_destroy(e);
     drop_options(e);

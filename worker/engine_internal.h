@@ -101,6 +101,9 @@ STATUS_MUST_CHECK enum status_code engine_plan_check(struct engine *e, const Tan
 /* Waits for the steps under way and forgets them; after an error they are still under way. */
 STATUS_MUST_CHECK enum status_code engine_drop_flights(struct engine *e, struct status *st);
 
+/* The slot has no options any more. */
+void engine_drop_options(struct engine *e, uint32_t slot);
+
 /* ---- options of a slot (engine_options.c) ---- */
 
 /* Absent: greedy. */
@@ -114,6 +117,10 @@ STATUS_MUST_CHECK enum status_code engine_options_check(const Tandem__V1__Sample
 STATUS_MUST_CHECK enum status_code engine_options_create(struct engine_options **out, const Tandem__V1__SampleParams *p,
                                                          uint32_t vocab, struct status *st);
 void engine_options_destroy(struct engine_options *o); /* NULL is fine, here and below */
+/* A device counts what is fed: engine_options_feed has nothing to do. */
+void engine_options_kept(struct engine_options *o);
+/* Whether a token can only be chosen where the host knows all tokens before it. */
+bool engine_options_wait(const struct engine_options *o);
 /* These tokens are fed at positions position, position + 1, ... */
 STATUS_MUST_CHECK enum status_code engine_options_feed(struct engine_options *o, const uint32_t *tokens, uint32_t n,
                                                        uint32_t position, struct status *st);

@@ -7,7 +7,7 @@
 #include "worker/engine_internal.h"
 
 struct engine_options {
-    bool penalties;
+    bool penalties, kept;
     uint32_t output_at, min_tokens;
     uint32_t *allowed, *banned;
     uint32_t n_banned;
@@ -162,10 +162,20 @@ void engine_options_destroy(struct engine_options *o)
 
 /* ---- use ---- */
 
+void engine_options_kept(struct engine_options *o)
+{
+    o->kept = true;
+}
+
+bool engine_options_wait(const struct engine_options *o)
+{
+    return o && o->penalties && !o->kept;
+}
+
 enum status_code engine_options_feed(struct engine_options *o, const uint32_t *tokens, uint32_t n, uint32_t position,
                                      struct status *st)
 {
-    if (!o || !o->penalties)
+    if (!o || !o->penalties || o->kept)
         return ST_OK;
     for (uint32_t i = 0; i < n; i++) {
         enum status_code rc = sample_history_add(&o->history, tokens[i], position + i >= o->output_at, st);

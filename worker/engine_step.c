@@ -85,7 +85,7 @@ enum status_code engine_drop_flights(struct engine *e, struct status *st)
 /* ---- a plan becomes a batch ---- */
 
 /* Whether the plan needs what the steps under way are still making: pages that a slot begins with, or that go to host memory,
- * or tokens of slots whose options look at all tokens. */
+ * or tokens of slots whose options look at all tokens, on the host. */
 static bool must_wait(const struct engine *e, const Tandem__V1__StepPlan *plan)
 {
     if (plan->n_suspend_slots)
@@ -95,10 +95,24 @@ static bool must_wait(const struct engine *e, const Tandem__V1__StepPlan *plan)
             return true;
     for (size_t i = 0; i < plan->n_decode_slots; i++) {
         const struct engine_slot *s = &e->slot[plan->decode_slots[i]];
-        if (s->pending && s->options)
+        if (s->pending && engine_options_wait(s->options))
             return true;
     }
     return false;
+}
+
+/* A device that has room keeps the slot's options, and its history. */
+static enum status_code hand_over(struct engine *e, const Tandem__V1__AdmitSlot *admit, struct status *st)
+{
+    struct engine_slot *s = &e->slot[admit->slot];
+    bool kept = false;
+    if (!admit->sample) /* then there are no options */
+        return ST_OK;
+    const struct sample_adjust *all = engine_options_at(s->options, 0); /* tokens that are banned at first, too */
+    enum status_code rc = e->ops->begin(e->forward, admit->slot, all, admit->sample->output_at, &kept, st);
+    if (kept)
+        engine_options_kept(s->options);
+    return rc;
 }
 
 static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *admit, struct status *st)
@@ -117,7 +131,8 @@ static enum status_code admit(struct engine *e, const Tandem__V1__AdmitSlot *adm
         if (rc != ST_OK)
             return rc;
     }
-    return engine_options_create(&s->options, p, e->info.vocab_size, st);
+    enum status_code rc = engine_options_create(&s->options, p, e->info.vocab_size, st);
+    return rc == ST_OK && s->options && e->ops->begin ? hand_over(e, admit, st) : rc;
 }
 
 /* Where a slot is suspended no step is under way. */
@@ -163,8 +178,7 @@ static enum status_code release_and_admit(struct engine *e, const Tandem__V1__St
         struct engine_slot *s = &e->slot[plan->release_slots[i]];
         e->suspended_pages -= s->suspended ? kv_pages_for(&e->info.kv, s->length) : 0;
         s->live = s->suspended = false;
-        engine_options_destroy(s->options);
-        s->options = NULL;
+        engine_drop_options(e, plan->release_slots[i]);
     }
     kv_pool_complete(e->kv, e->done);
     enum status_code rc = suspend_all(e, plan, st);

@@ -106,6 +106,12 @@ struct forward_ops {
     enum status_code (*finish)(struct forward *f, struct status *st);
     /* With start: microseconds of CLOCK_MONOTONIC at which the device began and ended the step that finish returned last. */
     void (*time_of)(struct forward *f, double *begin_us, double *end_us);
+    /* With start, optional, both or none. The slot's tokens are chosen as `a` says from now until end: its lists are copied. kept: the
+     * device does it, and counts what is fed to the slot: the tokens at output_at on as its output. It does not look at the
+     * samples' adjust then, but for how many tokens are banned. Not kept: there is no room for it. */
+    enum status_code (*begin)(struct forward *f, uint32_t slot, const struct sample_adjust *a, uint32_t output_at,
+                              bool *kept, struct status *st);
+    void (*end)(struct forward *f, uint32_t slot); /* nothing where it did not begin */
     /* For tests: this rank's share of the logits that the first sample of the last run was drawn from. */
     enum status_code (*logits)(struct forward *f, float *out, struct status *st);
 };

@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "tests/gpu/engine_options_gpu.h"
 #include "tests/gpu/gpu_parts.h"
 #include "worker/engine_internal.h"
 
@@ -152,7 +153,7 @@ static void draws(const char *name, struct gpu_run *device)
     free(logits);
 }
 
-/* Options that are computed on the host: a bias that decides, and scores. */
+/* A bias that decides. */
 static void options(const char *name, struct gpu_run *device)
 {
     Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
@@ -362,6 +363,7 @@ static void invariant(const char *name, const struct engine_config *base)
         other += !same;
     }
     say("%-28s batch-invariant: %u of %zu ways have other bits\n", name, other, sizeof way / sizeof *way - 1);
+    failures += engine_options_gpu(name, &r, "batch-invariant", true);
     free(now);
     free(first);
     gpu_destroy(&r);
@@ -470,6 +472,7 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
     struct gpu_run host, device, eager;
     if (invariant_only) {
         cfg.parts = parts;
+        cfg.suspend_bytes = 64 << 20;
         invariant(name, &cfg);
         return;
     }
@@ -499,11 +502,14 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
     moves(name, &device);
     draws(name, &device);
     options(name, &device);
+    failures += engine_options_gpu(name, &device, "graphs", false);
+    failures += engine_options_gpu(name, &eager, "eager", false);
     gpu_destroy(&eager);
     gpu_destroy(&device);
     cfg.eager = false;
     own_kernel(name, &host, &cfg, note);
     gpu_destroy(&host);
+    cfg.suspend_bytes = 64 << 20;
     if (strcmp(name, "mistral") != 0) /* whose windows are refused */
         invariant(name, &cfg);
 }

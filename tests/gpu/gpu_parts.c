@@ -103,23 +103,41 @@ static void step(struct gpu_run *r, Tandem__V1__StepPlan *plan)
     gpu_collect(r);
 }
 
-void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
-                 Tandem__V1__SampleParams *params)
+static void prefill(struct gpu_run *r, Tandem__V1__PrefillChunk *chunk, const uint32_t *ids, uint32_t n,
+                    Tandem__V1__SampleParams *params)
 {
     Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
     Tandem__V1__AdmitSlot admit = TANDEM__V1__ADMIT_SLOT__INIT, *admits[] = {&admit};
-    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT, *chunks[] = {&chunk};
-    admit.slot = chunk.slot = slot;
+    admit.slot = chunk->slot;
     admit.sample = params;
-    chunk.token_ids = (uint32_t *)(uintptr_t)ids; /* protobuf-c has no const */
-    chunk.n_token_ids = n;
-    chunk.position = position;
-    chunk.sample = sample;
-    plan.n_admits = position == 0;
+    chunk->token_ids = (uint32_t *)(uintptr_t)ids; /* protobuf-c has no const */
+    chunk->n_token_ids = n;
+    plan.n_admits = chunk->position == 0;
     plan.n_prefills = 1;
     plan.admits = admits;
-    plan.prefills = chunks;
+    plan.prefills = &chunk;
     step(r, &plan);
+}
+
+void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
+                 Tandem__V1__SampleParams *params)
+{
+    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT;
+    chunk.slot = slot;
+    chunk.position = position;
+    chunk.sample = sample;
+    prefill(r, &chunk, ids, n, params);
+}
+
+void gpu_score(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, uint32_t next,
+               Tandem__V1__SampleParams *params)
+{
+    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT;
+    chunk.slot = slot;
+    chunk.position = position;
+    chunk.score_rows = n;
+    chunk.next_token = next;
+    prefill(r, &chunk, ids, n, params);
 }
 
 void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n)

@@ -30,6 +30,9 @@ void gpu_destroy(struct gpu_run *r);
 /* Admits the slot, unless position is above 0, and feeds n tokens. */
 void gpu_prefill(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, bool sample,
                  Tandem__V1__SampleParams *params);
+/* Every row is scored: the token after the last one is `next`. */
+void gpu_score(struct gpu_run *r, uint32_t slot, const uint32_t *ids, uint32_t n, uint32_t position, uint32_t next,
+               Tandem__V1__SampleParams *params);
 void gpu_decode(struct gpu_run *r, uint32_t *slots, uint32_t n);
 /* The same with two steps under way: the result is that of the step before; false: there is none yet. */
 bool gpu_decode_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n);
