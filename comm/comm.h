@@ -18,6 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "proto/ranks.h"
 #include "proto/status.h"
 
 struct comm;
@@ -70,7 +71,7 @@ void comm_abort(struct comm *c);
  *       comm_gpu_gather(g, &(struct comm_gpu_gather){...}, st);           all columns of all rows
  *     comm_gpu_finish(g, event, st);              waits for it, with a bound
  *
- * Three ways. PUSH and READ, for ranks of one machine: kernels reach the other ranks' memory over NVLink or PCIe, and every
+ * Three ways. PUSH and READ, for up to COMM_GPU_PEER_RANKS ranks of one machine: kernels reach the other ranks' memory over NVLink or PCIe, and every
  * rank adds all parts in rank order, so all have the same bits, whichever of them it is. PUSH, up to COMM_GPU_PUSH_ROWS rows:
  * each writes its part to all others. READ: after a handshake each reads the parts of the others. NCCL: its all-reduce and
  * all-gather, and a kernel of ours behind it; any placement of ranks. Which one a sum of so many rows takes is measured in
@@ -82,9 +83,10 @@ void comm_abort(struct comm *c);
  */
 struct comm_gpu;
 
-#define COMM_GPU_MAX_RANKS 8
-#define COMM_GPU_PARTS     3
-#define COMM_GPU_PUSH_ROWS 128
+#define COMM_GPU_MAX_RANKS  MAX_RANKS
+#define COMM_GPU_PEER_RANKS 8 /* PUSH and READ; more are joined by NCCL alone */
+#define COMM_GPU_PARTS      3
+#define COMM_GPU_PUSH_ROWS  128
 
 enum comm_gpu_way { COMM_GPU_AUTO, COMM_GPU_PEER, COMM_GPU_PUSH, COMM_GPU_READ, COMM_GPU_NCCL };
 

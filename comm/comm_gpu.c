@@ -14,7 +14,7 @@
 #define FIRST_SLEEP_NS (100ull * 1000000)
 #define SLEEP_NS       50000
 
-_Static_assert(COMM_GPU_RANKS == COMM_GPU_MAX_RANKS, "one number");
+_Static_assert(COMM_GPU_RANKS == COMM_GPU_MAX_RANKS && COMM_GPU_PEERS == COMM_GPU_PEER_RANKS, "one number");
 
 enum status_code comm_gpu_check(cudaError_t err, struct status *st, const char *what)
 {
@@ -40,13 +40,19 @@ static void put(struct comm_gpu_layout *l, uint64_t *at, uint64_t bytes)
     l->bytes += (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
 }
 
+/* Whether peers may come to map our memory: the same answer on all ranks, before anybody is asked. */
+static bool may_reach(const struct comm_gpu_config *c, uint32_t ranks)
+{
+    return c->way != COMM_GPU_NCCL && ranks <= COMM_GPU_PEERS && comm_local_size(c->comm) == ranks;
+}
+
 static struct comm_gpu_layout lay_out(const struct comm_gpu_config *c, uint32_t ranks)
 {
     struct comm_gpu_layout l = {.inbox_rows = c->max_rows < COMM_GPU_PUSH_ROWS ? c->max_rows : COMM_GPU_PUSH_ROWS};
-    if (c->hidden > COMM_GPU_PUSH_HIDDEN)
+    if (c->hidden > COMM_GPU_PUSH_HIDDEN || !may_reach(c, ranks))
         l.inbox_rows = 0;
     uint64_t signals;
-    put(&l, &signals, (uint64_t)COMM_GPU_BLOCKS * COMM_GPU_RANKS * sizeof(uint32_t)); /* first, at 0 */
+    put(&l, &signals, (uint64_t)COMM_GPU_BLOCKS * COMM_GPU_PEERS * sizeof(uint32_t)); /* first, at 0 */
     for (uint32_t i = 0; i < COMM_GPU_PARTS; i++)
         put(&l, &l.part[i], (uint64_t)c->max_rows * c->hidden * 2);
     put(&l, &l.inbox, (uint64_t)2 * ranks * l.inbox_rows * c->hidden * 4);

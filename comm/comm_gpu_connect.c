@@ -67,6 +67,10 @@ static enum status_code check_cards(struct comm_gpu *g, const struct card *card,
 /* Whether all memory of all peers is mapped here; why is for people. */
 static bool map_peers(struct comm_gpu *g, const struct card *card, char *why, size_t why_bytes)
 {
+    if (g->ranks > COMM_GPU_PEERS) {
+        snprintf(why, why_bytes, "%u ranks, of which %d are joined by it at most", g->ranks, COMM_GPU_PEERS);
+        return false;
+    }
     if (comm_local_size(g->cfg.comm) != g->ranks) {
         snprintf(why, why_bytes, "the ranks are on several machines");
         return false;

@@ -3,7 +3,7 @@
  *
  * What peers read and write stands in one allocation of each rank, laid out alike on all:
  *
- *   signals [BLOCKS][MAX_RANKS] uint32   what each peer's block of this number has reached
+ *   signals [BLOCKS][PEERS] uint32   what each peer's block of this number has reached
  *   parts   [PARTS][max_rows][hidden] bf16
  *   inbox   [2][ranks][inbox_rows][hidden / 4] lines of 16 bytes; comm_gpu_push.cu says when which half is written
  *   share   [gather_rows][cols_max] float, rows at this rank's own stride of cols_count
@@ -15,7 +15,8 @@
 #include <stdint.h>
 
 #define COMM_GPU_BLOCKS      264   /* of a launch: two of 1024 threads on each of Hopper's 132 SMs */
-#define COMM_GPU_RANKS       8     /* COMM_GPU_MAX_RANKS */
+#define COMM_GPU_RANKS       64    /* COMM_GPU_MAX_RANKS */
+#define COMM_GPU_PEERS       8     /* COMM_GPU_PEER_RANKS: ranks that reach each other's memory, this one included */
 #define COMM_GPU_PUSH_HIDDEN 16384 /* of a row that is pushed, at most */
 
 #ifdef __cplusplus
@@ -39,7 +40,7 @@ struct comm_gpu_limit {
 /* The handshake of a launch: block b of every rank meets block b of all others. ranks 0: there is none. */
 struct comm_gpu_meet {
     struct comm_gpu_limit limit;
-    uint32_t *signal[COMM_GPU_RANKS]; /* of each rank */
+    uint32_t *signal[COMM_GPU_PEERS]; /* of each rank */
     uint32_t rank, ranks;
     uint32_t *count; /* [COMM_GPU_BLOCKS], own: how often the block of this number has met */
 };
@@ -56,14 +57,14 @@ struct comm_gpu_rows {
 
 struct comm_gpu_sum_job {
     struct comm_gpu_meet meet;
-    const void *part[COMM_GPU_RANKS]; /* bf16 [rows][hidden], added in this order */
+    const void *part[COMM_GPU_PEERS]; /* bf16 [rows][hidden], added in this order */
     uint32_t parts;
     struct comm_gpu_rows rows;
 };
 
 struct comm_gpu_push_job {
     struct comm_gpu_limit limit;
-    void *inbox[COMM_GPU_RANKS]; /* of each rank */
+    void *inbox[COMM_GPU_PEERS]; /* of each rank */
     uint32_t rank, ranks, inbox_rows;
     uint32_t *turn;   /* [inbox_rows], own: how often the row of this number has been pushed */
     const void *part; /* own, bf16 [rows][hidden] */

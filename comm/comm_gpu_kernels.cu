@@ -30,7 +30,7 @@ __device__ void meet(const comm_gpu_meet &m, uint32_t value)
     const bool silent = threadIdx.x < m.ranks && load_flag(m.limit.broken); /* on its way beside value */
     __syncthreads();                                                        /* what this block has read, is read */
     if (threadIdx.x < m.ranks) {
-        uint32_t row = blockIdx.x * COMM_GPU_RANKS;
+        uint32_t row = blockIdx.x * COMM_GPU_PEERS;
         if (!silent)
             store_flag(m.signal[threadIdx.x] + row + m.rank, value);
         wait_for(m.limit, m.signal[m.rank] + row + threadIdx.x, value, threadIdx.x);
@@ -45,7 +45,7 @@ __device__ float4 summed(const comm_gpu_sum_job &j, uint64_t row, uint32_t i, ui
     float4 v = j.rows.set ? make_float4(0, 0, 0, 0) : ((float4 *)j.rows.x)[at];
     float4 add = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (uint32_t r = 0; r < COMM_GPU_RANKS; r++)
+    for (uint32_t r = 0; r < COMM_GPU_PEERS; r++)
         if (r < j.parts)
             add = plus(add, to_float(load_part((const bf16x4 *)j.part[r] + at)));
     v = plus(v, add);

@@ -192,14 +192,14 @@ __global__ void __launch_bounds__(THREADS_MAX) push_kernel(const __grid_constant
 /* As many threads as where parts are read, each with the same quads: the sum of squares has the same bits there. */
 template <uint32_t QUADS> cudaError_t launch_quads(cudaStream_t stream, const struct comm_gpu_push_job *job)
 {
-    return launch(job->ranks == 2 ? push_kernel<2, QUADS> : push_kernel<COMM_GPU_RANKS, QUADS>, job->rows.rows,
+    return launch(job->ranks == 2 ? push_kernel<2, QUADS> : push_kernel<COMM_GPU_PEERS, QUADS>, job->rows.rows,
                   threads_for(job->rows.hidden), stream, *job);
 }
 
 template <uint32_t QUADS> cudaError_t load_quads()
 {
     cudaError_t err = load(push_kernel<2, QUADS>);
-    return err == cudaSuccess ? load(push_kernel<COMM_GPU_RANKS, QUADS>) : err;
+    return err == cudaSuccess ? load(push_kernel<COMM_GPU_PEERS, QUADS>) : err;
 }
 } // namespace
 

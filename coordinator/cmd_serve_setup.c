@@ -12,6 +12,7 @@
 
 #include "coordinator/cmd.h"
 #include "coordinator/cmd_serve.h"
+#include "proto/ranks.h"
 
 enum {
     OPT_MODEL = 1,
@@ -350,8 +351,9 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
         s->model = text;
         break;
     case OPT_TP:
-        if (!cmd_parse_u64(text, 1, 64, &u))
-            return cmd_error(CMD_USAGE, where, "--tp %s: expected the number of ranks, 1 to 64", text), false;
+        if (!cmd_parse_u64(text, 1, MAX_RANKS, &u))
+            return cmd_error(CMD_USAGE, where, "--tp %s: expected the number of ranks, 1 to %d", text, MAX_RANKS),
+                   false;
         s->tp = u;
         break;
     case OPT_GROUPS:

@@ -30,6 +30,7 @@
 #include "coordinator/scheduler.h"
 #include "coordinator/spans.h"
 #include "coordinator/tokenizer.h"
+#include "proto/ranks.h"
 #include "proto/rpc.h"
 #include "proto/status.h"
 #include "tandem/v1/control.pb-c.h"
@@ -38,7 +39,7 @@
 
 #define COORD_MAX_LISTEN     16
 #define COORD_MAX_HEALTH     4
-#define COORD_MAX_RANKS      64
+#define COORD_MAX_RANKS      MAX_RANKS
 #define COORD_MAX_GROUPS     64 /* names that are known at a time */
 #define COORD_MAX_GROUP_NAME 63
 #define COORD_DEFAULT_GROUP  "default"

@@ -33,6 +33,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "proto/ranks.h"
 #include "proto/status.h"
 
 #define FLIGHT_HEADER_BYTES 4096u
@@ -40,7 +41,7 @@
 #define FLIGHT_MIN_BYTES    (FLIGHT_HEADER_BYTES + 64 * FLIGHT_RECORD_BYTES)
 #define FLIGHT_MAX_BYTES    (1ull << 30)
 #define FLIGHT_NO_RANK      0xffff
-#define FLIGHT_MAX_RANKS    64
+#define FLIGHT_MAX_RANKS    MAX_RANKS
 #define FLIGHT_TEXT         88
 #define FLIGHT_NAME         64
 

@@ -103,8 +103,29 @@ START_TEST(examples_of_the_header_hold)
 }
 END_TEST
 
+START_TEST(units_are_whole_and_cover_everything_once)
+{
+    for (uint32_t ranks = 1; ranks <= SHARD_MAX_RANKS; ranks++)
+        for (uint32_t n = 1; n < 2000; n = n < 70 ? n + 1 : n + 97) {
+            uint32_t next = 0;
+            for (uint32_t r = 0; r < ranks; r++) {
+                struct shard_span s = shard_units(n, SHARD_DEVICE_UNIT, r, ranks);
+                ck_assert_uint_eq(s.first, next);
+                ck_assert(s.count == 0 || s.first % SHARD_DEVICE_UNIT == 0);
+                next += s.count;
+            }
+            ck_assert_uint_eq(next, n);
+        }
+}
+END_TEST
+
 START_TEST(fewer_items_than_ranks_leave_the_last_ranks_empty)
 {
+    for (uint32_t r = 0; r < SHARD_MAX_RANKS; r++) {
+        struct shard_span s = shard_units(40, SHARD_DEVICE_UNIT, r, SHARD_MAX_RANKS);
+        ck_assert_uint_eq(s.first, r < 5 ? 8 * r : 40);
+        ck_assert_uint_eq(s.count, r < 5 ? 8 : 0);
+    }
     for (uint32_t r = 0; r < 8; r++) {
         ck_assert_uint_eq(shard_even(3, r, 8).count, r < 3);
         struct shard_span q, kv;
@@ -123,6 +144,7 @@ int main(void)
     tcase_add_test(core, query_heads_are_covered_once_and_meet_their_kv_head);
     tcase_add_test(core, kv_heads_are_balanced_when_there_are_enough);
     tcase_add_test(core, examples_of_the_header_hold);
+    tcase_add_test(core, units_are_whole_and_cover_everything_once);
     tcase_add_test(limits, fewer_items_than_ranks_leave_the_last_ranks_empty);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);

@@ -6,8 +6,9 @@
 #include <string.h>
 
 #include "comm/comm_internal.h"
+#include "proto/ranks.h"
 
-#define MAX_RANKS 16 /* more than an engine takes */
+#define GROUP_RANKS (MAX_RANKS + 1) /* one more than an engine takes */
 
 enum job { JOB_CREATE, JOB_STEP, JOB_RESET, JOB_END };
 
@@ -24,7 +25,7 @@ struct rank {
 
 struct group {
     uint32_t ranks, started;
-    struct rank rank[MAX_RANKS];
+    struct rank rank[GROUP_RANKS];
     struct engine_config cfg;
     const Tandem__V1__StepPlan *plan;
 
@@ -41,8 +42,8 @@ struct group {
     bool broken; /* a rank failed: nobody waits for it */
 
     /* what an operation works on */
-    float *x[MAX_RANKS];
-    const void *send[MAX_RANKS];
+    float *x[GROUP_RANKS];
+    const void *send[GROUP_RANKS];
     float *sum;
     size_t sum_room;
 };

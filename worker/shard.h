@@ -17,7 +17,9 @@
 
 #include <stdint.h>
 
-#define SHARD_MAX_RANKS   8
+#include "proto/ranks.h"
+
+#define SHARD_MAX_RANKS   MAX_RANKS
 #define SHARD_DEVICE_UNIT 8 /* of columns and vocabulary rows: 16 bytes of bf16 */
 
 /* Items first .. first + count - 1. */

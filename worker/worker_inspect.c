@@ -84,9 +84,9 @@ static enum status_code inspect(FILE *f, const char *path, struct status *st)
     fprintf(f,
             "{\"architecture\":\"%s\",\"layers\":%u,\"hidden_size\":%u,\"intermediate_size\":%u,\"query_heads\":%u,"
             "\"kv_heads\":%u,\"head_dim\":%u,\"vocab_size\":%u,\"max_context_tokens\":%u,\"window_tokens\":%u,"
-            "\"tied\":%s,\"parameters\":%" PRIu64 ",\"has_weights\":%s,\"groups\":[",
+            "\"tied\":%s,\"parameters\":%" PRIu64 ",\"has_weights\":%s,\"max_ranks\":%u,\"groups\":[",
             m.architecture, m.layers, m.hidden, m.inner, m.heads, m.kv_heads, m.head_dim, m.vocab_size, m.max_context,
-            m.window, m.tied ? "true" : "false", count_parameters(&m), weights ? "true" : "false");
+            m.window, m.tied ? "true" : "false", count_parameters(&m), weights ? "true" : "false", SHARD_MAX_RANKS);
     rc = ST_OK;
     for (uint32_t ranks = 1; rc == ST_OK && ranks <= INSPECT_MAX_RANKS; ranks++) {
         fprintf(f, "%s{\"ranks\":[", ranks > 1 ? "," : "");

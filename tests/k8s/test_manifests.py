@@ -134,6 +134,19 @@ class Programs(unittest.TestCase):
                 self.assertEqual(p.returncode, 0, p.stderr)
                 self.assertEqual(self.not_taken(policy.environment(c, docs), p.stdout), [])
 
+    def test_ranks_are_as_many_as_a_worker_takes(self):
+        p = self.run_program("tandem-worker", "--inspect", os.path.join(SOURCE, "tests/data/demo-model"))
+        most = json.loads(p.stdout)["max_ranks"]
+        for o in OVERLAYS:
+            docs = rendered(o)
+            ranks = int(policy.environment(pod(docs)["containers"][0], docs)["TANDEM_SERVE_TP"])
+            with self.subTest(o):
+                self.assertLessEqual(ranks, most)
+        for ranks, code in ((most, 1), (most + 1, 2)):  # the first is taken: only the model is not there
+            p = self.run_program("tandem", "serve", "--model", "/no/such/model", env={"TANDEM_CONFIG": "", "TANDEM_SERVE_TP": str(ranks)})
+            self.assertEqual(p.returncode, code, p.stderr)
+        self.assertIn(f"--tp {most + 1}: expected the number of ranks, 1 to {most}", p.stderr)
+
     def not_taken(self, env, settings):
         """Variables for options of `serve` that it does not have, or takes from elsewhere."""
         origins = {s["where"] for s in json.loads(settings)["serve"].values()}
