@@ -55,6 +55,7 @@ STATUS_MUST_CHECK enum status_code comm_broadcast(struct comm *c, void *x, size_
 STATUS_MUST_CHECK enum status_code comm_barrier(struct comm *c, struct status *st);
 
 /* Makes the operation under way, and all later ones, on this rank return ST_ABORTED soon. Any thread. */
+uint32_t comm_timeout_ms(const struct comm *c); /* of one operation */
 void comm_abort(struct comm *c);
 
 /* ---- ranks on GPUs (library tandem_comm_cuda) ----
@@ -105,7 +106,7 @@ struct comm_gpu_config {
     const char *nccl; /* the library, as dlopen takes it; NULL: libnccl.so.2 */
 };
 
-/* Device memory that create and connect take, NCCL's own guessed. */
+/* Device memory that create and connect take, NCCL's own guessed, and what connect gives back again. */
 uint64_t comm_gpu_bytes(const struct comm_gpu_config *cfg);
 STATUS_MUST_CHECK enum status_code comm_gpu_create(struct comm_gpu **out, const struct comm_gpu_config *cfg,
                                                    struct status *st);

@@ -68,7 +68,8 @@ uint64_t comm_gpu_staging_bytes(const struct comm_gpu_config *c, uint32_t ranks)
 uint64_t comm_gpu_bytes(const struct comm_gpu_config *cfg)
 {
     uint32_t ranks = comm_size(cfg->comm);
-    return lay_out(cfg, ranks).bytes + comm_gpu_staging_bytes(cfg, ranks) + NCCL_BYTES;
+    return lay_out(cfg, ranks).bytes + comm_gpu_staging_bytes(cfg, ranks) + NCCL_BYTES +
+           COMM_GPU_TRIAL_BYTES(cfg->max_rows, cfg->hidden);
 }
 
 static enum status_code check_config(const struct comm_gpu_config *c, struct status *st)

@@ -197,8 +197,7 @@ static enum status_code compare_forms(struct comm_gpu *g, const struct trial *t,
 /* Rows to add to and to norm, zeros all of them, as parts are at first. */
 static enum status_code open_trial(struct trial *t, const struct comm_gpu_config *c, struct status *st)
 {
-    uint64_t numbers = (uint64_t)c->max_rows * c->hidden, weights = c->hidden;
-    uint64_t bytes = (numbers + weights) * sizeof(float) + numbers * 2;
+    const uint64_t numbers = (uint64_t)c->max_rows * c->hidden, bytes = COMM_GPU_TRIAL_BYTES(c->max_rows, c->hidden);
     enum status_code rc;
     if ((rc = comm_gpu_check(cudaStreamCreateWithFlags(&t->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
         (rc = comm_gpu_check(cudaEventCreate(&t->event[0]), st, "event")) != ST_OK ||
@@ -206,7 +205,7 @@ static enum status_code open_trial(struct trial *t, const struct comm_gpu_config
         (rc = comm_gpu_check(cudaMalloc((void **)&t->x, bytes), st, "rows to compare ways with")) != ST_OK)
         return rc;
     t->weight = t->x + numbers;
-    t->h = t->weight + weights;
+    t->h = t->weight + c->hidden;
     return comm_gpu_check(cudaMemsetAsync(t->x, 0, bytes, t->stream), st, "rows to compare ways with");
 }
 

@@ -14,9 +14,11 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
-#define COMM_GPU_BLOCKS      264   /* of a launch: two of 1024 threads on each of Hopper's 132 SMs */
-#define COMM_GPU_RANKS       64    /* COMM_GPU_MAX_RANKS */
-#define COMM_GPU_PEERS       8     /* COMM_GPU_PEER_RANKS: ranks that reach each other's memory, this one included */
+#define COMM_GPU_BLOCKS 264 /* of a launch: two of 1024 threads on each of Hopper's 132 SMs */
+#define COMM_GPU_RANKS  64  /* COMM_GPU_MAX_RANKS */
+#define COMM_GPU_PEERS  8   /* COMM_GPU_PEER_RANKS: ranks that reach each other's memory, this one included */
+#define COMM_GPU_TRIAL_BYTES(rows, hidden)                                                                             \
+    (((uint64_t)(rows) + 1) * (hidden) * sizeof(float) + (uint64_t)(rows) * (hidden)*2) /* while ways are compared */
 #define COMM_GPU_PUSH_HIDDEN 16384 /* of a row that is pushed, at most */
 
 #ifdef __cplusplus

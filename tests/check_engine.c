@@ -507,6 +507,7 @@ START_TEST(options_out_of_range_are_refused)
         {small("/nonexistent"), 2, ST_NOT_FOUND, "/nonexistent: no such folder"},
         {small(TEST_DATA), 2, ST_NOT_FOUND, "config.json"},
         {small(DEMO), 2, ST_UNIMPLEMENTED, "batch_invariant"},
+        {small(DEMO), 2, ST_INVALID_ARGUMENT, "tune_ms: 600000, expected at most"},
     };
     cases[0].cfg.max_context = 1025;
     cases[1].cfg.max_slots = 65537;
@@ -515,6 +516,7 @@ START_TEST(options_out_of_range_are_refused)
     cases[4].cfg.page_bytes = 5000;
     cases[6].cfg.threads = 1000000;
     cases[9].cfg.batch_invariant = true;
+    cases[10].cfg.tune_ms = 600000;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct group *g = NULL;
         struct status st = STATUS_INIT;

@@ -181,22 +181,22 @@ __device__ float silu_times(float gate, float up)
     return gate / (1 + __expf(-gate)) * up;
 }
 
-/* A thread per four columns, a row of blocks per row of activations. */
+/* A thread per four columns; blocks (row of activations, part of its columns): there may be 65536 rows. */
 __global__ void swiglu_kernel(bf16x4 *act, const bf16x4 *gate_up, const float *bias, uint32_t quads)
 {
-    uint32_t i = blockIdx.x * EACH_THREADS + threadIdx.x;
+    uint32_t i = blockIdx.y * EACH_THREADS + threadIdx.x;
     cuda_let_next_begin();
     cuda_wait_for_previous();
     if (i >= quads)
         return;
-    const bf16x4 *in = gate_up + (uint64_t)blockIdx.y * 2 * quads;
+    const bf16x4 *in = gate_up + (uint64_t)blockIdx.x * 2 * quads;
     float4 g = to_float(in[i]), u = to_float(in[quads + i]);
     if (bias) {
         float4 bg = ((const float4 *)bias)[i], bu = ((const float4 *)bias)[quads + i];
         g = make_float4(g.x + bg.x, g.y + bg.y, g.z + bg.z, g.w + bg.w);
         u = make_float4(u.x + bu.x, u.y + bu.y, u.z + bu.z, u.w + bu.w);
     }
-    act[(uint64_t)blockIdx.y * quads + i] =
+    act[(uint64_t)blockIdx.x * quads + i] =
         to_bf16(make_float4(silu_times(g.x, u.x), silu_times(g.y, u.y), silu_times(g.z, u.z), silu_times(g.w, u.w)));
 }
 
@@ -241,7 +241,7 @@ cudaError_t cuda_rope_kv(cudaStream_t stream, const struct cuda_rope *r, uint32_
 cudaError_t cuda_swiglu(cudaStream_t stream, void *act, const void *gate_up, const float *bias, uint32_t rows,
                         uint32_t inner)
 {
-    dim3 grid((inner / 4 + EACH_THREADS - 1) / EACH_THREADS, rows);
+    dim3 grid(rows, (inner / 4 + EACH_THREADS - 1) / EACH_THREADS);
     return cuda_launch_early(swiglu_kernel, grid, EACH_THREADS, stream, (bf16x4 *)act, (const bf16x4 *)gate_up, bias,
                              inner / 4);
 }
