@@ -354,16 +354,23 @@ static void write_texts(struct text *text, bool flights, Tandem__V1__SampleParam
 
 /* ---- core ---- */
 
-static void compare(Tandem__V1__SampleParams *params)
+static struct text one;
+
+static void compare_flights(Tandem__V1__SampleParams *params)
 {
-    static struct text one, two;
-    write_texts(&one, false, params);
+    static struct text two;
     write_texts(&two, true, params);
     for (uint32_t t = 0; t < 2 * SLOTS; t++) {
         ck_assert_uint_eq(one.n[t], two.n[t]);
         ck_assert_mem_eq(one.id[t], two.id[t], one.n[t] * sizeof one.id[t][0]);
     }
     ck_assert_uint_eq(two.n[SLOTS], NEW_TOKENS);
+}
+
+static void compare(Tandem__V1__SampleParams *params)
+{
+    write_texts(&one, false, params);
+    compare_flights(params);
 }
 
 START_TEST(greedy_texts_are_those_of_one_step_at_a_time)
@@ -392,7 +399,7 @@ START_TEST(options_that_look_at_all_tokens_see_those_in_flight)
 }
 END_TEST
 
-/* Of the eight slots none, some or all are kept. */
+/* Of the eight slots some or all are kept. */
 START_TEST(a_device_that_keeps_options_sees_those_in_flight_without_a_wait)
 {
     Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
@@ -404,12 +411,12 @@ START_TEST(a_device_that_keeps_options_sees_those_in_flight_without_a_wait)
     p.banned_ids = &banned;
     p.n_banned_ids = 1;
     p.min_tokens = 5;
-    fake_tables = (uint32_t[]){0, 3, SLOTS}[_i];
+    fake_tables = 3;
     compare(&p);
-    if (_i == 0)
-        ck_assert_uint_eq(fake.kept_rows, 0);
-    else
-        ck_assert_uint_gt(fake.kept_rows, _i == 1 ? 0 : 100); /* who is not kept makes all wait */
+    ck_assert_uint_gt(fake.kept_rows, 0); /* who is not kept makes all wait */
+    fake_tables = SLOTS;
+    compare_flights(&p);
+    ck_assert_uint_gt(fake.kept_rows, 100);
 }
 END_TEST
 
@@ -481,7 +488,7 @@ int main(void)
     tcase_add_test(core, greedy_texts_are_those_of_one_step_at_a_time);
     tcase_add_test(core, drawn_texts_are_those_of_one_step_at_a_time);
     tcase_add_test(core, options_that_look_at_all_tokens_see_those_in_flight);
-    tcase_add_loop_test(core, a_device_that_keeps_options_sees_those_in_flight_without_a_wait, 0, 3);
+    tcase_add_test(core, a_device_that_keeps_options_sees_those_in_flight_without_a_wait);
     tcase_add_test(limits, a_third_step_is_refused_and_changes_nothing);
     tcase_add_test(faults, a_start_that_fails_is_said_with_its_step);
     tcase_add_test(faults, a_step_that_fails_is_not_forgotten_by_a_reset);
