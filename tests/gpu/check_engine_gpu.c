@@ -60,11 +60,19 @@ static struct difference compare(const float *host, const float *device, uint32_
 
 /* ---- parity ---- */
 
+/* A prompt of n rows, or of so many as leave room for what comes behind it. */
+static uint32_t fits(const struct gpu_run *r, uint32_t n)
+{
+    const uint32_t most = engine_info(r->e).max_context - 2 * NEW_TOKENS;
+    return n < most ? n : most;
+}
+
 /* One sequence: a prompt in chunks, then greedy decodes. Returns the largest difference between two logits. */
 static double parity(const char *name, struct gpu_run *host, struct gpu_run *device, uint32_t prompt, uint32_t chunk,
                      uint32_t seed)
 {
     uint32_t vocab = engine_info(host->e).vocab_size, slot = seed % 3, same = 0;
+    prompt = fits(host, prompt);
     uint32_t *ids = malloc(prompt * sizeof *ids);
     float *a = malloc(vocab * sizeof *a), *b = malloc(vocab * sizeof *b);
     double worst = 0, largest = 0;
@@ -286,9 +294,10 @@ static void moves(const char *name, struct gpu_run *device)
         for (uint32_t i = 0; i < NEW_TOKENS; i++) {
             if (pass == 2 && i % 8 == 4) {
                 gpu_suspend(device, slots + i / 8, MANY / 2);
-                for (uint32_t k = 0; k < 256; k++)
+                const uint32_t n = fits(device, 256);
+                for (uint32_t k = 0; k < n; k++)
                     ids[k] = (i + k * 29) % vocab;
-                gpu_prefill(device, MANY, ids, 256, 0, false, NULL);
+                gpu_prefill(device, MANY, ids, n, 0, false, NULL);
                 gpu_resume(device, slots + i / 8, MANY / 2);
                 gpu_release(device, MANY);
             }
@@ -314,8 +323,9 @@ static void moves(const char *name, struct gpu_run *device)
  * that many turns of new batches; the bits of all of them. */
 static void invariant_logits(float *out, struct gpu_run *r, uint32_t chunk, uint32_t beside)
 {
-    uint32_t vocab = engine_info(r->e).vocab_size, ids[INVARIANT_PROMPT], others[MANY], with[MANY];
-    for (uint32_t i = 0; i < INVARIANT_PROMPT; i++)
+    const uint32_t vocab = engine_info(r->e).vocab_size, all = fits(r, INVARIANT_PROMPT);
+    uint32_t ids[INVARIANT_PROMPT], others[MANY], with[MANY];
+    for (uint32_t i = 0; i < all; i++)
         ids[i] = (i * 104729 + i * i * 31) % vocab;
     for (uint32_t s = 0; s < beside; s++) {
         uint32_t prompt[64], n = 3 + 7 * s;
@@ -324,12 +334,12 @@ static void invariant_logits(float *out, struct gpu_run *r, uint32_t chunk, uint
         others[s] = with[s + 1] = s + 1;
         gpu_prefill(r, s + 1, prompt, n, 0, true, NULL);
     }
-    for (uint32_t at = 0; at < INVARIANT_PROMPT; at += chunk) {
-        uint32_t n = INVARIANT_PROMPT - at < chunk ? INVARIANT_PROMPT - at : chunk;
-        if (beside && at && at + n < INVARIANT_PROMPT)
+    for (uint32_t at = 0; at < all; at += chunk) {
+        uint32_t n = all - at < chunk ? all - at : chunk;
+        if (beside && at && at + n < all)
             gpu_hybrid(r, others, beside, 0, ids + at, n, at);
         else
-            gpu_prefill(r, 0, ids + at, n, at, at + n == INVARIANT_PROMPT, NULL);
+            gpu_prefill(r, 0, ids + at, n, at, at + n == all, NULL);
     }
     gpu_logits(r, out);
     with[0] = 0;
@@ -367,6 +377,30 @@ static void invariant(const char *name, const struct engine_config *base)
     free(now);
     free(first);
     gpu_destroy(&r);
+}
+
+/* ---- how prefill and decode share the device ---- */
+
+/* Each policy, as graphs and launched one by one; AUTO is what all else here runs with. */
+static void policies(const char *name, struct gpu_run *host, const struct engine_config *base)
+{
+    static const struct {
+        const char *name;
+        enum attn_gpu_policy policy;
+    } all[] = {{"fused", ATTN_GPU_FUSED}, {"serial", ATTN_GPU_SERIAL}, {"streams", ATTN_GPU_STREAMS}};
+    for (uint32_t i = 0; i < 2 * sizeof all / sizeof *all; i++) {
+        struct engine_config cfg = *base;
+        struct gpu_run r;
+        char text[64];
+        cfg.attention = all[i / 2].policy;
+        cfg.eager = i % 2;
+        gpu_create(&r, &cfg);
+        snprintf(text, sizeof text, "%s, %s%s", name, all[i / 2].name, cfg.eager ? ", eager" : "");
+        double close = parity(text, host, &r, 300, 100, 2 * i);
+        batches(text, host, &r, close);
+        parity(text, host, &r, 130, 300, 2 * i + 1);
+        gpu_destroy(&r);
+    }
 }
 
 /* ---- gate and up with SwiGLU in one kernel ---- */
@@ -467,7 +501,7 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
                                 .max_step_tokens = 300,
                                 .kv_bytes = 64 << 20,
                                 .tune_dir = tune_dir,
-                                .tune_ms = 120000};
+                                .tune_ms = 20000};
     char note[512] = "";
     struct gpu_run host, device, eager;
     if (invariant_only) {
@@ -508,6 +542,8 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
     gpu_destroy(&device);
     cfg.eager = false;
     own_kernel(name, &host, &cfg, note);
+    if (!random || strcmp(name, "qwen2") == 0)
+        policies(name, &host, &cfg);
     gpu_destroy(&host);
     cfg.suspend_bytes = 64 << 20;
     if (strcmp(name, "mistral") != 0) /* whose windows are refused */
