@@ -1,0 +1,112 @@
+"""`tandem bench` against a cluster: each of its modes, and that table, JSON and plot say what was done."""
+import json
+import os
+import tempfile
+import unittest
+import xml.etree.ElementTree as ElementTree
+
+from cluster import SLOW, Cluster, tandem
+
+TIMES = ["ttft_s", "tbt_s", "tpot_s", "latency_s"]
+ORDER = ["p50", "p90", "p95", "p99", "p999", "max"]
+GENEROUS = ["--slo-ttft", 60000, "--slo-tbt", 60000, "--slo-stall", 60000]
+
+
+class Bench(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.cluster = Cluster()
+        cls.cluster.__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cluster.__exit__(None)
+
+    def bench(self, *args, code=0):
+        with tempfile.TemporaryDirectory() as folder:
+            to, plot = os.path.join(folder, "r.json"), os.path.join(folder, "r.svg")
+            got, table, errors = tandem("bench", "--address", self.cluster.address, "--json", to, "--plot", plot, *args)
+            self.assertEqual(got, code, errors)
+            with open(to) as f:
+                r = json.load(f)
+            svg = ElementTree.parse(plot).getroot()
+        self.check(r, table, svg)
+        return r
+
+    def check(self, r, table, svg):
+        done, failed = r["done"], r["failed"]
+        self.assertEqual(done + failed, r["requests"])
+        self.assertEqual(r["codes"].get("OK", 0), done)
+        self.assertEqual(sum(r["codes"].values()), r["requests"])
+        if not failed:  # slices also have what came of the others
+            self.assertEqual(sum(r["output_tokens_of_slice"]), r["output_tokens"])
+        self.assertIn(f"{done} done, {failed} failed", " ".join(table.split()))
+        self.assertIn(f"{r['prompt_tokens']} of prompts, {r['output_tokens']} of answers", table)
+        self.assertTrue(svg.tag.endswith("svg"))
+        texts = [e.text for e in svg.iter() if e.tag.endswith("text")]
+        self.assertIn("answer tokens a second", texts)
+        if not done:
+            return
+        self.assertAlmostEqual(r["output_tokens_per_s"], r["output_tokens"] / r["duration_s"], delta=0.01 * r["output_tokens_per_s"])
+        for name in TIMES:
+            values = [r[name][p] for p in ORDER]
+            self.assertEqual(values, sorted(values), name)
+            self.assertLessEqual(r[name]["mean"], r[name]["max"] * 1.0001)
+        for name in ("ttft_s", "latency_s"):
+            self.assertEqual(r[name]["count"], done)
+        self.assertLessEqual(r["ttft_s"]["p50"], r["latency_s"]["p50"])
+        self.assertLessEqual(r["latency_s"]["max"], r["duration_s"] * 1.0001)
+
+    def test_all_at_once_with_lengths_that_are_given(self):
+        r = self.bench("--requests", 10, "--input-tokens", 7, "--output-tokens", 5, *GENEROUS)
+        self.assertEqual((r["mode"], r["prompt_tokens"], r["output_tokens"], r["good"]), ("offline", 70, 50, 10))
+
+    def test_random_lengths_are_those_of_the_seed(self):
+        args = ["--requests", 8, "--input-tokens", "uniform:3-30", "--output-tokens", "lognormal:6,0.5,2-12", "--seed"]
+        a, b, c = (self.bench(*args, seed) for seed in (5, 5, 6))
+        self.assertEqual((a["prompt_tokens"], a["output_tokens"]), (b["prompt_tokens"], b["output_tokens"]))
+        self.assertNotEqual((a["prompt_tokens"], a["output_tokens"]), (c["prompt_tokens"], c["output_tokens"]))
+        self.assertTrue(24 <= a["prompt_tokens"] <= 240 and 16 <= a["output_tokens"] <= 96)
+
+    def test_open_loop(self):
+        r = self.bench("--rate", 40, "--requests", 20, "--input-tokens", 5, "--output-tokens", 4)
+        self.assertEqual((r["mode"], r["rate"], r["output_tokens"]), ("rate", 40, 80))
+        self.assertGreater(r["duration_s"], 0.1)  # 20 arrivals of 40 a second: about half a second
+
+    def test_closed_loop(self):
+        r = self.bench("--concurrency", 1, "--requests", 6, "--input-tokens", 5, "--output-tokens", 4)
+        self.assertEqual((r["mode"], r["concurrency"], r["output_tokens"]), ("concurrency", 1, 24))
+        # One after the other: their times add up to the run's, but for what lies between them.
+        self.assertGreater(r["duration_s"], 0.9 * 6 * r["latency_s"]["mean"])
+
+    def test_trace(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".csv") as f:
+            f.write("arrival_s,prompt_tokens,output_tokens\n0,4,3\n0.3,9,2\n0.6,20,6\n")
+            f.flush()
+            r = self.bench("--trace", f.name, "--speed", 2)
+            self.assertEqual((r["requests"], r["prompt_tokens"], r["output_tokens"]), (3, 33, 11))
+            self.assertGreater(r["duration_s"], 0.3)
+            f.write("0.7,none,6\n")
+            f.flush()
+            code, _, errors = tandem("bench", "--address", self.cluster.address, "--trace", f.name)
+        self.assertEqual(code, 2)
+        self.assertIn(f"{f.name}:5: \"none\"", errors)
+
+    def test_goodput_counts_what_keeps_all_bounds(self):
+        args = ["--requests", 6, "--input-tokens", 5, "--output-tokens", 8]
+        self.assertEqual(self.bench(*args, *GENEROUS)["good"], 6)
+        strict = self.bench(*args, "--slo-ttft", 60000, "--slo-tbt", 0.001)
+        self.assertEqual((strict["good"], strict["goodput_requests_per_s"]), (0, 0))
+
+    def test_what_fails_is_counted_with_its_code(self):
+        r = self.bench("--requests", 3, "--input-tokens", 5, "--output-tokens", 1000, "--timeout", 0.02, code=1)
+        self.assertEqual((r["done"], r["failed"], r["codes"]), (0, 3, {"DEADLINE_EXCEEDED": 3}))
+
+    def test_nobody_there(self):
+        code, _, errors = tandem("bench", "--address", "127.0.0.1:1", "--requests", 1, "--timeout", 5 * SLOW)
+        self.assertEqual(code, 3)
+        self.assertIn("127.0.0.1:1", errors)
+
+
+if __name__ == "__main__":
+    unittest.main()
