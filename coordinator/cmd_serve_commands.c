@@ -135,6 +135,8 @@ static bool build_mpirun(struct serve_setup *s, uint64_t i)
         int n = snprintf(path, sizeof path, s->groups > 1 ? "%s.%s" : "%s", s->trace, number);
         ok = ok && n >= 0 && (size_t)n < sizeof path && arguments_push2(m, "--trace", path);
     }
+    if (s->groups == 1 && isatty(STDERR_FILENO)) /* which the ranks see as a pipe of mpirun */
+        ok = ok && arguments_push2(m, "--progress", "bar");
     return ok && push_share(s, m, i) && append(m, &s->worker_extra);
 }
 

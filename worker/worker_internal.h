@@ -87,6 +87,7 @@ struct worker_options {
     uint32_t comm_timeout_ms;
     uint32_t attach_timeout_ms;
     uint32_t log_level; /* enum worker_log_level */
+    uint32_t progress;  /* enum worker_progress */
     uint64_t kv_bytes;
     uint64_t page_bytes;
     uint64_t suspend_bytes;
@@ -101,6 +102,8 @@ struct worker_options {
     uint32_t batch_invariant; /* 0 or 1 */
     const char *trace;        /* file of the timeline; NULL: none */
 };
+
+enum worker_progress { WORKER_PROGRESS_AUTO, WORKER_PROGRESS_BAR, WORKER_PROGRESS_LINES };
 
 enum worker_action { WORKER_RUN, WORKER_SHOW_HELP, WORKER_SHOW_VERSION, WORKER_INSPECT };
 

@@ -21,8 +21,9 @@ static void show_progress(struct worker *w, uint64_t done, uint64_t total)
     int64_t now_us = worker_now_us();
     bool last = done >= total;
     int64_t pause_us = w->progress.bar ? SHOW_BAR_US : SHOW_LINE_US;
-    if (w->rank != 0 || (last ? !w->progress.shown : now_us - w->progress.last_shown_us < pause_us))
-        return; /* what is loaded at once needs no line */
+    bool due = last ? w->progress.shown || w->progress.bar : now_us - w->progress.last_shown_us >= pause_us;
+    if (w->rank != 0 || !due)
+        return; /* what is loaded at once needs no lines */
     w->progress.last_shown_us = now_us;
     w->progress.shown = true;
     char a[32], b[32];
@@ -37,8 +38,8 @@ static void show_progress(struct worker *w, uint64_t done, uint64_t total)
     char line[128];
     int n = snprintf(line, sizeof line, "\rloading [%.*s%*s] %3u %% of %s%s", (int)cells,
                      "##############################", (int)(BAR_CELLS - cells), "", percent, b, last ? "\n" : "");
-    if (write(STDERR_FILENO, line, (size_t)n) < 0)
-        w->progress.bar = false;
+    if (write(STDERR_FILENO, line, (size_t)n) < 0 || last)
+        w->progress.bar = w->progress.shown = false;
 }
 
 static void on_progress(void *ctx, uint64_t done, uint64_t total)
@@ -87,7 +88,9 @@ static enum status_code load(struct worker *w, struct status *st)
     enum status_code rc = worker_backend_open(&w->backend, &backend, &w->log, st);
     if (rc != ST_OK)
         return rc;
-    w->progress.bar = w->rank == 0 && o->log_level >= WORKER_LOG_INFO && isatty(STDERR_FILENO);
+    const bool wanted =
+        o->progress == WORKER_PROGRESS_AUTO ? isatty(STDERR_FILENO) : o->progress == WORKER_PROGRESS_BAR;
+    w->progress.bar = w->rank == 0 && o->log_level >= WORKER_LOG_INFO && wanted;
     char tune_dir[PATH_MAX];
     struct engine_config cfg = {
         .model_dir = o->model_dir,

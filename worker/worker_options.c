@@ -21,6 +21,7 @@ struct option_spec {
 static const char *const backend_names[] = {"auto", "cuda", "host", NULL};
 static const char *const ahead_names[] = {"auto", "on", "off", NULL};                      /* enum engine_ahead */
 static const char *const attention_names[] = {"auto", "fused", "serial", "streams", NULL}; /* enum attn_gpu_policy */
+static const char *const progress_names[] = {"auto", "bar", "lines", NULL};                /* enum worker_progress */
 static const char *const level_names[] = {"error", "warning", "info", "debug", NULL};
 
 #define AT(field) offsetof(struct worker_options, field)
@@ -79,6 +80,8 @@ static const struct option_spec specs[] = {
      "bound of one exchange between ranks; default 60000"},
     {"attach-timeout-ms", "N", OPTION_NUMBER, AT(attach_timeout_ms), 1, 86400000, NULL,
      "how long to wait for a coordinator; default 30000"},
+    {"progress", "HOW", OPTION_CHOICE, AT(progress), 0, 0, progress_names,
+     "of loading, by rank 0: bar, lines (one in 2 s), or auto: a bar where standard error is a terminal; default auto"},
     {"log-level", "NAME", OPTION_CHOICE, AT(log_level), 0, 0, level_names,
      "error, warning, info or debug; default info"},
 };

@@ -1,4 +1,4 @@
-"""The command's edges that need no server."""
+"""The command's edges that need no server, and what `tandem serve` shows on a terminal."""
 import json
 import math
 import os
@@ -6,9 +6,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import unittest
 
-from cluster import BIN, DEMO, TANDEM, tandem
+from cluster import BIN, DEMO, SLOW, TANDEM, free_port, tandem
 
 
 class Tokenize(unittest.TestCase):
@@ -138,6 +139,41 @@ class Usage(unittest.TestCase):
         self.assertIn("libmpi", worker)
         for lib in ("libcuda", "libcublas", "libnccl"):
             self.assertNotIn(lib, worker)
+
+
+class Terminal(unittest.TestCase):
+    def serve(self, *args):
+        """What a terminal gets until the server is ready, and what it is of lines."""
+        ours, its = os.openpty()
+        p = subprocess.Popen([TANDEM, "serve", "--model", DEMO, "--tp", "2", "--threads", "1", "--listen",
+                              f"127.0.0.1:{free_port()}", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                             stderr=its, start_new_session=True)
+        os.close(its)
+        text, end = b"", time.monotonic() + 60 * SLOW
+        try:
+            while b"tandem serve: ready" not in text and time.monotonic() < end:
+                text += os.read(ours, 65536)
+            p.terminate()
+            while p.poll() is None and time.monotonic() < end:
+                try:
+                    os.read(ours, 65536)  # what it says while it stops
+                except OSError:
+                    break
+            self.assertEqual(p.wait(60 * SLOW), 0)
+        finally:
+            p.kill()
+            p.wait()
+            os.close(ours)
+        return text.decode()
+
+    def test_a_bar_while_the_model_is_loaded_and_how_long_it_took(self):
+        text = self.serve()
+        self.assertEqual(len(re.findall(r"\rloading \[#{30}\] 100 % of [0-9.]+ MiB\r\n", text)), 1, text)
+        self.assertNotIn("loading: ", text)
+        self.assertRegex(text, r"tandem serve: ready on 127\.0\.0\.1:[0-9]+ after [0-9]+\.[0-9]+ s, 2 ranks; Ctrl-C stops")
+
+    def test_no_bar_where_lines_are_asked_for(self):
+        self.assertNotIn("loading [", self.serve("--log-level", "error"))
 
 
 class Configuration(unittest.TestCase):
