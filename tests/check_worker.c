@@ -469,6 +469,11 @@ START_TEST(sizes_and_numbers_are_read_exactly)
     ck_assert_int_eq(parse(&o, "stray", NULL), ST_INVALID_ARGUMENT);
     ck_assert_int_eq(parse(&o, "--log-level", "debug"), ST_OK);
     ck_assert_uint_eq(o.log_level, WORKER_LOG_DEBUG);
+    ck_assert_int_eq(parse(&o, "--all-reduce", "nccl"), ST_OK);
+    ck_assert_uint_eq(o.all_reduce, 2);
+    ck_assert_int_eq(parse(&o, "--all-reduce", "ring"), ST_INVALID_ARGUMENT);
+    ck_assert_int_eq(parse(&o, "--progress", "lines"), ST_OK);
+    ck_assert_uint_eq(o.progress, WORKER_PROGRESS_LINES);
     static const char *const addresses[] = {"host", "host:", ":1", "h:0", "h:65536", "unix:", "h:1x"};
     for (size_t i = 0; i < sizeof addresses / sizeof *addresses; i++)
         ck_assert_msg(parse(&o, "--coordinator", addresses[i]) == ST_INVALID_ARGUMENT, "%s", addresses[i]);

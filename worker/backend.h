@@ -23,7 +23,7 @@
 #include "worker/forward.h"
 #include "worker/model_weights.h"
 
-#define BACKEND_ABI    5u
+#define BACKEND_ABI    6u
 #define BACKEND_SYMBOL "tandem_backend"
 
 struct backend_session;

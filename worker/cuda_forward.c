@@ -197,7 +197,7 @@ static struct comm_gpu_config group_config(const struct forward_config *c)
         .cols_first = c->shard->vocab.first,
         .cols_count = c->shard->vocab.count,
         .cols_total = c->model->vocab_size,
-        .way = c->batch_invariant ? COMM_GPU_PEER : COMM_GPU_AUTO, /* one order of the sum for all sizes */
+        .way = c->batch_invariant ? COMM_GPU_PEER : c->all_reduce, /* PEER: one order of the sum for all sizes */
     };
 }
 

@@ -216,6 +216,10 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         return rc;
     if (cfg->batch_invariant && !cfg->parts)
         return status_set(st, ST_UNIMPLEMENTED, "batch_invariant: the host back end does not have it, CUDA does");
+    if (cfg->batch_invariant && cfg->all_reduce == COMM_GPU_NCCL)
+        return status_set(
+            st, ST_INVALID_ARGUMENT,
+            "all_reduce: NCCL adds up in an order that depends on the size, expected peer memory with batch_invariant");
     e->comm = cfg->comm;
     e->timed = cfg->timed;
     e->parts = cfg->parts;
@@ -242,6 +246,7 @@ static enum status_code create_parts(struct engine *e, const struct engine_confi
         .timed = cfg->timed,
         .attention = cfg->attention,
         .batch_invariant = cfg->batch_invariant,
+        .all_reduce = cfg->all_reduce,
         .own_first = cfg->own_first,
         .tune_dir = cfg->tune_dir,
         .tune_ms = cfg->tune_ms ? cfg->tune_ms : DEFAULT_TUNE_MS,

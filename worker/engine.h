@@ -48,6 +48,9 @@ struct engine_config {
      * kind of device. Slower: products are not picked by measurement, and attention does not share long keys among SMs.
      * UNIMPLEMENTED on the host and for models with sliding windows. */
     bool batch_invariant;
+    /* Devices: how sums over ranks go. AUTO: what is there, by measurement; PEER or NCCL alone: connect ends with
+     * FAILED_PRECONDITION where it cannot be had. batch_invariant wants PEER, and takes it for AUTO. */
+    enum comm_gpu_way all_reduce;
     /* A device, for tests: gate and up of more than 4 rows go by the own kernel wherever it can, measured or not. */
     bool own_first;
     bool timed;           /* results have a timing; a device takes about 1 us more a step */

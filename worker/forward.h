@@ -39,6 +39,7 @@ struct forward_config {
     bool timed;           /* time_of is asked */
     enum attn_gpu_policy attention; /* a device */
     bool batch_invariant;           /* the same bits in any batch: engine.h; UNIMPLEMENTED where a back end cannot */
+    enum comm_gpu_way all_reduce;   /* devices: engine.h */
     bool own_first;                 /* a device, for tests: engine.h */
     const char *tune_dir;           /* a device: where what was measured is kept; NULL: nowhere */
     uint32_t tune_ms; /* a device: for measuring, in connect; what is left then is taken as the library suggests */

@@ -99,6 +99,7 @@ struct worker_options {
     uint32_t tune_ms;         /* 0: default */
     uint32_t eager;           /* 0 or 1 */
     uint32_t attention;       /* enum attn_gpu_policy */
+    uint32_t all_reduce;      /* auto, peer, nccl */
     uint32_t batch_invariant; /* 0 or 1 */
     const char *trace;        /* file of the timeline; NULL: none */
 };

@@ -78,6 +78,8 @@ static const char *phases_text(char *buf, size_t cap, const struct engine_info *
     return buf;
 }
 
+static const enum comm_gpu_way reduce_ways[] = {COMM_GPU_AUTO, COMM_GPU_PEER, COMM_GPU_NCCL}; /* --all-reduce */
+
 static enum status_code load(struct worker *w, struct status *st)
 {
     const struct worker_options *o = &w->options;
@@ -99,6 +101,7 @@ static enum status_code load(struct worker *w, struct status *st)
         .random_weights = o->random_weights,
         .eager = o->eager,
         .attention = (enum attn_gpu_policy)o->attention,
+        .all_reduce = reduce_ways[o->all_reduce],
         .batch_invariant = o->batch_invariant,
         .timed = w->trace != NULL,
         .threads = o->threads,

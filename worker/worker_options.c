@@ -21,7 +21,8 @@ struct option_spec {
 static const char *const backend_names[] = {"auto", "cuda", "host", NULL};
 static const char *const ahead_names[] = {"auto", "on", "off", NULL};                      /* enum engine_ahead */
 static const char *const attention_names[] = {"auto", "fused", "serial", "streams", NULL}; /* enum attn_gpu_policy */
-static const char *const progress_names[] = {"auto", "bar", "lines", NULL};                /* enum worker_progress */
+static const char *const reduce_names[] = {"auto", "peer", "nccl", NULL};   /* worker_loop.c: reduce_ways */
+static const char *const progress_names[] = {"auto", "bar", "lines", NULL}; /* enum worker_progress */
 static const char *const level_names[] = {"error", "warning", "info", "debug", NULL};
 
 #define AT(field) offsetof(struct worker_options, field)
@@ -60,6 +61,9 @@ static const struct option_spec specs[] = {
     {"eager", "0|1", OPTION_NUMBER, AT(eager), 0, 1, NULL, "1: CUDA kernels are launched one by one; for debugging"},
     {"attention", "HOW", OPTION_CHOICE, AT(attention), 0, 0, attention_names,
      "how chunks and decodes share a CUDA device: auto (the fastest), fused (one kernel), serial or streams; default "
+     "auto"},
+    {"all-reduce", "HOW", OPTION_CHOICE, AT(all_reduce), 0, 0, reduce_names,
+     "sums over CUDA devices: auto (by measurement), peer (memory that they reach of each other) or nccl; default "
      "auto"},
     {"batch-invariant", "0|1", OPTION_NUMBER, AT(batch_invariant), 0, 1, NULL,
      "1: answers do not depend on what else is served at the same time, to the bit; slower, on CUDA only"},

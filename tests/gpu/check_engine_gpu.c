@@ -492,6 +492,8 @@ static void remove_tune_dir(void)
     rmdir(tune_dir);
 }
 
+static enum comm_gpu_way all_reduce; /* AUTO, or NCCL for all */
+
 static void check_model(const char *name, const char *dir, bool random, bool invariant_only,
                         const struct backend_parts *parts)
 {
@@ -501,9 +503,12 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
                                 .max_step_tokens = 300,
                                 .kv_bytes = 64 << 20,
                                 .tune_dir = tune_dir,
+                                .all_reduce = all_reduce,
                                 .tune_ms = 20000};
     char note[512] = "";
     struct gpu_run host, device, eager;
+    if (invariant_only && all_reduce == COMM_GPU_NCCL)
+        return;
     if (invariant_only) {
         cfg.parts = parts;
         cfg.suspend_bytes = 64 << 20;
@@ -546,14 +551,14 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
         policies(name, &host, &cfg);
     gpu_destroy(&host);
     cfg.suspend_bytes = 64 << 20;
-    if (strcmp(name, "mistral") != 0) /* whose windows are refused */
+    if (strcmp(name, "mistral") != 0 && all_reduce != COMM_GPU_NCCL) /* windows and NCCL are refused */
         invariant(name, &cfg);
 }
 
 int main(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: %s MODEL [PLUGIN [NAME]]\n", argv[0]);
+        fprintf(stderr, "usage: %s MODEL [PLUGIN [NAME|nccl]]\n", argv[0]); /* nccl: all of them, sums by NCCL alone */
         return 2;
     }
     const struct backend_parts *parts = gpu_parts(argc > 2 ? argv[2] : NULL);
@@ -565,6 +570,10 @@ int main(int argc, char **argv)
         return 1;
     }
     const char *only = argc > 3 ? argv[3] : NULL;
+    if (only && strcmp(only, "nccl") == 0) {
+        all_reduce = COMM_GPU_NCCL;
+        only = NULL;
+    }
     if (!only || strcmp(only, "demo") == 0)
         check_model("demo", argv[1], false, false, parts);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
