@@ -120,6 +120,8 @@ static enum chat_read read_terminal(struct chat_input *in, char **line)
     int n = 0;
     el_resize(in->edit);
     in->stopped = CHAT_END;
+    el_set(in->edit, EL_PREP_TERM,
+           1); /* before the prompt: who answers it at once with Ctrl-D is not to meet a cooked terminal */
     const char *text = el_gets(in->edit, &n);
     if (!text || n <= 0)
         return in->stopped == CHAT_LINE ? CHAT_END : in->stopped; /* Ctrl-D is a character */
