@@ -418,10 +418,13 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             sm90_mbar_arrive(sm90_shared(&b->item_empty[at.slot]));
         if (it.first + rank * BLOCK_ROWS >= u.packed) { /* no rows for this block: it only keeps step */
             for (uint32_t i = 0; i < tiles; i++) {
-                sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
+                /* Who waits gives back, and nobody else waits: a warp that is late would not know one phase from the next but one. */
+                if (tid < CLUSTER)
+                    sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
                 prefill_release(&b->k_empty[k_at.slot], tid);
                 k_at.next();
-                sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
+                if (tid < CLUSTER)
+                    sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
                 prefill_release(&b->v_empty[v_at.slot], tid);
                 v_at.next();
             }

@@ -55,8 +55,8 @@ STATUS_MUST_CHECK enum status_code comm_broadcast(struct comm *c, void *x, size_
 STATUS_MUST_CHECK enum status_code comm_barrier(struct comm *c, struct status *st);
 
 /* Makes the operation under way, and all later ones, on this rank return ST_ABORTED soon. Any thread. */
-uint32_t comm_timeout_ms(const struct comm *c); /* of one operation */
 void comm_abort(struct comm *c);
+uint32_t comm_timeout_ms(const struct comm *c); /* of one operation */
 
 /* ---- ranks on GPUs (library tandem_comm_cuda) ----
  *

@@ -83,8 +83,10 @@ static enum status_code time_way(struct cuda_gemm *g, const struct shape *s, con
         const void *w = t->w[i < 0 ? CUDA_GEMM_TURNS - 1 : i]; /* the first run loads the kernel */
         if (i == 0 && (rc = cuda_check(cudaEventRecord(g->begin, g->stream), st, "cudaEventRecord")) != ST_OK)
             return rc;
-        if (cuda_gemm_launch(g, s, t->p, w, y, 0, NULL) != ST_OK)
-            return ST_OK; /* a suggestion that cannot be used */
+        if (cuda_gemm_launch(g, s, t->p, w, y, 0, NULL) != ST_OK) {
+            cudaGetLastError(); /* not the next launch's */
+            return ST_OK;       /* a suggestion that cannot be used */
+        }
     }
     if ((rc = cuda_check(cudaEventRecord(g->end, g->stream), st, "cudaEventRecord")) != ST_OK ||
         (rc = cuda_check(cudaEventSynchronize(g->end), st, "trying products")) != ST_OK)

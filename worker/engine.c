@@ -59,10 +59,11 @@ static enum status_code read_limits(struct engine *e, const struct engine_config
         (rc = in_range("max_slots", info->max_slots, 1, MAX_SLOTS, st)) != ST_OK ||
         (rc = in_range("max_step_tokens", info->max_step_tokens, 1, MAX_STEP_TOKENS, st)) != ST_OK)
         return rc;
-    /* A rank that has all from its file waits for one that measures. */
-    if (comm_size(cfg->comm) > 1 && cfg->tune_ms > comm_timeout_ms(cfg->comm) / 2)
+    /* A rank that has all from its file waits for one that measures, which only devices do. */
+    const uint32_t tune_ms = cfg->tune_ms || !cfg->parts ? cfg->tune_ms : DEFAULT_TUNE_MS;
+    if (comm_size(cfg->comm) > 1 && tune_ms > comm_timeout_ms(cfg->comm) / 2)
         return status_set(st, ST_INVALID_ARGUMENT,
-                          "tune_ms: %u, expected at most %u, half of what ranks wait for each other", cfg->tune_ms,
+                          "tune_ms: %u, expected at most %u, half of what ranks wait for each other", tune_ms,
                           comm_timeout_ms(cfg->comm) / 2);
     if (info->max_context > e->model.max_context)
         return status_set(st, ST_INVALID_ARGUMENT, "max_context: %u, expected at most %u, the model's own",

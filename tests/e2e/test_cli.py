@@ -1,15 +1,18 @@
 """The command's edges that need no server, and what `tandem serve` shows on a terminal."""
+import contextlib
 import json
 import math
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 import unittest
 
-from cluster import BIN, DEMO, SLOW, TANDEM, free_port, tandem
+from cluster import BIN, DEMO, SLOW, TANDEM, children, free_port, process_name, tandem
 
 
 class Tokenize(unittest.TestCase):
@@ -149,22 +152,28 @@ class Terminal(unittest.TestCase):
                               f"127.0.0.1:{free_port()}", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                              stderr=its, start_new_session=True)
         os.close(its)
-        text, end = b"", time.monotonic() + 60 * SLOW
+        text, stopping = "", False
+        pids, end = [], time.monotonic() + 60 * SLOW
         try:
-            while b"tandem serve: ready" not in text and time.monotonic() < end:
-                text += os.read(ours, 65536)
-            p.terminate()
-            while p.poll() is None and time.monotonic() < end:
-                try:
-                    os.read(ours, 65536)  # what it says while it stops
-                except OSError:
-                    break
-            self.assertEqual(p.wait(60 * SLOW), 0)
+            while time.monotonic() < end:
+                if not stopping and "Ctrl-C stops" in text:
+                    stopping, pids = True, children(p.pid)
+                    p.terminate()
+                if select.select([ours], [], [], 0.2)[0]:
+                    try:
+                        text += os.read(ours, 65536).decode(errors="replace")
+                    except OSError:  # nobody has the other side open any more
+                        break
+            self.assertTrue(stopping, text)
+            self.assertEqual(p.wait(60 * SLOW), 0, text)
         finally:
+            for pid in children(p.pid) + [q for q in pids if process_name(q).startswith("tandem")]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             p.kill()
             p.wait()
             os.close(ours)
-        return text.decode()
+        return text
 
     def test_a_bar_while_the_model_is_loaded_and_how_long_it_took(self):
         text = self.serve()
