@@ -102,15 +102,11 @@ __device__ __forceinline__ float sm90_reciprocal(float x)
                      : SM90_O##r                                                                                       \
                      : "l"(a), "l"(b), "r"(add));                                                                      \
     }
-SM90_WGMMA(80, 40, 40, 41, 42)
 SM90_WGMMA(96, 48, 48, 49, 50)
 SM90_WGMMA(112, 56, 56, 57, 58)
-SM90_WGMMA(120, 60, 60, 61, 62)
 SM90_WGMMA(128, 64, 64, 65, 66)
-SM90_WGMMA(136, 68, 68, 69, 70)
 SM90_WGMMA(144, 72, 72, 73, 74)
 SM90_WGMMA(152, 76, 76, 77, 78)
-SM90_WGMMA(160, 80, 80, 81, 82)
 SM90_WGMMA(168, 84, 84, 85, 86)
 // clang-format on
 
