@@ -156,16 +156,4 @@ __device__ __forceinline__ float sm90_bend(const sm90_args &a, float s)
     return a.run.bend_out * (a.run.bend_in == 0 ? s : attn_tanh(a.run.bend_in * s));
 }
 
-/* Where a loop over a ring of slots stands. */
-template <uint32_t SLOTS> struct sm90_ring_at {
-    uint32_t slot = 0, parity = 0;
-    __device__ __forceinline__ void next()
-    {
-        if (++slot == SLOTS) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 #endif

@@ -106,6 +106,18 @@ __device__ __forceinline__ void sm90_store_in(uint32_t dst, uint32_t x, uint32_t
                  : "memory");
 }
 
+/* Where a loop over a ring of slots stands. */
+template <uint32_t SLOTS> struct sm90_ring_at {
+    uint32_t slot = 0, parity = 0;
+    __device__ __forceinline__ void next()
+    {
+        if (++slot == SLOTS) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 /* ---- named barriers (0 is __syncthreads) ---- */
 
 __device__ __forceinline__ void sm90_bar_sync(uint32_t id, uint32_t threads)

@@ -72,17 +72,6 @@ template <uint32_t STAGES> struct glu_bars {
     uint64_t full[STAGES], empty[STAGES], ahead;
 };
 
-template <uint32_t STAGES> struct glu_ring {
-    uint32_t slot = 0, parity = 0;
-    __device__ __forceinline__ void next()
-    {
-        if (++slot == STAGES) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 /* Of a tile: its first row of x and its first column of act. */
 struct glu_place {
     uint32_t row, col;
@@ -136,7 +125,7 @@ __device__ __forceinline__ void produce(const glu_args &a, glu_bars<C::STAGES> *
     const uint32_t early = a.k_tiles < C::STAGES ? a.k_tiles : C::STAGES, units = a.across * a.along;
     uint32_t unit = blockIdx.x / C::CLUSTER, k;
     glu_place p = place_of<C>(a, unit, rank);
-    glu_ring<C::STAGES> at;
+    sm90_ring_at<C::STAGES> at;
     for (k = 0; k < early; k++) { /* W is a constant */
         sm90_mbar_expect(sm90_shared(&b->full[k]), C::STAGE_BYTES);
         load_w<C>(a, p, k, shared + k * C::STAGE_BYTES, sm90_shared(&b->full[k]), rank);
@@ -176,7 +165,7 @@ template <typename C> __device__ __forceinline__ void release(uint64_t *empty)
 
 /* gate and up [64][N] of a tile. On its first tile warpgroup 0 lets warpgroup 1 begin when it has done `lag` stages. */
 template <typename C>
-__device__ __forceinline__ void add_up(float (&gate)[C::N / 2], float (&up)[C::N / 2], glu_ring<C::STAGES> &at,
+__device__ __forceinline__ void add_up(float (&gate)[C::N / 2], float (&up)[C::N / 2], sm90_ring_at<C::STAGES> &at,
                                        glu_bars<C::STAGES> *b, uint32_t shared, uint32_t group, uint32_t k_tiles,
                                        uint32_t lag)
 {
@@ -277,7 +266,7 @@ __device__ __forceinline__ void consume(const glu_args &a, glu_bars<C::STAGES> *
                                         uint32_t rank)
 {
     const uint32_t units = a.across * a.along, out = shared + C::STAGES * C::STAGE_BYTES + group * 2 * OUT_BYTES;
-    glu_ring<C::STAGES> at;
+    sm90_ring_at<C::STAGES> at;
     uint32_t lag = group == 0 ? a.lag : 0;
     cuda_wait_for_previous();
     if (group == 1 && a.lag)
