@@ -6,8 +6,12 @@
  *     mpirun -np 2 check_engine_gpu MODEL     two ranks on two devices against two on the host
  *
  * Tolerance: the device rounds activations and KV to bf16 (2^-9), some ten times per layer, with signs that are as good as
- * random: ||device - host|| <= LOGITS_OFF ||host||. Ids may part where the host's two best logits are closer than the
+ * random: ||device - host|| <= logits_off ||host||, 0.03. Ids may part where the host's two best logits are closer than the
  * largest difference between the two rows; from there on the texts differ.
+ *
+ * Environment: CHECK_LOGITS_OFF: another bound, for a model whose logits bf16 moves further (stories15M: 0.12 by another library's
+ * own bf16 against its float32); CHECK_TUNE_MS: how long products are tried, 20000; 0: those that the library suggests, which
+ * racecheck needs, since it does not survive the trying.
  */
 #include <dirent.h>
 #include <math.h>
@@ -21,8 +25,10 @@
 #include "tests/gpu/gpu_parts.h"
 #include "worker/engine_internal.h"
 
-#define LOGITS_OFF 0.03
 #define NEW_TOKENS 24
+
+static double logits_off = 0.03;
+static uint32_t tune_ms = 20000;
 
 static unsigned failures;
 
@@ -90,7 +96,7 @@ static double parity(const char *name, struct gpu_run *host, struct gpu_run *dev
         struct difference off = compare(a, b, vocab);
         worst = off.relative > worst ? off.relative : worst;
         largest = off.largest > largest ? off.largest : largest;
-        expect(off.relative <= LOGITS_OFF, "logits off", name, same, off.relative);
+        expect(off.relative <= logits_off, "logits off", name, same, off.relative);
         expect(sample_argmax(b, vocab, 0).id == d, "greedy id is not the best of its logits", name, same, d);
         if (h != d)
             expect(off.margin <= 2 * off.largest, "other greedy id at a clear margin", name, same, off.margin);
@@ -504,7 +510,7 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
                                 .kv_bytes = 64 << 20,
                                 .tune_dir = tune_dir,
                                 .all_reduce = all_reduce,
-                                .tune_ms = 20000};
+                                .tune_ms = tune_ms};
     char note[512] = "";
     struct gpu_run host, device, eager;
     if (invariant_only && all_reduce == COMM_GPU_NCCL)
@@ -569,7 +575,9 @@ int main(int argc, char **argv)
         perror(tune_dir);
         return 1;
     }
-    const char *only = argc > 3 ? argv[3] : NULL;
+    const char *only = argc > 3 ? argv[3] : NULL, *off = getenv("CHECK_LOGITS_OFF"), *tune = getenv("CHECK_TUNE_MS");
+    logits_off = off ? atof(off) : logits_off;
+    tune_ms = tune ? (uint32_t)atoi(tune) : tune_ms;
     if (only && strcmp(only, "nccl") == 0) {
         all_reduce = COMM_GPU_NCCL;
         only = NULL;
