@@ -114,6 +114,10 @@ STATUS_MUST_CHECK enum status_code attn_run(struct attn *a, const struct attn_ba
  * full rows of D; pages behind may be unmapped, and NaN behind or between does no harm. Of q and out only rows of
  * sequences. Keys that a row does not see, but another row of its sequence does, must be finite.
  *
+ * When: a run may begin before launches in front of it have ended, where these allow it (programmatic dependent launch). Before
+ * they have it reads the plan and tokens 0 .. kv_len - rows - 1, which must thus be written by what stands before the plan on
+ * the stream: two sequences of one step may share tokens of earlier steps, not those that one of them adds in it.
+ *
  * Streams and graphs: plan and run only launch kernels on step.stream (and, with ATTN_GPU_STREAMS, on an own stream that
  * is forked from it and joined to it): no allocation, no synchronisation, no copy from the host. They may be captured;
  * the arguments are then frozen, the contents of seq and counts are read at each replay. Plans and runs of one struct

@@ -152,6 +152,8 @@ enum status_code create(void **state, const struct attn_gpu_config *cfg, struct 
         err = cudaFuncSetAttribute((const void *)s->kernel->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    (int)s->kernel->shared_bytes);
     if (err == cudaSuccess)
+        err = cuda_prepare_decode(cfg->head_dim, cfg->dtype);
+    if (err == cudaSuccess)
         err = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, (const void *)s->kernel->run, THREADS,
                                                             s->kernel->shared_bytes);
     if (err != cudaSuccess) {
@@ -235,7 +237,10 @@ cudaError_t launch(const cuda_state *s, cuda_run_args *a, uint32_t roles, uint32
         a->taken[r] = roles != BOTH_ROLES ? blocks : (rounds + (r == ROLE_PREFILL)) / ROLES * s->sms;
     }
     a->counters = s->ws.counters + set;
-    return attn_launch(s->kernel->run, {blocks, THREADS, s->kernel->shared_bytes, s->early, (cudaStream_t)stream}, *a);
+    const cuda_kernel *k = s->kernel;
+    if (roles == 1 << ROLE_DECODE)
+        return attn_launch(k->decode, {blocks, THREADS, k->decode_bytes, s->early, (cudaStream_t)stream}, *a);
+    return attn_launch(k->run, {blocks, THREADS, k->shared_bytes, s->early, (cudaStream_t)stream}, *a);
 }
 
 /* Decode's work on the side stream, between prefill's and whatever comes behind. One block of each per SM. */
@@ -296,8 +301,8 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
 cudaError_t cuda_prepare_decode(uint32_t head_dim, attn_dtype dtype)
 {
     const cuda_kernel *k = kernel_for(head_dim, dtype);
-    return cudaFuncSetAttribute((const void *)k->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)k->shared_bytes);
+    return cudaFuncSetAttribute((const void *)k->decode, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                (int)k->decode_bytes);
 }
 
 cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t stream)
@@ -306,7 +311,7 @@ cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t s
     const uint32_t blocks = BLOCKS_PER_SM * a.sms;
     a.roles = 1 << ROLE_DECODE;
     a.taken[ROLE_DECODE] = a.follows ? 0 : blocks;
-    return attn_launch(k->run, {blocks, THREADS, k->shared_bytes, true, stream}, a);
+    return attn_launch(k->decode, {blocks, THREADS, k->decode_bytes, true, stream}, a);
 }
 
 extern const struct attn_gpu_ops attn_gpu_ops_cuda = {

@@ -59,10 +59,11 @@ struct cuda_run_args {
 };
 
 struct cuda_kernel {
-    void (*run)(const cuda_run_args); /* a __global__ function */
+    void (*run)(const cuda_run_args);    /* a __global__ function: both roles, or prefill */
+    void (*decode)(const cuda_run_args); /* the same: decode */
     uint32_t padded_dim;
     uint32_t unit_rows; /* of prefill */
-    uint32_t shared_bytes;
+    uint32_t shared_bytes, decode_bytes;
 };
 
 /* By padded head dimension, bf16 and f16. */

@@ -1,8 +1,13 @@
-/* attention_cuda_run.cuh - the kernel of the portable CUDA back end, for one padded head dimension and dtype.
+/* attention_cuda_run.cuh - the kernels of the portable CUDA back end, for one padded head dimension and dtype: one for both
+ * roles and for prefill, one for decode alone.
  *
  * Grid: BLOCKS_PER_SM per SM; every block stays and takes items until there are none. Of the blocks of an SM one begins
  * with prefill, the next with decode, so that an SM computes and reads at the same time; when the list of its
  * role is empty a block turns to the other (POD-Attention, with items instead of blocks).
+ *
+ * The kernel for decode alone fills its first rings before the launch in front of it has ended (attention_launch.cuh): keys
+ * of earlier steps, which stand before the sequence's last `rows`, were written before the plan. What the launch in front
+ * may still write, those last rows, q and what others count, it touches after.
  *
  *   prefill item: the block computes unit_rows packed rows, MTILES tiles of 16 per warp; K and V tiles of TILE keys are
  *   shared; one buffer each: K of the next tile comes in under softmax and PV, V under QK. The other block of the SM fills
@@ -13,7 +18,7 @@
  *   decode item: up to 16 packed rows; each warp takes every fourth group of 16 keys, with a ring of its own that only it
  *   waits for (virtual blocks of one warp); at the end the four are added up.
  *
- *       shared:  Q [16][DP] | warp 0: K [16][DP] V [16][DP] .. (STAGES times) | warp 1 ..    then: sums [4][16][DP + 8]
+ *       shared:  Q [16][DP] | warp 0: K [16][DP] V [16][DP] .. (SLOTS of them) | warp 1 ..    then: sums [4][16][DP + 8]
  *
  * Rows in shared memory are swizzled: chunk c (16 bytes) of row r stands at c ^ (r % 8), so that the 8 rows of an ldmatrix
  * lie in different banks.
@@ -28,23 +33,27 @@
 
 constexpr uint32_t MERGE_PAD = 8; /* floats: rows of sums start in different banks */
 
-template <uint32_t PADDED, uint32_t MTILES_, uint32_t TILE_, uint32_t STAGES_, typename Type_> struct run_shape {
+template <uint32_t PADDED, uint32_t MTILES_, uint32_t TILE_, uint32_t SLOTS_, typename Type_> struct run_shape {
     using Type = Type_;
     static constexpr uint32_t DP = PADDED;
     static constexpr uint32_t MTILES = MTILES_; /* 16 rows each, per warp */
     static constexpr uint32_t TILE = TILE_;     /* keys of a prefill tile */
-    static constexpr uint32_t STAGES = STAGES_; /* of a decode ring */
+    static constexpr uint32_t SLOTS = SLOTS_;   /* of a decode ring: 16 rows of K or V each, in turn */
     static constexpr uint32_t UNIT_ROWS = WARPS * MTILES * 16;
     static constexpr uint32_t CHUNKS = DP / 8; /* 16 bytes each, of a row */
     static constexpr uint32_t ROW_BYTES = DP * 2;
     static constexpr uint32_t PREFILL_BYTES = (UNIT_ROWS + 2 * TILE) * ROW_BYTES;
-    static constexpr uint32_t RING_BYTES = STAGES * 2 * 16 * ROW_BYTES; /* of a warp */
+    static constexpr uint32_t RING_BYTES = SLOTS * 16 * ROW_BYTES; /* of a warp */
     static constexpr uint32_t DECODE_BYTES = 16 * ROW_BYTES + WARPS * RING_BYTES;
     static constexpr uint32_t MERGE_BYTES = WARPS * 16 * (DP + MERGE_PAD) * 4;
     static constexpr uint32_t MOST = PREFILL_BYTES > DECODE_BYTES ? PREFILL_BYTES : DECODE_BYTES;
     static constexpr uint32_t SHARED_BYTES = MOST > MERGE_BYTES ? MOST : MERGE_BYTES;
+    /* Decode alone: so much that a third block does not fit into the 227 KiB of an SM. It would be the next launch's, and
+     * leave the blocks of that one uneven over the SMs: 252 us became 318 (32 decodes of 8K). */
+    static constexpr uint32_t ALONE_BYTES = SHARED_BYTES > 78 * 1024 ? SHARED_BYTES : 78 * 1024;
     /* Two blocks per SM where that has 164 KiB, each with 1 KiB of the system's and the kernel's own few. */
-    static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 2048) <= 164 * 1024, "shared memory of two blocks");
+    static_assert(BLOCKS_PER_SM * (ALONE_BYTES + 2048) <= 164 * 1024, "shared memory of two blocks");
+    static_assert(SLOTS % 2 == 0, "what comes into a slot is what was in it");
     static_assert(DP % 64 == 0, "the swizzle needs whole groups of 8 chunks");
     static_assert(UNIT_ROWS % TILE_KEYS == 0 && TILE % 16 == 0, "tiles");
 };
@@ -95,6 +104,21 @@ __device__ __forceinline__ void load_q(const cuda_run_args &a, const run_seq &s,
         bool on = p < s.packed && c * 8 < a.head_dim;
         uint64_t at = on ? row_offset(a, s, kv_head, p, a.q_row_stride) + c * 16 : 0;
         ptx_copy16(shared + swizzled(r, c, C::ROW_BYTES), a.q + at, on);
+    }
+}
+
+/* The same at once, by plain reads, which no group of copies waits for. */
+template <typename C, uint32_t ROWS>
+__device__ __forceinline__ void load_q_now(const cuda_run_args &a, const run_seq &s, uint32_t kv_head, uint32_t first,
+                                           char *bytes)
+{
+#pragma unroll
+    for (uint32_t i = threadIdx.x; i < ROWS * C::CHUNKS; i += THREADS) {
+        uint32_t r = i / C::CHUNKS, c = i % C::CHUNKS, p = first + r;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (p < s.packed && c * 8 < a.head_dim)
+            x = *(const uint4 *)(a.q + row_offset(a, s, kv_head, p, a.q_row_stride) + c * 16);
+        *(uint4 *)(bytes + swizzled(r, c, C::ROW_BYTES)) = x;
     }
 }
 
@@ -284,10 +308,10 @@ template <typename C, uint32_t MT> __device__ __forceinline__ void clear(float (
  * sums can be read. */
 __device__ __forceinline__ bool arrive_last(const cuda_run_args &a, attn_role role, run_shared &sh)
 {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
         uint32_t *arrived = &a.ws.arrived[role][sh.item.slot];
+        __threadfence(); /* of what all threads wrote before the barrier */
         sh.last = atomicAdd(arrived, 1) + 1 == sh.item.parts;
         if (sh.last)
             *arrived = 0; /* nobody else comes; for the next layer */
@@ -297,21 +321,22 @@ __device__ __forceinline__ bool arrive_last(const cuda_run_args &a, attn_role ro
     return sh.last;
 }
 
-/* out of a unit whose parts have all been written: ROWS rows per slot. Sums in order of keys, whoever came last. */
-template <typename C, uint32_t ROWS>
+/* out of a unit whose parts have all been written: ROWS rows per slot. Sums in order of keys, whoever came last. A thread
+ * has QUADS_AT_ONCE sums of four and reads PARTS_AT_ONCE parts of them at a time: each read that waits for another takes
+ * half a microsecond. */
+template <typename C, uint32_t ROWS, uint32_t QUADS_AT_ONCE, uint32_t PARTS_AT_ONCE>
 __device__ void combine(const cuda_run_args &a, const run_seq &s, attn_role role, const attn_item &it)
 {
     constexpr uint32_t QUADS = C::DP / 4;
     const uint32_t rows = s.packed - it.first < ROWS ? s.packed - it.first : ROWS;
     const float2 *weights = a.ws.weights[role] + (uint64_t)it.slot * ROWS;
     const float4 *sums = (const float4 *)a.ws.sums[role] + (uint64_t)it.slot * ROWS * QUADS;
-    constexpr uint32_t AT_ONCE = 4; /* quads of a thread, so that their loads are on their way together */
-    for (uint32_t first = threadIdx.x; first < rows * QUADS; first += AT_ONCE * THREADS) {
-        float top[AT_ONCE], sum[AT_ONCE];
-        float4 o[AT_ONCE];
-        uint32_t r[AT_ONCE], c[AT_ONCE];
+    for (uint32_t first = threadIdx.x; first < rows * QUADS; first += QUADS_AT_ONCE * THREADS) {
+        float top[QUADS_AT_ONCE], sum[QUADS_AT_ONCE];
+        float4 o[QUADS_AT_ONCE];
+        uint32_t r[QUADS_AT_ONCE], c[QUADS_AT_ONCE];
 #pragma unroll
-        for (uint32_t j = 0; j < AT_ONCE; j++) {
+        for (uint32_t j = 0; j < QUADS_AT_ONCE; j++) {
             uint32_t i = first + j * THREADS < rows * QUADS ? first + j * THREADS : first; /* again, not stored */
             r[j] = i / QUADS;
             c[j] = i % QUADS;
@@ -319,29 +344,37 @@ __device__ void combine(const cuda_run_args &a, const run_seq &s, attn_role role
             sum[j] = 0;
             o[j] = make_float4(0, 0, 0, 0);
         }
-        for (uint32_t p = 0; p < it.parts; p++) {
-            float2 w[AT_ONCE];
-            float4 x[AT_ONCE];
+#pragma unroll 1
+        for (uint32_t p = 0; p < it.parts; p += PARTS_AT_ONCE) {
+            float2 w[PARTS_AT_ONCE][QUADS_AT_ONCE];
+            float4 x[PARTS_AT_ONCE][QUADS_AT_ONCE];
 #pragma unroll
-            for (uint32_t j = 0; j < AT_ONCE; j++) {
-                w[j] = __ldcg(&weights[p * ROWS + r[j]]);
-                x[j] = __ldcg(&sums[(uint64_t)(p * ROWS + r[j]) * QUADS + c[j]]);
-            }
+            for (uint32_t k = 0; k < PARTS_AT_ONCE; k++)
 #pragma unroll
-            for (uint32_t j = 0; j < AT_ONCE; j++) {
-                /* A part none of whose keys the row sees has -infinity and nothing. */
-                float above = fmaxf(top[j], w[j].x), base = above == -INFINITY ? 0 : above;
-                float old = ptx_exp2(top[j] - base), f = ptx_exp2(w[j].x - base);
-                top[j] = above;
-                sum[j] = sum[j] * old + w[j].y * f;
-                o[j].x = o[j].x * old + x[j].x * f;
-                o[j].y = o[j].y * old + x[j].y * f;
-                o[j].z = o[j].z * old + x[j].z * f;
-                o[j].w = o[j].w * old + x[j].w * f;
-            }
+                for (uint32_t j = 0; j < QUADS_AT_ONCE; j++) {
+                    const bool on = p + k < it.parts; /* a row that is there in any case; no branch between reads */
+                    uint64_t row = (uint64_t)(on ? p + k : p) * ROWS + r[j];
+                    float2 read = __ldcg(&weights[row]);
+                    x[k][j] = __ldcg(&sums[row * QUADS + c[j]]);
+                    w[k][j] = on ? read : make_float2(-INFINITY, 0);
+                }
+#pragma unroll
+            for (uint32_t k = 0; k < PARTS_AT_ONCE; k++)
+#pragma unroll
+                for (uint32_t j = 0; j < QUADS_AT_ONCE; j++) {
+                    /* A part none of whose keys the row sees has -infinity and nothing. */
+                    float above = fmaxf(top[j], w[k][j].x), base = above == -INFINITY ? 0 : above;
+                    float old = ptx_exp2(top[j] - base), f = ptx_exp2(w[k][j].x - base);
+                    top[j] = above;
+                    sum[j] = sum[j] * old + w[k][j].y * f;
+                    o[j].x = o[j].x * old + x[k][j].x * f;
+                    o[j].y = o[j].y * old + x[k][j].y * f;
+                    o[j].z = o[j].z * old + x[k][j].z * f;
+                    o[j].w = o[j].w * old + x[k][j].w * f;
+                }
         }
 #pragma unroll
-        for (uint32_t j = 0; j < AT_ONCE; j++) {
+        for (uint32_t j = 0; j < QUADS_AT_ONCE; j++) {
             if (first + j * THREADS >= rows * QUADS || c[j] * 4 >= a.head_dim)
                 continue;
             float f = 1 / sum[j];
@@ -463,7 +496,7 @@ __device__ __forceinline__ void prefill(const cuda_run_args &a, const run_seq &s
     if (has_rows)
         store_part<C>(a, s, it, o, run, warp_row);
     if (arrive_last(a, ROLE_PREFILL, sh))
-        combine<C, C::UNIT_ROWS>(a, s, ROLE_PREFILL, it);
+        combine<C, C::UNIT_ROWS, 4, 1>(a, s, ROLE_PREFILL, it);
 }
 
 /* The four warps' shares, from shared memory, added up in their order: to out, or to the part's slot. */
@@ -501,60 +534,69 @@ __device__ __forceinline__ void merge(const cuda_run_args &a, const run_seq &s, 
     }
 }
 
-template <typename C>
-__device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s, run_shared &sh, char *bytes)
+/* waits: the launch in front may not have ended yet; settle() returns when it has. */
+template <typename C, typename Settle>
+__device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s, run_shared &sh, char *bytes,
+                                       bool waits, const Settle &settle)
 {
     constexpr uint32_t KV_BYTES = 16 * C::ROW_BYTES; /* 16 rows of K or V */
     constexpr uint32_t STRIDE = WARPS * 16;          /* keys from one group of a warp to its next */
-    constexpr int BEHIND = 2 * C::STAGES - 1;        /* groups of copies that may be on their way at a wait */
+    constexpr uint32_t AHEAD = C::SLOTS / 2 * STRIDE;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t q_shared = ptx_shared(bytes), ring = q_shared + KV_BYTES + warp * C::RING_BYTES;
     const attn_item &it = sh.item;
+    const uint32_t begin = it.key_begin + warp * 16, end = it.key_end;
 
-    load_q<C, DECODE_ROWS>(a, s, it.kv_head, 0, q_shared);
-    const uint32_t begin = it.key_begin + warp * 16;
-    for (uint32_t i = 0; i < C::STAGES; i++) {
-        uint32_t from = begin + i * STRIDE;
-        if (from < it.key_end)
-            load_keys<C, 16, 32>(a, s.k, from, it.key_end, lane, ring + 2 * i * KV_BYTES);
-        ptx_copy_commit(); /* the first with q */
-        if (from < it.key_end)
-            load_keys<C, 16, 32>(a, s.v, from, it.key_end, lane, ring + (2 * i + 1) * KV_BYTES);
+    uint32_t slot = 0;
+    if (waits) {
+        for (; slot < C::SLOTS; slot++) {
+            uint32_t from = begin + slot / 2 * STRIDE;
+            if (from >= end || from + 16 > s.kv_len - s.rows)
+                break;
+            load_keys<C, 16, 32>(a, slot % 2 ? s.v : s.k, from, end, lane, ring + slot * KV_BYTES);
+            ptx_copy_commit();
+        }
+        settle();
+    }
+    for (; slot < C::SLOTS; slot++) {
+        uint32_t from = begin + slot / 2 * STRIDE;
+        if (from < end)
+            load_keys<C, 16, 32>(a, slot % 2 ? s.v : s.k, from, end, lane, ring + slot * KV_BYTES);
         ptx_copy_commit();
     }
+    load_q_now<C, DECODE_ROWS>(a, s, it.kv_head, 0, bytes);
     const uint32_t limit[1][2] = {{limit_of(a, s, lane / 4), limit_of(a, s, lane / 4 + 8)}};
     const uint32_t first_limit = limit_of(a, s, 0), seen_by_all_from = first_key(a, limit_of(a, s, s.packed - 1));
 
     float o[1][C::CHUNKS][4];
     running<1> run;
     clear<C, 1>(o, run);
-    ptx_copy_wait<BEHIND>();
     __syncthreads(); /* q, of all threads */
-    uint32_t stage = 0;
-    for (uint32_t from = begin; from < it.key_end; from += STRIDE) {
-        uint32_t k_shared = ring + 2 * stage * KV_BYTES, v_shared = k_shared + KV_BYTES;
-        uint32_t next = from + C::STAGES * STRIDE;
+    slot = 0;
+    for (uint32_t from = begin; from < end; from += STRIDE) {
+        uint32_t k_shared = ring + slot * KV_BYTES, v_shared = k_shared + KV_BYTES;
+        const bool more = from + AHEAD < end;
         float p[1][2][4];
-        ptx_copy_wait<BEHIND>();
+        ptx_copy_wait<C::SLOTS - 1>();
         __syncwarp();
         scores<C, 1, 2>(p, q_shared, 0, k_shared);
         __syncwarp();
-        if (next < it.key_end)
-            load_keys<C, 16, 32>(a, s.k, next, it.key_end, lane, k_shared);
+        if (more)
+            load_keys<C, 16, 32>(a, s.k, from + AHEAD, end, lane, k_shared);
         ptx_copy_commit();
         if (a.bent)
             bend<1, 2>(a, p);
         if (from + 16 > first_limit || from < seen_by_all_from)
             mask<1, 2>(a, p, limit, from);
         softmax<C, 1, 2>(p, o, run, a.score_scale);
-        ptx_copy_wait<BEHIND>();
+        ptx_copy_wait<C::SLOTS - 1>();
         __syncwarp();
         values<C, 1, 2>(o, p, v_shared);
         __syncwarp();
-        if (next < it.key_end)
-            load_keys<C, 16, 32>(a, s.v, next, it.key_end, lane, v_shared);
+        if (more)
+            load_keys<C, 16, 32>(a, s.v, from + AHEAD, end, lane, v_shared);
         ptx_copy_commit();
-        stage = stage + 1 < C::STAGES ? stage + 1 : 0;
+        slot = slot + 2 < C::SLOTS ? slot + 2 : 0;
     }
     ptx_copy_wait<0>();
     __syncthreads(); /* the rings are free */
@@ -574,7 +616,7 @@ __device__ __forceinline__ void decode(const cuda_run_args &a, const run_seq &s,
     __syncthreads();
     merge<C>(a, s, it, sh, bytes);
     if (it.parts > 1 && arrive_last(a, ROLE_DECODE, sh))
-        combine<C, DECODE_ROWS>(a, s, ROLE_DECODE, it);
+        combine<C, DECODE_ROWS, 1, 8>(a, s, ROLE_DECODE, it);
 }
 
 /* Thread 0: the item behind a place in the list of `role`, or of the other role when that is at its end. */
@@ -607,7 +649,8 @@ __device__ __forceinline__ void leave(const cuda_run_args &a)
     a.counters->left = 0;
 }
 
-template <typename C>
+/* DECODE: of decode's list alone. */
+template <typename C, bool DECODE>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __grid_constant__ cuda_run_args a)
 {
     extern __shared__ __align__(128) char bytes[];
@@ -615,6 +658,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
     uint32_t role = 0, place = 0; /* of thread 0 */
     bool read = false;            /* the item of that place is in sh */
     bool one_each = false;        /* no block has a second item: nothing is counted */
+    bool waits = !a.follows;      /* the launch in front may not have ended */
     if (threadIdx.x == 0) {
         /* The blocks of an SM come in rounds over all SMs: those of every other round begin with the other role. */
         uint32_t round = blockIdx.x / a.sms;
@@ -629,20 +673,35 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         sh.counts = make_uint2(lists.count[ROLE_PREFILL], lists.count[ROLE_DECODE]);
         one_each = !a.follows && a.roles != BOTH_ROLES && lists.count[role] <= a.taken[role];
     }
-    if (!a.follows)
+    const auto claim = [&] { /* thread 0: the next item; known when this one is done */
+                             place = one_each ? UINT32_MAX : a.taken[role] + atomicAdd(&a.counters->next[role], 1);
+    };
+    const auto settle = [&] {
         attn_wait_earlier();
-    attn_let_next();
+        attn_let_next();
+        waits = false;
+        if (threadIdx.x == 0)
+            claim();
+    };
+    if (!DECODE && waits) {
+        attn_wait_earlier();
+        waits = false;
+    }
+    if (!waits)
+        attn_let_next();
     for (;;) {
         if (threadIdx.x == 0) {
             resolve(a, role, place, read, sh);
             read = false;
-            if (sh.role != ROLES) /* the next one; known when this one is done */
-                place = one_each ? UINT32_MAX : a.taken[role] + atomicAdd(&a.counters->next[role], 1);
+            if (sh.role != ROLES && !waits)
+                claim();
         }
         __syncthreads();
         const uint32_t now = sh.role;
         if (now == ROLES)
             break;
+        if (waits && !sh.item.parts)
+            settle();
         if (sh.item.parts) {
             const attn_seq &in = sh.item.s;
             uint64_t head = sh.item.kv_head * a.head_stride + a.kv_offset;
@@ -653,14 +712,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
             s.rows = in.rows;
             s.kv_len = in.kv_len;
             s.packed = in.rows * a.group;
-            if (now == ROLE_PREFILL)
+            if (!DECODE && now == ROLE_PREFILL)
                 prefill<C>(a, s, sh, bytes);
             else
-                decode<C>(a, s, sh, bytes);
+                decode<C>(a, s, sh, bytes, waits, settle);
         }
         __syncthreads(); /* the item and shared memory are free */
     }
-    if (a.follows)
+    if (a.follows || waits)
         attn_wait_earlier(); /* the counters are in use until then */
     if (threadIdx.x == 0 && !one_each)
         leave(a);
@@ -668,7 +727,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
 
 template <typename C> constexpr cuda_kernel kernel_of()
 {
-    return cuda_kernel{run_kernel<C>, C::DP, C::UNIT_ROWS, C::SHARED_BYTES};
+    return cuda_kernel{run_kernel<C, false>, run_kernel<C, true>, C::DP, C::UNIT_ROWS, C::SHARED_BYTES, C::ALONE_BYTES};
 }
 
 #endif

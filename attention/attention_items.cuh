@@ -51,7 +51,8 @@ struct alignas(16) attn_lists {
 
 /* Kernels of a step read lists and items before attn_wait_earlier: what came between them and the plan, which is no such
  * launch, has begun after the plan's end, and the plan's threads end with a fence. Not from a cache of an SM, where an
- * earlier step's may stand. */
+ * earlier step's may stand. K and V of tokens before the step's own are as old (attention.h): decode's kernel reads them as
+ * early, by copies that go past that cache. */
 __device__ __forceinline__ attn_lists attn_lists_of(const attn_lists *lists)
 {
     const uint4 x = __ldcg((const uint4 *)lists);

@@ -3,8 +3,8 @@
  *
  * Each such kernel calls attn_wait_earlier in every block, before it touches memory that an earlier launch may write, or, where
  * that launch is known to leave it alone, at the latest before the block ends: who waits for this launch has then waited
- * for all before it. What a plan wrote may be read earlier (attention_items.cuh). attn_let_next allows the next launch's
- * blocks to begin as soon as there is room.
+ * for all before it. What a plan wrote, and tokens of earlier steps, may be read earlier (attention_items.cuh).
+ * attn_let_next allows the next launch's blocks to begin as soon as there is room.
  */
 #ifndef TANDEM_ATTENTION_LAUNCH_CUH
 #define TANDEM_ATTENTION_LAUNCH_CUH

@@ -315,12 +315,10 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
     return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream);
 }
 
-/* Whether decodes may be left that are worth a launch when prefill's list is empty: see the plan. */
-bool may_hand_over(const sm90_state *s, const struct attn_gpu_step *step)
+/* Whether the batch may have both roles, so that the plan may leave decodes to a launch of their own. */
+bool may_hand_over(const struct attn_gpu_step *step)
 {
-    uint64_t keys = (uint64_t)step->max_seqs * s->cfg.max_kv_len;
-    keys = keys < s->cfg.max_kv_tokens ? keys : s->cfg.max_kv_tokens;
-    return keys * s->cfg.kv_heads / TILE_KEYS / s->sms >= HAND_OVER_TILES;
+    return step->max_seqs > 1;
 }
 
 /* AUTO: both roles on every SM until prefill's list is empty, then the rest of decode by itself. */
@@ -334,7 +332,7 @@ cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, const struct a
         return launch_decode(s, a, stream);
     switch (s->cfg.policy) {
     case ATTN_GPU_AUTO:
-        both.run.decode_follows = may_hand_over(s, step);
+        both.run.decode_follows = may_hand_over(step);
         err = launch(s, k->fused, both, 0, stream);
         return err == cudaSuccess && both.run.decode_follows ? launch_decode(s, both, stream) : err;
     case ATTN_GPU_FUSED:

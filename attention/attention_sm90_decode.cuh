@@ -271,6 +271,52 @@ __device__ __forceinline__ void decode_put(const sm90_args &a, const sm90_unit &
             (uint16_t)pair;
 }
 
+/* The parts of a unit, all of them written, in order of keys. PARTS_AT_ONCE are read at a time: each read that waits for
+ * another takes half a microsecond. */
+template <typename C>
+__device__ __forceinline__ void decode_combine(const sm90_args &a, const sm90_unit &u, const attn_item &it,
+                                               uint32_t rows, uint32_t tid)
+{
+    constexpr uint32_t QUADS = C::D / 4, PARTS_AT_ONCE = 4;
+    const float2 *weights = a.run.ws.weights[ROLE_DECODE] + (uint64_t)it.slot * DECODE_ROWS;
+    const float4 *sums = (const float4 *)a.run.ws.sums[ROLE_DECODE] + (uint64_t)it.slot * DECODE_ROWS * QUADS;
+#pragma unroll 1
+    for (uint32_t i = tid; i < rows * QUADS; i += GROUP_THREADS) {
+        const uint32_t r = i / QUADS, c = i % QUADS;
+        float top = -INFINITY, sum = 0;
+        float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (uint32_t p = 0; p < it.parts; p += PARTS_AT_ONCE) {
+            float2 w[PARTS_AT_ONCE];
+            float4 x[PARTS_AT_ONCE];
+#pragma unroll
+            for (uint32_t k = 0; k < PARTS_AT_ONCE; k++) {
+                const bool on = p + k < it.parts; /* a row that is there in any case; no branch between reads */
+                uint32_t row = (on ? p + k : p) * DECODE_ROWS + r;
+                float2 read = __ldcg(&weights[row]);
+                x[k] = __ldcg(&sums[row * QUADS + c]);
+                w[k] = on ? read : make_float2(-INFINITY, 0);
+            }
+#pragma unroll
+            for (uint32_t k = 0; k < PARTS_AT_ONCE; k++) {
+                /* A part none of whose keys the row sees has -infinity and nothing. */
+                float above = fmaxf(top, w[k].x), base = above == -INFINITY ? 0 : above;
+                float old = sm90_exp2(top - base), f = sm90_exp2(w[k].x - base);
+                top = above;
+                sum = sum * old + w[k].y * f;
+                o.x = o.x * old + x[k].x * f;
+                o.y = o.y * old + x[k].y * f;
+                o.z = o.z * old + x[k].z * f;
+                o.w = o.w * old + x[k].w * f;
+            }
+        }
+        float f = sum > 0 ? 1 / sum : 0;
+        if (c * 4 < a.run.head_dim)
+            *(uint2 *)(a.run.out + sm90_row_at(a, u, it.kv_head, it.first + r, a.run.out_row_stride) + c * 8) =
+                make_uint2(sm90_pack<C::BF16>(o.x * f, o.y * f), sm90_pack<C::BF16>(o.z * f, o.w * f));
+    }
+}
+
 /* Adds up the four warps, then, where this item is the last part of its unit, the parts. */
 template <typename C>
 __device__ __forceinline__ void decode_finish(const sm90_args &a, const sm90_unit &u, const attn_item &it,
@@ -308,30 +354,17 @@ __device__ __forceinline__ void decode_finish(const sm90_args &a, const sm90_uni
     sm90_async_fence(); /* the rings are filled next */
     if (it.parts == 1)
         return;
-    __threadfence();
     sm90_bar_sync(BAR_DECODE, GROUP_THREADS);
     if (tid == 0) {
+        __threadfence(); /* of what all wrote before the barrier */
         b->last = atomicAdd(&ws.arrived[ROLE_DECODE][it.slot], 1) == it.parts - 1;
         if (b->last)
             ws.arrived[ROLE_DECODE][it.slot] = 0;
         __threadfence();
     }
     sm90_bar_sync(BAR_DECODE, GROUP_THREADS);
-    if (!b->last)
-        return;
-    for (uint32_t r = tid / C::D; r < rows; r += ROWS_AT_ONCE) {
-        float most = -INFINITY, sum = 0, o = 0;
-        for (uint32_t i = 0; i < it.parts; i++)
-            most = fmaxf(most, __ldcg(&ws.weights[ROLE_DECODE][(uint64_t)(it.slot + i) * DECODE_ROWS + r]).x);
-        for (uint32_t i = 0; i < it.parts; i++) {
-            uint64_t at = (uint64_t)(it.slot + i) * DECODE_ROWS + r;
-            float2 w = __ldcg(&ws.weights[ROLE_DECODE][at]);
-            float by = w.y > 0 ? sm90_exp2(w.x - most) : 0;
-            sum += by * w.y;
-            o += by * __ldcg(&ws.sums[ROLE_DECODE][at * C::D + d]);
-        }
-        decode_put<C>(a, u, it, r, d, sum > 0 ? o / sum : 0);
-    }
+    if (b->last)
+        decode_combine<C>(a, u, it, rows, tid);
 }
 
 /* None is taken any more once *stop is set: a launch of a decode kernel follows. stop: NULL where nothing sets it. Read by

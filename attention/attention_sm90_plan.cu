@@ -26,6 +26,8 @@ constexpr uint32_t WAVE_TILES = 28; /* of parts, where two to six waves of them 
 constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
 /* So many times what comes on beside prefill: decodes are cut as if alone; are left alone. */
 constexpr uint32_t MOSTLY = 4, NEARLY_ALL = 16;
+/* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it. */
+constexpr uint32_t HARDLY_ANY = 8;
 constexpr uint32_t SHORT_PART_TILES = 64; /* that a block may still be at when a short prefill has ended */
 
 struct rule {
@@ -164,6 +166,10 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
         mostly_alone = r.hand_over && decode * PROGRESS_OF > MOSTLY * least * PROGRESS;
         if (r.hand_over && decode * PROGRESS_OF > NEARLY_ALL * least * PROGRESS)
             r.hand_over = HAND_OVER_ALL;
+        if (decode * HARDLY_ANY <= least) {
+            r.hand_over = HAND_OVER_ALL;
+            mostly_alone = true;
+        }
         r.tiles[ROLE_PREFILL] = best > 1 ? (mean + best - 1) / best : whole;
         if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
