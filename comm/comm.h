@@ -39,8 +39,10 @@ uint32_t comm_rank(const struct comm *c);
 uint32_t comm_size(const struct comm *c);
 /* Ranks on this machine, this one included: to share its cores. */
 uint32_t comm_local_size(const struct comm *c);
-/* Of these, how many have a lower rank: which of its devices is ours. */
+/* Of these, how many have a lower rank. */
 uint32_t comm_local_rank(const struct comm *c);
+/* Names this machine: the lowest rank on it. */
+uint32_t comm_machine(const struct comm *c);
 
 /* Sum over ranks in place, n floats. The result is bit-identical on all ranks. */
 STATUS_MUST_CHECK enum status_code comm_all_reduce(struct comm *c, float *x, size_t n, struct status *st);
@@ -57,6 +59,30 @@ STATUS_MUST_CHECK enum status_code comm_barrier(struct comm *c, struct status *s
 /* Makes the operation under way, and all later ones, on this rank return ST_ABORTED soon. Any thread. */
 void comm_abort(struct comm *c);
 uint32_t comm_timeout_ms(const struct comm *c); /* of one operation */
+
+/* ---- which device a rank takes ----
+ *
+ * The ranks of a machine, in order of rank, each take the first of their devices that no rank before has taken. So ranks that
+ * see the same devices take one after the other; and where each sees devices of its own (pods, CUDA_VISIBLE_DEVICES,
+ * --devices), each takes one of these.
+ */
+#define COMM_DEVICES_MAX   16 /* of a rank; more are not looked at */
+#define COMM_DEVICE_BYTES  16 /* of an id, the same wherever the device is seen: its UUID */
+#define COMM_DEVICE_ABSENT UINT32_MAX
+
+struct comm_devices {
+    uint32_t machine;                                /* comm_machine */
+    uint32_t count;                                  /* 0: none that it could use */
+    uint8_t id[COMM_DEVICES_MAX][COMM_DEVICE_BYTES]; /* the best first; one that comes twice counts once */
+};
+
+/* taken[r]: which of its devices rank r takes, or COMM_DEVICE_ABSENT. Returns the first rank that finds none, or `ranks`. Pure;
+ * no count may be above COMM_DEVICES_MAX. */
+uint32_t comm_match_devices(const struct comm_devices *of, uint32_t ranks, uint32_t *taken);
+/* Collective: tells all ranks ours (machine is filled in here) and takes one of them. FAILED_PRECONDITION on all ranks alike when
+ * one of them finds none; it names that rank and says what the ranks of its machine see. */
+STATUS_MUST_CHECK enum status_code comm_take_device(struct comm *c, const struct comm_devices *mine, uint32_t *taken,
+                                                    struct status *st);
 
 /* ---- ranks on GPUs (library tandem_comm_cuda) ----
  *
