@@ -142,7 +142,8 @@ void comm_gpu_destroy(
 /* FAILED_PRECONDITION: two ranks on one device, no way between the devices. May take seconds (NCCL). */
 STATUS_MUST_CHECK enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st);
 bool comm_gpu_connected(const struct comm_gpu *g);
-/* "peer memory, pushed up to 64 rows; peer memory, read up to 1024 rows; NCCL 2.28.9": what it takes. Valid as long as g. */
+/* "peer memory, pushed up to 64 rows; peer memory, read up to 1024 rows; NCCL 2.28.9": what it takes; with AUTO also why it is NCCL
+ * alone. Valid as long as g. */
 const char *comm_gpu_text(const struct comm_gpu *g);
 
 void *comm_gpu_part(struct comm_gpu *g, uint32_t part); /* bf16 [max_rows][hidden] */

@@ -118,7 +118,7 @@ struct comm_gpu {
     bool connected, ended;
     uint8_t form[COMM_GPU_BUCKETS];
     bool peer_gather;
-    char text[160];
+    char text[320];
 
     void *memory; /* shared with peers */
     struct comm_gpu_layout layout;

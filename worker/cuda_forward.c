@@ -1,5 +1,6 @@
 /* cuda_forward.c - a forward on a device: what it takes, and all that it takes at once. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -212,7 +213,14 @@ static enum status_code create_group(struct comm_gpu **out, const struct forward
 
 static enum status_code forward_connect(struct forward *f, struct status *st)
 {
-    enum status_code rc = f->group && !comm_gpu_connected(f->group) ? comm_gpu_connect(f->group, st) : ST_OK;
+    enum status_code rc = ST_OK;
+    if (f->group && !comm_gpu_connected(f->group)) {
+        char text[400];
+        rc = comm_gpu_connect(f->group, st);
+        snprintf(text, sizeof text, "sums over ranks: %s", comm_gpu_text(f->group));
+        if (rc == ST_OK && f->cfg.note && comm_rank(f->cfg.comm) == 0)
+            f->cfg.note(f->cfg.note_ctx, text);
+    }
     return rc == ST_OK && !f->warm ? cuda_forward_warm(f, st) : rc;
 }
 
