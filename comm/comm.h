@@ -172,8 +172,8 @@ STATUS_MUST_CHECK enum status_code comm_gpu_sum(struct comm_gpu *g, const struct
 STATUS_MUST_CHECK enum status_code comm_gpu_gather(struct comm_gpu *g, const struct comm_gpu_gather *s,
                                                    struct status *st);
 
-/* Waits for the event (cudaEvent_t). DEADLINE_EXCEEDED names the rank that did not come; ABORTED after comm_abort, at most
- * COMM_GPU_ABORT_MS later. */
+/* Waits for the event (cudaEvent_t). DEADLINE_EXCEEDED names the rank that did not come; UNAVAILABLE: NCCL has lost a peer, in its
+ * own words; ABORTED after comm_abort, at most COMM_GPU_ABORT_MS later. */
 #define COMM_GPU_ABORT_MS 2000
 STATUS_MUST_CHECK enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status *st);
 /* Whether the event has come, without waiting; the same errors. */

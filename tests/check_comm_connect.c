@@ -2,6 +2,7 @@
  * and of NCCL. What the ways do on GPUs: gpu/check_comm_gpu.c. */
 #include <check.h>
 #include <dlfcn.h>
+#include <nccl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -227,6 +228,56 @@ START_TEST(no_way_at_all_is_an_error_on_all)
 }
 END_TEST
 
+static void finish_at_once(struct rank *r)
+{
+    r->rc = comm_gpu_finish(r->g, NULL, &r->st);
+}
+
+/* Rank 0 waits for sums that do not come, as the connection to rank 1 has broken. */
+static void wait_for_lost_peer(struct rank *r)
+{
+    if (r->number != 0)
+        return;
+    bool done = true;
+    uint64_t start = comm_now_ns();
+    fake_cudart.ends = &nccl->ended; /* kernels, when they are told to */
+    atomic_store(&fake_cudart.pending, true);
+    ck_assert_int_eq(comm_gpu_poll(r->g, NULL, &done, &r->st), ST_OK); /* all is well yet */
+    ck_assert(!done);
+    ck_assert_int_eq(nccl->asked, 1);
+    atomic_store(&nccl->error, ncclInProgress);
+    ck_assert_int_eq(comm_gpu_poll(r->g, NULL, &done, &r->st), ST_OK);
+    atomic_store(&nccl->error, ncclRemoteError);
+    r->rc = comm_gpu_finish(r->g, NULL, &r->st);
+    ck_assert_uint_lt(comm_now_ns() - start, 10000 * UINT64_C(1000000)); /* of 20 s */
+    ck_assert_int_eq(nccl->ended, 1);
+    ck_assert_int_eq(comm_barrier(r->comm, NULL), ST_ABORTED);
+}
+
+START_TEST(a_peer_that_nccl_has_lost_ends_the_wait)
+{
+    struct rank rank[RANKS] = {{.way = COMM_GPU_NCCL, .nccl = TEST_FAKE_NCCL, .then = wait_for_lost_peer},
+                               {.way = COMM_GPU_NCCL, .nccl = TEST_FAKE_NCCL}};
+    run(rank);
+    ck_assert_int_eq(rank[0].rc, ST_UNAVAILABLE);
+    ck_assert_str_eq(rank[0].st.message, "NCCL: remote process exited or there was a network error: socketProgress: "
+                                         "Connection closed by remote peer 10.1.2.3");
+    ck_assert_int_eq(nccl->ended, 1);
+    ck_assert_int_eq(nccl->live, 0); /* rank 1 has left in order */
+}
+END_TEST
+
+START_TEST(steps_that_have_ended_are_not_asked_about)
+{
+    struct rank rank[RANKS] = {{.way = COMM_GPU_NCCL, .nccl = TEST_FAKE_NCCL},
+                               {.way = COMM_GPU_NCCL, .nccl = TEST_FAKE_NCCL}};
+    rank[0].then = rank[1].then = finish_at_once;
+    run(rank);
+    ck_assert_int_eq(rank[0].rc, ST_OK);
+    ck_assert_int_eq(nccl->asked, 0);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("comm_connect");
@@ -235,6 +286,8 @@ int main(void)
     tcase_add_loop_test(core, ranks_that_do_not_all_agree_on_nccl, 0, APART);
     tcase_add_test(core, ranks_of_two_machines_do_not_try_peer_memory);
     tcase_add_test(faults, peer_memory_that_is_wanted_and_out_of_reach_is_an_error_on_all);
+    tcase_add_test(core, steps_that_have_ended_are_not_asked_about);
+    tcase_add_test(faults, a_peer_that_nccl_has_lost_ends_the_wait);
     tcase_add_test(faults, no_way_at_all_is_an_error_on_all);
     suite_add_tcase(s, core);
     suite_add_tcase(s, faults);

@@ -156,7 +156,8 @@ cudaError_t CUDARTAPI cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 cudaError_t CUDARTAPI cudaEventQuery(cudaEvent_t event)
 {
     (void)event;
-    return atomic_load(&fake_cudart.pending) ? cudaErrorNotReady : cudaSuccess;
+    return atomic_load(&fake_cudart.pending) && !(fake_cudart.ends && atomic_load(fake_cudart.ends)) ? cudaErrorNotReady
+                                                                                                     : cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)

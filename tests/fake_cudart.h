@@ -17,7 +17,8 @@ struct fake_cudart {
     enum fake_reach reach[8]; /* of the rank that opens a handle */
     atomic_int mapped;        /* memory of peers, now */
     atomic_int launched;      /* kernels of sums that name peers' memory */
-    atomic_bool pending;      /* no event comes */
+    atomic_bool pending;      /* no event comes, */
+    atomic_int *ends;         /* but once this is not 0; NULL: never */
 };
 extern struct fake_cudart fake_cudart;
 
