@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "worker/cuda_internal.h"
+#include "worker/cuda_taken.h"
 
 #define ALIGN_BYTES      256
 #define HEAD_LOGIT_BYTES (128u << 20) /* of logits held at a time, by which the rows of the LM head are cut */
@@ -450,18 +451,59 @@ static enum status_code forward_logits(struct forward *f, float *out, struct sta
                       "logits");
 }
 
+/* ---- calls of a step, which take no memory once all is prepared ---- */
+
+static enum status_code left(enum status_code rc)
+{
+    cuda_taken_forbid(NULL);
+    return rc;
+}
+
+static enum status_code forward_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
+                                      struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "start of a step" : NULL);
+    return left(cuda_forward_start(f, b, tokens, st));
+}
+
+static enum status_code forward_poll(struct forward *f, bool *done, struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "look at a step" : NULL);
+    return left(cuda_forward_poll(f, done, st));
+}
+
+static enum status_code forward_finish(struct forward *f, struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "end of a step" : NULL);
+    return left(cuda_forward_finish(f, st));
+}
+
+static enum status_code forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
+                                    struct status *st)
+{
+    enum status_code rc = forward_start(f, b, tokens, st);
+    return rc == ST_OK ? forward_finish(f, st) : rc;
+}
+
+static enum status_code forward_begin(struct forward *f, uint32_t slot, const struct sample_adjust *a,
+                                      uint32_t output_at, bool *kept, struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "options of a slot" : NULL);
+    return left(cuda_forward_begin(f, slot, a, output_at, kept, st));
+}
+
 const struct forward_ops forward_ops_cuda = {
     .options = SAMPLE_ALL,
     .bytes = forward_bytes,
     .create = forward_create,
     .destroy = forward_destroy,
     .connect = forward_connect,
-    .run = cuda_forward_run,
-    .start = cuda_forward_start,
-    .poll = cuda_forward_poll,
-    .finish = cuda_forward_finish,
+    .run = forward_run,
+    .start = forward_start,
+    .poll = forward_poll,
+    .finish = forward_finish,
     .time_of = forward_time_of,
-    .begin = cuda_forward_begin,
+    .begin = forward_begin,
     .end = cuda_forward_end,
     .logits = forward_logits,
 };
