@@ -81,12 +81,10 @@ static enum status_code refuse(const struct comm_devices *of, const uint32_t *ta
     for (uint32_t r = 0; r < ranks; r++)
         local += of[r].machine == of[rank].machine;
     list_devices(text, sizeof text, of, taken, ranks, of[rank].machine);
-    return status_set(
-        st, ST_FAILED_PRECONDITION,
-        "rank %u finds no free device among the %u that it may use; its machine has %u rank%s, which see%s "
-        "%s: start fewer ranks there, or let each see a device of its own (--devices, "
-        "CUDA_VISIBLE_DEVICES, the GPUs of its pod)",
-        rank, of[rank].count, local, local == 1 ? "" : "s", local == 1 ? "s" : "", text);
+    return status_set(st, ST_FAILED_PRECONDITION,
+                      "rank %u finds no free device among its %u, as %u rank%s its machine: start fewer there, or give "
+                      "each a device of its own (--devices, CUDA_VISIBLE_DEVICES, the GPUs of its pod); seen there: %s",
+                      rank, of[rank].count, local, local == 1 ? " has" : "s share", text);
 }
 
 static enum status_code match(const struct comm_devices *of, uint32_t ranks, uint32_t *all, struct status *st)
