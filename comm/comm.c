@@ -104,6 +104,11 @@ uint32_t comm_local_rank(const struct comm *c)
     return c->local_rank;
 }
 
+uint32_t comm_machine(const struct comm *c)
+{
+    return c->machine;
+}
+
 uint32_t comm_timeout_ms(const struct comm *c)
 {
     return c->timeout_ms;

@@ -39,8 +39,10 @@ uint32_t comm_rank(const struct comm *c);
 uint32_t comm_size(const struct comm *c);
 /* Ranks on this machine, this one included: to share its cores. */
 uint32_t comm_local_size(const struct comm *c);
-/* Of these, how many have a lower rank: which of its devices is ours. */
+/* Of these, how many have a lower rank. */
 uint32_t comm_local_rank(const struct comm *c);
+/* Names this machine: the lowest rank on it. */
+uint32_t comm_machine(const struct comm *c);
 
 /* Sum over ranks in place, n floats. The result is bit-identical on all ranks. */
 STATUS_MUST_CHECK enum status_code comm_all_reduce(struct comm *c, float *x, size_t n, struct status *st);
@@ -57,6 +59,30 @@ STATUS_MUST_CHECK enum status_code comm_barrier(struct comm *c, struct status *s
 /* Makes the operation under way, and all later ones, on this rank return ST_ABORTED soon. Any thread. */
 void comm_abort(struct comm *c);
 uint32_t comm_timeout_ms(const struct comm *c); /* of one operation */
+
+/* ---- which device a rank takes ----
+ *
+ * The ranks of a machine, in order of rank, each take the first of their devices that no rank before has taken. So ranks that
+ * see the same devices take one after the other; and where each sees devices of its own (pods, CUDA_VISIBLE_DEVICES,
+ * --devices), each takes one of these.
+ */
+#define COMM_DEVICES_MAX   16 /* of a rank; more are not looked at */
+#define COMM_DEVICE_BYTES  16 /* of an id, the same wherever the device is seen: its UUID */
+#define COMM_DEVICE_ABSENT UINT32_MAX
+
+struct comm_devices {
+    uint32_t machine;                                /* comm_machine */
+    uint32_t count;                                  /* 0: none that it could use */
+    uint8_t id[COMM_DEVICES_MAX][COMM_DEVICE_BYTES]; /* the best first; one that comes twice counts once */
+};
+
+/* taken[r]: which of its devices rank r takes, or COMM_DEVICE_ABSENT. Returns the first rank that finds none, or `ranks`. Pure;
+ * no count may be above COMM_DEVICES_MAX. */
+uint32_t comm_match_devices(const struct comm_devices *of, uint32_t ranks, uint32_t *taken);
+/* Collective: tells all ranks ours (machine is filled in here) and takes one of them. FAILED_PRECONDITION on all ranks alike when
+ * one of them finds none; it names that rank and says what the ranks of its machine see. */
+STATUS_MUST_CHECK enum status_code comm_take_device(struct comm *c, const struct comm_devices *mine, uint32_t *taken,
+                                                    struct status *st);
 
 /* ---- ranks on GPUs (library tandem_comm_cuda) ----
  *
@@ -116,7 +142,8 @@ void comm_gpu_destroy(
 /* FAILED_PRECONDITION: two ranks on one device, no way between the devices. May take seconds (NCCL). */
 STATUS_MUST_CHECK enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st);
 bool comm_gpu_connected(const struct comm_gpu *g);
-/* "peer memory, pushed up to 64 rows; peer memory, read up to 1024 rows; NCCL 2.28.9": what it takes. Valid as long as g. */
+/* "peer memory, pushed up to 64 rows; peer memory, read up to 1024 rows; NCCL 2.28.9": what it takes; with AUTO also why it is NCCL
+ * alone. Valid as long as g. */
 const char *comm_gpu_text(const struct comm_gpu *g);
 
 void *comm_gpu_part(struct comm_gpu *g, uint32_t part); /* bf16 [max_rows][hidden] */
@@ -145,8 +172,8 @@ STATUS_MUST_CHECK enum status_code comm_gpu_sum(struct comm_gpu *g, const struct
 STATUS_MUST_CHECK enum status_code comm_gpu_gather(struct comm_gpu *g, const struct comm_gpu_gather *s,
                                                    struct status *st);
 
-/* Waits for the event (cudaEvent_t). DEADLINE_EXCEEDED names the rank that did not come; ABORTED after comm_abort, at most
- * COMM_GPU_ABORT_MS later. */
+/* Waits for the event (cudaEvent_t). DEADLINE_EXCEEDED names the rank that did not come; UNAVAILABLE: NCCL has lost a peer, in its
+ * own words; ABORTED after comm_abort, at most COMM_GPU_ABORT_MS later. */
 #define COMM_GPU_ABORT_MS 2000
 STATUS_MUST_CHECK enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status *st);
 /* Whether the event has come, without waiting; the same errors. */

@@ -268,8 +268,13 @@ enum status_code comm_gpu_poll(struct comm_gpu *g, void *event, bool *done, stru
     if (err != cudaSuccess && err != cudaErrorNotReady)
         return comm_gpu_check(err, st, "step");
     *done = err == cudaSuccess;
-    if (!*done && !atomic_load_explicit(&g->cfg.comm->aborted, memory_order_relaxed))
-        return ST_OK;
+    if (!*done && !atomic_load_explicit(&g->cfg.comm->aborted, memory_order_relaxed)) {
+        /* Its kernels wait for a peer that is gone as for one that is late: only the library knows of a broken connection. */
+        enum status_code rc = g->nccl ? comm_nccl_fault(g->nccl, st) : ST_OK;
+        if (rc != ST_OK)
+            end_all(g);
+        return rc;
+    }
     if (!*done)
         return status_set(st, ST_ABORTED, "the group was aborted");
     if (watch(g)->fault) {
@@ -295,7 +300,7 @@ enum status_code comm_gpu_finish(struct comm_gpu *g, void *event, struct status 
         bool done = false;
         enum status_code rc = comm_gpu_poll(g, event, &done, st);
         if (rc != ST_OK) {
-            if (rc == ST_ABORTED || rc == ST_DEADLINE_EXCEEDED)
+            if (rc == ST_ABORTED || rc == ST_DEADLINE_EXCEEDED || rc == ST_UNAVAILABLE)
                 wait_for_end(g, event);
             return rc;
         }

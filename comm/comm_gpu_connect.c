@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "comm/comm_gpu_internal.h"
 
@@ -14,6 +15,7 @@
 struct card {
     cudaIpcMemHandle_t handle;
     uint8_t uuid[16];
+    uint64_t processes; /* names the PID namespace; 0: not known */
     uint64_t bytes;
     uint32_t cols_first, cols_count;
     uint32_t has_nccl, has_handle;
@@ -64,6 +66,60 @@ static enum status_code check_cards(struct comm_gpu *g, const struct card *card,
     return ST_OK;
 }
 
+/* ---- peer memory ----
+ *
+ * A handle of CUDA can be opened by any process that sees the exporter's, whether its device is visible there or not. Between pods,
+ * which have PID namespaces of their own, the driver refuses (or, with numbers of processes that mean something else there, might
+ * find another process). So nothing is believed: each rank stamps its memory with the UUID of its device, peers read it
+ * through their mapping, and unless all of them see what they should, nobody uses peer memory. */
+
+#define STAMP_BYTES 16 /* at the start of part 0, which has 256 at least */
+
+/* Ours, or zeros as before. Has ended when this returns. */
+static enum status_code stamp(struct comm_gpu *g, const uint8_t *with, struct status *st)
+{
+    enum status_code rc = comm_gpu_check(cudaMemcpy(comm_gpu_part(g, 0), with, STAMP_BYTES, cudaMemcpyHostToDevice), st,
+                                         "stamp of memory that ranks share");
+    return rc == ST_OK ? comm_gpu_check(cudaDeviceSynchronize(), st, "stamp of memory that ranks share") : rc;
+}
+
+static uint64_t process_space(void)
+{
+    struct stat s;
+    return stat("/proc/self/ns/pid", &s) == 0 ? (uint64_t)s.st_ino : 0;
+}
+
+static bool map_peer(struct comm_gpu *g, const struct card *card, uint32_t r, char *why, size_t why_bytes)
+{
+    uint8_t seen[STAMP_BYTES] = {0};
+    void *memory = NULL;
+    cudaError_t err = card[r].has_handle ? cudaIpcOpenMemHandle(&memory, card[r].handle, cudaIpcMemLazyEnablePeerAccess)
+                                         : cudaErrorNotSupported;
+    if (err == cudaSuccess) {
+        g->peer[r] = memory;
+        err = cudaMemcpy(seen, (uint8_t *)memory + g->layout.part[0], sizeof seen, cudaMemcpyDeviceToHost);
+    }
+    cudaGetLastError();
+    if (err == cudaSuccess && memcmp(seen, card[r].uuid, sizeof seen) == 0)
+        return true;
+    const bool apart = card[r].processes != card[g->rank].processes;
+    snprintf(why, why_bytes, "memory of rank %u cannot be mapped: %s%s", r,
+             err != cudaSuccess ? cudaGetErrorString(err) : "what is mapped is not that",
+             apart ? ", and it is in another PID namespace (pods of their own?)" : "");
+    return false;
+}
+
+static void unmap_peers(struct comm_gpu *g)
+{
+    for (uint32_t r = 0; r < g->ranks; r++) {
+        if (r == g->rank || !g->peer[r])
+            continue;
+        cudaIpcCloseMemHandle(g->peer[r]);
+        g->peer[r] = NULL;
+    }
+    cudaGetLastError();
+}
+
 /* Whether all memory of all peers is mapped here; why is for people. */
 static bool map_peers(struct comm_gpu *g, const struct card *card, char *why, size_t why_bytes)
 {
@@ -75,19 +131,9 @@ static bool map_peers(struct comm_gpu *g, const struct card *card, char *why, si
         snprintf(why, why_bytes, "the ranks are on several machines");
         return false;
     }
-    for (uint32_t r = 0; r < g->ranks; r++) {
-        if (r == g->rank)
-            continue;
-        cudaError_t err = card[r].has_handle
-                              ? cudaIpcOpenMemHandle(&g->peer[r], card[r].handle, cudaIpcMemLazyEnablePeerAccess)
-                              : cudaErrorNotSupported;
-        if (err != cudaSuccess) {
-            cudaGetLastError();
-            g->peer[r] = NULL;
-            snprintf(why, why_bytes, "memory of rank %u cannot be mapped: %s", r, cudaGetErrorString(err));
+    for (uint32_t r = 0; r < g->ranks; r++)
+        if (r != g->rank && !map_peer(g, card, r, why, why_bytes))
             return false;
-        }
-    }
     return true;
 }
 
@@ -224,8 +270,8 @@ static enum status_code choose_forms(struct comm_gpu *g, struct status *st)
     return rc;
 }
 
-/* "pushed up to 64 rows, read up to 1024, NCCL 2.28.9" */
-static void describe(struct comm_gpu *g)
+/* "pushed up to 64 rows, read up to 1024, NCCL 2.28.9"; no_peer: why all goes over NCCL though it was not asked for, or NULL. */
+static void describe(struct comm_gpu *g, const char *no_peer)
 {
     uint32_t last = comm_gpu_bucket(g->cfg.max_rows), v = g->nccl ? comm_nccl_version(g->nccl) : 0;
     char nccl[32];
@@ -244,6 +290,8 @@ static void describe(struct comm_gpu *g)
         if (at >= sizeof g->text)
             break;
     }
+    if (no_peer && at < sizeof g->text)
+        snprintf(g->text + at, sizeof g->text - at, ", as peer memory is out of reach: %s", no_peer);
 }
 
 /* Both ways that all ranks have; NCCL is connected only where it may be used. */
@@ -273,15 +321,21 @@ static enum status_code choose_way(struct comm_gpu *g, bool peer, bool nccl, con
 
 enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st)
 {
-    struct card card = {.bytes = g->layout.bytes, .cols_first = g->cfg.cols_first, .cols_count = g->cfg.cols_count};
+    static const uint8_t zeros[STAMP_BYTES];
+    struct card card = {.processes = process_space(),
+                        .bytes = g->layout.bytes,
+                        .cols_first = g->cfg.cols_first,
+                        .cols_count = g->cfg.cols_count};
     struct card all[COMM_GPU_RANKS];
-    char no_peer[160] = "another rank cannot map it", no_nccl[160] = "another rank lacks it";
+    char no_peer[200] = "another rank cannot map it", no_nccl[160] = "another rank lacks it";
     struct cudaDeviceProp p;
     struct status why = STATUS_INIT;
     enum status_code rc = comm_gpu_check(cudaGetDeviceProperties(&p, g->cfg.device), st, "cudaGetDeviceProperties");
     if (rc != ST_OK)
         return rc;
     memcpy(card.uuid, &p.uuid, sizeof card.uuid);
+    if ((rc = stamp(g, card.uuid, st)) != ST_OK)
+        return rc;
     card.has_handle = cudaIpcGetMemHandle(&card.handle, g->memory) == cudaSuccess;
     cudaGetLastError();
     card.has_nccl = comm_nccl_open(&g->nccl, g->cfg.nccl, &why) == ST_OK;
@@ -292,11 +346,13 @@ enum status_code comm_gpu_connect(struct comm_gpu *g, struct status *st)
     bool nccl = true, peer = g->cfg.way != COMM_GPU_NCCL && map_peers(g, all, no_peer, sizeof no_peer);
     for (uint32_t r = 0; r < g->ranks; r++)
         nccl = nccl && all[r].has_nccl;
-    if ((rc = all_of_us(g, peer, &peer, st)) != ST_OK)
+    if ((rc = all_of_us(g, peer, &peer, st)) != ST_OK || (rc = stamp(g, zeros, st)) != ST_OK)
         return rc;
+    if (!peer)
+        unmap_peers(g);
     if ((rc = choose_way(g, peer, nccl, no_peer, no_nccl, st)) != ST_OK)
         return rc;
-    describe(g);
+    describe(g, !peer && g->cfg.way == COMM_GPU_AUTO ? no_peer : NULL);
     g->connected = true;
     return ST_OK;
 }

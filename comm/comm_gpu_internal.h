@@ -118,7 +118,7 @@ struct comm_gpu {
     bool connected, ended;
     uint8_t form[COMM_GPU_BUCKETS];
     bool peer_gather;
-    char text[160];
+    char text[320];
 
     void *memory; /* shared with peers */
     struct comm_gpu_layout layout;
@@ -149,6 +149,9 @@ STATUS_MUST_CHECK enum status_code comm_nccl_sum(struct comm_nccl *n, void *x, u
 /* out[r][count] = in of rank r. */
 STATUS_MUST_CHECK enum status_code comm_nccl_gather(struct comm_nccl *n, const float *in, float *out, uint64_t count,
                                                     cudaStream_t stream, struct status *st);
+/* What went wrong behind the calls (a peer's connection, a kernel): UNAVAILABLE with the library's words. Takes no time, asks no
+ * device; the thread of the other calls. ST_OK when not connected, or aborted. */
+STATUS_MUST_CHECK enum status_code comm_nccl_fault(const struct comm_nccl *n, struct status *st);
 /* Has what is under way ended, soon; the group is of no use any more. */
 void comm_nccl_abort(struct comm_nccl *n);
 #endif

@@ -21,6 +21,8 @@ struct comm_nccl {
     ncclResult_t (*all_gather)(const void *, void *, size_t, ncclDataType_t, ncclComm_t, cudaStream_t);
     ncclResult_t (*abort)(ncclComm_t);
     ncclResult_t (*destroy)(ncclComm_t);
+    ncclResult_t (*async_error)(ncclComm_t, ncclResult_t *);
+    const char *(*last_error)(ncclComm_t);
     const char *(*error_string)(ncclResult_t);
 };
 
@@ -46,10 +48,11 @@ enum status_code comm_nccl_open(struct comm_nccl **out, const char *library, str
         const char *name;
         void **to;
     } symbols[] = {
-        {"ncclGetVersion", (void **)&n->get_version}, {"ncclGetUniqueId", (void **)&n->get_unique_id},
-        {"ncclCommInitRank", (void **)&n->init_rank}, {"ncclAllReduce", (void **)&n->all_reduce},
-        {"ncclAllGather", (void **)&n->all_gather},   {"ncclCommAbort", (void **)&n->abort},
-        {"ncclCommDestroy", (void **)&n->destroy},    {"ncclGetErrorString", (void **)&n->error_string},
+        {"ncclGetVersion", (void **)&n->get_version},        {"ncclGetUniqueId", (void **)&n->get_unique_id},
+        {"ncclCommInitRank", (void **)&n->init_rank},        {"ncclAllReduce", (void **)&n->all_reduce},
+        {"ncclAllGather", (void **)&n->all_gather},          {"ncclCommAbort", (void **)&n->abort},
+        {"ncclCommDestroy", (void **)&n->destroy},           {"ncclGetErrorString", (void **)&n->error_string},
+        {"ncclCommGetAsyncError", (void **)&n->async_error}, {"ncclGetLastError", (void **)&n->last_error},
     };
     for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
         *symbols[i].to = dlsym(n->library, symbols[i].name);
@@ -113,6 +116,18 @@ enum status_code comm_nccl_gather(struct comm_nccl *n, const float *in, float *o
                                   struct status *st)
 {
     return check(n, n->all_gather(in, out, count, ncclFloat32, n->comm, stream), st, "ncclAllGather");
+}
+
+enum status_code comm_nccl_fault(const struct comm_nccl *n, struct status *st)
+{
+    ncclResult_t error = ncclSuccess, rc = n->comm ? n->async_error(n->comm, &error) : ncclSuccess;
+    if (rc == ncclSuccess)
+        rc = error;
+    if (rc == ncclSuccess || rc == ncclInProgress)
+        return ST_OK;
+    const char *last = n->last_error(n->comm);
+    return status_set(st, ST_UNAVAILABLE, "NCCL: %s%s%s", n->error_string(rc), last && *last ? ": " : "",
+                      last ? last : "");
 }
 
 struct ending {
@@ -182,6 +197,12 @@ enum status_code comm_nccl_gather(struct comm_nccl *n, const float *in, float *o
 {
     (void)n, (void)in, (void)out, (void)count, (void)stream;
     return status_set(st, ST_UNIMPLEMENTED, "NCCL");
+}
+
+enum status_code comm_nccl_fault(const struct comm_nccl *n, struct status *st)
+{
+    (void)n, (void)st;
+    return ST_OK;
 }
 
 void comm_nccl_abort(struct comm_nccl *n)

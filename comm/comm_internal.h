@@ -19,6 +19,7 @@ struct comm {
     uint32_t rank;
     uint32_t size;
     uint32_t local_size, local_rank;
+    uint32_t machine; /* the lowest rank on it */
     uint32_t timeout_ms;
 
     atomic_bool aborted; /* any thread sets it, never cleared */
@@ -32,7 +33,7 @@ struct comm {
 struct comm_ops {
     const char *name;
 
-    /* Fills backend, rank, size, local_size and local_rank; starts the clock itself where it waits. Nothing is left behind on failure. */
+    /* Fills backend, rank, size, local_size, local_rank and machine; starts the clock itself where it waits. Nothing is left behind on failure. */
     enum status_code (*open)(struct comm *c, struct status *st);
     /* clean: no operation has failed and deadline_ns is set; else no peer may be waited for. */
     void (*close)(struct comm *c, bool clean);

@@ -296,6 +296,8 @@ static enum status_code count_local(struct comm *c, struct status *st)
     c->local_size = c->local_rank = 0;
     for (uint32_t r = 0; r < c->size; r++) {
         bool here = memcmp(names + (size_t)r * NAME_BYTES, own, NAME_BYTES) == 0;
+        if (here && c->local_size == 0)
+            c->machine = r;
         c->local_size += here;
         c->local_rank += here && r < c->rank;
     }

@@ -22,7 +22,8 @@ static enum status_code fake_describe(uint32_t device, struct backend_device *ou
 {
     if (device >= 2)
         return status_set(st, ST_OUT_OF_RANGE, "device %u", device);
-    *out = (struct backend_device){.name = "Fake 9000", .memory_bytes = 80ull << 30, .major = 9, .minor = 0};
+    *out = (struct backend_device){
+        .name = "Fake 9000", .memory_bytes = 80ull << 30, .major = 9, .id = {(uint8_t)(device + 1)}};
     return ST_OK;
 }
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "comm/comm_internal.h"
 #include "worker/backend.h"
 #include "worker/worker_internal.h"
 
@@ -11,12 +12,54 @@
 
 static const struct worker_log quiet = {.level = WORKER_LOG_ERROR, .rank = 1};
 
+/* ---- a group of two, or more, of which we are rank 1 and the others see what the fake plugin shows ---- */
+
+static uint32_t group_size = 2;
+
+static enum status_code pair_open(struct comm *c, struct status *st)
+{
+    (void)st;
+    c->rank = 1;
+    c->size = group_size;
+    return ST_OK;
+}
+
+static void pair_close(struct comm *c, bool clean)
+{
+    (void)c;
+    (void)clean;
+}
+
+static const char *others_see = "\1\2"; /* the first byte of each id */
+
+static enum status_code pair_all_gather(struct comm *c, const void *send, void *recv, const size_t *bytes,
+                                        struct status *st)
+{
+    struct comm_devices *all = recv;
+    (void)send, (void)bytes, (void)st;
+    for (uint32_t r = 0; r < c->size; r++)
+        if (r != c->rank)
+            for (const char *p = others_see; *p; p++)
+                all[r].id[all[r].count++][0] = (uint8_t)*p;
+    return ST_OK;
+}
+
+static const struct comm_ops comm_ops_pair = {
+    .name = "pair", .open = pair_open, .close = pair_close, .all_gather = pair_all_gather};
+
+static enum status_code open_backend(struct worker_backend *b, struct worker_backend_config cfg, struct status *st)
+{
+    ck_assert_int_eq(comm_create(&cfg.comm, &(struct comm_config){.ops = &comm_ops_pair}, st), ST_OK);
+    enum status_code rc = worker_backend_open(b, &cfg, &quiet, st);
+    comm_destroy(cfg.comm);
+    return rc;
+}
+
 static enum status_code choose(uint32_t kind, const char *plugin, const char *driver, struct status *st)
 {
-    const struct worker_backend_config cfg = {
-        .kind = kind, .plugin = plugin, .driver_library = driver, .local_rank = 1, .local_ranks = 2};
+    const struct worker_backend_config cfg = {.kind = kind, .plugin = plugin, .driver_library = driver};
     struct worker_backend b;
-    enum status_code rc = worker_backend_open(&b, &cfg, &quiet, st);
+    enum status_code rc = open_backend(&b, cfg, st);
     if (rc == ST_OK) {
         ck_assert_ptr_null(b.api);
         worker_backend_close(&b);
@@ -46,13 +89,49 @@ START_TEST(more_ranks_than_devices_are_refused)
 {
     struct status st = STATUS_INIT;
     struct worker_backend b;
-    const struct worker_backend_config cfg = {.kind = WORKER_BACKEND_CUDA,
-                                              .plugin = TEST_FAKE_PLUGIN,
-                                              .driver_library = SOME_LIBRARY,
-                                              .local_rank = 0,
-                                              .local_ranks = 3};
-    ck_assert_int_eq(worker_backend_open(&b, &cfg, &quiet, &st), ST_FAILED_PRECONDITION);
-    ck_assert_str_eq(st.message, "--backend cuda: 3 ranks on this machine, but 2 devices");
+    const struct worker_backend_config cfg = {
+        .kind = WORKER_BACKEND_CUDA, .plugin = TEST_FAKE_PLUGIN, .driver_library = SOME_LIBRARY};
+    group_size = 3;
+    ck_assert_int_eq(open_backend(&b, cfg, &st), ST_FAILED_PRECONDITION);
+    const char *seen = strstr(st.message, "; seen there: ");
+    ck_assert_msg(strstr(st.message, "--backend cuda: rank 2 finds no free device among its 2, as 3 ranks share") &&
+                      seen,
+                  "%s", st.message);
+    ck_assert_str_eq(seen, "; seen there: GPU-01000000 (rank 0's), GPU-02000000 (rank 1's)");
+}
+END_TEST
+
+struct taking_case {
+    const char *others, *devices; /* what rank 0 sees; our --devices */
+    enum status_code rc;          /* at cuda */
+    const char *text;             /* of the device that was tried, or of the match */
+};
+
+static const struct taking_case taking_cases[] = {
+    {"\1\2", NULL, ST_UNIMPLEMENTED, "on device 1"},
+    {"\1", NULL, ST_UNIMPLEMENTED, "on device 1"},    /* rank 0 sees the first alone */
+    {"\2", NULL, ST_UNIMPLEMENTED, "on device 0"},    /* the second: a pod of its own, or CUDA_VISIBLE_DEVICES */
+    {"\3", NULL, ST_UNIMPLEMENTED, "on device 0"},    /* one that we do not see */
+    {"\3", "1,0", ST_UNIMPLEMENTED, "on device 1"},   /* our own order */
+    {"\2\1", "1,0", ST_UNIMPLEMENTED, "on device 0"}, /* the same list, in an order that both were told */
+    {"\1\2", "0", ST_FAILED_PRECONDITION, "rank 1 finds no free device among its 1"},
+    {"", NULL, ST_FAILED_PRECONDITION, "rank 0 finds no free device among its 0"},
+};
+#define TAKING_CASES (int)(sizeof taking_cases / sizeof *taking_cases)
+
+START_TEST(a_rank_takes_what_the_others_leave)
+{
+    const struct taking_case *t = &taking_cases[_i];
+    struct status st = STATUS_INIT;
+    struct worker_backend b;
+    struct worker_backend_config cfg = {
+        .kind = WORKER_BACKEND_CUDA, .devices = t->devices, .plugin = TEST_FAKE_PLUGIN, .driver_library = SOME_LIBRARY};
+    others_see = t->others;
+    ck_assert_int_eq(open_backend(&b, cfg, &st), t->rc);
+    ck_assert_msg(strstr(st.message, t->text), "%s", st.message);
+    cfg.kind = WORKER_BACKEND_AUTO;
+    ck_assert_int_eq(open_backend(&b, cfg, NULL), ST_OK);
+    ck_assert_ptr_null(b.api); /* the host */
 }
 END_TEST
 
@@ -62,7 +141,7 @@ START_TEST(a_back_end_that_serves_gives_its_parts)
     struct worker_backend b;
     setenv("BACKEND_FAKE", "serves", 1);
     for (int i = 0; i < 2; i++) { /* the second time finds the first one closed */
-        ck_assert_int_eq(worker_backend_open(&b, &cfg, &quiet, NULL), ST_OK);
+        ck_assert_int_eq(open_backend(&b, cfg, NULL), ST_OK);
         ck_assert_str_eq(b.parts->text, "fake:1");
         worker_backend_close(&b);
     }
@@ -74,17 +153,19 @@ END_TEST
 
 START_TEST(device_lists_are_numbers_of_devices)
 {
-    static const char *const wrong[] = {"", ",", "0,", ",0", "0,,1", "a", "1 ", "-1", "4", "99999999999999999999"};
-    uint32_t device;
+    static const char *const wrong[] = {
+        "", ",", "0,", ",0", "0,,1", "a", "1 ", "-1", "4", "99999999999999999999", "0,1,2,3,0,1,2,3,0,1,2,3,0,1,2,3,0"};
+    uint32_t device[COMM_DEVICES_MAX], n;
     struct status st = STATUS_INIT;
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        ck_assert_int_eq(worker_backend_device(&device, wrong[i], 0, 4, &st), ST_INVALID_ARGUMENT);
+        ck_assert_int_eq(worker_backend_devices(device, &n, wrong[i], 4, &st), ST_INVALID_ARGUMENT);
         ck_assert_msg(strncmp(st.message, "--devices: ", 11) == 0, "%s", st.message);
     }
-    ck_assert_int_eq(worker_backend_device(&device, "3,0,2", 1, 4, &st), ST_OK);
-    ck_assert_uint_eq(device, 0);
-    ck_assert_int_eq(worker_backend_device(&device, "3,0,2", 5, 4, &st), ST_OK);
-    ck_assert_uint_eq(device, 2);
+    ck_assert_int_eq(worker_backend_devices(device, &n, "3,0,2", 4, &st), ST_OK);
+    ck_assert_uint_eq(n, 3);
+    ck_assert(device[0] == 3 && device[1] == 0 && device[2] == 2);
+    ck_assert_int_eq(worker_backend_devices(device, &n, "0,1,2,3,0,1,2,3,0,1,2,3,0,1,2,3", 4, &st), ST_OK);
+    ck_assert_uint_eq(n, COMM_DEVICES_MAX);
 }
 END_TEST
 
@@ -94,7 +175,7 @@ START_TEST(a_wrong_device_list_is_said_at_auto_too)
         .kind = WORKER_BACKEND_AUTO, .devices = "2", .plugin = TEST_FAKE_PLUGIN, .driver_library = SOME_LIBRARY};
     struct worker_backend b;
     struct status st = STATUS_INIT;
-    ck_assert_int_eq(worker_backend_open(&b, &cfg, &quiet, &st), ST_INVALID_ARGUMENT);
+    ck_assert_int_eq(open_backend(&b, cfg, &st), ST_INVALID_ARGUMENT);
     ck_assert_str_eq(st.message, "--devices: 2, but the driver finds 2 devices");
 }
 END_TEST
@@ -122,6 +203,7 @@ START_TEST(cuda_plugin_keeps_its_contract)
     for (uint32_t i = 0; rc == ST_OK && i < count; i++) {
         ck_assert_int_eq(api->describe(i, &d, &st), ST_OK);
         ck_assert(d.name[0] && d.memory_bytes && d.major && d.processors);
+        ck_assert_mem_ne(d.id, (uint8_t[COMM_DEVICE_BYTES]){0}, COMM_DEVICE_BYTES);
     }
     ck_assert_int_ne(api->describe(count, &d, &st), ST_OK);
     struct backend_session *session = NULL;
@@ -201,6 +283,8 @@ int main(void)
     tcase_add_test(limits, device_lists_are_numbers_of_devices);
     tcase_add_test(limits, a_wrong_device_list_is_said_at_auto_too);
     tcase_add_test(limits, cuda_plugin_keeps_its_contract);
+    tcase_add_loop_test(core, a_rank_takes_what_the_others_leave, 0, TAKING_CASES);
+    tcase_add_test(limits, more_ranks_than_devices_are_refused);
     tcase_add_loop_test(faults, what_keeps_cuda_away_leaves_the_host_or_is_said, 0, FAULT_CASES);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);

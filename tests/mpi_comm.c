@@ -292,8 +292,35 @@ static void waiting_ranks_leave_the_cores_to_others(void)
     CHECK(cpu_ms() - before < 150);
 }
 
+/* Each rank tells n devices from `first` on; the number of the one it takes, UINT32_MAX when a rank finds none. */
+static uint32_t device_of(uint32_t first, uint32_t n)
+{
+    struct comm_devices d = {.count = n};
+    struct status st = STATUS_INIT;
+    uint32_t taken = 0;
+    for (uint32_t i = 0; i < n; i++)
+        d.id[i][3] = (uint8_t)(first + i);
+    enum status_code rc = comm_take_device(group, &d, &taken, &st);
+    CHECK(rc == ST_OK || (rc == ST_FAILED_PRECONDITION && strstr(st.message, "finds no free device")));
+    return rc == ST_OK ? first + taken : UINT32_MAX;
+}
+
+static void ranks_take_devices(void)
+{
+    CHECK(comm_machine(group) <= rank);
+    if (comm_local_size(group) != size)
+        return;
+    CHECK(comm_machine(group) == 0);
+    CHECK(device_of(0, size) == rank);                           /* all see all */
+    CHECK(device_of(size - rank, 1) == size - rank);             /* each its own */
+    CHECK(device_of(0, rank + 1) == rank);                       /* and those of the ranks before */
+    CHECK(device_of(0, 1) == (size == 1 ? 0 : UINT32_MAX));      /* one for all */
+    CHECK(device_of(0, rank == size - 1 ? 0 : 9) == UINT32_MAX); /* the last sees none: all hear it */
+}
+
 static void ops(void)
 {
+    ranks_take_devices();
     CHECK(comm_local_size(group) >= 1 && comm_local_size(group) <= size);
     all_reduce_is_the_sum_in_rank_order();
     all_reduce_gives_all_ranks_the_same_bits();

@@ -18,12 +18,13 @@
 
 #include <stdint.h>
 
+#include "comm/comm.h"
 #include "memory/memory.h"
 #include "proto/status.h"
 #include "worker/forward.h"
 #include "worker/model_weights.h"
 
-#define BACKEND_ABI    6u
+#define BACKEND_ABI    7u
 #define BACKEND_SYMBOL "tandem_backend"
 
 struct backend_session;
@@ -31,8 +32,9 @@ struct backend_session;
 struct backend_device {
     char name[128];
     uint64_t memory_bytes;
-    uint32_t major, minor; /* compute capability */
-    uint32_t processors;   /* SMs */
+    uint32_t major, minor;         /* compute capability */
+    uint32_t processors;           /* SMs */
+    uint8_t id[COMM_DEVICE_BYTES]; /* its UUID */
 };
 
 struct backend_memory {

@@ -3,11 +3,14 @@
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "worker/backend.h"
 #include "worker/cuda_internal.h"
 
 #define MIN_MAJOR 8 /* bf16 in the tensor cores */
+
+_Static_assert(sizeof(cudaUUID_t) == COMM_DEVICE_BYTES, "the id of a device");
 
 static enum status_code cuda_status(struct status *st, enum status_code code, cudaError_t err, const char *what)
 {
@@ -45,6 +48,7 @@ static enum status_code cuda_describe(uint32_t device, struct backend_device *ou
         .processors = (uint32_t)p.multiProcessorCount,
     };
     snprintf(out->name, sizeof out->name, "%.*s", (int)sizeof out->name - 1, p.name);
+    memcpy(out->id, &p.uuid, sizeof out->id);
     return ST_OK;
 }
 

@@ -1,10 +1,12 @@
 /* cuda_forward.c - a forward on a device: what it takes, and all that it takes at once. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "worker/cuda_internal.h"
+#include "worker/cuda_taken.h"
 
 #define ALIGN_BYTES      256
 #define HEAD_LOGIT_BYTES (128u << 20) /* of logits held at a time, by which the rows of the LM head are cut */
@@ -212,7 +214,14 @@ static enum status_code create_group(struct comm_gpu **out, const struct forward
 
 static enum status_code forward_connect(struct forward *f, struct status *st)
 {
-    enum status_code rc = f->group && !comm_gpu_connected(f->group) ? comm_gpu_connect(f->group, st) : ST_OK;
+    enum status_code rc = ST_OK;
+    if (f->group && !comm_gpu_connected(f->group)) {
+        char text[400];
+        rc = comm_gpu_connect(f->group, st);
+        snprintf(text, sizeof text, "sums over ranks: %s", comm_gpu_text(f->group));
+        if (rc == ST_OK && f->cfg.note && comm_rank(f->cfg.comm) == 0)
+            f->cfg.note(f->cfg.note_ctx, text);
+    }
     return rc == ST_OK && !f->warm ? cuda_forward_warm(f, st) : rc;
 }
 
@@ -442,18 +451,59 @@ static enum status_code forward_logits(struct forward *f, float *out, struct sta
                       "logits");
 }
 
+/* ---- calls of a step, which take no memory once all is prepared ---- */
+
+static enum status_code left(enum status_code rc)
+{
+    cuda_taken_forbid(NULL);
+    return rc;
+}
+
+static enum status_code forward_start(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
+                                      struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "start of a step" : NULL);
+    return left(cuda_forward_start(f, b, tokens, st));
+}
+
+static enum status_code forward_poll(struct forward *f, bool *done, struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "look at a step" : NULL);
+    return left(cuda_forward_poll(f, done, st));
+}
+
+static enum status_code forward_finish(struct forward *f, struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "end of a step" : NULL);
+    return left(cuda_forward_finish(f, st));
+}
+
+static enum status_code forward_run(struct forward *f, const struct forward_batch *b, uint32_t *tokens,
+                                    struct status *st)
+{
+    enum status_code rc = forward_start(f, b, tokens, st);
+    return rc == ST_OK ? forward_finish(f, st) : rc;
+}
+
+static enum status_code forward_begin(struct forward *f, uint32_t slot, const struct sample_adjust *a,
+                                      uint32_t output_at, bool *kept, struct status *st)
+{
+    cuda_taken_forbid(f->warm ? "options of a slot" : NULL);
+    return left(cuda_forward_begin(f, slot, a, output_at, kept, st));
+}
+
 const struct forward_ops forward_ops_cuda = {
     .options = SAMPLE_ALL,
     .bytes = forward_bytes,
     .create = forward_create,
     .destroy = forward_destroy,
     .connect = forward_connect,
-    .run = cuda_forward_run,
-    .start = cuda_forward_start,
-    .poll = cuda_forward_poll,
-    .finish = cuda_forward_finish,
+    .run = forward_run,
+    .start = forward_start,
+    .poll = forward_poll,
+    .finish = forward_finish,
     .time_of = forward_time_of,
-    .begin = cuda_forward_begin,
+    .begin = forward_begin,
     .end = cuda_forward_end,
     .logits = forward_logits,
 };

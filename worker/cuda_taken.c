@@ -1,35 +1,55 @@
-/* cuda_taken.c - counts what takes memory (cuda_taken.h). The counter is the process's, as the memory is. */
+/* cuda_taken.c - see cuda_taken.h. */
 #include "worker/cuda_taken.h"
 
-#ifdef TANDEM_COUNT_TAKEN
-#include <stdatomic.h>
+#ifdef TANDEM_WATCH_TAKEN
+#include <stdio.h>
+#include <stdlib.h>
 
 #include <cuda_runtime_api.h>
 
-static atomic_uint_fast64_t taken;
+static _Thread_local const char *forbidden;
 
-#define COUNTED(name, parameters, arguments)                                                                           \
+void cuda_taken_forbid(const char *where)
+{
+    forbidden = where;
+}
+
+static void look(const char *call)
+{
+    if (!forbidden)
+        return;
+    fprintf(stderr, "tandem: %s: %s takes memory, though all was taken before the rank was ready\n", forbidden, call);
+    abort();
+}
+
+#define WATCHED(name, parameters, arguments)                                                                           \
     cudaError_t __real_##name parameters;                                                                              \
     cudaError_t __wrap_##name parameters;                                                                              \
     cudaError_t __wrap_##name parameters                                                                               \
     {                                                                                                                  \
-        atomic_fetch_add(&taken, 1);                                                                                   \
+        look(#name);                                                                                                   \
         return __real_##name arguments;                                                                                \
     }
 
-COUNTED(cudaMalloc, (void **p, size_t bytes), (p, bytes))
-COUNTED(cudaMallocAsync, (void **p, size_t bytes, cudaStream_t stream), (p, bytes, stream))
-COUNTED(cudaMallocHost, (void **p, size_t bytes), (p, bytes))
-COUNTED(cudaHostAlloc, (void **p, size_t bytes, unsigned flags), (p, bytes, flags))
-COUNTED(cudaGraphInstantiate, (cudaGraphExec_t * out, cudaGraph_t graph, unsigned long long flags), (out, graph, flags))
-
-uint64_t cuda_taken(void)
-{
-    return atomic_load(&taken);
-}
+WATCHED(cudaMalloc, (void **p, size_t n), (p, n))
+WATCHED(cudaMallocAsync, (void **p, size_t n, cudaStream_t s), (p, n, s))
+WATCHED(cudaMallocFromPoolAsync, (void **p, size_t n, cudaMemPool_t m, cudaStream_t s), (p, n, m, s))
+WATCHED(cudaMallocManaged, (void **p, size_t n, unsigned flags), (p, n, flags))
+WATCHED(cudaMallocPitch, (void **p, size_t *pitch, size_t width, size_t height), (p, pitch, width, height))
+WATCHED(cudaMallocHost, (void **p, size_t n), (p, n))
+WATCHED(cudaHostAlloc, (void **p, size_t n, unsigned flags), (p, n, flags))
+WATCHED(cudaHostRegister, (void *p, size_t n, unsigned flags), (p, n, flags))
+WATCHED(cudaIpcOpenMemHandle, (void **p, cudaIpcMemHandle_t h, unsigned flags), (p, h, flags))
+WATCHED(cudaGraphInstantiate, (cudaGraphExec_t * out, cudaGraph_t g, unsigned long long flags), (out, g, flags))
+WATCHED(cudaGraphInstantiateWithFlags, (cudaGraphExec_t * out, cudaGraph_t g, unsigned long long flags),
+        (out, g, flags))
+WATCHED(cudaStreamCreateWithFlags, (cudaStream_t * s, unsigned flags), (s, flags))
+WATCHED(cudaStreamCreateWithPriority, (cudaStream_t * s, unsigned flags, int priority), (s, flags, priority))
+WATCHED(cudaEventCreate, (cudaEvent_t * e), (e))
+WATCHED(cudaEventCreateWithFlags, (cudaEvent_t * e, unsigned flags), (e, flags))
 #else
-uint64_t cuda_taken(void)
+void cuda_taken_forbid(const char *where)
 {
-    return 0;
+    (void)where;
 }
 #endif

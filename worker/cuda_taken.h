@@ -1,11 +1,11 @@
-/* cuda_taken.h - how often memory was taken through the CUDA runtime, in debug builds: there the linker hands this plugin's
- * calls of cudaMalloc and its like, and of cudaGraphInstantiate, to cuda_taken.c. Prefix cuda_taken. */
+/* cuda_taken.h - that a step takes no memory once a rank is ready, in debug builds: there the linker hands the calls of the CUDA
+ * runtime that may take some (TANDEM_TAKING_CALLS in worker/CMakeLists.txt), made by anything in the plugin, to
+ * cuda_taken.c. Prefix cuda_taken_. */
 #ifndef TANDEM_CUDA_TAKEN_H
 #define TANDEM_CUDA_TAKEN_H
 
-#include <stdint.h>
-
-/* So far, by any thread; 0 in builds that do not count. */
-uint64_t cuda_taken(void);
+/* From now on such a call on this thread names itself and `where` on stderr and ends the process; NULL: it may be made again.
+ * Nothing happens in builds that do not look. */
+void cuda_taken_forbid(const char *where);
 
 #endif

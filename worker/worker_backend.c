@@ -68,44 +68,63 @@ static enum status_code load_plugin(struct worker_backend *b, const char *path, 
     return ST_OK;
 }
 
-enum status_code worker_backend_device(uint32_t *device, const char *list, uint32_t rank, uint32_t count,
-                                       struct status *st)
+enum status_code worker_backend_devices(uint32_t device[COMM_DEVICES_MAX], uint32_t *n, const char *list,
+                                        uint32_t count, struct status *st)
 {
-    uint32_t number[64], n = 0;
+    *n = 0;
     for (const char *p = list;; p++) {
         char *end;
         unsigned long v = isdigit((unsigned char)*p) ? strtoul(p, &end, 10) : ULONG_MAX;
-        if (v == ULONG_MAX || (*end && *end != ',') || n == sizeof number / sizeof *number)
+        if (v == ULONG_MAX || (*end && *end != ','))
             return status_set(st, ST_INVALID_ARGUMENT, "--devices: \"%s\" is no list; write numbers like 0,1", list);
         if (v >= count)
             return status_set(st, ST_INVALID_ARGUMENT, "--devices: %lu, but the driver finds %u device%s", v, count,
                               count == 1 ? "" : "s");
-        number[n++] = (uint32_t)v;
+        if (*n == COMM_DEVICES_MAX)
+            return status_set(st, ST_INVALID_ARGUMENT, "--devices: %s, expected at most %d", list, COMM_DEVICES_MAX);
+        device[(*n)++] = (uint32_t)v;
         p = end;
         if (!*p)
-            break;
+            return ST_OK;
     }
-    *device = number[rank % n];
+}
+
+/* What this rank may take. */
+struct choice {
+    uint32_t found; /* devices of the driver */
+    uint32_t number[COMM_DEVICES_MAX];
+    struct comm_devices devices;
+};
+
+static enum status_code find_devices(struct choice *c, const struct worker_backend *b, const char *list,
+                                     struct status *st)
+{
+    uint32_t n = 0;
+    enum status_code rc = b->api->devices(&c->found, st);
+    if (rc != ST_OK)
+        return rc;
+    if (list && (rc = worker_backend_devices(c->number, &n, list, c->found, st)) != ST_OK)
+        return rc;
+    if (c->found == 0)
+        return status_set(st, ST_FAILED_PRECONDITION, "the driver finds no device");
+    for (; !list && n < c->found && n < COMM_DEVICES_MAX; n++)
+        c->number[n] = n;
+    for (uint32_t i = 0; i < n; i++) {
+        struct backend_device d;
+        if ((rc = b->api->describe(c->number[i], &d, st)) != ST_OK)
+            return rc;
+        memcpy(c->devices.id[i], d.id, sizeof d.id);
+    }
+    c->devices.count = n;
     return ST_OK;
 }
 
-/* The devices, and whether the back end serves on ours. The error of a refusal names ours only, as all are alike. */
-static enum status_code try_serve(struct worker_backend *b, const struct worker_backend_config *cfg, struct status *st)
+/* Whether the back end serves on this device. The error of a refusal names ours only, as all are alike. */
+static enum status_code serve_on(struct worker_backend *b, uint32_t device, uint32_t found, struct status *st)
 {
-    uint32_t count = 0, device;
-    enum status_code rc = b->api->devices(&count, st);
-    if (rc != ST_OK)
-        return rc;
-    if (count == 0)
-        return status_set(st, ST_FAILED_PRECONDITION, "the driver finds no device");
-    if (cfg->local_ranks > count)
-        return status_set(st, ST_FAILED_PRECONDITION, "%u ranks on this machine, but %u device%s", cfg->local_ranks,
-                          count, count == 1 ? "" : "s");
-    device = cfg->local_rank % count;
-    if (cfg->devices && (rc = worker_backend_device(&device, cfg->devices, cfg->local_rank, count, st)) != ST_OK)
-        return rc;
     struct backend_device d;
-    if ((rc = b->api->describe(device, &d, st)) != ST_OK)
+    enum status_code rc = b->api->describe(device, &d, st);
+    if (rc != ST_OK)
         return rc;
     rc = b->api->open(&b->session, device, st);
     if (rc == ST_OK) {
@@ -113,23 +132,44 @@ static enum status_code try_serve(struct worker_backend *b, const struct worker_
         return ST_OK;
     }
     char memory[32];
-    return status_prefix(st, "%u x %s, %s, compute capability %u.%u", count, d.name,
+    return status_prefix(st, "%u x %s, %s, compute capability %u.%u", found, d.name,
                          worker_size_text(memory, d.memory_bytes), d.major, d.minor);
+}
+
+/* *driver: there is one. */
+static enum status_code look_for_devices(struct worker_backend *b, const struct worker_backend_config *cfg,
+                                         struct choice *c, bool *driver, struct status *st)
+{
+    enum status_code rc = load_driver(b, cfg->driver_library ? cfg->driver_library : DRIVER_LIBRARY, st);
+    *driver = rc == ST_OK;
+    if (rc == ST_OK)
+        rc = load_plugin(b, cfg->plugin, st);
+    return rc == ST_OK ? find_devices(c, b, cfg->devices, st) : rc;
 }
 
 enum status_code worker_backend_open(struct worker_backend *b, const struct worker_backend_config *cfg,
                                      const struct worker_log *log, struct status *st)
 {
     *b = (struct worker_backend){0};
-    if (cfg->kind == WORKER_BACKEND_HOST)
+    const bool host = cfg->kind == WORKER_BACKEND_HOST;
+    struct status why = STATUS_INIT, match = STATUS_INIT;
+    struct choice c = {.found = 0};
+    bool driver = false;
+    uint32_t taken = 0;
+    enum status_code rc = host ? ST_OK : look_for_devices(b, cfg, &c, &driver, &why);
+    if (rc != ST_OK)
+        c.devices.count = 0; /* the others hear that we take none */
+    enum status_code matched = comm_take_device(cfg->comm, &c.devices, &taken, &match);
+    if (host && (matched == ST_OK || matched == ST_FAILED_PRECONDITION))
         return ST_OK;
-    struct status why = STATUS_INIT;
-    enum status_code rc = load_driver(b, cfg->driver_library ? cfg->driver_library : DRIVER_LIBRARY, &why);
-    bool driver = rc == ST_OK;
+    if (matched != ST_OK && matched != ST_FAILED_PRECONDITION) { /* not about devices: the group is gone */
+        worker_backend_close(b);
+        return status_set(st, matched, "%s", match.message);
+    }
+    if (rc == ST_OK && (rc = matched) != ST_OK)
+        why = match;
     if (rc == ST_OK)
-        rc = load_plugin(b, cfg->plugin, &why);
-    if (rc == ST_OK)
-        rc = try_serve(b, cfg, &why);
+        rc = serve_on(b, c.number[taken], c.found, &why);
     if (rc == ST_OK)
         return ST_OK;
     worker_backend_close(b);

@@ -253,10 +253,10 @@ struct backend_parts;
 
 struct worker_backend_config {
     uint32_t kind;       /* enum worker_backend_kind */
-    const char *devices; /* "0,2": local rank r takes the r-th, counted round; NULL: all that the driver finds */
-    uint32_t local_rank, local_ranks; /* of this machine's */
-    const char *plugin;               /* path of backend_cuda.so; NULL: beside the executable */
-    const char *driver_library;       /* NULL: libcuda.so.1 */
+    const char *devices; /* "0,2": those that may be taken, in this order; NULL: all that the driver finds */
+    struct comm *comm;
+    const char *plugin;         /* path of backend_cuda.so; NULL: beside the executable */
+    const char *driver_library; /* NULL: libcuda.so.1 */
 };
 
 struct worker_backend {
@@ -266,10 +266,11 @@ struct worker_backend {
     const struct backend_parts *parts; /* for the engine; NULL: host */
 };
 
-/* Numbers with commas between, each below count; *device is entry rank, counted round. INVALID_ARGUMENT. */
-STATUS_MUST_CHECK enum status_code worker_backend_device(uint32_t *device, const char *list, uint32_t rank,
-                                                         uint32_t count, struct status *st);
-/* Chooses; at AUTO whatever keeps CUDA from serving is one log line and the host back end (b->api NULL). */
+/* Numbers with commas between, each below count, COMM_DEVICES_MAX at most; *n of them to device. INVALID_ARGUMENT. */
+STATUS_MUST_CHECK enum status_code worker_backend_devices(uint32_t device[COMM_DEVICES_MAX], uint32_t *n,
+                                                          const char *list, uint32_t count, struct status *st);
+/* Chooses; at AUTO whatever keeps CUDA from serving is one log line and the host back end (b->api NULL). Collective, whatever a rank
+ * is told and has: the ranks tell each other their devices, and each takes one (comm_take_device). */
 STATUS_MUST_CHECK enum status_code worker_backend_open(struct worker_backend *b,
                                                        const struct worker_backend_config *cfg,
                                                        const struct worker_log *log, struct status *st);

@@ -83,10 +83,7 @@ static const enum comm_gpu_way reduce_ways[] = {COMM_GPU_AUTO, COMM_GPU_PEER, CO
 static enum status_code load(struct worker *w, struct status *st)
 {
     const struct worker_options *o = &w->options;
-    const struct worker_backend_config backend = {.kind = o->backend,
-                                                  .devices = o->devices,
-                                                  .local_rank = comm_local_rank(w->comm),
-                                                  .local_ranks = comm_local_size(w->comm)};
+    const struct worker_backend_config backend = {.kind = o->backend, .devices = o->devices, .comm = w->comm};
     enum status_code rc = worker_backend_open(&w->backend, &backend, &w->log, st);
     if (rc != ST_OK)
         return rc;

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "comm/comm.h"
+#include "tests/gpu/own_device.h"
 
 #define SKIP       77
 #define ROWS_MAX   1024
@@ -495,12 +496,12 @@ static uint32_t ways_named(const char *name)
 int main(int argc, char **argv)
 {
     struct status st = STATUS_INIT;
-    int count = 0;
+    int count = 0, own = 0;
     const char *mode = argc > 1 ? argv[1] : "all", *way = argc > 2 ? argv[2] : NULL;
     uint32_t ways = ways_named(way);
-    bool many = cudaGetDeviceCount(&count) == cudaSuccess && count > 1;
-    if (!getenv("OMPI_COMM_WORLD_SIZE") || !many) {
-        printf("needs mpirun and two GPUs or more: skipped\n");
+    bool some = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+    if (!getenv("OMPI_COMM_WORLD_SIZE") || !some) {
+        printf("needs mpirun and a GPU for each rank: skipped\n");
         return SKIP;
     }
     bool aborted = !strcmp(mode, "abort"), fault = aborted || !strcmp(mode, "deadline");
@@ -511,8 +512,9 @@ int main(int argc, char **argv)
     must(comm_create(&comm, &cfg, &st) == ST_OK, "comm", st.message);
     rank = comm_rank(comm);
     ranks = comm_size(comm);
-    must(ranks > 1 && comm_local_size(comm) <= (uint32_t)count, "ranks", "as many as GPUs, two at least");
-    cuda(cudaSetDevice((int)comm_local_rank(comm)), "device");
+    must(ranks > 1, "ranks", "two at least");
+    must(own_device(comm, &own, &st) == ST_OK, "device", st.message);
+    cuda(cudaSetDevice(own), "device");
     for (enum comm_gpu_way w = COMM_GPU_AUTO; w <= COMM_GPU_NCCL; w++) {
         if (!(ways >> w & 1))
             continue;
