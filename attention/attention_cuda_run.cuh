@@ -691,9 +691,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         attn_let_next();
     for (;;) {
         if (threadIdx.x == 0) {
+            /* Behind a fused launch blocks begin one after the other: who has claimed the next item lets all others wait. */
+            if (a.follows && !read)
+                claim();
             resolve(a, role, place, read, sh);
             read = false;
-            if (sh.role != ROLES && !waits)
+            if (sh.role != ROLES && !waits && !a.follows)
                 claim();
         }
         __syncthreads();

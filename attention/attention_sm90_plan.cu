@@ -27,7 +27,7 @@ constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
 /* So many times what comes on beside prefill: decodes are cut as if alone; are left alone. */
 constexpr uint32_t MOSTLY = 4, NEARLY_ALL = 16;
 /* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it. */
-constexpr uint32_t HARDLY_ANY = 8;
+constexpr uint32_t HARDLY_ANY = 4;
 constexpr uint32_t SHORT_PART_TILES = 64; /* that a block may still be at when a short prefill has ended */
 
 struct rule {
