@@ -18,6 +18,13 @@
 #define NAME(n)    CAT(n, ISA)
 #define INLINE     static inline __attribute__((always_inline)) TARGET
 #define UNROLL     _Pragma("GCC unroll 32")
+/* Instances by their constant arguments, inlined; one that takes them as it goes where each access is checked: they would
+ * take a minute to compile. */
+#ifdef TANDEM_SANITIZED
+#define INSTANCE static __attribute__((noinline)) TARGET
+#else
+#define INSTANCE INLINE
+#endif
 
 typedef float NAME(vf) __attribute__((vector_size(VW * 4)));
 typedef uint32_t NAME(vu) __attribute__((vector_size(VW * 4)));
@@ -131,7 +138,8 @@ static TARGET void NAME(add_scaled)(float *dst, const float *src, uint32_t n, fl
 
 /* Row i after the scores of a tile: raises the maximum, turns scores to powers (0 for keys the row does not see, up to
  * the vector's end), and scales what was summed so far. n: keys of the tile, first is key `from`. */
-INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s, uint32_t i, uint32_t from, uint32_t n)
+INSTANCE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s, uint32_t i, uint32_t from,
+                                uint32_t n)
 {
     float *p = s->p + (uint64_t)i * TILE_KEYS;
     uint32_t seen = s->limit[i] <= from ? 0 : s->limit[i] - from < n ? s->limit[i] - from : n;
@@ -185,8 +193,8 @@ INLINE void NAME(softmax_row)(const struct host_block *b, struct host_scratch *s
 /* ---- few rows: keys and values are read in place, in their dtype ---- */
 
 /* Scores of KB keys (1, 4 or 8) with R rows: dot products along D. */
-INLINE void NAME(dots)(const struct host_block *b, const float *q, const char *k, float *p, const int KB, const int R,
-                       enum attn_dtype dtype)
+INSTANCE void NAME(dots)(const struct host_block *b, const float *q, const char *k, float *p, const int KB, const int R,
+                         enum attn_dtype dtype)
 {
     const uint32_t elem = dtype == ATTN_F32 ? 4 : 2;
     const uint64_t stride = b->token_stride;
@@ -229,8 +237,8 @@ INLINE void NAME(scores)(const struct host_block *b, const float *q, const char 
 }
 
 /* out[R][NV vectors] += p[R][n] * v[n]; HALF: the last vector of a row, 8 elements. */
-INLINE void NAME(values)(const struct host_block *b, float *out, const float *p, const char *v, uint32_t n, const int R,
-                         const int NV, const int HALF, enum attn_dtype dtype)
+INSTANCE void NAME(values)(const struct host_block *b, float *out, const float *p, const char *v, uint32_t n,
+                           const int R, const int NV, const int HALF, enum attn_dtype dtype)
 {
     NAME(vf) acc[4][8];
     UNROLL for (int r = 0; r < R; r++)
@@ -331,8 +339,8 @@ static TARGET void NAME(few)(const struct host_block *b, struct host_scratch *s)
 /* ---- many rows: a tile of keys is widened and transposed, then both products are plain matrix products ---- */
 
 /* c[R][NV vectors] (+)= a[R][n] * b[n][NV vectors], row strides lda, ldb, ldc. */
-INLINE void NAME(mm_block)(float *c, uint64_t ldc, const float *a, uint64_t lda, const float *b, uint64_t ldb,
-                           uint32_t n, const int R, const int NV, const int ADD)
+INSTANCE void NAME(mm_block)(float *c, uint64_t ldc, const float *a, uint64_t lda, const float *b, uint64_t ldb,
+                             uint32_t n, const int R, const int NV, const int ADD)
 {
     NAME(vf) acc[6][4];
     UNROLL for (int r = 0; r < R; r++)
@@ -371,8 +379,8 @@ INLINE void NAME(mm_rows)(float *c, uint64_t ldc, const float *a, uint64_t lda, 
 
 /* Rows of the tile's keys into columns of kt; columns behind n, up to a vector's end, stay as they are: whatever comes of
  * them is masked. */
-INLINE void NAME(transpose)(const struct host_block *b, struct host_scratch *s, const char *k, uint32_t n,
-                            enum attn_dtype dtype)
+INSTANCE void NAME(transpose)(const struct host_block *b, struct host_scratch *s, const char *k, uint32_t n,
+                              enum attn_dtype dtype)
 {
     const uint32_t elem = dtype == ATTN_F32 ? 4 : 2;
     for (uint32_t j = 0; j < n; j += 4) {
@@ -406,8 +414,8 @@ INLINE void NAME(transpose)(const struct host_block *b, struct host_scratch *s, 
     }
 }
 
-INLINE void NAME(widen_values)(const struct host_block *b, struct host_scratch *s, const char *v, uint32_t n,
-                               enum attn_dtype dtype)
+INSTANCE void NAME(widen_values)(const struct host_block *b, struct host_scratch *s, const char *v, uint32_t n,
+                                 enum attn_dtype dtype)
 {
     const uint32_t elem = dtype == ATTN_F32 ? 4 : 2;
     for (uint32_t j = 0; j < n; j++, v += b->token_stride) {
@@ -477,6 +485,7 @@ const struct host_kernels NAME(host_kernels) = {
 #undef CAT
 #undef NAME
 #undef INLINE
+#undef INSTANCE
 #undef UNROLL
 #undef PASS_KEYS
 #undef EXP2_ROUND

@@ -15,6 +15,13 @@
 #define CAT(a, b)  CAT2(a, b)
 #define NAME(n)    CAT(n, ISA)
 #define INLINE     static inline __attribute__((always_inline)) TARGET
+/* Instances by their constant arguments, inlined; one that takes them as it goes where each access is checked: they take
+ * long to compile. */
+#ifdef TANDEM_SANITIZED
+#define INSTANCE static __attribute__((noinline)) TARGET
+#else
+#define INSTANCE INLINE
+#endif
 
 typedef float NAME(vf) __attribute__((vector_size(VW * 4)));
 typedef uint32_t NAME(vu) __attribute__((vector_size(VW * 4)));
@@ -53,8 +60,8 @@ INLINE f32x4 NAME(sum4)(NAME(vf) a, NAME(vf) b, NAME(vf) c, NAME(vf) d)
 
 /* R rows of W from n on with TT rows of x from t on. One accumulator per product, whatever R and TT are, so that an
  * element's sum is always formed in the same order. */
-INLINE void NAME(block)(const struct gemm_few_args *a, uint32_t t, uint32_t n, const int R, const int TT,
-                        enum mat_dtype dtype)
+INSTANCE void NAME(block)(const struct gemm_few_args *a, uint32_t t, uint32_t n, const int R, const int TT,
+                          enum mat_dtype dtype)
 {
     const uint32_t K = a->w->cols;
     const uint64_t w_row = (uint64_t)K * mat_elem_bytes(dtype), x_row = a->ldx * sizeof(float);
@@ -134,7 +141,7 @@ static TARGET void NAME(few)(const struct gemm_few_args *a, uint32_t first, uint
     }
 }
 
-INLINE void NAME(widen_of)(float *dst, const void *src, uint64_t n, enum mat_dtype dtype)
+INSTANCE void NAME(widen_of)(float *dst, const void *src, uint64_t n, enum mat_dtype dtype)
 {
     uint64_t i = 0;
     for (; i + VW <= n; i += VW)
@@ -172,6 +179,7 @@ const struct gemm_kernels NAME(gemm_kernels) = {
 #undef CAT
 #undef NAME
 #undef INLINE
+#undef INSTANCE
 #undef BLOCK
 #undef CASE
 #undef ISA
