@@ -109,20 +109,25 @@ enum { ATTN_MAX_GROUP = 17 };
 static const struct attn_span attn_group_spans[] = {{2, 1, 77},  {1, 2, 20},  {1, 7, 30}, {1, 1, 3},
                                                     {1, 40, 90}, {1, 1, 600}, {0, 0, 0}};
 
-static inline uint32_t attn_case_rows(const struct attn_span *s)
-{
-    uint32_t rows = 0;
-    for (; s->times; s++)
-        rows += s->times * s->rows;
-    return rows;
-}
-
 static inline uint32_t attn_case_seqs(const struct attn_span *s)
 {
     uint32_t n = 0;
     for (; s->times; s++)
         n += s->times;
     return n;
+}
+
+/* Products of an element of a query with one of a key: what a case costs a host. */
+static inline uint64_t attn_case_work(const struct attn_case *c)
+{
+    uint64_t pairs = 0;
+    for (const struct attn_span *s = c->span; s->times; s++) {
+        for (uint32_t r = 0; r < s->rows; r++) {
+            uint32_t keys = s->kv_len - r;
+            pairs += (uint64_t)s->times * (c->window && c->window < keys ? c->window : keys);
+        }
+    }
+    return pairs * c->H * c->D;
 }
 
 #endif
