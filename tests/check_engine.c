@@ -92,10 +92,10 @@ static void expect_greedy(const struct cases *c, uint32_t (*out)[NEW], uint32_t 
 
 #ifdef TANDEM_SANITIZED /* ten times slower: fewer splits and tokens */
 static const uint32_t rank_counts[] = {1, 3, 8};
-enum { GREEDY_NEW = 24, CROWD_NEW = 4, CROWD_ARRIVE = 16 };
+enum { GREEDY_NEW = 12, CROWD_NEW = 4, CROWD_ARRIVE = 16, CROWD_WAYS = 1, SINGLE_NEW = 10, SAMPLED_NEW = 8 };
 #else
 static const uint32_t rank_counts[] = {1, 2, 3, 4, 5, 6, 7, 8, 16, 64};
-enum { GREEDY_NEW = NEW, CROWD_NEW = 40, CROWD_ARRIVE = 3 };
+enum { GREEDY_NEW = NEW, CROWD_NEW = 40, CROWD_ARRIVE = 3, CROWD_WAYS = 2, SINGLE_NEW = 30, SAMPLED_NEW = 24 };
 #endif
 
 START_TEST(greedy_ids_are_right_for_every_number_of_ranks)
@@ -133,11 +133,11 @@ START_TEST(sixty_four_requests_at_once_give_the_same_ids)
     struct group *g = make(cfg, (uint32_t)_i);
     static uint32_t out[N][NEW];
     static const uint32_t rows[] = {512, 70}; /* 70: most of a step is decodes, prompts come in small pieces */
-    for (size_t i = 0; i < 2; i++) {
+    for (int i = 0; i < CROWD_WAYS; i++) {
         struct group_request *req = make_requests(c, N, FRESH, out);
         for (uint32_t k = 0; k < N; k++)
             req[k].arrival = k / CROWD_ARRIVE; /* all are there before the first is over */
-        run(g, req, N, rows[i], N);
+        run(g, req, N, rows[(_i + i) % 2], N);
         expect_greedy(c, out, N, FRESH, "64 at once");
         free(req);
     }
@@ -151,9 +151,9 @@ START_TEST(tokens_one_row_at_a_time_are_the_same)
     struct cases *c = read_cases();
     struct group *g = make(small(DEMO), 2);
     uint32_t out[CASES][NEW];
-    struct group_request *req = make_requests(c, CASES, 30, out);
+    struct group_request *req = make_requests(c, CASES, SINGLE_NEW, out);
     run(g, req, CASES, 1, 1);
-    expect_greedy(c, out, CASES, 30, "one row a step");
+    expect_greedy(c, out, CASES, SINGLE_NEW, "one row a step");
     free(req);
     group_destroy(g);
     free(c);
@@ -163,7 +163,7 @@ END_TEST
 /* Sampled tokens depend on seed and position: not on the batch, the chunks, the ranks or earlier requests. */
 START_TEST(sampled_ids_depend_on_the_seed_only)
 {
-    enum { N = 12, FRESH = 24 };
+    enum { N = 12, FRESH = SAMPLED_NEW };
     struct cases *c = read_cases();
     static uint32_t alone[N][NEW], mixed[N][NEW];
     struct group *one = make(small(DEMO), 1), *three = make(small(DEMO), 3);
