@@ -194,15 +194,15 @@ class Cluster:
                                         health_pb2.HealthCheckResponse.FromString)
         return call(health_pb2.HealthCheckRequest(service=service), timeout=timeout).status
 
-    def is_ready(self):
-        return tandem("probe", "--address", self.address, "--timeout", 5)[0] == 0
+    def is_ready(self, within=0):
+        return tandem("probe", "--address", self.address, "--timeout", 5, "--wait", within)[0] == 0
 
     def wait_ready(self, seconds=30):
         """Until the server serves. The channel is a new one then: an old one may still be waiting to connect again."""
         def ready():
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with status {self.process.returncode}\n" + self.log())
-            return self.is_ready()
+            return self.is_ready(2)  # one program that asks again and again takes less from the cluster than many
         seconds = wait_for("ready", ready, seconds)
         self.channel = self.connect()
         return seconds
