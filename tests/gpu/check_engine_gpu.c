@@ -10,8 +10,7 @@
  * largest difference between the two rows; from there on the texts differ.
  *
  * Environment: CHECK_LOGITS_OFF: another bound, for a model whose logits bf16 moves further (stories15M: 0.12 by another library's
- * own bf16 against its float32); CHECK_TUNE_MS: how long products are tried, 20000; 0: those that the library suggests, which
- * racecheck needs, since it does not survive the trying.
+ * own bf16 against its float32); CHECK_TUNE_MS: how long products are tried, 20000; 0: those that the library suggests.
  */
 #include <dirent.h>
 #include <math.h>
