@@ -59,7 +59,7 @@ struct sm90_workspace {
     uint32_t max_slots[ROLES];
 };
 
-/* A fused launch does decodes of less than this by itself, in tiles of one SM: about as many microseconds at D 128. More are
+/* A fused launch does what is left of decodes when prefill ends by itself where it is less than this, in tiles of one SM: about as many microseconds at D 128. More are
  * left to a launch of decode's own kernel, which costs half a part and a start, and is a fifth faster. */
 constexpr uint32_t HAND_OVER_TILES = 80;
 

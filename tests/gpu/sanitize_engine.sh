@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # check_engine_gpu under compute-sanitizer, on a machine with a GPU: sanitize_engine.sh [DIR of the programs [MODEL]]
 # Two models, each with all that a step does: chunks, decodes, graphs, options of single tokens, slots in host memory. racecheck, which
-# is slow, looks at the worker's own kernels with shared memory alone: attention and comm have scripts of their own. (It fails in
-# itself as soon as a product runs, whichever kernels it is told to look at: worker/README.md.)
+# is slow, looks at the worker's own kernels with shared memory alone: attention and comm have scripts of their own. It fails in
+# itself as soon as a product runs, whichever kernels it is told to look at (worker/README.md), so only with SANITIZE_RACECHECK=1.
 set -uo pipefail
 bin=${1:-build/release/bin}
 model=${2:-tests/data/demo-model}
@@ -28,6 +28,6 @@ done
 for what in demo qwen2; do
     one memcheck "$what"
     one synccheck "$what" "${own[@]}"
-    one racecheck "$what" "${own[@]}"
+    [ "${SANITIZE_RACECHECK:-0}" = 0 ] || one racecheck "$what" "${own[@]}"
 done
 exit "$rc"
