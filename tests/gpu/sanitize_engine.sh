@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# check_engine_gpu under compute-sanitizer, on a machine with a GPU: sanitize_engine.sh [DIR of the programs [MODEL]]
-# Two models, each with all that a step does: chunks, decodes, graphs, options of single tokens, slots in host memory. racecheck, which
-# is slow, looks at the worker's own kernels with shared memory alone: attention and comm have scripts of their own. It fails in
-# itself as soon as a product runs, whichever kernels it is told to look at (worker/README.md), so only with SANITIZE_RACECHECK=1.
+# The worker's kernels under compute-sanitizer, on a machine with a GPU: sanitize_engine.sh [DIR of the programs [MODEL]]
+# check_engine_gpu, two models, each with all that a step does: chunks, decodes, graphs, options of single tokens, slots in host memory:
+# memcheck, and synccheck of the worker's own kernels; attention and comm have scripts of their own. racecheck fails in itself as
+# soon as a product of cuBLASLt runs in the process, so it looks at check_kernels_gpu, which launches each of the worker's own
+# kernels alone; so do the other tools, initcheck and memcheck without guards around memory, which would hide its ends from them.
 set -uo pipefail
 bin=${1:-build/release/bin}
 model=${2:-tests/data/demo-model}
@@ -12,8 +13,7 @@ trap 'rm -f "$log"' EXIT
 one() {
     local tool=$1 what=$2 begun=$SECONDS
     shift 2
-    if compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$@" \
-        "$bin/check_engine_gpu" "$model" "$bin/backend_cuda.so" "$what" >"$log" 2>&1; then
+    if compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$@" >"$log" 2>&1; then
         tail -2 "$log"
     else
         rc=1
@@ -21,13 +21,19 @@ one() {
     fi
     echo "$tool, $what: $((SECONDS - begun)) s"
 }
+for group in embed norm rope swiglu random few glu adjust sample score; do
+    one racecheck "$group" "$bin/check_kernels_gpu" --small "$group"
+    one synccheck "$group" "$bin/check_kernels_gpu" --small "$group"
+    one initcheck "$group" "$bin/check_kernels_gpu" --small --bare "$group"
+    one memcheck "$group" "$bin/check_kernels_gpu" --small --bare "$group"
+done
 own=()
 for kernel in norm few swiglu sample score adjust select embed rope; do
     own+=(--kernel-name "kns=${kernel}")
 done
 for what in demo qwen2; do
-    one memcheck "$what"
-    one synccheck "$what" "${own[@]}"
-    [ "${SANITIZE_RACECHECK:-0}" = 0 ] || one racecheck "$what" "${own[@]}"
+    engine=("$bin/check_engine_gpu" "$model" "$bin/backend_cuda.so" "$what")
+    one memcheck "$what" "${engine[@]}"
+    one synccheck "$what" "${own[@]}" "${engine[@]}"
 done
 exit "$rc"
