@@ -10,7 +10,7 @@
  * largest difference between the two rows; from there on the texts differ.
  *
  * Environment: CHECK_LOGITS_OFF: another bound, for a model whose logits bf16 moves further (stories15M: 0.12 by another library's
- * own bf16 against its float32); CHECK_TUNE_MS: how long products are tried, 20000; 0: those that the library suggests.
+ * own bf16 against its float32).
  */
 #include <dirent.h>
 #include <math.h>
@@ -20,6 +20,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "tests/gpu/engine_batches_gpu.h"
 #include "tests/gpu/engine_options_gpu.h"
 #include "tests/gpu/gpu_parts.h"
 #include "worker/engine_internal.h"
@@ -27,19 +28,12 @@
 #define NEW_TOKENS 24
 
 static double logits_off = 0.03;
-static uint32_t tune_ms = 20000;
 
 static unsigned failures;
 
-/* What all ranks find alike, one says. */
-#define say(...) (comm_rank(gpu_comm()) == 0 ? (void)printf(__VA_ARGS__) : (void)0)
-
 static void expect(bool ok, const char *what, const char *name, uint32_t at, double value)
 {
-    if (ok)
-        return;
-    failures++;
-    printf("FAILED %s: %s, at %u: %g\n", name, what, at, value);
+    failures += !gpu_expect(ok, what, name, at, value);
 }
 
 struct difference {
@@ -65,19 +59,12 @@ static struct difference compare(const float *host, const float *device, uint32_
 
 /* ---- parity ---- */
 
-/* A prompt of n rows, or of so many as leave room for what comes behind it. */
-static uint32_t fits(const struct gpu_run *r, uint32_t n)
-{
-    const uint32_t most = engine_info(r->e).max_context - 2 * NEW_TOKENS;
-    return n < most ? n : most;
-}
-
 /* One sequence: a prompt in chunks, then greedy decodes. Returns the largest difference between two logits. */
 static double parity(const char *name, struct gpu_run *host, struct gpu_run *device, uint32_t prompt, uint32_t chunk,
                      uint32_t seed)
 {
     uint32_t vocab = engine_info(host->e).vocab_size, slot = seed % 3, same = 0;
-    prompt = fits(host, prompt);
+    prompt = gpu_fits(host, prompt, 2 * NEW_TOKENS);
     uint32_t *ids = malloc(prompt * sizeof *ids);
     float *a = malloc(vocab * sizeof *a), *b = malloc(vocab * sizeof *b);
     double worst = 0, largest = 0;
@@ -104,8 +91,8 @@ static double parity(const char *name, struct gpu_run *host, struct gpu_run *dev
         gpu_decode(host, &slot, 1);
         gpu_decode(device, &slot, 1);
     }
-    say("%-28s prompt %4u in chunks of %4u: %2u ids alike, logits off by at most %.4f\n", name, prompt, chunk, same,
-        worst);
+    gpu_say("%-28s prompt %4u in chunks of %4u: %2u ids alike, logits off by at most %.4f\n", name, prompt, chunk, same,
+            worst);
     gpu_release(host, slot);
     gpu_release(device, slot);
     free(b);
@@ -161,7 +148,7 @@ static void draws(const char *name, struct gpu_run *device)
         gpu_release(device, slot);
     }
     expect(odd > all / 10, "draws that are not the best token", name, 0, odd);
-    say("%-28s %u of %u draws differ from the host's\n", name, others, all);
+    gpu_say("%-28s %u of %u draws differ from the host's\n", name, others, all);
     sampler_destroy(sampler);
     free(logits);
 }
@@ -183,153 +170,17 @@ static void options(const char *name, struct gpu_run *device)
     gpu_release(device, slot);
 }
 
-/* ---- batches ---- */
-
-#define MANY 9
-
-struct texts {
-    uint32_t id[MANY][NEW_TOKENS];
-    double margin[MANY][NEW_TOKENS]; /* of the host: between its two best */
-};
-
-static void note(struct texts *t, uint32_t at, uint32_t first, const struct engine_result *r)
-{
-    for (uint32_t i = 0; i < r->n_tokens && first + i < MANY; i++)
-        t->id[first + i][at] = r->tokens[i];
-    for (uint32_t i = 0; i < r->n_sample_scores; i++) {
-        const struct engine_score *s = &r->sample_scores[i];
-        if (first + s->index < MANY && s->scores.n == 2)
-            t->margin[first + s->index][at] = (double)s->scores.top_logprob[0] - (double)s->scores.top_logprob[1];
-    }
-}
-
-/* Sequences of other lengths side by side, a chunk now and then between the decodes. */
-static void write_texts(struct texts *t, struct gpu_run *r, bool scores)
-{
-    Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
-    uint32_t vocab = engine_info(r->e).vocab_size, slots[MANY], ids[64];
-    p.logprobs = scores;
-    p.top_logprobs = scores ? 2 : 0;
-    for (uint32_t s = 0; s < MANY; s++) {
-        uint32_t n = 1 + s * 7;
-        slots[s] = s;
-        for (uint32_t i = 0; i < n; i++)
-            ids[i] = (s * 131 + i * 17) % vocab;
-        gpu_prefill(r, s, ids, n, 0, true, &p);
-        note(t, 0, s, &r->result);
-    }
-    for (uint32_t at = 1; at < NEW_TOKENS; at++) {
-        if (at % 5 == 0)
-            gpu_hybrid(r, slots, MANY, MANY, ids, 20, at == 5 ? 0 : (at / 5 - 1) * 20);
-        else
-            gpu_decode(r, slots, MANY);
-        note(t, at, 0, &r->result);
-    }
-    for (uint32_t s = 0; s <= MANY; s++)
-        gpu_release(r, s);
-}
-
-/* Texts part only where the host's choice was a close one; `close` is what logits were seen to differ by. */
-static void batches(const char *name, struct gpu_run *host, struct gpu_run *other, double close)
-{
-    struct texts *a = calloc(1, sizeof *a), *b = calloc(1, sizeof *b);
-    uint32_t parted = 0;
-    write_texts(a, host, true);
-    write_texts(b, other, false);
-    for (uint32_t s = 0; s < MANY; s++) {
-        uint32_t at = 0;
-        while (at < NEW_TOKENS && a->id[s][at] == b->id[s][at])
-            at++;
-        parted += at < NEW_TOKENS;
-        if (at < NEW_TOKENS)
-            expect(a->margin[s][at] <= 2 * close, "text parts at a clear margin", name, s, a->margin[s][at]);
-    }
-    say("%-28s %u of %u texts part from the host's within %u ids, all where two logits are within %.3f\n", name, parted,
-        MANY, NEW_TOKENS, 2 * close);
-    free(b);
-    free(a);
-}
-
-/* Two steps under way give the ids of one at a time: the same kernels, so to the bit. */
-static void ahead(const char *name, struct gpu_run *device, bool drawn)
-{
-    Tandem__V1__SampleParams p = TANDEM__V1__SAMPLE_PARAMS__INIT;
-    uint32_t slots[MANY], id[2][NEW_TOKENS][MANY], vocab = engine_info(device->e).vocab_size, ids[64], wrong = 0;
-    p.temperature = drawn ? 1 : 0;
-    p.seed = 4711;
-    for (uint32_t pass = 0; pass < 4; pass++) { /* twice each: buckets are captured the second time */
-        bool is_ahead = pass % 2 == 1;
-        uint32_t at = 0;
-        for (uint32_t s = 0; s < MANY; s++) {
-            slots[s] = s;
-            for (uint32_t i = 0; i < 20; i++)
-                ids[i] = (s * 37 + i * 11) % vocab;
-            gpu_prefill(device, s, ids, 20, 0, true, &p);
-        }
-        for (uint32_t i = 0; i < NEW_TOKENS; i++) {
-            if (!is_ahead)
-                gpu_decode(device, slots, MANY);
-            if (!is_ahead || gpu_decode_ahead(device, slots, MANY))
-                memcpy(id[is_ahead][at++], device->result.tokens, sizeof id[0][0]);
-        }
-        if (is_ahead) {
-            gpu_collect(device);
-            memcpy(id[1][at++], device->result.tokens, sizeof id[0][0]);
-        }
-        for (uint32_t s = 0; s < MANY; s++)
-            gpu_release(device, s);
-    }
-    for (uint32_t i = 0; i < NEW_TOKENS; i++)
-        for (uint32_t s = 0; s < MANY; s++)
-            wrong += id[0][i][s] != id[1][i][s];
-    expect(wrong == 0, "ids with two steps under way that are not those of one at a time", name, drawn, wrong);
-}
-
-/* Slots that went to host memory, while another wrote into their pages, go on to the bit. */
-static void moves(const char *name, struct gpu_run *device)
-{
-    uint32_t slots[MANY], id[2][NEW_TOKENS][MANY], vocab = engine_info(device->e).vocab_size, ids[256], wrong = 0;
-    for (uint32_t pass = 0; pass < 3; pass++) { /* first the buckets are captured */
-        for (uint32_t s = 0; s < MANY; s++) {
-            slots[s] = s;
-            for (uint32_t i = 0; i < 20; i++)
-                ids[i] = (s * 41 + i * 13) % vocab;
-            gpu_prefill(device, s, ids, 20, 0, true, NULL);
-        }
-        for (uint32_t i = 0; i < NEW_TOKENS; i++) {
-            if (pass == 2 && i % 8 == 4) {
-                gpu_suspend(device, slots + i / 8, MANY / 2);
-                const uint32_t n = fits(device, 256);
-                for (uint32_t k = 0; k < n; k++)
-                    ids[k] = (i + k * 29) % vocab;
-                gpu_prefill(device, MANY, ids, n, 0, false, NULL);
-                gpu_resume(device, slots + i / 8, MANY / 2);
-                gpu_release(device, MANY);
-            }
-            gpu_decode(device, slots, MANY);
-            memcpy(id[pass == 2][i], device->result.tokens, sizeof id[0][0]);
-        }
-        for (uint32_t s = 0; s < MANY; s++)
-            gpu_release(device, s);
-    }
-    for (uint32_t i = 0; i < NEW_TOKENS; i++)
-        for (uint32_t s = 0; s < MANY; s++)
-            wrong += id[0][i][s] != id[1][i][s];
-    expect(wrong == 0, "ids of slots that were in host memory are others", name, 0, wrong);
-    say("%-28s slots go to host memory and back at %.1f GB/s\n", name,
-        (double)engine_info(device->e).suspend_bytes_per_s * 1e-9);
-}
-
 /* ---- batch-invariant ---- */
 
 #define INVARIANT_PROMPT 517
+#define BESIDE_MAX       7
 
 /* Logits after a prompt that comes in chunks of `chunk` rows, and after NEW_TOKENS decodes, beside `beside` other sequences, in
  * that many turns of new batches; the bits of all of them. */
 static void invariant_logits(float *out, struct gpu_run *r, uint32_t chunk, uint32_t beside)
 {
-    const uint32_t vocab = engine_info(r->e).vocab_size, all = fits(r, INVARIANT_PROMPT);
-    uint32_t ids[INVARIANT_PROMPT], others[MANY], with[MANY];
+    const uint32_t vocab = engine_info(r->e).vocab_size, all = gpu_fits(r, INVARIANT_PROMPT, 2 * NEW_TOKENS);
+    uint32_t ids[INVARIANT_PROMPT], others[BESIDE_MAX], with[BESIDE_MAX + 1];
     for (uint32_t i = 0; i < all; i++)
         ids[i] = (i * 104729 + i * i * 31) % vocab;
     for (uint32_t s = 0; s < beside; s++) {
@@ -377,7 +228,7 @@ static void invariant(const char *name, const struct engine_config *base)
         expect(same, "batch-invariant logits have other bits in chunks of", name, i, way[i].chunk);
         other += !same;
     }
-    say("%-28s batch-invariant: %u of %zu ways have other bits\n", name, other, sizeof way / sizeof *way - 1);
+    gpu_say("%-28s batch-invariant: %u of %zu ways have other bits\n", name, other, sizeof way / sizeof *way - 1);
     failures += engine_options_gpu(name, &r, "batch-invariant", true);
     free(now);
     free(first);
@@ -402,7 +253,7 @@ static void policies(const char *name, struct gpu_run *host, const struct engine
         gpu_create(&r, &cfg);
         snprintf(text, sizeof text, "%s, %s%s", name, all[i / 2].name, cfg.eager ? ", eager" : "");
         double close = parity(text, host, &r, 300, 100, 2 * i);
-        batches(text, host, &r, close);
+        failures += engine_batches_gpu(text, host, &r, close);
         parity(text, host, &r, 130, 300, 2 * i + 1);
         gpu_destroy(&r);
     }
@@ -427,7 +278,7 @@ static void own_kernel(const char *name, struct gpu_run *host, const struct engi
     const uint32_t hidden = r.e->model.hidden, inner = r.e->shard.inner.count;
     const bool can = gpu_capability() == 90 && hidden % 64 == 0 && inner % 128 == 0; /* CUDA_GLU_DEPTH, _COLS */
     expect((own > 0) == can, "numbers of rows by the own kernel of gate and up", name, inner, own);
-    say("%-28s gate and up by the own kernel for %u numbers of rows\n", name, own);
+    gpu_say("%-28s gate and up by the own kernel for %u numbers of rows\n", name, own);
     for (uint32_t i = 0; own && i < sizeof text / sizeof *text; i++)
         parity(name, host, &r, text[i].prompt, text[i].chunk, i);
     gpu_destroy(&r);
@@ -509,7 +360,7 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
                                 .kv_bytes = 64 << 20,
                                 .tune_dir = tune_dir,
                                 .all_reduce = all_reduce,
-                                .tune_ms = tune_ms};
+                                .tune_ms = 20000};
     char note[512] = "";
     struct gpu_run host, device, eager;
     if (invariant_only && all_reduce == COMM_GPU_NCCL)
@@ -528,7 +379,7 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
     gpu_create(&device, &cfg);
     cfg.suspend_bytes = 0;
     cfg.eager = true;
-    say("%-28s %s\n", name, note);
+    gpu_say("%-28s %s\n", name, note);
     gpu_create(&eager, &cfg);
     expect(strncmp(note, "products: 0 measured", 20) == 0, note, name, 0, 0); /* all were in the file */
     static const struct {
@@ -539,11 +390,11 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
         double off = parity(name, &host, i % 3 == 2 ? &eager : &device, text[i].prompt, text[i].chunk, i);
         close = off > close ? off : close;
     }
-    batches(name, &host, &device, close);
-    batches(name, &host, &eager, close);
-    ahead(name, &device, false);
-    ahead(name, &device, true);
-    moves(name, &device);
+    failures += engine_batches_gpu(name, &host, &device, close);
+    failures += engine_batches_gpu(name, &host, &eager, close);
+    failures += engine_ahead_gpu(name, &device, false);
+    failures += engine_ahead_gpu(name, &device, true);
+    failures += engine_moves_gpu(name, &device);
     draws(name, &device);
     options(name, &device);
     failures += engine_options_gpu(name, &device, "graphs", false);
@@ -569,14 +420,13 @@ int main(int argc, char **argv)
     const struct backend_parts *parts = gpu_parts(argc > 2 ? argv[2] : NULL);
     if (!parts)
         return GPU_SKIP;
-    say("%u ranks, %s\n", comm_size(gpu_comm()), parts->text);
+    gpu_say("%u ranks, %s\n", comm_size(gpu_comm()), parts->text);
     if (!mkdtemp(tune_dir)) {
         perror(tune_dir);
         return 1;
     }
-    const char *only = argc > 3 ? argv[3] : NULL, *off = getenv("CHECK_LOGITS_OFF"), *tune = getenv("CHECK_TUNE_MS");
+    const char *only = argc > 3 ? argv[3] : NULL, *off = getenv("CHECK_LOGITS_OFF");
     logits_off = off ? atof(off) : logits_off;
-    tune_ms = tune ? (uint32_t)atoi(tune) : tune_ms;
     if (only && strcmp(only, "nccl") == 0) {
         all_reduce = COMM_GPU_NCCL;
         only = NULL;
@@ -603,7 +453,7 @@ int main(int argc, char **argv)
         rmdir(dir);
     }
     remove_tune_dir();
-    say("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
+    gpu_say("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
     comm_destroy(gpu_comm());
     return failures != 0;
 }

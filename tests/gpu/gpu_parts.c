@@ -245,3 +245,16 @@ double gpu_now_s(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
+
+uint32_t gpu_fits(const struct gpu_run *r, uint32_t n, uint32_t more)
+{
+    const uint32_t most = engine_info(r->e).max_context - more;
+    return n < most ? n : most;
+}
+
+bool gpu_expect(bool ok, const char *what, const char *name, uint32_t at, double value)
+{
+    if (!ok)
+        printf("FAILED %s: %s, at %u: %g\n", name, what, at, value);
+    return ok;
+}

@@ -49,6 +49,13 @@ void gpu_suspend(struct gpu_run *r, uint32_t *slots, uint32_t n);
 void gpu_resume(struct gpu_run *r, uint32_t *slots, uint32_t n);
 /* Logits that the first sample of the last step was drawn from, of all ranks: out [vocab]. Collective. */
 void gpu_logits(struct gpu_run *r, float *out);
+/* n, or so many rows as leave room for `more` behind them. */
+uint32_t gpu_fits(const struct gpu_run *r, uint32_t n, uint32_t more);
 double gpu_now_s(void);
+
+/* What all ranks find alike, one says. */
+#define gpu_say(...) (comm_rank(gpu_comm()) == 0 ? (void)printf(__VA_ARGS__) : (void)0)
+/* ok; if not, a line on stdout. */
+bool gpu_expect(bool ok, const char *what, const char *name, uint32_t at, double value);
 
 #endif
