@@ -37,6 +37,8 @@ static void embed(struct kg *k, const struct shape *s, uint32_t first, uint32_t 
     for (uint32_t r = 0; r < s->rows; r++) {
         const uint32_t slot = kg_below(k, SLOTS), all = first + count + count / 4 + 1;
         token[r] = r % 3 == 1 ? last[slot] : r % 3 == 2 ? kg_below(k, all) : first + kg_below(k, count);
+        if (r == 2 || r == 5) /* the first behind the table, and the last in front of it */
+            token[r] = r == 5 && first ? first - 1 : first + count;
         row[r].token = r % 3 == 1 ? CUDA_TOKEN_OF_SLOT | slot : token[r];
         for (uint32_t i = 0; token[r] - first < count && i < s->hidden; i++)
             table[(size_t)(token[r] - first) * s->hidden + i] = kg_bf16(kg_value(k));
