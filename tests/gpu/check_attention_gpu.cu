@@ -6,10 +6,10 @@
  *
  * --quick leaves out large shapes, f16, groups and head dimensions; --once runs each policy and the fixed cut a single time,
  * without graphs and layers, for checkers under which a launch takes seconds: then --f16 has f16 instead of bf16, and --replay
- * graphs and layers by the policy AUTO.
+ * graphs and layers by the policy AUTO. --case takes the cases with TEXT in their name, "early" those of attn_early.cuh.
  *
- * KV is token-major with LAYERS layers, of which one is asked for; it lies against unmapped memory on both sides, and
- * whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory behind each length.
+ * KV is token-major with LAYERS layers, of which one is asked for, or of one layer alone (kv_place); it lies against unmapped
+ * memory on both sides, and whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory behind each length.
  *
  * Tolerance: weights and results are rounded to 16 bits, relatively by up to u = 2^-8 of bf16, 2^-11 of f16. With A, the mean
  * of |v| by a row's weights, an element may be off by u * (A + |element|), A <= 1. Allowed is half of that for A = 1, and a little
@@ -18,6 +18,7 @@
  * of 30 and 50, scores up to 60 before them) few keys have nearly all the weight, nothing cancels out, and Hopper's prefill does
  * round the largest: the whole is allowed.
  */
+#include "tests/gpu/attn_early.cuh"
 #include "tests/gpu/attn_faults.cuh"
 #include "tests/gpu/attn_same.cuh"
 
@@ -149,6 +150,7 @@ void check_back_end(const attn_gpu_ops *ops, const options &o)
             check_case(c, ATTN_F16, ops, o, ALL);
     }
     check_pages(ops, o);
+    check_early(ops, o);
     if (!o.quick)
         check_groups_and_dims(ops, o);
     if (!o.only) {
@@ -197,6 +199,7 @@ int main(int argc, char **argv)
     }
     vmm_load(&driver);
     print_device();
+    check_overlap(o);
     uint32_t checked = 0;
     for (uint32_t i = 0; attn_gpu_back_ends[i]; i++) {
         if (o.back_end && strcmp(o.back_end, attn_gpu_back_ends[i]->name))
