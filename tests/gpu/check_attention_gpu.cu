@@ -9,7 +9,8 @@
  * graphs and layers by the policy AUTO. --case takes the cases with TEXT in their name, "early" those of attn_early.cuh.
  *
  * KV is token-major with LAYERS layers, of which one is asked for, or of one layer alone (kv_place); it lies against unmapped
- * memory on both sides, and whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory behind each length.
+ * memory on both sides, and whatever no row may read is NaN: other layers, rows of q and out that belong to no sequence, memory
+ * behind each length.
  *
  * Tolerance: weights and results are rounded to 16 bits, relatively by up to u = 2^-8 of bf16, 2^-11 of f16. With A, the mean
  * of |v| by a row's weights, an element may be off by u * (A + |element|), A <= 1. Allowed is half of that for A = 1, and a little
