@@ -199,17 +199,19 @@ std::vector<attn_span> early_decodes()
 void check_early(const attn_gpu_ops *ops, const options &o)
 {
     static const struct {
-        uint32_t H, HK, D;
-    } shapes[] = {{8, 2, 128}, {4, 2, 64}, {4, 1, 256}, {6, 2, 80}, {2, 2, 40}};
+        uint32_t H, HK, D, window;
+    } shapes[] = {{8, 2, 128, 0}, {4, 2, 64, 0},  {4, 1, 256, 0}, {6, 2, 80, 0},
+                  {2, 2, 40, 0},  {4, 2, 64, 48}, {8, 2, 128, 49}}; /* groups of 16 begin with the window */
     static const attn_span hybrid[] = {{1, 1, 16},  {1, 100, 300}, {1, 2, 65},   {1, 4, 513}, {1, 40, 40},
                                        {2, 1, 513}, {1, 3, 64},    {1, 17, 500}, {0, 0, 0}};
     const std::vector<attn_span> decodes = early_decodes();
     for (const auto &s : shapes) {
         for (int i = 0; i < 4; i++) {
             const bool dense = i % 2 != 0, chunks = i / 2 != 0;
-            char name[60];
-            snprintf(name, sizeof name, "early %s D %u%s", chunks ? "hybrid" : "decodes", s.D, dense ? ", dense" : "");
-            const attn_case c = {name, s.H, s.HK, s.D, 0, 0, 0, chunks ? hybrid : decodes.data()};
+            char name[80];
+            snprintf(name, sizeof name, "early %s D %u%s%s", chunks ? "hybrid" : "decodes", s.D,
+                     s.window ? ", window" : "", dense ? ", dense" : "");
+            const attn_case c = {name, s.H, s.HK, s.D, s.window, 0, 0, chunks ? hybrid : decodes.data()};
             if (wanted(o, name) && !(dense && o.once))
                 check_early_case(&c, dense ? DENSE : TOGETHER, ops, o);
         }
