@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "comm/comm_internal.h"
+#include "tests/comm_fake.h"
 #include "worker/backend.h"
 #include "worker/worker_internal.h"
 
@@ -15,21 +16,6 @@ static const struct worker_log quiet = {.level = WORKER_LOG_ERROR, .rank = 1};
 /* ---- a group of two, or more, of which we are rank 1 and the others see what the fake plugin shows ---- */
 
 static uint32_t group_size = 2;
-
-static enum status_code pair_open(struct comm *c, struct status *st)
-{
-    (void)st;
-    c->rank = 1;
-    c->size = group_size;
-    return ST_OK;
-}
-
-static void pair_close(struct comm *c, bool clean)
-{
-    (void)c;
-    (void)clean;
-}
-
 static const char *others_see = "\1\2"; /* the first byte of each id */
 
 static enum status_code pair_all_gather(struct comm *c, const void *send, void *recv, const size_t *bytes,
@@ -45,10 +31,12 @@ static enum status_code pair_all_gather(struct comm *c, const void *send, void *
 }
 
 static const struct comm_ops comm_ops_pair = {
-    .name = "pair", .open = pair_open, .close = pair_close, .all_gather = pair_all_gather};
+    .name = "pair", .open = comm_fake_open, .close = comm_fake_close, .all_gather = pair_all_gather};
 
 static enum status_code open_backend(struct worker_backend *b, struct worker_backend_config cfg, struct status *st)
 {
+    comm_fake.rank = 1;
+    comm_fake.size = group_size;
     ck_assert_int_eq(comm_create(&cfg.comm, &(struct comm_config){.ops = &comm_ops_pair}, st), ST_OK);
     enum status_code rc = worker_backend_open(b, &cfg, &quiet, st);
     comm_destroy(cfg.comm);

@@ -10,6 +10,7 @@
 
 #include "comm/comm_gpu_internal.h"
 #include "comm/comm_internal.h"
+#include "tests/comm_fake.h"
 #include "tests/fake_cudart.h"
 #include "tests/fake_nccl.h"
 
@@ -22,23 +23,6 @@ static struct group {
     const void *send[RANKS];
     uint32_t machines;
 } group;
-
-static _Thread_local uint32_t own_rank;
-
-static enum status_code pair_open(struct comm *c, struct status *st)
-{
-    (void)st;
-    c->rank = own_rank;
-    c->size = RANKS;
-    c->local_size = RANKS / group.machines;
-    return ST_OK;
-}
-
-static void pair_close(struct comm *c, bool clean)
-{
-    (void)c;
-    (void)clean;
-}
 
 static enum status_code pair_all_gather(struct comm *c, const void *send, void *recv, const size_t *bytes,
                                         struct status *st)
@@ -62,8 +46,11 @@ static enum status_code pair_broadcast(struct comm *c, void *x, size_t bytes, ui
     return ST_OK;
 }
 
-static const struct comm_ops comm_ops_pair = {
-    .name = "pair", .open = pair_open, .close = pair_close, .all_gather = pair_all_gather, .broadcast = pair_broadcast};
+static const struct comm_ops comm_ops_pair = {.name = "pair",
+                                              .open = comm_fake_open,
+                                              .close = comm_fake_close,
+                                              .all_gather = pair_all_gather,
+                                              .broadcast = pair_broadcast};
 
 struct rank {
     uint32_t number;
@@ -82,7 +69,9 @@ struct rank {
 static void *rank_main(void *arg)
 {
     struct rank *r = arg;
-    own_rank = r->number;
+    comm_fake.rank = r->number;
+    comm_fake.size = RANKS;
+    comm_fake.local_size = RANKS / group.machines;
     fake_cudart_rank(r->number);
     struct comm_gpu_config cfg = {.device = (int)r->number,
                                   .max_rows = 64,

@@ -7,6 +7,7 @@
 #include "comm/comm.h"
 #include "comm/comm_internal.h"
 #include "proto/ranks.h"
+#include "tests/comm_fake.h"
 
 static uint32_t below(uint64_t *state, uint32_t n)
 {
@@ -149,28 +150,12 @@ END_TEST
 
 /* A group whose other ranks tell what the test has put here. */
 static struct {
-    uint32_t rank, size;
     struct comm_devices told[MAX_RANKS];
     enum status_code result;
     void *kept; /* what a gather that failed may still write to */
 } others;
 
-static enum status_code fake_open(struct comm *c, struct status *st)
-{
-    (void)st;
-    c->rank = others.rank;
-    c->size = others.size;
-    c->machine = others.told[others.rank].machine;
-    return ST_OK;
-}
-
-static void fake_close(struct comm *c, bool clean)
-{
-    (void)c;
-    (void)clean;
-}
-
-static enum status_code fake_all_gather(struct comm *c, const void *send, void *recv, const size_t *bytes,
+static enum status_code told_all_gather(struct comm *c, const void *send, void *recv, const size_t *bytes,
                                         struct status *st)
 {
     struct comm_devices *all = recv;
@@ -186,14 +171,14 @@ static enum status_code fake_all_gather(struct comm *c, const void *send, void *
 }
 
 static const struct comm_ops comm_ops_told = {
-    .name = "told", .open = fake_open, .close = fake_close, .all_gather = fake_all_gather};
+    .name = "told", .open = comm_fake_open, .close = comm_fake_close, .all_gather = told_all_gather};
 
 static enum status_code take(uint32_t *taken, struct status *st)
 {
     struct comm *c = NULL;
-    const struct comm_config cfg = {.ops = others.size > 1 ? &comm_ops_told : &comm_ops_self};
+    const struct comm_config cfg = {.ops = comm_fake.size > 1 ? &comm_ops_told : &comm_ops_self};
     ck_assert_int_eq(comm_create(&c, &cfg, st), ST_OK);
-    struct comm_devices mine = others.told[others.rank];
+    struct comm_devices mine = others.told[comm_fake.rank];
     mine.machine = 99; /* is filled in */
     enum status_code rc = comm_take_device(c, &mine, taken, st);
     comm_destroy(c);
@@ -202,8 +187,9 @@ static enum status_code take(uint32_t *taken, struct status *st)
 
 static void tell(uint32_t rank, const struct comm_devices *of, uint32_t ranks)
 {
-    others.rank = rank;
-    others.size = ranks;
+    comm_fake.rank = rank;
+    comm_fake.size = ranks;
+    comm_fake.machine = of[rank].machine;
     memcpy(others.told, of, ranks * sizeof *of);
 }
 

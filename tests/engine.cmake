@@ -60,7 +60,8 @@ endif()
 # On a GPU; 77 where there is none. The plugin is loaded at run time, as by the worker.
 if(TARGET backend_cuda)
   add_library(tandem_gpu_parts STATIC gpu/gpu_parts.c)
-  target_link_libraries(tandem_gpu_parts PUBLIC tandem_engine tandem_comm_mpi Threads::Threads ${CMAKE_DL_LIBS} m)
+  target_link_libraries(tandem_gpu_parts PUBLIC tandem_engine tandem_comm_mpi CUDA::cudart_static Threads::Threads
+                        ${CMAKE_DL_LIBS} m)
   if(TANDEM_TESTS)
     add_executable(check_engine_gpu gpu/check_engine_gpu.c gpu/engine_batches_gpu.c gpu/engine_options_gpu.c)
     target_link_libraries(check_engine_gpu PRIVATE tandem_gpu_parts)

@@ -1,4 +1,4 @@
-/* attn_problem.cuh - of check_attention_gpu: a batch in guarded memory, and what is to come out, by softmax in double. */
+/* attn_problem.cuh - of check_attention_gpu: a batch in guarded memory, and kernels that write it. */
 #ifndef TANDEM_ATTN_PROBLEM_CUH
 #define TANDEM_ATTN_PROBLEM_CUH
 
@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "attention/attention_internal.h"
+#include "attention/attention_launch.cuh"
 #include "tests/attn_cases.h"
 #include "tests/bench/bench_cuda.h"
 
@@ -14,7 +15,6 @@ namespace
 constexpr uint32_t LAYERS = 2, LAYER = 1; /* the last: what follows a sequence's last token is not its own */
 constexpr uint32_t SPARE_ROWS = 2;        /* in front and behind, of no sequence */
 constexpr uint64_t Q_SEED = 77;
-constexpr uint32_t REF_THREADS = 256, REF_BLOCKS = 528;
 constexpr uint32_t REF_ROWS = 48; /* of a long chunk: every so-manieth row is compared */
 
 vmm driver;
@@ -73,15 +73,75 @@ __host__ __device__ __forceinline__ float wide(uint16_t x, int f16)
     return __half2float(__ushort_as_half(x));
 }
 
-/* n pieces of `run` elements, each `stride` bytes behind the last. */
-__global__ void fill(char *at, uint64_t n, uint64_t stride, uint32_t run, float size, uint64_t seed, int f16)
+/* What a kernel writes of a batch: tokens of its sequences in one layer, rows of q. */
+struct batch_fill {
+    const attn_seq *seq; /* device memory */
+    uint32_t seqs, side; /* elements of K, and of V, of a token */
+    uint32_t window;
+    uint64_t token_stride, kv_offset;
+    char *q;
+    uint32_t q_rows, q_run;
+    uint64_t q_row_stride, q_seed;
+    float q_size;
+    int f16;
+    uint32_t parts;   /* PART_ bits */
+    uint32_t poison;  /* not 0: these 16 bits everywhere, instead of what stands there at last */
+    uint32_t late_ns; /* lets the next launch begin, and waits for so long; 0: neither */
+};
+
+constexpr uint32_t PART_NEW = 1;  /* K and V of each sequence's last `rows` tokens, this step's own */
+constexpr uint32_t PART_PAST = 2; /* of those before */
+constexpr uint32_t PART_Q = 4;
+
+/* n pieces of `run` elements, each `stride` bytes behind the last; of the noise, `seed_step` between them. */
+__device__ void fill_pieces(const batch_fill &a, char *at, uint64_t n, uint64_t stride, uint32_t run, float size,
+                            uint64_t seed, uint32_t seed_step)
 {
     for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n * run;
          i += (uint64_t)gridDim.x * blockDim.x)
-        ((uint16_t *)(at + i / run * stride))[i % run] = narrow(size * noise(seed + i), f16);
+        ((uint16_t *)(at + i / run * stride))[i % run] =
+            a.poison ? (uint16_t)a.poison : narrow(size * noise(seed + i / run * seed_step + i % run), a.f16);
 }
 
+__device__ __forceinline__ uint64_t nanoseconds()
+{
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+/* When late, a launch in front of attention as bad as it may be: it lets the next one begin at once, and writes at the end. */
+__global__ void fill(const __grid_constant__ batch_fill a)
+{
+    if (a.late_ns)
+        attn_let_next();
+    attn_wait_earlier();
+    for (const uint64_t begun = nanoseconds(); nanoseconds() - begun < a.late_ns;)
+        __nanosleep(500);
+    for (uint32_t i = 0; i < a.seqs && (a.parts & (PART_PAST | PART_NEW)); i++) {
+        const attn_seq s = a.seq[i];
+        /* Only what the first row sees on; with a window the rest stays NaN. */
+        const uint32_t context = s.kv_len - s.rows, seen = context + 1;
+        const uint32_t lo = a.window && seen > a.window ? seen - a.window : 0;
+        const uint32_t from = a.parts & PART_PAST ? lo : context, to = a.parts & PART_NEW ? s.kv_len : context;
+        const uint64_t at = a.kv_offset + from * a.token_stride;
+        const uint64_t seed = 1000003ull * i + lo + (uint64_t)(from - lo) * 2 * a.side;
+        fill_pieces(a, (char *)s.k + at, to - from, a.token_stride, a.side, 1, seed, 2 * a.side);
+        fill_pieces(a, (char *)s.v + at, to - from, a.token_stride, a.side, 1, seed + a.side, 2 * a.side);
+    }
+    if (a.parts & PART_Q)
+        fill_pieces(a, a.q, a.q_rows, a.q_row_stride, a.q_run, a.q_size, a.q_seed, a.q_run);
+}
+
+constexpr attn_grid FILL_GRID = {256, 256, 0, false, NULL};
+
 /* ---- a batch ---- */
+
+enum kv_place {
+    TOGETHER, /* token-major, LAYERS layers of a token side by side */
+    APART,    /* the same, every sequence in a mapping of its own */
+    DENSE,    /* one layer: all of a sequence's K, then its V */
+};
 
 struct problem {
     const attn_case *c;
@@ -91,10 +151,12 @@ struct problem {
     uint64_t tokens; /* of KV */
     uint32_t max_len;
     attn_gpu_config cfg;
-    bool apart;              /* every sequence in a mapping of its own */
+    kv_place place;
+    uint64_t token_bytes;    /* of K and V of all layers */
     std::vector<guarded> kv; /* one, or one each */
     guarded q, out;
-    attn_seq *d_seq;
+    attn_seq *d_all; /* all sequences */
+    attn_seq *d_seq; /* those of the step */
     uint32_t *d_count;
     std::vector<uint32_t> ref_row, ref_seq; /* rows to compare, and whose they are */
     std::vector<double> want;               /* [ref_row][H][D] */
@@ -104,7 +166,7 @@ struct problem {
 void lay_out(problem *p)
 {
     const attn_case *c = p->c;
-    uint64_t token = p->cfg.token_stride;
+    uint64_t token = p->token_bytes;
     uint32_t row = SPARE_ROWS;
     uint64_t at = 0;
     for (const attn_span *s = c->span; s->times; s++) {
@@ -136,19 +198,43 @@ float q_size(const attn_case *c)
     return c->soft_cap > 5 ? 0.4f * c->soft_cap : 2;
 }
 
-void write_q(const problem *p, uint64_t seed, cudaStream_t stream)
+/* `parts` as they are at last. */
+batch_fill fill_of(const problem *p, uint32_t parts)
 {
     const attn_case *c = p->c;
-    fill<<<256, 256, 0, stream>>>((char *)p->q.at + SPARE_ROWS * p->io.q_row_stride, p->rows - 2 * SPARE_ROWS,
-                                  p->io.q_row_stride, c->H * c->D, q_size(c), seed, p->dtype == ATTN_F16);
+    batch_fill a = {};
+    a.seq = p->d_all;
+    a.seqs = (uint32_t)p->seq.size();
+    a.side = c->HK * c->D;
+    a.window = c->window;
+    a.token_stride = p->cfg.token_stride;
+    a.kv_offset = p->io.kv_offset;
+    a.q = (char *)p->q.at + SPARE_ROWS * p->io.q_row_stride;
+    a.q_rows = p->rows - 2 * SPARE_ROWS;
+    a.q_run = c->H * c->D;
+    a.q_row_stride = p->io.q_row_stride;
+    a.q_seed = Q_SEED;
+    a.q_size = q_size(c);
+    a.f16 = p->dtype == ATTN_F16;
+    a.parts = parts;
+    return a;
+}
+
+void write_q(const problem *p, uint64_t seed, cudaStream_t stream)
+{
+    batch_fill a = fill_of(p, PART_Q);
+    a.q_seed = seed;
+    attn_grid g = FILL_GRID;
+    g.stream = stream;
+    CUDA_MUST(attn_launch(fill, g, a));
 }
 
 /* Memory of KV. Together: it ends, with the last layer's V of the last token, where the mapping ends. Apart: each sequence
  * begins with a page of its own and is followed by NaN up to the end of its last page, behind which nothing is mapped. */
 void take_kv(problem *p)
 {
-    const uint64_t token = p->cfg.token_stride;
-    if (p->apart) {
+    const uint64_t token = p->token_bytes;
+    if (p->place == APART) {
         p->kv.resize(p->seq.size());
         for (size_t i = 0; i < p->seq.size(); i++) {
             take(&p->kv[i], p->seq[i].kv_len * token);
@@ -164,13 +250,14 @@ void take_kv(problem *p)
         s.k = (const char *)p->kv[0].at + (p->kv[0].pages * PAGE_BYTES - bytes) + (uintptr_t)s.k;
 }
 
-void make(problem *p, const attn_case *c, attn_dtype dtype, bool apart = false)
+void make(problem *p, const attn_case *c, attn_dtype dtype, kv_place place = TOGETHER)
 {
     *p = problem();
     p->c = c;
     p->dtype = dtype;
-    p->apart = apart;
-    uint64_t head = c->D * 2, side = c->HK * head;
+    p->place = place;
+    const uint64_t head = c->D * 2, side = c->HK * head;
+    p->token_bytes = 2 * side * (place == DENSE ? 1 : LAYERS);
     attn_gpu_config *g = &p->cfg;
     g->dtype = dtype;
     g->heads = c->H;
@@ -179,7 +266,7 @@ void make(problem *p, const attn_case *c, attn_dtype dtype, bool apart = false)
     g->scale = 2 / sqrtf((float)c->D); /* sharper than usual: weights differ */
     g->soft_cap = c->soft_cap;
     g->window = c->window;
-    g->token_stride = LAYERS * 2 * side;
+    g->token_stride = place == DENSE ? side : p->token_bytes;
     g->head_stride = head;
     lay_out(p);
     g->max_seqs = (uint32_t)p->seq.size();
@@ -187,24 +274,18 @@ void make(problem *p, const attn_case *c, attn_dtype dtype, bool apart = false)
     g->max_kv_len = p->max_len;
 
     take_kv(p);
-    int f16 = dtype == ATTN_F16;
-    for (size_t i = 0; i < p->seq.size(); i++) {
-        attn_seq *s = &p->seq[i];
-        s->v = (const char *)s->k + side;
-        /* Only what the first row sees on; with a window the rest stays NaN. */
-        uint32_t seen = s->kv_len - s->rows + 1;
-        uint32_t lo = c->window && seen > c->window ? seen - c->window : 0;
-        char *at = (char *)s->k + LAYER * 2 * side + lo * g->token_stride;
-        fill<<<256, 256>>>(at, s->kv_len - lo, g->token_stride, 2 * c->HK * c->D, 1, 1000003 * i + lo, f16);
-    }
+    for (attn_seq &q : p->seq)
+        q.v = (const char *)q.k + (place == DENSE ? q.kv_len : 1) * side;
+    CUDA_MUST(cudaMalloc(&p->d_all, p->seq.size() * sizeof *p->d_all));
+    CUDA_MUST(cudaMemcpy(p->d_all, p->seq.data(), p->seq.size() * sizeof *p->d_all, cudaMemcpyHostToDevice));
     p->io.q_row_stride = (c->H * c->D + 2 * c->HK * c->D) * 2; /* as a QKV product leaves it */
     p->io.out_row_stride = c->H * c->D * 2;
-    p->io.kv_offset = LAYER * 2 * side;
+    p->io.kv_offset = place == DENSE ? 0 : LAYER * 2 * side;
     take(&p->q, p->rows * p->io.q_row_stride);
     take(&p->out, p->rows * p->io.out_row_stride);
     p->io.q = (void *)p->q.at;
     p->io.out = (void *)p->out.at;
-    write_q(p, Q_SEED, NULL);
+    CUDA_MUST(attn_launch(fill, FILL_GRID, fill_of(p, PART_PAST | PART_NEW | PART_Q)));
     CUDA_MUST(cudaMalloc(&p->d_seq, p->seq.size() * sizeof *p->d_seq));
     CUDA_MUST(cudaMalloc(&p->d_count, sizeof *p->d_count));
     CUDA_MUST(cudaDeviceSynchronize());
@@ -216,129 +297,9 @@ void drop(problem *p)
         give(&g);
     give(&p->q);
     give(&p->out);
+    CUDA_MUST(cudaFree(p->d_all));
     CUDA_MUST(cudaFree(p->d_seq));
     CUDA_MUST(cudaFree(p->d_count));
-}
-
-/* ---- the reference ---- */
-
-struct ref_args {
-    const char *q;
-    const attn_seq *seq;
-    const uint32_t *row, *of;
-    double *want, *scratch; /* [REF_BLOCKS][max_len] */
-    uint64_t q_row_stride, token_stride, kv_offset;
-    uint32_t rows, H, HK, D, window, max_len;
-    float scale, soft_cap;
-    int f16;
-};
-
-/* One block per row and head: scores to scratch, then each thread some of D. */
-__global__ void reference(ref_args a)
-{
-    __shared__ double part[REF_THREADS];
-    __shared__ float q[256];
-    double *score = a.scratch + (uint64_t)blockIdx.x * a.max_len;
-    for (uint32_t job = blockIdx.x; job < a.rows * a.H; job += gridDim.x) {
-        uint32_t i = job / a.H, h = job % a.H, row = a.row[i];
-        const attn_seq s = a.seq[a.of[i]];
-        uint64_t head = a.kv_offset + (uint64_t)(h / (a.H / a.HK)) * a.D * 2;
-        uint32_t keys = s.kv_len - s.rows + (row - s.first_row) + 1;
-        uint32_t lo = a.window && keys > a.window ? keys - a.window : 0;
-        const uint16_t *qr = (const uint16_t *)(a.q + row * a.q_row_stride) + h * a.D;
-        __syncthreads();
-        for (uint32_t d = threadIdx.x; d < a.D; d += REF_THREADS)
-            q[d] = wide(qr[d], a.f16);
-        __syncthreads();
-        double top = -1e300;
-        for (uint32_t t = lo + threadIdx.x; t < keys; t += REF_THREADS) {
-            const uint4 *k = (const uint4 *)((const char *)s.k + head + t * a.token_stride);
-            double dot = 0;
-            for (uint32_t d = 0; d < a.D; d += 8) {
-                uint4 x = k[d / 8];
-                const uint16_t *e = (const uint16_t *)&x;
-                for (uint32_t j = 0; j < 8; j++)
-                    dot += (double)q[d + j] * wide(e[j], a.f16);
-            }
-            dot *= a.scale;
-            if (a.soft_cap > 0)
-                dot = a.soft_cap * tanh(dot / a.soft_cap);
-            score[t] = dot;
-            top = fmax(top, dot);
-        }
-        part[threadIdx.x] = top;
-        __syncthreads();
-        for (uint32_t j = 0; j < REF_THREADS; j++)
-            top = fmax(top, part[j]);
-        __syncthreads();
-        double sum = 0;
-        for (uint32_t t = lo + threadIdx.x; t < keys; t += REF_THREADS)
-            sum += score[t] = exp(score[t] - top);
-        part[threadIdx.x] = sum;
-        __syncthreads();
-        sum = 0;
-        for (uint32_t j = 0; j < REF_THREADS; j++)
-            sum += part[j];
-        __syncthreads();
-        /* Threads of one d take every lanes-th key. */
-        uint32_t lanes = REF_THREADS / a.D > 0 ? REF_THREADS / a.D : 1, lane = threadIdx.x / a.D, d = threadIdx.x % a.D;
-        double o = 0;
-        if (lane < lanes) {
-            const char *v = (const char *)s.v + head + d * 2;
-            for (uint32_t t = lo + lane; t < keys; t += lanes)
-                o += score[t] * wide(*(const uint16_t *)(v + t * a.token_stride), a.f16);
-        }
-        part[threadIdx.x] = o;
-        __syncthreads();
-        if (threadIdx.x < a.D) {
-            for (uint32_t l = 1; l < lanes; l++)
-                o += part[l * a.D + threadIdx.x];
-            a.want[(uint64_t)job * a.D + threadIdx.x] = o / sum;
-        }
-    }
-}
-
-template <typename T> T *upload(const std::vector<T> &v)
-{
-    T *d;
-    CUDA_MUST(cudaMalloc(&d, v.size() * sizeof(T) + 16));
-    CUDA_MUST(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return d;
-}
-
-void compute_reference(problem *p)
-{
-    const attn_case *c = p->c;
-    ref_args a = {};
-    a.q = (const char *)p->io.q;
-    attn_seq *seq = upload(p->seq);
-    uint32_t *row = upload(p->ref_row), *of = upload(p->ref_seq);
-    a.seq = seq;
-    a.row = row;
-    a.of = of;
-    a.q_row_stride = p->io.q_row_stride;
-    a.token_stride = p->cfg.token_stride;
-    a.kv_offset = p->io.kv_offset;
-    a.rows = (uint32_t)p->ref_row.size();
-    a.H = c->H;
-    a.HK = c->HK;
-    a.D = c->D;
-    a.window = c->window;
-    a.max_len = p->max_len;
-    a.scale = p->cfg.scale;
-    a.soft_cap = c->soft_cap;
-    a.f16 = p->dtype == ATTN_F16;
-    p->want.resize((uint64_t)a.rows * a.H * a.D);
-    CUDA_MUST(cudaMalloc(&a.want, p->want.size() * sizeof(double)));
-    CUDA_MUST(cudaMalloc(&a.scratch, (uint64_t)REF_BLOCKS * p->max_len * sizeof(double)));
-    reference<<<REF_BLOCKS, REF_THREADS>>>(a);
-    CUDA_MUST(cudaGetLastError());
-    CUDA_MUST(cudaMemcpy(p->want.data(), a.want, p->want.size() * sizeof(double), cudaMemcpyDeviceToHost));
-    CUDA_MUST(cudaFree(a.want));
-    CUDA_MUST(cudaFree(a.scratch));
-    CUDA_MUST(cudaFree(seq));
-    CUDA_MUST(cudaFree(row));
-    CUDA_MUST(cudaFree(of));
 }
 } // namespace
 

@@ -2,11 +2,26 @@
 #ifndef TANDEM_ATTN_RUNNER_CUH
 #define TANDEM_ATTN_RUNNER_CUH
 
-#include "tests/gpu/attn_problem.cuh"
+#include "tests/gpu/attn_reference.cuh"
 
 namespace
 {
 unsigned failures;
+
+/* ---- what is asked for ---- */
+
+struct options {
+    bool quick, once, f16, replay;
+    const char *only, *back_end;
+};
+
+bool wanted(const options &o, const char *name)
+{
+    return !o.only || strstr(name, o.only);
+}
+
+const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
+constexpr uint32_t FIXED_KEYS = 256;
 
 /* ---- running ---- */
 
@@ -93,6 +108,18 @@ void fail(const problem *p, const char *what, const char *text)
     printf("FAIL %s, %s, %s: %s\n", p->c->name, p->dtype == ATTN_F16 ? "f16" : "bf16", what, text);
 }
 
+void report(const problem *p, const attn_gpu_ops *ops, bool did, double worst)
+{
+    const attn_case *c = p->c;
+    if (did)
+        printf("%-10s %-28s %2u/%u x %3u %-4s %6u rows, %8llu keys: error %.2f of what is allowed\n", ops->name,
+               c->name, c->H, c->HK, c->D, p->dtype == ATTN_F16 ? "f16" : "bf16", p->rows - 2 * SPARE_ROWS,
+               (unsigned long long)p->tokens, worst);
+    else
+        printf("%-10s %-28s not done by this back end\n", ops->name, c->name);
+    fflush(stdout);
+}
+
 /* Rows of no sequence stay as they were. */
 void compare_spare(const problem *p, const std::vector<uint16_t> &out, const char *what)
 {
@@ -151,8 +178,6 @@ double compare(const problem *p, const std::vector<uint16_t> &out, const char *w
     compare_spare(p, out, what);
     return worst;
 }
-
-/* Same bits in the rows of seq. */
 
 /* Same bits in the rows of seq. */
 bool same_rows(const problem *p, const attn_seq &s, const std::vector<uint16_t> &a, const std::vector<uint16_t> &b)

@@ -1,4 +1,5 @@
 #include "tests/gpu/gpu_parts.h"
+#include "tests/gpu/own_device.h"
 #include "worker/engine_internal.h"
 
 #include <dlfcn.h>
@@ -54,22 +55,16 @@ const struct backend_parts *gpu_parts(const char *path)
     backend_entry *entry;
     memcpy(&entry, &symbol, sizeof entry);
     const struct backend_api *api = entry(BACKEND_ABI);
-    uint32_t count = 0, taken = 0;
     struct status st = STATUS_INIT;
-    struct comm_devices devices = {.count = 0};
-    if (api && api->devices(&count, &st) != ST_OK)
-        count = 0;
-    for (; devices.count < count && devices.count < COMM_DEVICES_MAX; devices.count++) {
-        if (api->describe(devices.count, &device, &st) != ST_OK)
-            die("device", st.message);
-        memcpy(devices.id[devices.count], device.id, sizeof device.id);
-    }
-    if (comm_take_device(gpu_comm(), &devices, &taken, &st) != ST_OK) {
-        printf("%u devices for %u ranks: skipped (%s)\n", count, comm_local_size(gpu_comm()), st.message);
+    int taken = 0;
+    if (!api)
+        die(path, "is of another build");
+    if (own_device(gpu_comm(), &taken, &st) != ST_OK) {
+        printf("no device for each of %u ranks: skipped (%s)\n", comm_local_size(gpu_comm()), st.message);
         return NULL;
     }
     struct backend_session *session;
-    if (api->open(&session, taken, &st) != ST_OK || api->describe(taken, &device, &st) != ST_OK)
+    if (api->open(&session, (uint32_t)taken, &st) != ST_OK || api->describe((uint32_t)taken, &device, &st) != ST_OK)
         die("device", st.message);
     capability = device.major * 10 + device.minor;
     return api->parts(session);

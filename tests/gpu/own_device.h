@@ -1,5 +1,5 @@
-/* own_device.h - the device of this rank, by the rule of the worker: for tests and benchmarks that call the CUDA runtime
- * themselves. Prefix own_. */
+/* own_device.h - the device of this rank, by the rule of the worker, as the CUDA runtime numbers them: for tests and benchmarks.
+ * Prefix own_. */
 #ifndef TANDEM_TESTS_OWN_DEVICE_H
 #define TANDEM_TESTS_OWN_DEVICE_H
 

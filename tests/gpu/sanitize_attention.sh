@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # check_attention_gpu under compute-sanitizer, on a machine with a GPU: sanitize_attention.sh [DIR of the programs]
 # memcheck and synccheck over every small shape, and over f16, graphs and layers; racecheck, which is slow, over the shapes
-# that take every path, a cap, f16, graphs and layers. Each policy and the fixed cut once; the reference is not looked at.
+# that take every path, a cap, f16, graphs and layers, and tokens that are written late. Each policy and the fixed cut once; the
+# reference is not looked at.
 set -uo pipefail
 bin=${1:-build/release/bin}
 rc=0
@@ -24,4 +25,6 @@ done
 one racecheck "f16" --f16 --case "few D 128"
 one racecheck "graphs and layers, D 128" --replay --case "few D 128"
 one racecheck "graphs and layers, D 64" --replay --case "few D 64"
+one racecheck "early reads, D 128" --replay --case "early decodes D 128"
+one racecheck "early reads, D 64" --case "early decodes D 64"
 exit "$rc"
