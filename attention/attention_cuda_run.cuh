@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
     extern __shared__ __align__(128) char bytes[];
     __shared__ run_shared sh;
     uint32_t role = 0, place = 0; /* of thread 0 */
+    bool first = true;            /* no item taken yet */
     bool read = false;            /* the item of that place is in sh */
     bool one_each = false;        /* no block has a second item: nothing is counted */
     bool waits = !a.follows;      /* the launch in front may not have ended */
@@ -83,6 +84,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         sh.counts = make_uint2(lists.count[ROLE_PREFILL], lists.count[ROLE_DECODE]);
         one_each = !a.follows && a.roles != BOTH_ROLES && lists.count[role] <= a.taken[role];
     }
+    const bool late = a.follows || a.roles == BOTH_ROLES;
     const auto claim = [&] { /* thread 0: the next item; known when this one is done */
                              place = one_each ? UINT32_MAX : a.taken[role] + atomicAdd(&a.counters->next[role], 1);
     };
@@ -101,12 +103,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         attn_let_next();
     for (;;) {
         if (threadIdx.x == 0) {
-            /* Behind a fused launch blocks begin one after the other: who has claimed the next item lets all others wait. */
-            if (a.follows && !read)
+            /* Not ahead where blocks come to a list one after the other, behind a fused launch or from the other role: who had
+             * claimed the next item would let all others wait. */
+            if (late && !first)
                 claim();
             resolve(a, role, place, read, sh);
-            read = false;
-            if (sh.role != ROLES && !waits && !a.follows)
+            first = read = false;
+            if (sh.role != ROLES && !waits && !late)
                 claim();
         }
         __syncthreads();

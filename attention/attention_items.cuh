@@ -40,12 +40,14 @@ struct attn_counters {
     uint32_t left;        /* blocks */
 };
 
-constexpr uint32_t HAND_OVER_ALL = 2;
+/* sm90: what the fused kernel leaves to decode's, if one follows: what is left when prefill's list is empty, or all, which begins on
+ * the SMs that prefill does not need. */
+constexpr uint32_t HAND_OVER_REST = 1, HAND_OVER_ALL = 2;
 
 struct alignas(16) attn_lists {
     uint32_t count[ROLES]; /* items; written by plan */
-    /* sm90: 1: decodes left when prefill's list is empty are decode's kernel's, if one follows; HAND_OVER_ALL: all of them */
-    uint32_t hand_over;
+    uint16_t hand_over;
+    uint16_t clusters; /* sm90: that work on prefill */
     uint32_t fault;
 };
 
@@ -56,7 +58,7 @@ struct alignas(16) attn_lists {
 __device__ __forceinline__ attn_lists attn_lists_of(const attn_lists *lists)
 {
     const uint4 x = __ldcg((const uint4 *)lists);
-    return {{x.x, x.y}, x.z, x.w};
+    return {{x.x, x.y}, (uint16_t)x.z, (uint16_t)(x.z >> 16), x.w};
 }
 
 __device__ __forceinline__ void attn_item_copy(attn_item *to, const attn_item *from)

@@ -223,6 +223,7 @@ enum status_code plan(void *state, const struct attn_gpu_step *step, struct stat
     a.window = s->cfg.window;
     a.sms = s->sms;
     a.fixed_tiles = s->cfg.fixed_split_keys / TILE_KEYS;
+    a.policy = s->cfg.policy;
     a.ws = s->ws;
     cudaError_t err = sm90_launch_maps(step->seq, step->counts, step->max_seqs, s->map, s->ws.k_maps, s->ws.v_maps,
                                        (cudaStream_t)step->stream);

@@ -70,6 +70,7 @@ struct sm90_plan_args {
     uint32_t group, kv_heads, window;
     uint32_t sms;
     uint32_t fixed_tiles; /* 0: parts by the batch */
+    enum attn_gpu_policy policy;
     sm90_workspace ws;
 };
 

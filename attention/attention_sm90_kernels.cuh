@@ -61,7 +61,7 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0)
-            prefill_produce<P>(a, &bars, shared, items, [] {});
+            prefill_produce<P>(a, &bars, shared, items, gridDim.x / CLUSTER, [] {});
     } else {
         sm90_regs_more<REGS>();
         prefill_consume<P>(a, &bars, shared, group - 1);
@@ -142,15 +142,18 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
     attn_wait_earlier();
     attn_let_next();
     const bool none_beside = a.run.decode_follows && lists.hand_over == HAND_OVER_ALL;
+    /* Those behind leave at once: decode's kernel gets their SMs while prefill works. */
+    const uint32_t clusters = none_beside ? lists.clusters : gridDim.x / CLUSTER;
+    const uint32_t mine = blockIdx.x / CLUSTER < clusters ? items : 0;
     const bool alone = !a.run.one_shape && (lists.count[ROLE_DECODE] == 0 || none_beside);
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0) {
             auto taken = [&] { atomicExch(&bars.decode.stop, a.run.decode_follows && lists.hand_over != 0); };
             if (alone)
-                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), items, taken);
+                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), mine, clusters, taken);
             else
-                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items, taken);
+                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items, clusters, taken);
         }
     } else if (group == 3) {
         if (alone) {
@@ -168,7 +171,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
         prefill_consume<NARROW>(a, &bars.prefill, sm90_shared(memory), group - 1);
     }
     __syncthreads();
-    const bool counted = items > gridDim.x / CLUSTER || !alone; /* decode's role counts where there is nothing, too */
+    const bool counted = items > clusters || !alone; /* decode's role counts where there is nothing, too */
     if (threadIdx.x == 0 && counted && !a.run.decode_follows)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL | 1 << ROLE_DECODE);
 }

@@ -1,7 +1,7 @@
 /* attention_sm90_plan.cu - cuts a batch into items, on the device, once per step. One block.
  *
  *   1  every sequence is looked at: faults, totals by role
- *   2  the size of a part follows from the totals (rule_of)
+ *   2  which SMs work on what, and the size of a part, follow from the totals (rule_of)
  *   3  items and slots of every sequence are counted; a scan gives each its place in the lists
  *   4  items are written: a warp per sequence, a lane per block of packed rows
  *
@@ -27,14 +27,26 @@ constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
 /* So many times what comes on beside prefill: decodes are cut as if alone; are left alone. */
 constexpr uint32_t MOSTLY = 4, NEARLY_ALL = 16;
 /* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it. */
-constexpr uint32_t HARDLY_ANY = 4;
+constexpr uint32_t HARDLY_ANY = 4, SMALL_DECODES = 4, LONG_PREFILL = 60;
+/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
+ * with eight numbers of clusters (NOTES.md). */
+constexpr float DECODE_RATE = 0.9f;  /* most of decodes' rate while prefill works */
+constexpr float DECODE_BY_SHARE = 2; /* of that rate, by their share of the SMs */
+constexpr float TILE_ALONE = 0.85f;  /* of prefill, without decodes */
+constexpr float TILE_BESIDE = 0.2f;  /* more, beside decodes at their full rate */
+constexpr float FUSED_DECODE = 0.4f; /* what a tile of decodes costs in the fused kernel, beside prefill's */
+constexpr float FUSED_RATE = 0.72f;  /* tiles of decodes that come on there in one of prefill's */
+/* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more. */
+constexpr float SHARE_GAIN = 2, SHARE_GAIN_CUT = 5;
+/* Of decodes, unless prefill is short and leaves SMs in any case: in smaller steps latencies count, which this does not know. */
+constexpr uint32_t SHARE_MIN_TILES = 30, SHARE_MIN_SHORT = 5, SHORT_PREFILL_TILES = 12;
 constexpr uint32_t SHORT_PART_TILES = 64; /* that a block may still be at when a short prefill has ended */
 
 struct rule {
     uint32_t tiles[ROLES]; /* most of a part; 0: not cut */
     uint32_t last_tiles;   /* the same of decodes from sequence `last` on */
     uint32_t last;
-    uint32_t hand_over; /* see attn_lists */
+    uint32_t hand_over, clusters; /* see attn_lists */
 };
 
 struct totals {
@@ -131,56 +143,124 @@ __device__ void decode_tiles_beside(const sm90_plan_args &a, const totals &t, ru
     r->last_tiles = last < r->tiles[ROLE_DECODE] ? (uint32_t)last : r->tiles[ROLE_DECODE];
 }
 
-/* Prefill: as many parts per unit as make the waves of clusters cheapest. Slots are enough by construction (size_lists in
+/* How prefill is cut for so many clusters. */
+struct prefill_cut {
+    uint32_t parts; /* of a unit of mean length */
+    uint32_t cost;  /* tiles */
+};
+
+/* As many parts per unit as make the waves of clusters cheapest. Slots are enough by construction (size_lists in
  * attention_sm90.cu): units are cut into few parts where there are many, and a sum of quotients rounded up is less than
  * the quotient of the sum and their number. */
-__device__ rule rule_of(const sm90_plan_args &a, const totals &t, uint32_t last)
+__device__ prefill_cut cut_prefill(uint32_t units, uint32_t mean, uint32_t clusters)
+{
+    prefill_cut best = {1, UINT32_MAX};
+    for (uint32_t s = 1;
+         s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * clusters)); s++) {
+        uint64_t waves = ((uint64_t)units * s + clusters - 1) / clusters;
+        uint64_t cost = waves * ((mean + s - 1) / s + UNIT_COST_TILES + (s > 1 ? UNIT_COST_TILES : 0));
+        if (cost < best.cost)
+            best = {s, (uint32_t)cost};
+    }
+    return best;
+}
+
+/* Units that are about equally long count as the longest: a part more of a few would be a wave more. */
+__device__ uint32_t mean_unit(const totals &t)
+{
+    const uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1,
+                   longest = t.longest[ROLE_PREFILL];
+    return longest <= mean + mean / 4 ? longest : mean;
+}
+
+/* Tiles until a step has ended whose prefill, of so many tiles on n of all clusters, leaves the other SMs to decodes. */
+__device__ float shared_time(float prefill, float decode, float n, float all)
+{
+    const float by_share = DECODE_BY_SHARE * (1 - n / all), rate = by_share < DECODE_RATE ? by_share : DECODE_RATE;
+    const float tile = TILE_ALONE + TILE_BESIDE * rate, both = prefill * tile;
+    if (rate * both < decode)
+        return both + decode - rate * both;
+    return decode / rate + (prefill - decode / rate / tile) * TILE_ALONE;
+}
+
+/* The same of the fused kernel, and decode's behind it. */
+__device__ float fused_time(float prefill, float decode)
+{
+    const float most = FUSED_RATE * prefill / (1 - FUSED_RATE * FUSED_DECODE); /* that can come on beside */
+    return decode < most ? prefill + FUSED_DECODE * decode : prefill + FUSED_DECODE * most + decode - most;
+}
+
+/* All threads: on how many clusters prefill should be, in *best, UINT64_MAX before: n, and above it the time with the gain that is
+ * asked for, in 1/16 of a tile. */
+__device__ void look_for_share(const sm90_plan_args &a, const totals &t, unsigned long long *best)
+{
+    const uint32_t n = threadIdx.x + 1, clusters = a.sms / CLUSTER, units = t.units[ROLE_PREFILL] * a.kv_heads;
+    const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
+    if (a.policy != ATTN_GPU_AUTO || a.fixed_tiles || units == 0 || n >= clusters)
+        return;
+    const prefill_cut cut = cut_prefill(units, mean_unit(t), n);
+    const bool leaves = units * cut.parts <= n;
+    if (decode < (leaves && cut.cost <= SHORT_PREFILL_TILES ? SHARE_MIN_SHORT : SHARE_MIN_TILES))
+        return;
+    const float time = shared_time((float)cut.cost, (float)decode, (float)n, (float)clusters);
+    atomicMin(best, (unsigned long long)((time + (leaves ? SHARE_GAIN : SHARE_GAIN_CUT)) * 16) << 16 | n);
+}
+
+/* What is AUTO's alone: when decodes are left to their own kernel, and on how many clusters prefill is. true: nearly all of decode
+ * is left when prefill has ended. */
+__device__ bool leave_decodes(const sm90_plan_args &a, const totals &t, unsigned long long share, uint32_t prefill,
+                              rule *r)
+{
+    const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
+    r->hand_over = decode * PROGRESS_OF > (uint64_t)prefill * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;
+    bool mostly_alone = r->hand_over && decode * PROGRESS_OF > (uint64_t)MOSTLY * prefill * PROGRESS;
+    if (r->hand_over && decode * PROGRESS_OF > (uint64_t)NEARLY_ALL * prefill * PROGRESS)
+        r->hand_over = HAND_OVER_ALL;
+    if (decode * HARDLY_ANY <= prefill && (decode <= SMALL_DECODES || prefill >= LONG_PREFILL)) {
+        r->hand_over = HAND_OVER_ALL;
+        mostly_alone = true;
+    }
+    if (share != UINT64_MAX && (float)(share >> 16) / 16 < fused_time((float)prefill, (float)decode)) {
+        r->hand_over = HAND_OVER_ALL;
+        r->clusters = (uint32_t)(share & 0xffff);
+        mostly_alone = true;
+    }
+    return mostly_alone;
+}
+
+__device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long long share, uint32_t last)
 {
     rule r = {};
     r.last = last;
-    r.hand_over = 1;
+    r.hand_over = HAND_OVER_REST;
+    r.clusters = a.sms / CLUSTER;
     r.tiles[ROLE_DECODE] = r.last_tiles = a.fixed_tiles;
     if (a.fixed_tiles)
         return r;
-    const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads, clusters = a.sms / CLUSTER;
-    bool mostly_alone = false; /* nearly all of decode is left when prefill has ended */
+    const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
+    bool mostly_alone = a.policy == ATTN_GPU_SERIAL;
     if (units > 0) {
-        /* Of units that are about equally long the longest counts: a part more of a few would be a wave more. */
-        uint32_t mean = (uint32_t)(t.tiles[ROLE_PREFILL] / t.units[ROLE_PREFILL]) + 1, best = 1;
-        if (t.longest[ROLE_PREFILL] <= mean + mean / 4)
-            mean = t.longest[ROLE_PREFILL];
-        uint64_t least = UINT64_MAX;
-        for (uint32_t s = 1;
-             s <= MAX_PREFILL_PARTS && (s == 1 || (mean / s >= MIN_PREFILL_TILES && units * s <= 4 * clusters)); s++) {
-            uint64_t waves = ((uint64_t)units * s + clusters - 1) / clusters;
-            uint64_t cost = waves * ((mean + s - 1) / s + UNIT_COST_TILES + (s > 1 ? UNIT_COST_TILES : 0));
-            if (cost < least) {
-                least = cost;
-                best = s;
-            }
+        const uint32_t mean = mean_unit(t);
+        prefill_cut cut = cut_prefill(units, mean, r.clusters);
+        if (a.policy == ATTN_GPU_AUTO) {
+            mostly_alone = leave_decodes(a, t, share, cut.cost, &r);
+            cut = cut_prefill(units, mean, r.clusters);
         }
-        uint64_t share = t.tiles[ROLE_PREFILL] * a.kv_heads / clusters;
-        uint32_t whole = mean + mean / 2 > share ? mean + mean / 2 : (uint32_t)share;
-        const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
-        r.hand_over = decode * PROGRESS_OF > least * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;
-        mostly_alone = r.hand_over && decode * PROGRESS_OF > MOSTLY * least * PROGRESS;
-        if (r.hand_over && decode * PROGRESS_OF > NEARLY_ALL * least * PROGRESS)
-            r.hand_over = HAND_OVER_ALL;
-        if (decode * HARDLY_ANY <= least) {
-            r.hand_over = HAND_OVER_ALL;
-            mostly_alone = true;
-        }
-        r.tiles[ROLE_PREFILL] = best > 1 ? (mean + best - 1) / best : whole;
+        const uint64_t each = t.tiles[ROLE_PREFILL] * a.kv_heads / r.clusters;
+        const uint32_t whole = mean + mean / 2 > each ? mean + mean / 2 : (uint32_t)each;
+        r.tiles[ROLE_PREFILL] = cut.parts > 1 ? (mean + cut.parts - 1) / cut.parts : whole;
         if (r.tiles[ROLE_PREFILL] < MIN_PREFILL_TILES)
             r.tiles[ROLE_PREFILL] = MIN_PREFILL_TILES;
     }
     if (t.units[ROLE_DECODE] == 0)
         return r;
-    const bool like_alone = units == 0 || mostly_alone;
-    const uint32_t alone = like_alone ? decode_tiles_alone(DECODE_BLOCKS_PER_SM * a.sms,
-                                                           t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE])
-                                      : 0;
-    if (units == 0 || (like_alone && alone <= SHORT_PART_TILES))
+    /* Behind prefill blocks come one after the other, and a round of all of them would be two; beside it there are those of the SMs
+     * that it leaves. */
+    const bool at_once = units == 0 || a.policy == ATTN_GPU_SERIAL;
+    const uint32_t on = at_once ? a.sms : a.sms - r.clusters * CLUSTER;
+    const uint32_t blocks = on * DECODE_BLOCKS_PER_SM > a.sms ? on * DECODE_BLOCKS_PER_SM : a.sms;
+    const uint32_t alone = decode_tiles_alone(blocks, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
+    if (at_once || (mostly_alone && alone <= SHORT_PART_TILES))
         r.tiles[ROLE_DECODE] = r.last_tiles = alone;
     else
         decode_tiles_beside(a, t, &r);
@@ -310,17 +390,21 @@ __device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const 
 __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constant__ sm90_plan_args a)
 {
     __shared__ totals t;
+    __shared__ unsigned long long share;
     const uint32_t given = *a.counts, seqs = given < a.max_seqs ? given : a.max_seqs;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         t = {};
+        share = UINT64_MAX;
         t.fault = given > a.max_seqs ? ATTN_FAULT_SEQS : UINT32_MAX;
     }
     __syncthreads();
     const uint32_t last = seqs - seqs / 4;
     look(a, seqs, last, &t);
     __syncthreads();
-    const rule r = rule_of(a, t, last);
+    look_for_share(a, t, &share);
+    __syncthreads();
+    const rule r = rule_of(a, t, share, last);
     for (uint32_t i = warp; i < seqs; i += PLAN_WARPS) {
         const attn_seq s = a.seq[i];
         uint32_t items = 0, slots = 0;
@@ -364,7 +448,8 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        a.ws.lists->hand_over = r.hand_over;
+        a.ws.lists->hand_over = (uint16_t)r.hand_over;
+        a.ws.lists->clusters = (uint16_t)r.clusters;
         a.ws.lists->fault = t.fault == UINT32_MAX ? 0 : t.fault;
     }
     __threadfence(); /* see attn_lists_of */

@@ -89,12 +89,12 @@ __device__ __forceinline__ void prefill_first(const sm90_args &a, prefill_bars *
 
 /* The next item's index, the same in all blocks of a cluster; `items` or more: no more. Block 0 takes it. */
 __device__ __forceinline__ uint32_t prefill_next(const sm90_args &a, prefill_bars *b, uint32_t rank, uint32_t items,
-                                                 uint32_t &parity)
+                                                 uint32_t clusters, uint32_t &parity)
 {
     uint32_t index;
     if (rank == 0) {
         do
-            index = gridDim.x / CLUSTER + atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1);
+            index = clusters + atomicAdd(&a.run.counters->next[ROLE_PREFILL], 1);
         while (index < items && __ldcg(&a.run.ws.items[ROLE_PREFILL][index].parts) == 0);
         sm90_mbar_wait(sm90_shared(&b->mail_empty), parity ^ 1);
         for (uint32_t r = 1; r < CLUSTER; r++)
@@ -113,16 +113,17 @@ __device__ __forceinline__ uint32_t prefill_next(const sm90_args &a, prefill_bar
 /* One thread; `items` is the length of the list. Nothing is counted where no cluster has a second item. `taken` is
  * called when there is no more to take. Returns when nothing more comes to this block from the others: then it may end. */
 template <typename C, typename F>
-__device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t items, F taken)
+__device__ void prefill_produce(const sm90_args &a, prefill_bars *b, uint32_t shared, uint32_t items, uint32_t clusters,
+                                F taken)
 {
     sm90_ring_at<C::STAGES> k_at, v_at;
     sm90_ring_at<PREFILL_ITEMS> at;
     const uint32_t rank = sm90_cluster_rank(), first = blockIdx.x / CLUSTER;
-    const bool counted = items > gridDim.x / CLUSTER;
+    const bool counted = items > clusters;
     uint32_t mails = 0;
     bool read = first < items && b->item[0].parts != 0;
     for (;; read = false) {
-        const uint32_t index = read ? first : counted ? prefill_next(a, b, rank, items, mails) : items;
+        const uint32_t index = read ? first : counted ? prefill_next(a, b, rank, items, clusters, mails) : items;
         sm90_mbar_wait(sm90_shared(&b->item_empty[at.slot]), at.parity ^ 1);
         attn_item *const item = &b->item[at.slot];
         if (index >= items)
@@ -328,38 +329,66 @@ __device__ __forceinline__ void prefill_write(const sm90_args &a, const sm90_uni
     }
 }
 
-/* Adds up the parts of 64 rows, group `of_unit` of the unit, in order of keys. */
+/* Adds up the parts of 64 rows, group `of_unit` of the unit, in order of keys. A warp has every fourth row, MERGE_ROWS of
+ * them and MERGE_PARTS parts at a time: each read that waits for another takes half a microsecond. */
+constexpr uint32_t MERGE_ROWS = 8, MERGE_PARTS = 2;
+
 template <typename C>
 __device__ void prefill_merge(const sm90_args &a, const sm90_unit &u, const attn_item &it, uint32_t of_unit,
                               uint32_t tid)
 {
-    const sm90_workspace &ws = a.run.ws;
-    const uint32_t lane = tid % 32;
-    const bool on = lane * 4 < C::D;
-    for (uint32_t r = tid / 32; r < 64; r += 4) {
-        uint32_t row = of_unit * 64 + r, p = it.first + row;
-        if (p >= u.packed)
-            break;
-        float most = -INFINITY, sum = 0;
-        for (uint32_t i = 0; i < it.parts; i++)
-            most = fmaxf(most, __ldcg(&ws.weights[ROLE_PREFILL][(uint64_t)(it.slot + i) * UNIT_ROWS + row]).x);
-        float4 o = {0, 0, 0, 0};
-        for (uint32_t i = 0; i < it.parts; i++) {
-            uint64_t at = (uint64_t)(it.slot + i) * UNIT_ROWS + row;
-            float2 w = __ldcg(&ws.weights[ROLE_PREFILL][at]);
-            if (w.y == 0)
-                continue;
-            float by = sm90_exp2(w.x - most);
-            sum += w.y * by;
-            if (on) {
-                float4 x = __ldcg((const float4 *)(ws.sums[ROLE_PREFILL] + at * C::D) + lane);
-                o = {o.x + x.x * by, o.y + x.y * by, o.z + x.z * by, o.w + x.w * by};
-            }
+    constexpr uint32_t QUADS = C::D / 4;
+    const uint32_t lane = tid % 32, column = lane % QUADS;
+    const float2 *weights = a.run.ws.weights[ROLE_PREFILL] + (uint64_t)it.slot * UNIT_ROWS;
+    const float4 *sums = (const float4 *)a.run.ws.sums[ROLE_PREFILL] + (uint64_t)it.slot * UNIT_ROWS * QUADS + column;
+#pragma unroll 1
+    for (uint32_t first = of_unit * 64 + tid / 32; first < of_unit * 64 + 64; first += 4 * MERGE_ROWS) {
+        float top[MERGE_ROWS], sum[MERGE_ROWS];
+        float4 o[MERGE_ROWS];
+#pragma unroll
+        for (uint32_t j = 0; j < MERGE_ROWS; j++) {
+            top[j] = -INFINITY;
+            sum[j] = 0;
+            o[j] = make_float4(0, 0, 0, 0);
         }
-        float inv = sum > 0 ? 1 / sum : 0;
-        uint2 x = {sm90_pack<C::BF16>(o.x * inv, o.y * inv), sm90_pack<C::BF16>(o.z * inv, o.w * inv)};
-        if (on && lane * 4 < a.run.head_dim)
-            *((uint2 *)(a.run.out + sm90_row_at(a, u, it.kv_head, p, a.run.out_row_stride)) + lane) = x;
+#pragma unroll 1
+        for (uint32_t part = 0; part < it.parts; part += MERGE_PARTS) {
+            float2 w[MERGE_PARTS][MERGE_ROWS];
+            float4 x[MERGE_PARTS][MERGE_ROWS];
+#pragma unroll
+            for (uint32_t k = 0; k < MERGE_PARTS; k++) {
+                const bool on = part + k < it.parts; /* a part that is there in any case; no branch between reads */
+                const uint32_t row = (on ? part + k : part) * UNIT_ROWS + first;
+#pragma unroll
+                for (uint32_t j = 0; j < MERGE_ROWS; j++) {
+                    float2 read = __ldcg(&weights[row + 4 * j]);
+                    x[k][j] = __ldcg(&sums[(uint64_t)(row + 4 * j) * QUADS]);
+                    w[k][j] = on ? read : make_float2(LOW_BASE, 0);
+                }
+            }
+#pragma unroll
+            for (uint32_t k = 0; k < MERGE_PARTS; k++)
+#pragma unroll
+                for (uint32_t j = 0; j < MERGE_ROWS; j++) {
+                    /* A part none of whose keys the row sees has LOW_BASE and nothing. */
+                    const float above = fmaxf(top[j], w[k][j].x);
+                    const float old = sm90_exp2(top[j] - above), f = sm90_exp2(w[k][j].x - above);
+                    top[j] = above;
+                    sum[j] = sum[j] * old + w[k][j].y * f;
+                    o[j].x = o[j].x * old + x[k][j].x * f;
+                    o[j].y = o[j].y * old + x[k][j].y * f;
+                    o[j].z = o[j].z * old + x[k][j].z * f;
+                    o[j].w = o[j].w * old + x[k][j].w * f;
+                }
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < MERGE_ROWS; j++) {
+            const uint32_t p = it.first + first + 4 * j;
+            const float inv = sum[j] > 0 ? 1 / sum[j] : 0;
+            uint2 y = {sm90_pack<C::BF16>(o[j].x * inv, o[j].y * inv), sm90_pack<C::BF16>(o[j].z * inv, o[j].w * inv)};
+            if (lane < QUADS && p < u.packed && lane * 4 < a.run.head_dim)
+                *((uint2 *)(a.run.out + sm90_row_at(a, u, it.kv_head, p, a.run.out_row_stride)) + lane) = y;
+        }
     }
 }
 
@@ -379,9 +408,9 @@ __device__ __forceinline__ void prefill_leave(const sm90_args &a, const sm90_uni
     if (tid % 4 == 0)
         for (uint32_t i = 0; i < 2; i++)
             ws.weights[ROLE_PREFILL][at + i * 8] = {r.base[i], r.sum[i][0]};
-    __threadfence();
     sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS);
     if (tid == 0) {
+        __threadfence(); /* of what all wrote before the barrier */
         uint32_t *arrived = &ws.arrived[ROLE_PREFILL][it.slot * ARRIVED_PER_SLOT[ROLE_PREFILL] + of_unit];
         bool last = atomicAdd(arrived, 1) == it.parts - 1;
         if (last)
