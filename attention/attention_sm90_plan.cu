@@ -28,8 +28,8 @@ constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
 constexpr uint32_t MOSTLY = 4, NEARLY_ALL = 16;
 /* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it. */
 constexpr uint32_t HARDLY_ANY = 4, SMALL_DECODES = 4, LONG_PREFILL = 60;
-/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
- * with eight numbers of clusters (NOTES.md). */
+/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 207 batches, each
+ * with seven or eight numbers of clusters (NOTES.md). */
 constexpr float DECODE_RATE = 0.9f;  /* most of decodes' rate while prefill works */
 constexpr float DECODE_BY_SHARE = 2; /* of that rate, by their share of the SMs */
 constexpr float TILE_ALONE = 0.85f;  /* of prefill, without decodes */
