@@ -4,7 +4,8 @@
  *   decode   2 blocks per SM: one warpgroup each (what one waits for at the ends of items, the other hides)
  *   fused    1 block per SM:  producer | consumer | consumer | decode, both roles with barriers and memory of their own
  *
- * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty. The last to leave sets the counters back.
+ * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty, but those that the plan leaves to decode's kernel. The last
+ * to leave sets the counters back, where decode's kernel follows the last of its blocks.
  */
 #ifndef TANDEM_ATTENTION_SM90_KERNELS_CUH
 #define TANDEM_ATTENTION_SM90_KERNELS_CUH

@@ -26,9 +26,10 @@ constexpr uint32_t WAVE_TILES = 28; /* of parts, where two to six waves of them 
 constexpr uint32_t PROGRESS = 7, PROGRESS_OF = 10;
 /* So many times what comes on beside prefill: decodes are cut as if alone; are left alone. */
 constexpr uint32_t MOSTLY = 4, NEARLY_ALL = 16;
-/* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it. */
+/* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it; unless neither
+ * decodes are small nor prefill is long, in tiles: then decode's start behind it costs more. */
 constexpr uint32_t HARDLY_ANY = 4, SMALL_DECODES = 4, LONG_PREFILL = 60;
-/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 207 batches, each
+/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
  * with seven or eight numbers of clusters (NOTES.md). */
 constexpr float DECODE_RATE = 0.9f;  /* most of decodes' rate while prefill works */
 constexpr float DECODE_BY_SHARE = 2; /* of that rate, by their share of the SMs */
