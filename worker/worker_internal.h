@@ -29,6 +29,7 @@
 #include "proto/rpc.h"
 #include "proto/status.h"
 #include "tandem/v1/worker_control.pb-c.h"
+#include "worker/activity.h"
 #include "worker/engine.h"
 
 /* ---- exit status: what a supervisor goes by ---- */
@@ -53,6 +54,7 @@ enum worker_exit {
 #define WORKER_FAULT_WAIT_MS     500   /* for the coordinator to have taken it */
 #define WORKER_WELCOME_MS        10000 /* from Hello to Welcome */
 #define WORKER_PROGRESS_MS       200   /* between Loading messages */
+#define WORKER_KERNELS_END_MS    5000  /* for the last records of a device that is traced */
 
 /* ---- log ---- */
 
@@ -102,6 +104,7 @@ struct worker_options {
     uint32_t all_reduce;      /* auto, peer, nccl */
     uint32_t batch_invariant; /* 0 or 1 */
     const char *trace;        /* file of the timeline; NULL: none */
+    uint32_t trace_kernels;   /* 0 or 1 */
 };
 
 enum worker_progress { WORKER_PROGRESS_AUTO, WORKER_PROGRESS_BAR, WORKER_PROGRESS_LINES };
@@ -159,7 +162,27 @@ STATUS_MUST_CHECK enum status_code worker_trace_open(struct worker_trace **out, 
                                                      uint32_t ranks, struct status *st);
 void worker_trace_host(struct worker_trace *t, const char *name, uint64_t step, int64_t begin_us, int64_t end_us);
 void worker_trace_step(struct worker_trace *t, const struct engine_result *r);
+/* From now on the kernels and copies of a device, as its source tells them, under the steps; source->start was called. Without it
+ * steps cost nothing more. */
+STATUS_MUST_CHECK enum status_code worker_trace_kernels(struct worker_trace *t, const struct activity_source *source,
+                                                        struct status *st);
+/* Waits up to WORKER_KERNELS_END_MS for the last of them. */
 void worker_trace_close(struct worker_trace *t);
+
+/* ---- kernels of the timeline (worker_kernels.c): a thread of their own takes them from the device's source ---- */
+
+struct worker_kernels;
+
+/* write is given whole events, each with ",\n" in front; on that thread. */
+STATUS_MUST_CHECK enum status_code worker_kernels_start(struct worker_kernels **out,
+                                                        const struct activity_source *source, uint32_t rank,
+                                                        void (*write)(void *ctx, const char *text, size_t n), void *ctx,
+                                                        struct status *st);
+/* A step was computed then. The thread of the steps; it waits for nobody. */
+void worker_kernels_step(struct worker_kernels *k, uint64_t step, double begin_us, double end_us);
+/* Takes what is left and ends the thread. args: what the summary says of it, ",\"kernels\":...". False: it does not end, and
+ * may still write. */
+bool worker_kernels_end(struct worker_kernels *k, char *args, size_t cap);
 
 /* ---- control: the stream to the coordinator ---- */
 
@@ -255,6 +278,7 @@ struct worker_backend_config {
     uint32_t kind;       /* enum worker_backend_kind */
     const char *devices; /* "0,2": those that may be taken, in this order; NULL: all that the driver finds */
     struct comm *comm;
+    bool kernels;               /* what devices do is recorded (b->api->activity): CUDA, or an error */
     const char *plugin;         /* path of backend_cuda.so; NULL: beside the executable */
     const char *driver_library; /* NULL: libcuda.so.1 */
 };

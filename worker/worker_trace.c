@@ -6,9 +6,10 @@
  *   host    "submit N"    the plan becomes a batch and is launched; on the host back end it is computed here
  *           "collect N"   waiting for the tokens
  *   device  "step N"      from the first copy of the step to the last; args: rows and what they are, the gap in front
+ *   kernels, copies       what the device did in it, where it was asked for (worker_kernels.c); half a second later
  *
  * The last event of a file that was ended in order, "summary", has the sums: steps, time computed, time between steps while
- * another plan was there already ("gap") and while there was none ("idle").
+ * another plan was there already ("gap") and while there was none ("idle"); and those of the kernels.
  */
 #include "worker/worker_internal.h"
 
@@ -18,9 +19,11 @@
 #include <string.h>
 
 struct worker_trace {
-    FILE *file;
+    FILE *file; /* its lock is held from the look at any to the end of the event */
     uint32_t rank;
-    bool any; /* an event was written */
+    bool any;                       /* an event was written */
+    struct worker_kernels *kernels; /* NULL: not asked for */
+    bool ended;                     /* nothing is written any more */
     uint64_t steps;
     double busy_us, gap_us, idle_us;
 };
@@ -47,11 +50,32 @@ enum status_code worker_trace_open(struct worker_trace **out, const char *path, 
 static void event(struct worker_trace *t, const char *name, uint64_t step, const char *track, double at_us,
                   double dur_us, const char *args)
 {
+    flockfile(t->file);
     fprintf(t->file,
             "%s\n{\"name\":\"%s %" PRIu64 "\",\"ph\":\"X\",\"pid\":%u,\"tid\":\"%s\",\"ts\":%.3f,\"dur\":%.3f%s%s%s}",
             t->any ? "," : "[", name, step, t->rank, track, at_us, dur_us, args ? ",\"args\":{" : "", args ? args : "",
             args ? "}" : "");
     t->any = true;
+    funlockfile(t->file);
+}
+
+/* Of kernels: many at a time, on their thread. */
+static void write_events(void *ctx, const char *text, size_t n)
+{
+    struct worker_trace *t = ctx;
+    flockfile(t->file);
+    const size_t comma = !t->any; /* left out */
+    if (!t->ended && comma)
+        fputc('[', t->file);
+    if (!t->ended)
+        fwrite(text + comma, 1, n - comma, t->file);
+    t->any = true;
+    funlockfile(t->file);
+}
+
+enum status_code worker_trace_kernels(struct worker_trace *t, const struct activity_source *source, struct status *st)
+{
+    return worker_kernels_start(&t->kernels, source, t->rank, write_events, t, st);
 }
 
 void worker_trace_host(struct worker_trace *t, const char *name, uint64_t step, int64_t begin_us, int64_t end_us)
@@ -69,6 +93,8 @@ void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
     snprintf(args, sizeof args, "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"waited_for_plan\":%s",
              r->rows, r->decodes, r->n_tokens, g->gap_us, g->idle ? "true" : "false");
     event(t, "step", r->step, "device", g->begin_us, g->end_us - g->begin_us, args);
+    if (t->kernels)
+        worker_kernels_step(t->kernels, r->step, g->begin_us, g->end_us);
     t->steps++;
     t->busy_us += g->end_us - g->begin_us;
     *(g->idle ? &t->idle_us : &t->gap_us) += g->gap_us;
@@ -76,13 +102,21 @@ void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
 
 void worker_trace_close(struct worker_trace *t)
 {
-    char args[256];
+    char args[16384];
     if (!t)
         return;
-    snprintf(args, sizeof args, "\"busy_us\":%.0f,\"gap_us\":%.0f,\"idle_us\":%.0f,\"gap_share\":%.5f", t->busy_us,
-             t->gap_us, t->idle_us, t->gap_us / (t->busy_us + t->gap_us + 1e-9));
+    int n = snprintf(args, sizeof args, "\"busy_us\":%.0f,\"gap_us\":%.0f,\"idle_us\":%.0f,\"gap_share\":%.5f",
+                     t->busy_us, t->gap_us, t->idle_us, t->gap_us / (t->busy_us + t->gap_us + 1e-9));
+    const bool stuck = t->kernels && !worker_kernels_end(t->kernels, args + n, sizeof args - (size_t)n);
+    flockfile(t->file);
     event(t, "summary", t->steps, "host", (double)worker_now_us(), 0, args);
     fputs("\n]\n", t->file);
+    t->ended = true;
+    funlockfile(t->file);
+    if (stuck) { /* its thread has t */
+        fflush(t->file);
+        return;
+    }
     fclose(t->file);
     free(t);
 }
