@@ -33,6 +33,7 @@ struct serve_setup {
     bool listens;    /* --listen was given */
     bool local_only; /* all ranks on this machine */
     bool json;       /* events on standard output */
+    bool trace_kernels;
     double drain_s, launch_s;
     uint64_t tp;
     uint64_t groups;

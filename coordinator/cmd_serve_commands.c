@@ -134,6 +134,7 @@ static bool build_mpirun(struct serve_setup *s, uint64_t i)
     if (s->trace) {
         int n = snprintf(path, sizeof path, s->groups > 1 ? "%s.%s" : "%s", s->trace, number);
         ok = ok && n >= 0 && (size_t)n < sizeof path && arguments_push2(m, "--trace", path);
+        ok = ok && (!s->trace_kernels || arguments_push2(m, "--trace-kernels", "1"));
     }
     if (s->groups == 1 && isatty(STDERR_FILENO)) /* which the ranks see as a pipe of mpirun */
         ok = ok && arguments_push2(m, "--progress", "bar");

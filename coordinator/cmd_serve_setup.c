@@ -32,6 +32,7 @@ enum {
     OPT_FLIGHT,
     OPT_JSON,
     OPT_TRACE,
+    OPT_TRACE_KERNELS,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -253,6 +254,12 @@ static const struct cli_option own_options[] = {
      .flags = CLI_FILE,
      .help = "a timeline of each rank's steps, for ui.perfetto.dev (default: none); with several ranks FILE.0, FILE.1 "
              "..., with several groups FILE.g0 and so on"},
+    {.name = "trace-kernels",
+     .id = OPT_TRACE_KERNELS,
+     .arg = "0|1",
+     .choices = "0|1",
+     .fallback = "0",
+     .help = "1: with --trace, every kernel and copy of the CUDA devices, too; needs CUPTI, and steps become slower"},
     {.name = "random-weights",
      .id = OPT_FORWARD,
      .arg = "SEED",
@@ -409,6 +416,11 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     case OPT_TRACE:
         s->trace = text;
         break;
+    case OPT_TRACE_KERNELS:
+        if (!cmd_parse_u64(text, 0, 1, &u))
+            return cmd_error(CMD_USAGE, where, "--trace-kernels %s: expected 0 or 1", text), false;
+        s->trace_kernels = u;
+        break;
     case OPT_MPIRUN:
         s->mpirun_path = text;
         break;
@@ -445,6 +457,10 @@ int serve_parse(int argc, char **argv, struct serve_setup *s)
                          s->args.operands[0]);
     if (!s->model)
         return cmd_error(CMD_USAGE, "serve", "--model DIR is missing; see `tandem serve --help`");
+    if (s->trace_kernels && !s->trace)
+        return cmd_error(CMD_USAGE, "serve", "--trace-kernels 1: also give the file, --trace FILE");
+    if (s->trace_kernels && s->backend && strcmp(s->backend, "host") == 0)
+        return cmd_error(CMD_USAGE, "serve", "--trace-kernels 1: --backend host has none, expected cuda or auto");
     size_t len;
     if (s->groups > 1 && s->devices && !serve_devices_of(s, 0, &len))
         return cmd_error(CMD_USAGE, "serve", "--devices %s: expected %llu, for %llu groups of %llu ranks", s->devices,

@@ -52,8 +52,22 @@ static const struct backend_parts *fake_parts(struct backend_session *session)
     return &parts;
 }
 
+static enum status_code fake_start(const char *library, struct status *st)
+{
+    (void)library;
+    return is("records") || is("serves") ? ST_OK : status_set(st, ST_FAILED_PRECONDITION, "no recorder");
+}
+
+static uint64_t fake_take(bool last, activity_each *each, void *ctx)
+{
+    (void)last, (void)each, (void)ctx;
+    return 0;
+}
+
+static const struct activity_source activity = {fake_start, fake_take};
+
 static const struct backend_api api = {BACKEND_ABI, "fake",     fake_devices, fake_describe,
-                                       fake_open,   fake_parts, fake_close};
+                                       fake_open,   fake_parts, fake_close,   &activity};
 static const struct backend_api old_api = {.abi = BACKEND_ABI + 1};
 
 backend_entry tandem_backend;

@@ -137,6 +137,42 @@ START_TEST(a_back_end_that_serves_gives_its_parts)
 }
 END_TEST
 
+/* Whoever asked for kernels gets them or an error, and no host that has none. */
+static const struct {
+    const char *behaviour, *plugin, *driver;
+    uint32_t kind;
+    enum status_code rc;
+    const char *text;
+} kernel_cases[] = {
+    {"serves", TEST_FAKE_PLUGIN, SOME_LIBRARY, WORKER_BACKEND_AUTO, ST_OK, ""},
+    {"serves", TEST_FAKE_PLUGIN, SOME_LIBRARY, WORKER_BACKEND_CUDA, ST_OK, ""},
+    {"", TEST_FAKE_PLUGIN, SOME_LIBRARY, WORKER_BACKEND_AUTO, ST_FAILED_PRECONDITION, "--trace-kernels: no recorder"},
+    {"", TEST_FAKE_PLUGIN, SOME_LIBRARY, WORKER_BACKEND_CUDA, ST_FAILED_PRECONDITION, "--trace-kernels: no recorder"},
+    {"records", TEST_FAKE_PLUGIN, SOME_LIBRARY, WORKER_BACKEND_AUTO, ST_UNIMPLEMENTED,
+     "--trace-kernels: 2 x Fake 9000"},
+    {"", TEST_FAKE_PLUGIN, "no-driver.so.1", WORKER_BACKEND_AUTO, ST_FAILED_PRECONDITION,
+     "--trace-kernels: no CUDA driver"},
+    {"", "/no/such/plugin.so", SOME_LIBRARY, WORKER_BACKEND_AUTO, ST_FAILED_PRECONDITION,
+     "/no/such/plugin.so is not there"},
+};
+#define KERNEL_CASES (int)(sizeof kernel_cases / sizeof *kernel_cases)
+
+START_TEST(kernels_are_recorded_or_the_reason_is_said)
+{
+    struct status st = STATUS_INIT;
+    struct worker_backend b;
+    const struct worker_backend_config cfg = {.kind = kernel_cases[_i].kind,
+                                              .kernels = true,
+                                              .plugin = kernel_cases[_i].plugin,
+                                              .driver_library = kernel_cases[_i].driver};
+    setenv("BACKEND_FAKE", kernel_cases[_i].behaviour, 1);
+    ck_assert_int_eq(open_backend(&b, cfg, &st), kernel_cases[_i].rc);
+    ck_assert_msg(strstr(st.message, kernel_cases[_i].text), "%s", st.message);
+    ck_assert((kernel_cases[_i].rc == ST_OK) == (b.api != NULL));
+    worker_backend_close(&b);
+}
+END_TEST
+
 /* ---- limits ---- */
 
 START_TEST(device_lists_are_numbers_of_devices)
@@ -183,6 +219,7 @@ START_TEST(cuda_plugin_keeps_its_contract)
     ck_assert_ptr_nonnull(api);
     ck_assert_uint_eq(api->abi, BACKEND_ABI);
     ck_assert_str_eq(api->name, "cuda");
+    ck_assert(api->activity && api->activity->start && api->activity->take);
     uint32_t count = 0;
     struct status st = STATUS_INIT;
     enum status_code rc = api->devices(&count, &st);
@@ -268,6 +305,7 @@ int main(void)
     tcase_add_test(core, devices_are_named_when_the_plugin_refuses);
     tcase_add_test(core, more_ranks_than_devices_are_refused);
     tcase_add_test(core, a_back_end_that_serves_gives_its_parts);
+    tcase_add_loop_test(core, kernels_are_recorded_or_the_reason_is_said, 0, KERNEL_CASES);
     tcase_add_test(limits, device_lists_are_numbers_of_devices);
     tcase_add_test(limits, a_wrong_device_list_is_said_at_auto_too);
     tcase_add_test(limits, cuda_plugin_keeps_its_contract);

@@ -419,6 +419,8 @@ START_TEST(command_line_errors_are_one_line_and_status_2)
         {"--max-slots", "0", "tandem-worker: --max-slots: \"0\" is not a number from 1 to 65536"},
         {"--kv-memory", "lots", "tandem-worker: --kv-memory: \"lots\" is not a size"},
         {"--backend", "tpu", "tandem-worker: --backend: \"tpu\" is none of: auto, cuda, host"},
+        {"--trace-kernels", "yes", "tandem-worker: --trace-kernels: \"yes\" is not a number from 0 to 1"},
+        {"--trace-kernels", "1", "tandem-worker: --trace-kernels 1: also give the file, --trace FILE"},
     };
     const char *const extra[] = {table[_i].option, table[_i].value, NULL};
     job_start(&job, 0, MODEL, "127.0.0.1:1", extra);
@@ -508,6 +510,32 @@ START_TEST(cuda_where_there_is_none_is_a_permanent_fault)
     ck_assert(r.faulted);
     ck_assert(r.fault_permanent);
     ck_assert_msg(strncmp(r.fault, "--backend cuda: ", 16) == 0, "%s", r.fault);
+}
+END_TEST
+
+START_TEST(kernels_of_a_host_are_refused)
+{
+    char path[160];
+    snprintf(path, sizeof path, "%s/trace", job.dir);
+    const char *const extra[] = {"--trace", path, "--trace-kernels", "1", NULL};
+    const char *const argv[] = {"tandem-worker",   "--model", "m",         "--coordinator", "h:1", "--trace", path,
+                                "--trace-kernels", "1",       "--backend", "host"};
+    struct worker_options o;
+    enum worker_action action;
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(worker_options_parse(&o, &action, 9, (char **)argv, &st), ST_OK);
+    ck_assert_uint_eq(o.trace_kernels, 1);
+    ck_assert_int_eq(worker_options_parse(&o, &action, 11, (char **)argv, &st), ST_INVALID_ARGUMENT);
+    ck_assert_str_eq(st.message, "--trace-kernels 1: --backend host has none, expected cuda or auto");
+    ck_assert_int_eq(setenv("CUDA_VISIBLE_DEVICES", "", 1), 0); /* whatever is here */
+    start_stub();
+    job_start(&job, 0, MODEL, stub.address, extra);
+    ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_PERMANENT);
+    struct stub_rank r = stub_rank(&stub, 0);
+    ck_assert(r.faulted);
+    ck_assert(r.fault_permanent);
+    ck_assert_msg(strncmp(r.fault, "--trace-kernels: ", 17) == 0, "%s", r.fault);
+    unlink(path);
 }
 END_TEST
 
@@ -665,10 +693,11 @@ int main(void)
     tcase_add_test(limits, messages_of_another_epoch_are_dropped);
     tcase_add_test(limits, plans_that_run_too_far_ahead_end_the_group);
     tcase_add_test(limits, no_coordinator_ends_with_75_in_time);
-    tcase_add_loop_test(limits, command_line_errors_are_one_line_and_status_2, 0, 4);
+    tcase_add_loop_test(limits, command_line_errors_are_one_line_and_status_2, 0, 6);
     tcase_add_test(limits, sizes_and_numbers_are_read_exactly);
     tcase_add_test(faults, bad_model_is_a_permanent_fault);
     tcase_add_test(faults, cuda_where_there_is_none_is_a_permanent_fault);
+    tcase_add_test(faults, kernels_of_a_host_are_refused);
     tcase_add_test(faults, memory_that_is_not_there_now_is_no_permanent_fault);
     tcase_add_test(faults, impossible_plan_is_a_fault_and_75);
     tcase_add_test(faults, refusal_for_good_ends_with_1);

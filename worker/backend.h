@@ -21,10 +21,11 @@
 #include "comm/comm.h"
 #include "memory/memory.h"
 #include "proto/status.h"
+#include "worker/activity.h"
 #include "worker/forward.h"
 #include "worker/model_weights.h"
 
-#define BACKEND_ABI    7u
+#define BACKEND_ABI    8u
 #define BACKEND_SYMBOL "tandem_backend"
 
 struct backend_session;
@@ -64,6 +65,8 @@ struct backend_api {
     enum status_code (*open)(struct backend_session **out, uint32_t device, struct status *st);
     const struct backend_parts *(*parts)(struct backend_session *session); /* lives as long as the session */
     void (*close)(struct backend_session *session);                        /* NULL is fine */
+    /* What devices do, record by record; started before anything else is called. Optional: NULL: it cannot be told. */
+    const struct activity_source *activity;
 };
 
 typedef const struct backend_api *backend_entry(uint32_t abi);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "worker/backend.h"
+#include "worker/cuda_activity.h"
 #include "worker/cuda_internal.h"
 
 #define MIN_MAJOR 8 /* bf16 in the tensor cores */
@@ -191,6 +192,7 @@ static const struct backend_api api = {
     .open = cuda_open,
     .parts = cuda_parts,
     .close = cuda_close,
+    .activity = &cuda_activity,
 };
 
 __attribute__((visibility("default"))) backend_entry tandem_backend;

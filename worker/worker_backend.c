@@ -136,6 +136,13 @@ static enum status_code serve_on(struct worker_backend *b, uint32_t device, uint
                          worker_size_text(memory, d.memory_bytes), d.major, d.minor);
 }
 
+static enum status_code record_kernels(const struct worker_backend *b, struct status *st)
+{
+    if (!b->api->activity)
+        return status_set(st, ST_UNIMPLEMENTED, "the %s back end does not tell of its kernels", b->api->name);
+    return b->api->activity->start(NULL, st);
+}
+
 /* *driver: there is one. */
 static enum status_code look_for_devices(struct worker_backend *b, const struct worker_backend_config *cfg,
                                          struct choice *c, bool *driver, struct status *st)
@@ -144,6 +151,8 @@ static enum status_code look_for_devices(struct worker_backend *b, const struct 
     *driver = rc == ST_OK;
     if (rc == ST_OK)
         rc = load_plugin(b, cfg->plugin, st);
+    if (rc == ST_OK && cfg->kernels) /* before the driver is asked for anything */
+        rc = record_kernels(b, st);
     return rc == ST_OK ? find_devices(c, b, cfg->devices, st) : rc;
 }
 
@@ -173,8 +182,10 @@ enum status_code worker_backend_open(struct worker_backend *b, const struct work
     if (rc == ST_OK)
         return ST_OK;
     worker_backend_close(b);
-    if (cfg->kind == WORKER_BACKEND_CUDA || rc == ST_INVALID_ARGUMENT) /* a wrong --devices is wrong at auto, too */
-        return status_set(st, rc, "%s%s", rc == ST_INVALID_ARGUMENT ? "" : "--backend cuda: ", why.message);
+    if (rc == ST_INVALID_ARGUMENT) /* a wrong --devices is wrong at auto, too */
+        return status_set(st, rc, "%s", why.message);
+    if (cfg->kind == WORKER_BACKEND_CUDA || cfg->kernels) /* the host has no kernels */
+        return status_set(st, rc, "%s: %s", cfg->kernels ? "--trace-kernels" : "--backend cuda", why.message);
     if (driver)
         worker_log(log, WORKER_LOG_WARNING, "host back end, not CUDA: %s", why.message);
     else

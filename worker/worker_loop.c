@@ -83,10 +83,15 @@ static const enum comm_gpu_way reduce_ways[] = {COMM_GPU_AUTO, COMM_GPU_PEER, CO
 static enum status_code load(struct worker *w, struct status *st)
 {
     const struct worker_options *o = &w->options;
-    const struct worker_backend_config backend = {.kind = o->backend, .devices = o->devices, .comm = w->comm};
+    const struct worker_backend_config backend = {
+        .kind = o->backend, .devices = o->devices, .comm = w->comm, .kernels = o->trace_kernels};
     enum status_code rc = worker_backend_open(&w->backend, &backend, &w->log, st);
+    if (rc == ST_OK && o->trace_kernels)
+        rc = worker_trace_kernels(w->trace, w->backend.api->activity, st);
     if (rc != ST_OK)
         return rc;
+    if (o->trace_kernels)
+        worker_log(&w->log, WORKER_LOG_INFO, "kernels are recorded: steps take longer than without --trace-kernels");
     const bool wanted =
         o->progress == WORKER_PROGRESS_AUTO ? isatty(STDERR_FILENO) : o->progress == WORKER_PROGRESS_BAR;
     w->progress.bar = w->rank == 0 && o->log_level >= WORKER_LOG_INFO && wanted;
@@ -120,7 +125,7 @@ static enum status_code load(struct worker *w, struct status *st)
     int64_t start_us = worker_now_us();
     w->progress.last_shown_us = start_us;
     rc = engine_create(&w->engine, &cfg, st);
-    if (rc == ST_UNIMPLEMENTED && cfg.parts && o->backend == WORKER_BACKEND_AUTO) {
+    if (rc == ST_UNIMPLEMENTED && cfg.parts && o->backend == WORKER_BACKEND_AUTO && !o->trace_kernels) {
         worker_log(&w->log, WORKER_LOG_WARNING, "host back end, not %s: %s", cfg.parts->text, st->message);
         worker_backend_close(&w->backend);
         cfg.parts = NULL;

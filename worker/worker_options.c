@@ -59,6 +59,8 @@ static const struct option_spec specs[] = {
      "of a device's memory that may be in use, other programs included; default 90"},
     {"trace", "FILE", OPTION_TEXT, AT(trace), 0, 0, NULL,
      "a timeline of the steps, for ui.perfetto.dev; with several ranks FILE.0, FILE.1 ..."},
+    {"trace-kernels", "0|1", OPTION_NUMBER, AT(trace_kernels), 0, 1, NULL,
+     "1: with --trace, every kernel and copy of a CUDA device, too; needs CUPTI, and steps become slower"},
     {"eager", "0|1", OPTION_NUMBER, AT(eager), 0, 1, NULL, "1: CUDA kernels are launched one by one; for debugging"},
     {"attention", "HOW", OPTION_CHOICE, AT(attention), 0, 0, attention_names,
      "how chunks and decodes share a CUDA device: auto (the fastest), fused (one kernel), serial or streams; default "
@@ -244,6 +246,10 @@ enum status_code worker_options_parse(struct worker_options *o, enum worker_acti
     if (!r.coordinator)
         return status_set(st, ST_INVALID_ARGUMENT,
                           "--coordinator is missing: give the control address of tandem-coordinator, see --help");
+    if (r.trace_kernels && !r.trace)
+        return status_set(st, ST_INVALID_ARGUMENT, "--trace-kernels 1: also give the file, --trace FILE");
+    if (r.trace_kernels && r.backend == WORKER_BACKEND_HOST)
+        return status_set(st, ST_INVALID_ARGUMENT, "--trace-kernels 1: --backend host has none, expected cuda or auto");
     *o = r;
     *action = WORKER_RUN;
     return ST_OK;

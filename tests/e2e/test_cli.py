@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+import unittest.mock
 
 from cluster import BIN, DEMO, SLOW, TANDEM, children, free_port, process_name, tandem
 
@@ -93,6 +94,9 @@ class Usage(unittest.TestCase):
                      ("generate", "a", "b"), ("generate", "--nope"), ("generate", "--seed"), ("probe", "extra"), ("drain", "extra"), ("drain", "--restart"), ("drain", "--rolling", "--group", "a"), ("chat", "extra"), ("models",), ("models", "inspect"), ("models", "list", DEMO),
                      ("models", "inspect", DEMO, "--memory", "much"), ("models", "inspect", DEMO, "--backend", "x"), ("chat", "--n", "2"),
                      ("probe", "--wait", "-1"), ("serve",), ("serve", "--model", DEMO, "--tp", "0"),
+                     ("serve", "--model", DEMO, "--trace-kernels", "1"),
+                     ("serve", "--model", DEMO, "--trace-kernels", "1", "--trace", "f", "--backend", "host"),
+                     ("serve", "--model", DEMO, "--trace", "f", "--trace-kernels", "2"),
                      ("tokenize",), ("tokenize", "--nope")):
             rc, out, err = tandem(*args)
             self.assertEqual((rc, out), (2, ""), args)
@@ -118,12 +122,15 @@ class Usage(unittest.TestCase):
             shutil.copytree(DEMO, broken)
             with open(os.path.join(broken, "config.json"), "w") as f:
                 f.write("{}")
+            no_device = ("--model", DEMO, "--trace", os.path.join(d, "t"), "--trace-kernels", "1")
             cases = ((("--model", "/no/such"), [], "/no/such"),
+                     (no_device, ["starting", "listening", "launching", "loading", "group-lost"], "--trace-kernels: "),
                      (("--model", d), ["starting", "ended"], "tokenizer.json"),
                      (("--model", DEMO, "--max-queued", "x"), ["starting", "ended"], "--max-queued: x"),
                      (("--model", broken), ["starting", "listening", "launching", "loading", "group-lost"], "architectures"))
             for args, events, says in cases:
-                rc, out, err = tandem("serve", "--json", "--listen", f"unix:{d}/s", *args)
+                with unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+                    rc, out, err = tandem("serve", "--json", "--listen", f"unix:{d}/s", *args)
                 got = [json.loads(line) for line in out.splitlines()]
                 self.assertEqual((rc, [e["event"] for e in got]), (1, [*events, "error", "stopped"]), err)
                 self.assertIn(says, got[-2]["message"])
@@ -136,11 +143,11 @@ class Usage(unittest.TestCase):
             return subprocess.run(["ldd", os.path.join(os.path.dirname(TANDEM), name)], stdout=subprocess.PIPE,
                                   check=True).stdout.decode()
         for name in ("tandem", "tandem-coordinator"):
-            for lib in ("libmpi", "libcuda", "libcublas", "libnccl"):
+            for lib in ("libmpi", "libcuda", "libcublas", "libnccl", "libcupti"):
                 self.assertNotIn(lib, libraries(name))
         worker = libraries("tandem-worker")
         self.assertIn("libmpi", worker)
-        for lib in ("libcuda", "libcublas", "libnccl"):
+        for lib in ("libcuda", "libcublas", "libnccl", "libcupti"):
             self.assertNotIn(lib, worker)
 
 
