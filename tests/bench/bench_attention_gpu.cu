@@ -1,11 +1,14 @@
 /* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
  *
  *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams] [--tag TEXT]
- *                         [--power MS] BATCH ...
+ *                         [--power MS] [--between 1] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
  * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of one run per layer
  * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer: median, p10, p90.
+ *
+ * With --between 1 a kernel stands in front of each run, as in a step, where layers of attention do not touch: it writes q, and K and
+ * V of the step's own tokens, which then come from L2. It is in the times, and by itself is a contender, too ("none").
  *
  * With --power each is then repeated without a pause for so long: us per layer again, what the GPU draws, the SMs' clock (mean
  * of samples), and the energy of a layer. First of all what it draws while one thread alone runs.
@@ -23,7 +26,10 @@ constexpr uint32_t D = 128, MIN_LAYERS = 8, MAX_LAYERS = 64, WARM_ROUNDS = 2;
 constexpr uint64_t DISTINCT_BYTES = 2ull << 30, MOST_BYTES = 60ull << 30;
 constexpr double PEAK_FLOPS = 790e12, PEAK_BYTES = 4.3e12;
 
-const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
+constexpr uint32_t FROM_ROWS = 64;         /* different ones, of what is written between layers */
+constexpr int NONE = ATTN_GPU_STREAMS + 1; /* what stands between layers, by itself */
+
+const char *const policy_names[] = {"auto", "fused", "serial", "streams", "none"};
 
 #define ATTN_MUST(call)                                                                                                \
     do {                                                                                                               \
@@ -40,9 +46,10 @@ struct batch {
     uint64_t tokens, bytes; /* bytes: KV of decodes, a layer */
     double flops;
     std::vector<attn_seq> seq;
-    char *kv, *q, *out;
+    char *kv, *q, *out, *from;
     attn_seq *d_seq;
     uint32_t *d_count;
+    char **d_token; /* of each row: K of its token in layer 0 */
 };
 
 void add(batch *b, uint32_t times, uint32_t rows, uint32_t context)
@@ -98,16 +105,44 @@ void allocate(batch *b)
     CUDA_MUST(cudaMalloc(&b->out, q_bytes));
     draw_fill<<<1024, 256>>>((uint16_t *)b->kv, layer * b->layers / 2);
     draw_fill<<<1024, 256>>>((uint16_t *)b->q, q_bytes / 2);
+    const uint64_t from_bytes = FROM_ROWS * (uint64_t)std::max(b->heads, 2 * b->kv_heads) * D * 2;
+    CUDA_MUST(cudaMalloc(&b->from, from_bytes));
+    draw_fill<<<1024, 256>>>((uint16_t *)b->from, from_bytes / 2);
     for (attn_seq &s : b->seq) {
         s.k = b->kv + (uintptr_t)s.k * b->layers * 4 * b->kv_heads * D;
         s.v = (const char *)s.k + b->kv_heads * D * 2;
     }
     uint32_t n = (uint32_t)b->seq.size();
+    std::vector<char *> token;
+    for (const attn_seq &s : b->seq)
+        for (uint32_t r = 0; r < s.rows; r++)
+            token.push_back((char *)s.k + (uint64_t)(s.kv_len - s.rows + r) * b->layers * 4 * b->kv_heads * D);
+    CUDA_MUST(cudaMalloc(&b->d_token, token.size() * sizeof(char *)));
+    CUDA_MUST(cudaMemcpy(b->d_token, token.data(), token.size() * sizeof(char *), cudaMemcpyHostToDevice));
     CUDA_MUST(cudaMalloc(&b->d_seq, n * sizeof(attn_seq)));
     CUDA_MUST(cudaMalloc(&b->d_count, sizeof n));
     CUDA_MUST(cudaMemcpy(b->d_seq, b->seq.data(), n * sizeof(attn_seq), cudaMemcpyHostToDevice));
     CUDA_MUST(cudaMemcpy(b->d_count, &n, sizeof n, cudaMemcpyHostToDevice));
     CUDA_MUST(cudaDeviceSynchronize());
+}
+
+/* --between: a block for each row of q, which it writes, and K and V of the row's token; `from` has FROM_ROWS rows. */
+__global__ void write_rows(const uint4 *from, uint32_t q_words, uint32_t kv_words, uint4 *q, char *const *token,
+                           uint64_t kv_offset)
+{
+    from += blockIdx.x % FROM_ROWS * max(q_words, kv_words);
+    for (uint32_t i = threadIdx.x; i < q_words; i += blockDim.x)
+        q[(uint64_t)blockIdx.x * q_words + i] = from[i];
+    for (uint32_t i = threadIdx.x; i < kv_words; i += blockDim.x)
+        ((uint4 *)(token[blockIdx.x] + kv_offset))[i] = from[i];
+}
+
+void launch_between(const batch *b, uint32_t layer, cudaStream_t stream)
+{
+    const uint32_t kv_bytes = 4 * b->kv_heads * D, q_bytes = b->heads * D * 2;
+    write_rows<<<b->rows, 256, 0, stream>>>((const uint4 *)b->from, q_bytes / 16, kv_bytes / 16, (uint4 *)b->q,
+                                            b->d_token, (uint64_t)layer * kv_bytes);
+    CUDA_MUST(cudaGetLastError());
 }
 
 struct contender {
@@ -124,7 +159,7 @@ void print_power(const draw_power *p, const contender *c, const batch *b, cudaSt
            c->back_end, c->policy, d.us / b->layers, d.watts, d.mhz, d.mj / b->layers);
 }
 
-void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, cudaStream_t stream)
+void create(contender *c, const batch *b, const attn_gpu_ops *ops, int policy)
 {
     attn_gpu_config cfg = {};
     cfg.ops = ops;
@@ -144,14 +179,22 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
         fprintf(stderr, "%s, %s: %s\n", ops->name, policy_names[policy], st.message);
         exit(1);
     }
+}
+
+/* policy NONE: what stands between layers, without attention. */
+void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, bool between, cudaStream_t stream)
+{
     attn_gpu_step step = {};
     step.seq = b->d_seq;
     step.counts = b->d_count;
-    step.max_seqs = cfg.max_seqs;
+    step.max_seqs = (uint32_t)b->seq.size();
     step.max_rows = b->rows;
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
-    ATTN_MUST(attn_gpu_plan(c->attn, &step, &must_st));
+    if (policy != NONE) {
+        create(c, b, ops, policy);
+        ATTN_MUST(attn_gpu_plan(c->attn, &step, &must_st));
+    }
     cudaGraph_t graph;
     CUDA_MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     for (uint32_t l = 0; l < b->layers; l++) {
@@ -160,7 +203,10 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
         io.out = b->out;
         io.q_row_stride = io.out_row_stride = b->heads * D * 2;
         io.kv_offset = (uint64_t)l * 4 * b->kv_heads * D;
-        ATTN_MUST(attn_gpu_run(c->attn, &step, &io, &must_st));
+        if (between)
+            launch_between(b, l, stream);
+        if (policy != NONE)
+            ATTN_MUST(attn_gpu_run(c->attn, &step, &io, &must_st));
     }
     CUDA_MUST(cudaStreamEndCapture(stream, &graph));
     CUDA_MUST(cudaGraphInstantiate(&c->exec, graph, 0));
@@ -169,8 +215,28 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     c->policy = policy_names[policy];
 }
 
-void measure(batch *b, const char *back_end, const char *policies, const char *tag, uint32_t rounds,
-             const draw_power *drawn)
+struct options {
+    const char *back_end, *policies, *tag;
+    uint32_t rounds;
+    bool between;
+    draw_power drawn;
+};
+
+std::vector<contender> contenders_of(const batch *b, const options &o, cudaStream_t stream)
+{
+    std::vector<contender> all;
+    for (uint32_t i = 0; attn_gpu_back_ends[i]; i++)
+        for (int p = 0; p <= NONE; p++)
+            if (p == NONE ? o.between && i == 0
+                          : strstr(o.policies, policy_names[p]) &&
+                                (!o.back_end || !strcmp(o.back_end, attn_gpu_back_ends[i]->name))) {
+                all.emplace_back();
+                capture(&all.back(), b, attn_gpu_back_ends[i], p, o.between, stream);
+            }
+    return all;
+}
+
+void measure(batch *b, const options &o)
 {
     allocate(b);
     cudaStream_t stream;
@@ -178,14 +244,8 @@ void measure(batch *b, const char *back_end, const char *policies, const char *t
     CUDA_MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     CUDA_MUST(cudaEventCreate(&from));
     CUDA_MUST(cudaEventCreate(&to));
-    std::vector<contender> all;
-    for (uint32_t i = 0; attn_gpu_back_ends[i]; i++)
-        for (int p = 0; p <= ATTN_GPU_STREAMS; p++)
-            if (strstr(policies, policy_names[p]) && (!back_end || !strcmp(back_end, attn_gpu_back_ends[i]->name))) {
-                all.emplace_back();
-                capture(&all.back(), b, attn_gpu_back_ends[i], p, stream);
-            }
-    for (uint32_t r = 0; r < rounds + WARM_ROUNDS; r++)
+    std::vector<contender> all = contenders_of(b, o, stream);
+    for (uint32_t r = 0; r < o.rounds + WARM_ROUNDS; r++)
         for (contender &c : all) {
             float ms;
             CUDA_MUST(cudaEventRecord(from, stream));
@@ -199,11 +259,11 @@ void measure(batch *b, const char *back_end, const char *policies, const char *t
     double limit = std::max(b->flops / PEAK_FLOPS, (double)b->bytes / PEAK_BYTES) * 1e6;
     for (contender &c : all) {
         double us = sample_at(&c.times, 0.5);
-        printf("%-32s %-6s %-5s %-8s %8.1f %8.1f %8.1f %6.0f %6.2f %6.2f\n", b->text.c_str(), tag, c.back_end, c.policy,
-               us, sample_at(&c.times, 0.1), sample_at(&c.times, 0.9), b->flops / us * 1e-6,
+        printf("%-32s %-6s %-5s %-8s %8.1f %8.1f %8.1f %6.0f %6.2f %6.2f\n", b->text.c_str(), o.tag, c.back_end,
+               c.policy, us, sample_at(&c.times, 0.1), sample_at(&c.times, 0.9), b->flops / us * 1e-6,
                (double)b->bytes / us * 1e-6, limit / us);
-        if (drawn->ms)
-            print_power(drawn, &c, b, stream);
+        if (o.drawn.ms)
+            print_power(&o.drawn, &c, b, stream);
         CUDA_MUST(cudaGraphExecDestroy(c.exec));
         attn_gpu_destroy(c.attn);
     }
@@ -211,6 +271,8 @@ void measure(batch *b, const char *back_end, const char *policies, const char *t
     CUDA_MUST(cudaFree(b->kv));
     CUDA_MUST(cudaFree(b->q));
     CUDA_MUST(cudaFree(b->out));
+    CUDA_MUST(cudaFree(b->from));
+    CUDA_MUST(cudaFree(b->d_token));
     CUDA_MUST(cudaFree(b->d_seq));
     CUDA_MUST(cudaFree(b->d_count));
     CUDA_MUST(cudaEventDestroy(from));
@@ -221,28 +283,28 @@ void measure(batch *b, const char *back_end, const char *policies, const char *t
 
 int main(int argc, char **argv)
 {
-    const char *back_end = NULL, *policies = "auto,fused,serial", *tag = "";
-    uint32_t rounds = 7;
-    draw_power p = {};
+    options o = {NULL, "auto,fused,serial", "", 7, false, {}};
     int devices = 0;
     int i = 1;
     for (; i + 1 < argc && !strncmp(argv[i], "--", 2); i += 2) {
         if (!strcmp(argv[i], "--rounds"))
-            rounds = (uint32_t)strtoul(argv[i + 1], NULL, 10);
+            o.rounds = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--back-end"))
-            back_end = argv[i + 1];
+            o.back_end = argv[i + 1];
         else if (!strcmp(argv[i], "--policies"))
-            policies = argv[i + 1];
+            o.policies = argv[i + 1];
         else if (!strcmp(argv[i], "--tag"))
-            tag = argv[i + 1];
+            o.tag = argv[i + 1];
         else if (!strcmp(argv[i], "--power"))
-            p.ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
+            o.drawn.ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
+        else if (!strcmp(argv[i], "--between"))
+            o.between = strtoul(argv[i + 1], NULL, 10) != 0;
         else
             break;
     }
-    if (i >= argc || rounds == 0 || !strncmp(argv[i], "--", 2)) {
+    if (i >= argc || o.rounds == 0 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
-                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--power MS] "
+                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--power MS] [--between 1] "
                 "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
                 argv[0]);
         return 2;
@@ -251,8 +313,8 @@ int main(int argc, char **argv)
         printf("no GPU\n");
         return 77;
     }
-    if (p.ms)
-        draw_start(&p);
+    if (o.drawn.ms)
+        draw_start(&o.drawn);
     printf("%-32s %-6s %-5s %-8s %8s %8s %8s TFLOP/s TB/s  limit\n", "batch", "tag", "by", "policy", "us", "p10",
            "p90");
     for (; i < argc; i++) {
@@ -261,7 +323,7 @@ int main(int argc, char **argv)
             fprintf(stderr, "%s: expected \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\"\n", argv[i]);
             return 2;
         }
-        measure(&b, back_end, policies, tag, rounds, &p);
+        measure(&b, o);
     }
     return 0;
 }
