@@ -47,10 +47,21 @@ enum status_code query(const struct attn_gpu_config *cfg, struct status *st)
     if (cfg->max_seqs > PLAN_MAX_SEQS)
         return status_set(st, ST_UNIMPLEMENTED, "max_seqs: %u, this back end takes at most %u", cfg->max_seqs,
                           PLAN_MAX_SEQS);
+    const uint64_t group = cfg->heads / cfg->kv_heads;
+    if ((cfg->max_rows * group + UNIT_ROWS) * (group - 1) >> 32) /* sm90_by_group */
+        return status_set(st, ST_UNIMPLEMENTED,
+                          "max_rows: %u with %llu query heads per KV head, this back end takes %llu", cfg->max_rows,
+                          (unsigned long long)group,
+                          (unsigned long long)(((1ull << 32) / (group - 1) - UNIT_ROWS) / group));
     if (cfg->token_stride >> 40)
         return status_set(st, ST_UNIMPLEMENTED, "token_stride: %llu, this back end takes less than 2^40",
                           (unsigned long long)cfg->token_stride);
     return ST_OK;
+}
+
+bool bent(const attn_gpu_config *c)
+{
+    return c->soft_cap > 0 || !(c->scale > 0);
 }
 
 /* Pieces of one allocation; with base NULL they only add up. */
@@ -170,7 +181,7 @@ enum status_code create(void **state, const struct attn_gpu_config *cfg, struct 
     if (!s)
         return status_nomem(st, "attention", sizeof *s);
     s->cfg = *cfg;
-    s->kernels = &(cfg->head_dim <= 64 ? sm90_kernels_64 : sm90_kernels_128)[cfg->dtype == ATTN_F16];
+    s->kernels = &(cfg->head_dim <= 64 ? sm90_kernels_64 : sm90_kernels_128)[bent(cfg)][cfg->dtype == ATTN_F16];
     int sms = 0;
     enum status_code rc = ST_OK;
     cudaError_t err = cudaSetDevice(cfg->device);
@@ -269,12 +280,12 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
     r->kv_offset = io->kv_offset;
     r->head_stride = c->head_stride;
     r->group = c->heads / c->kv_heads;
+    r->group_inverse = (uint32_t)((0x100000000 + r->group - 1) / r->group); /* of 1 not used */
     r->head_dim = c->head_dim;
     r->window = c->window;
     r->one_shape = c->fixed_split_keys != 0;
     r->ws = s->ws;
-    r->bent = c->soft_cap > 0 || !(c->scale > 0);
-    r->score_scale = r->bent ? 1 : c->scale * LOG2_E;
+    r->score_scale = bent(c) ? 1 : c->scale * LOG2_E;
     r->bend_in = c->soft_cap > 0 ? c->scale / c->soft_cap : 0;
     r->bend_out = (c->soft_cap > 0 ? c->soft_cap : c->scale) * LOG2_E;
     return a;
@@ -301,7 +312,7 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
     c.sms = s->sms;
     c.follows = r.decode_follows;
     c.score_scale = r.score_scale;
-    c.bent = r.bent;
+    c.bent = bent(&s->cfg);
     c.bend_in = r.bend_in;
     c.bend_out = r.bend_out;
     c.counters = s->ws.counters;

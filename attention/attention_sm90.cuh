@@ -79,11 +79,11 @@ struct sm90_run_args {
     char *out;
     uint64_t q_row_stride, out_row_stride, kv_offset, head_stride;
     uint32_t group, head_dim, window;
+    uint32_t group_inverse;  /* 2^32 / group, rounded up */
     uint32_t decode_follows; /* 1: a fused launch leaves the rest of decode to a launch of the decode kernel */
     uint32_t one_shape;      /* 1: prefill's tiles are the same whether there are decodes or not, and so are all bits */
     float score_scale;       /* scores times this are powers of 2; 1 where they are bent first; positive */
-    uint32_t bent;           /* scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
-    float bend_in, bend_out;
+    float bend_in, bend_out; /* bent scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
     attn_counters *counters;
     sm90_workspace ws;
 };
@@ -103,7 +103,12 @@ struct sm90_kernels {
     uint32_t padded_dim;
 };
 
-extern const sm90_kernels sm90_kernels_64[2], sm90_kernels_128[2]; /* bf16, f16 */
+/* Scores are bent or not: kernels of their own, since a small step fetches most of its code anew in each layer. */
+template <bool BF16_, bool BENT_> struct sm90_type {
+    static constexpr bool BF16 = BF16_, BENT = BENT_;
+};
+
+extern const sm90_kernels sm90_kernels_64[2][2], sm90_kernels_128[2][2]; /* [bent][f16] */
 
 cudaError_t sm90_launch_plan(const sm90_plan_args &args, cudaStream_t stream);
 
@@ -128,10 +133,16 @@ __device__ __forceinline__ sm90_unit sm90_unit_of(const sm90_args &a, const attn
     return u;
 }
 
+/* p / group, exact where p * (group - 1) is below 2^32. Divisions would be a tenth of the kernels' code. */
+__device__ __forceinline__ uint32_t sm90_by_group(const sm90_args &a, uint32_t p)
+{
+    return a.run.group == 1 ? p : __umulhi(p, a.run.group_inverse);
+}
+
 /* Packed row p sees keys sm90_first(limit) .. limit - 1. Rows behind the last see what it sees. */
 __device__ __forceinline__ uint32_t sm90_limit(const sm90_args &a, const sm90_unit &u, uint32_t p)
 {
-    return u.kv_len - u.rows + (p < u.packed ? p : u.packed - 1) / a.run.group + 1;
+    return u.kv_len - u.rows + sm90_by_group(a, p < u.packed ? p : u.packed - 1) + 1;
 }
 
 __device__ __forceinline__ uint32_t sm90_first(const sm90_args &a, uint32_t limit)
@@ -142,8 +153,9 @@ __device__ __forceinline__ uint32_t sm90_first(const sm90_args &a, uint32_t limi
 __device__ __forceinline__ uint64_t sm90_row_at(const sm90_args &a, const sm90_unit &u, uint32_t kv_head, uint32_t p,
                                                 uint64_t stride)
 {
-    return (uint64_t)(u.first_row + p / a.run.group) * stride +
-           (uint64_t)(kv_head * a.run.group + p % a.run.group) * a.run.head_dim * 2;
+    const uint32_t row = sm90_by_group(a, p);
+    return (uint64_t)(u.first_row + row) * stride +
+           (uint64_t)(kv_head * a.run.group + p - row * a.run.group) * a.run.head_dim * 2;
 }
 
 /* Byte of 16-byte chunk c of row r in blocks of 64 columns (128 swizzled bytes per row), `rows` rows each. */

@@ -2,8 +2,9 @@
  * and shared memory for itself; 96 where decode's rings (96 KiB) stand beside: 128 + 96 KiB of 227. */
 #include "attention/attention_sm90_kernels.cuh"
 
-template <bool BF16>
-constexpr sm90_kernels KERNELS = sm90_kernels_of<prefill_shape<128, 128, 2, BF16>, prefill_shape<128, 96, 2, BF16>,
-                                                 decode_shape<128, 3, BF16>, decode_shape<128, 2, BF16>>();
+template <typename T>
+constexpr sm90_kernels KERNELS = sm90_kernels_of<prefill_shape<128, 128, 2, T>, prefill_shape<128, 96, 2, T>,
+                                                 decode_shape<128, 3, T>, decode_shape<128, 2, T>>();
 
-extern const sm90_kernels sm90_kernels_128[2] = {KERNELS<true>, KERNELS<false>};
+extern const sm90_kernels sm90_kernels_128[2][2] = {{KERNELS<sm90_type<true, false>>, KERNELS<sm90_type<false, false>>},
+                                                    {KERNELS<sm90_type<true, true>>, KERNELS<sm90_type<false, true>>}};

@@ -13,8 +13,8 @@
 
 #include "attention/attention_sm90.cuh"
 
-template <uint32_t D_, uint32_t SLOTS_, bool BF16_> struct decode_shape {
-    static constexpr bool BF16 = BF16_;
+template <uint32_t D_, uint32_t SLOTS_, typename Type> struct decode_shape {
+    static constexpr bool BF16 = Type::BF16, BENT = Type::BENT;
     static constexpr uint32_t D = D_, SLOTS = SLOTS_;
     static constexpr uint32_t TILE_BYTES = BOX_KEYS * D * 2;
     static constexpr uint32_t RING_BYTES = SLOTS * TILE_BYTES;
@@ -126,7 +126,7 @@ __device__ __forceinline__ void decode_tile(const sm90_args &a, const sm90_unit 
 #pragma unroll
                 for (uint32_t h = 0; h < 2; h++) {
                     float &v = s[m][n][h * 2 + j];
-                    if (a.run.bent)
+                    if constexpr (C::BENT)
                         v = sm90_bend(a, v);
                     uint32_t t = key + m * 16 + h * 8 + lane / 4;
                     if (masked && (t >= x.limit[n][j] || t < x.first[n][j]))

@@ -147,7 +147,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
     const uint32_t clusters = none_beside ? lists.clusters : gridDim.x / CLUSTER;
     const uint32_t mine = blockIdx.x / CLUSTER < clusters ? items : 0;
     const bool alone = !a.run.one_shape && (lists.count[ROLE_DECODE] == 0 || none_beside);
-    if (group == 0) {
+    const bool idle = alone && blockIdx.x / CLUSTER >= (clusters < items ? clusters : items);
+    if (idle) {
+        /* Out at once, by way of little code. */
+    } else if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0) {
             auto taken = [&] { atomicExch(&bars.decode.stop, a.run.decode_follows && lists.hand_over != 0); };

@@ -16,10 +16,10 @@
 
 #include "attention/attention_sm90.cuh"
 
-template <uint32_t D_, uint32_t KEYS_, uint32_t STAGES_, bool BF16_, uint64_t POLICY_ = SM90_L2_NORMAL>
+template <uint32_t D_, uint32_t KEYS_, uint32_t STAGES_, typename Type, uint64_t POLICY_ = SM90_L2_NORMAL>
 struct prefill_shape {
     static constexpr uint64_t POLICY = POLICY_;
-    static constexpr bool BF16 = BF16_;
+    static constexpr bool BF16 = Type::BF16, BENT = Type::BENT;
     static constexpr uint32_t D = D_, KEYS = KEYS_, STAGES = STAGES_;
     static constexpr uint32_t Q_BYTES = BLOCK_ROWS * D * 2;
     static constexpr uint32_t TILE_BYTES = KEYS * D * 2;
@@ -485,7 +485,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             o[i] = 0;
 
         auto weigh = [&]() -> bool {
-            if (a.run.bent) {
+            if constexpr (C::BENT) {
 #pragma unroll
                 for (uint32_t i = 0; i < C::KEYS / 2; i++)
                     s[i] = sm90_bend(a, s[i]);
