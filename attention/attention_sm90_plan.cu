@@ -20,6 +20,7 @@ constexpr uint32_t MIN_DECODE_TILES = 2;  /* a tile of 32 keys for each warp */
 constexpr uint32_t UNIT_COST_TILES = 6;   /* start and end of a prefill item, in tiles of 64 keys */
 constexpr uint32_t DECODE_WAVES = 6;      /* of parts, beside prefill, where these are long enough */
 constexpr uint32_t LAST_WAVES = 8;        /* of the parts of the last decodes */
+constexpr uint32_t MAX_LAST_PARTS = 8;    /* of a unit of theirs, where the others' are whole */
 constexpr uint32_t LONG_PART_TILES = 16;
 constexpr uint32_t WAVE_TILES = 28; /* of parts, where two to six waves of them can be had */
 /* Decodes beside prefill come on by 7/10 of its tiles; alone tiles of both take as long. */
@@ -37,8 +38,10 @@ constexpr float TILE_ALONE = 0.85f;  /* of prefill, without decodes */
 constexpr float TILE_BESIDE = 0.2f;  /* more, beside decodes at their full rate */
 constexpr float FUSED_DECODE = 0.4f; /* what a tile of decodes costs in the fused kernel, beside prefill's */
 constexpr float FUSED_RATE = 0.72f;  /* tiles of decodes that come on there in one of prefill's */
-/* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more. */
-constexpr float SHARE_GAIN = 2, SHARE_GAIN_CUT = 5;
+/* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more; and, of a long prefill's time, this part. */
+constexpr float SHARE_GAIN = 2, SHARE_GAIN_CUT = 5, SHARE_GAIN_PART = 0.025f;
+/* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
+constexpr uint32_t ENDS_ALONE = 1, ENDS_BESIDE = 2;
 /* Of decodes, unless prefill is short and leaves SMs in any case: in smaller steps latencies count, which this does not know. */
 constexpr uint32_t SHARE_MIN_TILES = 30, SHARE_MIN_SHORT = 5, SHORT_PREFILL_TILES = 12;
 constexpr uint32_t SHORT_PART_TILES = 64; /* that a block may still be at when a short prefill has ended */
@@ -99,26 +102,48 @@ __device__ uint32_t part_tiles(uint32_t tiles, uint32_t of_rule, uint32_t most)
     return (tiles + parts - 1) / parts;
 }
 
+/* How decode is cut: the tiles of a part, those of the last sequences' parts, and what it costs, in tiles. */
+struct decode_cut {
+    uint32_t tiles, last_tiles;
+    uint64_t cost;
+};
+
 /* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
- * were such units and blocks took parts in rounds. A part costs a tile beside its own, a cut one two. Slots are enough: a
+ * were such units and blocks took parts in rounds. Slots are enough: a
  * unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
  * items. */
-__device__ uint32_t decode_tiles_alone(uint64_t blocks, uint64_t tiles, uint32_t longest)
+__device__ decode_cut cut_decodes(uint64_t blocks, uint64_t tiles, uint32_t longest, uint32_t ends)
 {
-    uint64_t least = UINT64_MAX;
-    uint32_t best = longest;
+    decode_cut best = {longest, longest, UINT64_MAX};
     for (uint32_t k = 1; k <= MAX_DECODE_PARTS; k++) {
         uint32_t each = (longest + k - 1) / k;
         uint64_t items = (tiles + each - 1) / each;
         if (k > 1 && (each < MIN_DECODE_TILES || items > 4 * blocks))
             break;
-        uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2));
-        if (cost < least) {
-            least = cost;
-            best = each;
-        }
+        uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends);
+        if (cost < best.cost)
+            best = {each, each, cost};
     }
     return best;
+}
+
+/* Where prefill has the SMs of a few blocks, what would be one round of whole units is two of a few: the last sequences' units cut, so
+ * that who is done early takes their parts, may be done sooner than with all units cut. */
+__device__ void cut_last_decodes(uint64_t blocks, uint64_t first_tiles, uint64_t last_tiles, uint32_t longest,
+                                 decode_cut *best)
+{
+    const uint64_t whole = (first_tiles + longest - 1) / longest;
+    for (uint32_t k = 2; k <= MAX_LAST_PARTS; k *= 2) {
+        const uint32_t each = (longest + k - 1) / k;
+        if (each < MIN_DECODE_TILES)
+            break;
+        const uint32_t unit = longest + ENDS_BESIDE, part = each + 2 * ENDS_BESIDE;
+        const uint64_t rounds = (whole + blocks - 1) / blocks * unit;
+        const uint64_t all = (whole * unit + (last_tiles + each - 1) / each * part) / blocks + part;
+        const uint64_t cost = rounds > all ? rounds : all;
+        if (cost < best->cost)
+            *best = {longest, each, cost};
+    }
 }
 
 /* Decodes beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to
@@ -130,7 +155,7 @@ __device__ void decode_tiles_beside(const sm90_plan_args &a, const totals &t, ru
     const uint64_t tiles = t.tiles[ROLE_DECODE] * a.kv_heads;
     uint64_t waves = (4 * decodes + wave - 1) / wave;
     if (tiles < wave * LONG_PART_TILES) {
-        r->tiles[ROLE_DECODE] = r->last_tiles = decode_tiles_alone(a.sms, tiles, t.longest[ROLE_DECODE]);
+        r->tiles[ROLE_DECODE] = r->last_tiles = cut_decodes(a.sms, tiles, t.longest[ROLE_DECODE], ENDS_ALONE).tiles;
         return;
     }
     const uint64_t long_waves = tiles / (wave * WAVE_TILES);
@@ -221,7 +246,8 @@ __device__ bool leave_decodes(const sm90_plan_args &a, const totals &t, unsigned
         r->hand_over = HAND_OVER_ALL;
         mostly_alone = true;
     }
-    if (share != UINT64_MAX && (float)(share >> 16) / 16 < fused_time((float)prefill, (float)decode)) {
+    const float gain = prefill > LONG_PREFILL ? SHARE_GAIN_PART * (float)prefill : 0;
+    if (share != UINT64_MAX && (float)(share >> 16) / 16 + gain < fused_time((float)prefill, (float)decode)) {
         r->hand_over = HAND_OVER_ALL;
         r->clusters = (uint32_t)(share & 0xffff);
         mostly_alone = true;
@@ -260,11 +286,18 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long 
     const bool at_once = units == 0 || a.policy == ATTN_GPU_SERIAL;
     const uint32_t on = at_once ? a.sms : a.sms - r.clusters * CLUSTER;
     const uint32_t blocks = on * DECODE_BLOCKS_PER_SM > a.sms ? on * DECODE_BLOCKS_PER_SM : a.sms;
-    const uint32_t alone = decode_tiles_alone(blocks, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE]);
-    if (at_once || (mostly_alone && alone <= SHORT_PART_TILES))
-        r.tiles[ROLE_DECODE] = r.last_tiles = alone;
-    else
+    const bool beside = !at_once && blocks > a.sms;
+    decode_cut cut = cut_decodes(blocks, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE],
+                                 beside ? ENDS_BESIDE : ENDS_ALONE);
+    if (beside)
+        cut_last_decodes(blocks, (t.tiles[ROLE_DECODE] - t.last_tiles) * a.kv_heads, t.last_tiles * a.kv_heads,
+                         t.longest[ROLE_DECODE], &cut);
+    if (at_once || (mostly_alone && cut.tiles <= SHORT_PART_TILES)) {
+        r.tiles[ROLE_DECODE] = cut.tiles;
+        r.last_tiles = cut.last_tiles;
+    } else {
         decode_tiles_beside(a, t, &r);
+    }
     return r;
 }
 
