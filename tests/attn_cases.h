@@ -43,6 +43,11 @@ static const struct attn_span attn_full_decodes[] = {{256, 1, 2048}, {1, 512, 40
 /* Prefill is over at once: decodes are left to their own kernel from the beginning. */
 static const struct attn_span attn_short_beside[] = {
     {200, 1, 2048}, {1, 200, 200}, {1, 40, 700}, {20, 1, 3000}, {0, 0, 0}};
+/* sm90: prefill is on some SMs, and decodes on the others from the beginning. */
+static const struct attn_span attn_some_sms[] = {{14, 1, 1000}, {1, 64, 64}, {12, 1, 1023}, {0, 0, 0}};
+/* sm90: each unit of prefill in three parts; cut, behind a window. */
+static const struct attn_span attn_three_parts[] = {{1, 704, 2600}, {1, 1, 300}, {0, 0, 0}};
+static const struct attn_span attn_window_cut[] = {{1, 64, 3000}, {1, 1, 2500}, {0, 0, 0}};
 static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
 static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
@@ -93,6 +98,10 @@ static const struct attn_case attn_cases[] = {
     {"few D 128", 8, 2, 128, 0, 0, 0, attn_few},
     {"few D 64", 2, 1, 64, 0, 0, 0, attn_few},
     {"few D 256, window", 2, 1, 256, 300, 20, 0, attn_few},
+    {"some SMs D 128", 8, 2, 128, 0, 0, 0, attn_some_sms},
+    {"some SMs D 64", 8, 2, 64, 0, 0, 0, attn_some_sms},
+    {"three parts", 8, 2, 64, 0, 0, 0, attn_three_parts},
+    {"window, cut", 8, 2, 128, 2000, 0, 0, attn_window_cut},
     {"256 decodes of 2K, a chunk", 32, 8, 128, 0, 0, 1, attn_full_decodes},
     {"220 decodes, short chunks", 32, 8, 128, 0, 0, 1, attn_short_beside},
     {"8 chunks of 512, 64 decodes", 32, 8, 128, 0, 0, 1, attn_full_chunks},

@@ -216,6 +216,9 @@ void check_early(const attn_gpu_ops *ops, const options &o)
                 check_early_case(&c, dense ? DENSE : TOGETHER, ops, o);
         }
     }
+    const attn_case some = {"early some SMs", 8, 2, 128, 0, 0, 0, attn_some_sms};
+    if (wanted(o, some.name))
+        check_early_case(&some, TOGETHER, ops, o);
 }
 
 /* Once for all back ends. Not under checkers, which may launch one kernel after the other. */

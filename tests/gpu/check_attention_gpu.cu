@@ -19,6 +19,9 @@
  * of 30 and 50, scores up to 60 before them) few keys have nearly all the weight, nothing cancels out, and Hopper's prefill does
  * round the largest: the whole is allowed.
  */
+#include <cstddef>
+
+#include "attention/attention_items.cuh"
 #include "tests/gpu/attn_early.cuh"
 #include "tests/gpu/attn_faults.cuh"
 #include "tests/gpu/attn_same.cuh"
@@ -30,6 +33,25 @@ enum depth {
     ALL,
     NO_REPLAY, /* neither graphs nor layers */
 };
+
+/* What some cases are for, on the GPU that they were made for: else they would be tested no more without a word. */
+void check_purpose(const problem *p, const runner *r, const char *what)
+{
+    int sms = 0;
+    attn_lists l;
+    CUDA_MUST(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+    CUDA_MUST(cudaMemcpy(&l, (const char *)attn_gpu_fault(r->attn) - offsetof(attn_lists, fault), sizeof l,
+                         cudaMemcpyDeviceToHost));
+    const uint32_t all = (uint32_t)sms / 2, prefill = l.count[ROLE_PREFILL];
+    if (sms != 132)
+        return;
+    if (strstr(p->c->name, "some SMs") && (l.hand_over != HAND_OVER_ALL || l.clusters == 0 || l.clusters >= all / 2))
+        fail(p, what, "prefill is not on some of the SMs");
+    if (!strcmp(p->c->name, "three parts") && prefill != 3 * p->c->HK * 704 * (p->c->H / p->c->HK) / 256)
+        fail(p, what, "prefill is not in three parts");
+    if (!strcmp(p->c->name, "window, cut") && prefill <= p->c->HK)
+        fail(p, what, "prefill is not cut");
+}
 
 /* A policy on the whole batch: false when the back end cannot do it. */
 bool check_policy(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, const options &o, double *worst)
@@ -45,6 +67,8 @@ bool check_policy(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy pol
     *worst = fmax(*worst, compare(p, whole, what));
     if (fault_of(&r))
         fail(p, what, "a fault is reported");
+    if (policy == ATTN_GPU_AUTO && !strcmp(ops->name, "sm90"))
+        check_purpose(p, &r, what);
     if (!o.once && p->dtype == ATTN_BF16)
         check_alone(&r, p, whole, what);
     stop(&r);

@@ -19,7 +19,7 @@ for tool in memcheck synccheck; do
     one "$tool" "f16" --f16 --case "few D"
     one "$tool" "graphs and layers" --replay --case "few D"
 done
-for what in "few D" "one decode" "short decodes" "mixed D 40" "mixed 8/2" "soft cap" "cap 50 D 64"; do
+for what in "few D" "one decode" "short decodes" "mixed D 40" "mixed 8/2" "soft cap" "cap 50 D 64" "some SMs D 64"; do
     one racecheck "$what" --case "$what"
 done
 one racecheck "f16" --f16 --case "few D 128"
