@@ -78,7 +78,7 @@ template <typename T> void take(arena *a, T **out, uint64_t n)
 }
 
 /* See rule_of in the planner. Prefill: at most 2 units per cluster are cut, into at most 4 parts per cluster plus one each. Decode: four
- * parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are cut finer. */
+ * parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are cut finer; or eight parts per unit of the last quarter alone. */
 void size_lists(sm90_state *s)
 {
     const attn_gpu_config *c = &s->cfg;

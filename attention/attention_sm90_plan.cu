@@ -109,9 +109,8 @@ struct decode_cut {
 };
 
 /* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
- * were such units and blocks took parts in rounds. Slots are enough: a
- * unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
- * items. */
+ * were such units and blocks took parts in rounds. Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of
+ * a part) parts, all have fewer than twice the bounded number of items. */
 __device__ decode_cut cut_decodes(uint64_t blocks, uint64_t tiles, uint32_t longest, uint32_t ends)
 {
     decode_cut best = {longest, longest, UINT64_MAX};
@@ -128,7 +127,7 @@ __device__ decode_cut cut_decodes(uint64_t blocks, uint64_t tiles, uint32_t long
 }
 
 /* Where prefill has the SMs of a few blocks, what would be one round of whole units is two of a few: the last sequences' units cut, so
- * that who is done early takes their parts, may be done sooner than with all units cut. */
+ * that who is done early takes their parts, may be done sooner than with all units cut. Slots: two per unit of all. */
 __device__ void cut_last_decodes(uint64_t blocks, uint64_t first_tiles, uint64_t last_tiles, uint32_t longest,
                                  decode_cut *best)
 {
