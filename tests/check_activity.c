@@ -3,9 +3,12 @@
 #include <check.h>
 #include <jansson.h>
 #include <math.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "worker/worker_activity.h"
@@ -540,15 +543,18 @@ static uint64_t source_take(bool last, activity_each *each, void *ctx)
 
 static const struct activity_source fake_source = {source_start, source_take};
 
-static char trace_path[] = "/tmp/tandem-activity-XXXXXX";
+static char trace_path[32];
 
 static struct worker_trace *trace_open(void)
 {
+    static const struct worker_log log = {.level = WORKER_LOG_WARNING};
     struct worker_trace *t = NULL;
+    snprintf(trace_path, sizeof trace_path, "/tmp/tandem-activity-XXXXXX");
     int fd = mkstemp(trace_path);
+    atomic_store(&source.takes, 0);
     ck_assert_int_ge(fd, 0);
     close(fd);
-    ck_assert_int_eq(worker_trace_open(&t, trace_path, 0, 1, NULL), ST_OK);
+    ck_assert_int_eq(worker_trace_open(&t, trace_path, 0, 1, &log, NULL), ST_OK);
     return t;
 }
 
@@ -588,6 +594,7 @@ static void check_event(json_t *all, const char *name, const char *track, double
 }
 
 static const struct activity trace_records[] = {
+    {.kind = ACTIVITY_KERNEL, .begin_us = -1e15, .end_us = 9, .name = "before the machine was started"},
     {.kind = ACTIVITY_KERNEL, .begin_us = -500, .end_us = -400, .name = "_Z4warmv"},
     {.kind = ACTIVITY_COPY_IN, .begin_us = 0, .end_us = 4, .bytes = 4096},
     {.kind = ACTIVITY_KERNEL, .begin_us = 10, .end_us = 50, .name = "_Z5firstILi1EEvPf", .stream = 7},
@@ -607,11 +614,10 @@ START_TEST(kernels_lie_under_their_step_in_the_file)
     ck_assert_int_eq(worker_trace_kernels(t, &fake_source, NULL), ST_OK);
     for (int i = 0; atomic_load(&source.takes) < 2 && i < 500; i++)
         usleep(10000);
-    const int taken = atomic_load(&source.takes);
-    ck_assert_int_ge(taken, 2);
+    ck_assert_int_ge(atomic_load(&source.takes), 2);
     const struct engine_result r = {.step = 3, .rows = 2, .timing = {.begin_us = base + 8, .end_us = base + 108}};
     worker_trace_step(t, &r);
-    worker_trace_close(t);
+    ck_assert(worker_trace_close(t));
     json_t *all = trace_read(), *sum = json_object_get(trace_find(all, "summary 1"), "args"), *top;
     check_event(all, "step 3", "device", base + 8, 100, 0);
     check_event(all, "warm", "kernels", base - 500, 100, 0);
@@ -629,7 +635,8 @@ START_TEST(kernels_lie_under_their_step_in_the_file)
     ck_assert_double_eq(number(sum, "longest_gap_us"), 20);
     ck_assert_double_eq(number(sum, "longest_gap_step"), 3);
     ck_assert_double_eq(number(sum, "kernels_outside"), 1);
-    ck_assert_double_ge(number(sum, "dropped"), 5 + taken); /* whatever each turn has lost */
+    /* one a turn, 5 in the last, and the one whose time cannot be */
+    ck_assert_double_eq(number(sum, "dropped"), atomic_load(&source.takes) - 1 + 5 + 1);
     ck_assert_double_eq_tol(number(sum, "shift_us"), 8, 0.01);
     ck_assert_double_eq(number(sum, "busy_us"), 100);
     top = json_object_get(sum, "top_kernels");
@@ -682,12 +689,60 @@ START_TEST(a_source_that_does_not_answer_ends_the_file_all_the_same)
     source.records = 0;
     atomic_store(&source.stuck, 1);
     ck_assert_int_eq(worker_trace_kernels(t, &fake_source, NULL), ST_OK);
-    worker_trace_close(t);
+    const int64_t before_us = worker_now_us();
+    ck_assert(!worker_trace_close(t));
+    ck_assert_int_ge(worker_now_us() - before_us, WORKER_KERNELS_END_MS * 1000);
+    ck_assert_int_lt(worker_now_us() - before_us, WORKER_KERNELS_END_MS * 1000 + 2000000);
     json_t *all = trace_read();
     ck_assert(json_is_true(json_object_get(json_object_get(trace_find(all, "summary 0"), "args"), "kernels_stuck")));
     json_decref(all);
     atomic_store(&source.stuck, 0);
     usleep(100000); /* its thread ends, and writes to nothing that is gone */
+}
+END_TEST
+
+/* The largest file that may be stands for the disk, and then there is room again. */
+START_TEST(a_full_disk_ends_the_file_and_is_said_once)
+{
+    static struct activity many[2000];
+    struct rlimit limit, small;
+    struct stat file;
+    char said[1024];
+    FILE *log = tmpfile();
+    struct worker_trace *t = trace_open();
+    const int stderr_fd = dup(STDERR_FILENO);
+    ck_assert_ptr_nonnull(log);
+    for (int i = 0; i < 2000; i++)
+        many[i] = (struct activity){.kind = ACTIVITY_KERNEL, .begin_us = i, .end_us = i + 0.5, .name = "k"};
+    source.record = many;
+    source.records = 2000;
+    source.base_us = (double)worker_now_us();
+    ck_assert_int_eq(worker_trace_kernels(t, &fake_source, NULL), ST_OK);
+    ck_assert_int_eq(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    small = limit;
+    small.rlim_cur = 5000;
+    signal(SIGXFSZ, SIG_IGN);
+    dup2(fileno(log), STDERR_FILENO);
+    setrlimit(RLIMIT_FSIZE, &small);
+    for (uint64_t i = 0; i < 100; i++)
+        worker_trace_host(t, "submit", i, 1, 2);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    for (uint64_t i = 0; i < 100; i++)
+        worker_trace_host(t, "submit", i, 1, 2);
+    const bool whole = worker_trace_close(t);
+    dup2(stderr_fd, STDERR_FILENO);
+    close(stderr_fd);
+    signal(SIGXFSZ, SIG_DFL);
+    ck_assert(whole);
+    ck_assert_int_eq(stat(trace_path, &file), 0);
+    ck_assert_int_eq(file.st_size, 5000); /* and nothing behind the cut */
+    rewind(log);
+    said[fread(said, 1, sizeof said - 1, log)] = '\0';
+    ck_assert_msg(strstr(said, trace_path) && strstr(said, ": File too large: nothing more is written to it\n"), "%s",
+                  said);
+    ck_assert_msg(strchr(said, '\n') == said + strlen(said) - 1, "%s", said); /* one line */
+    fclose(log);
+    unlink(trace_path);
 }
 END_TEST
 
@@ -714,6 +769,7 @@ int main(void)
     tcase_add_test(limits, records_that_come_too_late_are_counted_as_such);
     tcase_add_test(limits, a_file_of_many_kernels_is_whole);
     tcase_add_test(faults, damaged_names_are_read_to_their_end);
+    tcase_add_test(faults, a_full_disk_ends_the_file_and_is_said_once);
     tcase_add_test(faults, a_source_that_does_not_answer_ends_the_file_all_the_same);
     suite_add_tcase(s, core);
     suite_add_tcase(s, limits);
