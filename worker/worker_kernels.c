@@ -51,7 +51,7 @@ struct worker_kernels {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     /* guarded by lock */
-    bool end;
+    bool end, ended; /* the thread is to end; it has nothing more to do */
     uint32_t steps;
     uint64_t steps_lost;
     struct step step[STEPS_MAX];
@@ -145,6 +145,10 @@ static void *run(void *arg)
     while (!wait_turn(k))
         take(k, false);
     take(k, true);
+    pthread_mutex_lock(&k->lock);
+    k->ended = true;
+    pthread_cond_signal(&k->changed);
+    pthread_mutex_unlock(&k->lock);
     return NULL;
 }
 
@@ -221,16 +225,20 @@ static void summarise(const struct worker_kernels *k, char *args, size_t cap)
 bool worker_kernels_end(struct worker_kernels *k, char *args, size_t cap)
 {
     struct timespec until;
+    after_ms(&until, WORKER_KERNELS_END_MS);
     pthread_mutex_lock(&k->lock);
     k->end = true;
     pthread_cond_signal(&k->changed);
+    while (!k->ended && pthread_cond_timedwait(&k->changed, &k->lock, &until) != ETIMEDOUT)
+        ;
+    const bool ended = k->ended;
     pthread_mutex_unlock(&k->lock);
-    after_ms(&until, WORKER_KERNELS_END_MS);
-    if (pthread_clockjoin_np(k->thread, NULL, CLOCK_MONOTONIC, &until) != 0) {
+    if (!ended) {
         pthread_detach(k->thread);
         snprintf(args, cap, ",\"kernels_stuck\":true");
         return false;
     }
+    pthread_join(k->thread, NULL);
     summarise(k, args, cap);
     release(k);
     return true;
