@@ -126,6 +126,13 @@ static struct activity_book *book_create(uint32_t max_records)
     return b;
 }
 
+static void add_on(struct activity_book *b, uint32_t stream, double begin_us, double end_us)
+{
+    const struct activity a = {
+        .kind = ACTIVITY_COPY_IN, .stream = stream, .begin_us = begin_us, .end_us = end_us, .bytes = 8};
+    activity_book_add(b, &a);
+}
+
 static void add(struct activity_book *b, enum activity_kind kind, double begin_us, double end_us, const char *name)
 {
     const struct activity a = {.kind = kind, .begin_us = begin_us, .end_us = end_us, .name = name, .bytes = 8};
@@ -351,6 +358,29 @@ START_TEST(steps_back_to_back_keep_to_their_copies)
         ck_assert_double_ge(placed[i].begin_us, 1000 + (double)(i / 8) * 500);
         ck_assert_double_le(placed[i].end_us, 1000 + (double)(i / 8) * 500 + 497);
     }
+    activity_book_destroy(b);
+}
+END_TEST
+
+/* A slot is resumed while a step runs, and between the next one's own copies: by another stream. */
+START_TEST(copies_of_another_stream_are_of_no_step)
+{
+    struct activity_book *b = book_create(0);
+    const double at = 5003 + (_i ? 20000 : 0); /* back to back, or later */
+    activity_book_step(b, 1, 1000, 5000);
+    add(b, ACTIVITY_COPY_IN, 1000, 1002, NULL);
+    add(b, ACTIVITY_KERNEL, 1010, 4990, "k");
+    for (int i = 0; i < 80; i++)
+        add_on(b, 9, at - 700 + i * 10, at - 700 + i * 10 + 9);
+    activity_book_step(b, 2, at, at + 4000);
+    for (int i = 0; i < 3; i++)
+        add(b, ACTIVITY_COPY_IN, at + 6 + i * 8, at + 9 + i * 8, NULL);
+    add(b, ACTIVITY_KERNEL, at + 33, at + 3990, "k");
+    activity_book_settle(b, INFINITY, INFINITY);
+    const struct activity_totals t = activity_book_totals(b);
+    ck_assert_double_le(t.shift_us, 10); /* in the next one a foreign copy may begin nearer than its own */
+    ck_assert_uint_eq(t.steps, 2);
+    ck_assert_uint_eq(t.kernels, 2);
     activity_book_destroy(b);
 }
 END_TEST
@@ -758,6 +788,7 @@ int main(void)
     tcase_add_loop_test(core, sums_are_those_of_a_plain_model, 0, 4);
     tcase_add_test(core, a_step_begins_with_its_run_of_copies);
     tcase_add_test(core, steps_back_to_back_keep_to_their_copies);
+    tcase_add_loop_test(core, copies_of_another_stream_are_of_no_step, 0, 2);
     tcase_add_loop_test(core, copies_in_a_gap_are_not_taken_for_a_step, 0, 9);
     tcase_add_loop_test(core, clocks_that_drift_apart_while_idle_are_joined_again, 0, 3);
     tcase_add_test(core, kernels_with_most_time_come_first);

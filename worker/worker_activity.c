@@ -210,15 +210,33 @@ static double reach_us(const struct activity_book *b, const struct step *s)
     return fmin(ANCHOR_US, fmin(s->end_us - s->begin_us, b->told_us) / 2) + DRIFT * gap_us(b, s);
 }
 
+/* Copies of a step, and its first kernels, are of one stream; those of the KV pool, for a slot that is resumed, of another. The
+ * next record of the same stream as i's, behind it or, by -1, in front; NULL: none that begins after from_us. */
+static const struct record *beside(const struct activity_book *b, uint32_t i, int by, double from_us)
+{
+    const uint32_t stream = b->record[i].stream;
+    for (i += (uint32_t)by; i < b->records && b->record[i].begin_us > from_us; i += (uint32_t)by)
+        if (b->record[i].stream == stream)
+            return &b->record[i];
+    return NULL;
+}
+
+static bool continues_run(const struct activity_book *b, uint32_t i, double from_us)
+{
+    const struct record *before = beside(b, i, -1, from_us);
+    return before && before->kind == ACTIVITY_COPY_IN && b->record[i].begin_us < before->end_us + RUN_US;
+}
+
 /* A kernel comes soon behind the run of copies that begins at i, and before the next run. */
 static bool leads_to_kernels(const struct activity_book *b, uint32_t i)
 {
-    double end = b->record[i++].end_us;
-    for (; i < b->records && b->record[i].kind == ACTIVITY_COPY_IN && b->record[i].begin_us < end + RUN_US; i++)
-        end = fmax(end, b->record[i].end_us);
-    while (i < b->records && b->record[i].kind != ACTIVITY_KERNEL && b->record[i].kind != ACTIVITY_COPY_IN)
-        i++;
-    return i < b->records && b->record[i].kind == ACTIVITY_KERNEL && b->record[i].begin_us < end + ANCHOR_US;
+    const struct record *r = &b->record[i], *next = beside(b, i, 1, -INFINITY);
+    while (next && next->kind != ACTIVITY_KERNEL &&
+           (next->kind != ACTIVITY_COPY_IN || next->begin_us < r->end_us + RUN_US)) {
+        r = next;
+        next = beside(b, (uint32_t)(r - b->record), 1, -INFINITY);
+    }
+    return next && next->kind == ACTIVITY_KERNEL && next->begin_us < r->end_us + ANCHOR_US;
 }
 
 /* How much later the records are than the step says: by the nearest beginning of a run of copies to the device. Where the clocks
@@ -228,11 +246,10 @@ static double shift_of(const struct activity_book *b, uint32_t at, const struct 
     const double expected = s->begin_us + b->shift_us, reach = reach_us(b, s), gap = gap_us(b, s);
     double best = reach, shift = b->shift_us;
     for (uint32_t i = at; i < b->records && b->record[i].begin_us < expected + best; i++) {
-        const struct record *r = &b->record[i], *before = i ? r - 1 : NULL;
-        const bool in_run = before && before->kind == ACTIVITY_COPY_IN && before->begin_us > expected - reach &&
-                            r->begin_us < before->end_us + RUN_US;
+        const struct record *r = &b->record[i];
         const double off = fabs(r->begin_us - expected);
-        if (r->kind != ACTIVITY_COPY_IN || in_run || off >= best || (gap > IDLE_US && !leads_to_kernels(b, i)))
+        if (r->kind != ACTIVITY_COPY_IN || off >= best || continues_run(b, i, expected - reach) ||
+            (gap > IDLE_US && !leads_to_kernels(b, i)))
             continue;
         best = off;
         shift = r->begin_us - s->begin_us;
