@@ -20,7 +20,8 @@ void *__real_dlopen(const char *path, int flags);
 void *__wrap_dlopen(const char *path, int flags);
 
 static struct {
-    const char *there; /* the only library that there is; NULL: whatever there is */
+    const char *there;  /* the only library that there is; NULL: whatever there is */
+    const char *broken; /* there, but no library */
     char tried[1024];
 } files;
 
@@ -30,6 +31,8 @@ void *__wrap_dlopen(const char *path, int flags)
     snprintf(files.tried + n, sizeof files.tried - n, "%s\n", path);
     if (!files.there)
         return __real_dlopen(path, flags);
+    if (files.broken && strcmp(path, files.broken) == 0)
+        return __real_dlopen("/etc/passwd", flags);
     return strcmp(path, files.there) == 0 ? __real_dlopen(TEST_FAKE_CUPTI, flags) : NULL;
 }
 
@@ -39,11 +42,10 @@ static void set_up(void)
     ck_assert_msg(library, "%s", dlerror());
     fake = dlsym(library, FAKE_CUPTI_CONTROL);
     ck_assert_ptr_nonnull(fake);
-}
-
-static void tear_down(void)
-{
-    ck_assert_int_eq(fake->broken_rules, 0);
+    memset(&files, 0, sizeof files); /* without forks it is what the last test left */
+    fake->refuse_with = fake->version = 0;
+    fake->no_own_clock = false;
+    fake->ahead_ns = 0;
 }
 
 static void start(void)
@@ -74,6 +76,12 @@ static uint64_t take(bool last)
 {
     n_kept = 0;
     return cuda_activity.take(last, keep, &n_kept);
+}
+
+static void tear_down(void)
+{
+    take(true); /* without forks the next test starts it again */
+    ck_assert_int_eq(fake->broken_rules, 0);
 }
 
 static void emit_kernel(uint64_t begin_ns, uint64_t end_ns)
@@ -230,11 +238,57 @@ START_TEST(the_library_is_found_in_each_of_its_places_in_order)
 }
 END_TEST
 
+START_TEST(a_library_that_does_not_load_is_said_with_the_reason)
+{
+    struct status st = STATUS_INIT;
+    ck_assert_int_eq(setenv("CUDA_HOME", "/opt/toolkit", 1), 0);
+    files.there = "nowhere";
+    files.broken = places[_i];
+    ck_assert_int_eq(cuda_activity.start(NULL, &st), ST_FAILED_PRECONDITION);
+    ck_assert_msg(strncmp(st.message, "CUPTI is there, but does not load: /etc/passwd: ", 48) == 0, "%s", st.message);
+    files.there = places[(_i + 1) % PLACES]; /* another one will do */
+    ck_assert_int_eq(cuda_activity.start(NULL, &st), ST_OK);
+}
+END_TEST
+
+START_TEST(what_is_older_than_the_records_is_refused)
+{
+    struct status st = STATUS_INIT;
+    fake->version = 18;
+    ck_assert_int_eq(cuda_activity.start(TEST_FAKE_CUPTI, &st), ST_FAILED_PRECONDITION);
+    ck_assert_str_eq(st.message, "the CUPTI library that was found is of version 18, expected 19 (CUDA 12.0) or newer");
+    ck_assert_uint_eq(fake->enabled, 0);
+    fake->version = 19;
+    start();
+}
+END_TEST
+
+/* It may have asked for one before it refused. */
+START_TEST(a_buffer_that_cupti_holds_is_not_given_twice)
+{
+    const size_t per_buffer = CUDA_ACTIVITY_BUFFER_BYTES / sizeof(CUpti_ActivityKernel10);
+    struct status st = STATUS_INIT;
+    fake->refuse_kind = CUPTI_ACTIVITY_KIND_MEMSET;
+    fake->refuse_with = CUPTI_ERROR_INSUFFICIENT_PRIVILEGES;
+    fake->emits_when_enabled = true;
+    ck_assert_int_eq(cuda_activity.start(TEST_FAKE_CUPTI, &st), ST_FAILED_PRECONDITION);
+    fake->refuse_with = 0;
+    fake->emits_when_enabled = false;
+    start();
+    for (size_t i = 0; i < CUDA_ACTIVITY_BUFFERS * per_buffer + 1000; i++)
+        emit_kernel(1000 + i, 2000 + i);
+    take(false);
+    ck_assert_uint_le(n_kept,
+                      CUDA_ACTIVITY_BUFFERS * per_buffer + 2); /* the first are copies, too, which are smaller */
+    ck_assert_uint_gt(n_kept, (CUDA_ACTIVITY_BUFFERS - 1) * per_buffer);
+}
+END_TEST
+
 START_TEST(another_library_is_no_cupti)
 {
     struct status st = STATUS_INIT;
     ck_assert_int_eq(cuda_activity.start("libc.so.6", &st), ST_FAILED_PRECONDITION);
-    ck_assert_msg(strstr(st.message, "has no cuptiActivityRegisterCallbacks"), "%s", st.message);
+    ck_assert_msg(strstr(st.message, "has no cuptiGetVersion"), "%s", st.message);
 }
 END_TEST
 
@@ -272,6 +326,9 @@ int main(void)
     tcase_add_test(limits, records_without_times_are_lost);
     tcase_add_test(faults, a_library_that_is_not_there_is_said_with_what_was_tried);
     tcase_add_loop_test(faults, the_library_is_found_in_each_of_its_places_in_order, 0, PLACES);
+    tcase_add_loop_test(faults, a_library_that_does_not_load_is_said_with_the_reason, 0, PLACES);
+    tcase_add_test(faults, what_is_older_than_the_records_is_refused);
+    tcase_add_test(faults, a_buffer_that_cupti_holds_is_not_given_twice);
     tcase_add_test(faults, another_library_is_no_cupti);
     tcase_add_test(faults, what_cupti_refuses_is_said_in_its_words);
     suite_add_tcase(s, core);

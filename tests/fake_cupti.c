@@ -89,6 +89,12 @@ static void emit(int kind, int what, const char *name, uint64_t bytes, uint64_t 
 
 struct fake_cupti_control fake_cupti = {.emit = emit, .clock = now};
 
+CUptiResult CUPTIAPI cuptiGetVersion(uint32_t *version)
+{
+    *version = fake_cupti.version ? (uint32_t)fake_cupti.version : CUPTI_API_VERSION;
+    return CUPTI_SUCCESS;
+}
+
 CUptiResult CUPTIAPI cuptiActivityRegisterTimestampCallback(CUpti_TimestampCallbackFunc f)
 {
     if (fake_cupti.enabled)
@@ -116,6 +122,8 @@ CUptiResult CUPTIAPI cuptiActivityEnable(CUpti_ActivityKind kind)
     if (fake_cupti.refuse_with && (int)kind == fake_cupti.refuse_kind)
         return (CUptiResult)fake_cupti.refuse_with;
     fake_cupti.enabled |= 1u << kind;
+    if (fake_cupti.emits_when_enabled)
+        emit(kind, 0, "k", 0, 1000, 2000);
     return CUPTI_SUCCESS;
 }
 

@@ -7,10 +7,12 @@
 
 struct fake_cupti_control {
     /* set by the test */
-    int refuse_kind;   /* enabling it fails, */
-    int refuse_with;   /* with this CUptiResult; 0: none fails */
-    bool no_own_clock; /* the callback for times is refused, as by an old library */
-    int64_t ahead_ns;  /* of its own clock before CLOCK_MONOTONIC */
+    int refuse_kind;         /* enabling it fails, */
+    int refuse_with;         /* with this CUptiResult; 0: none fails */
+    int version;             /* 0: that of the headers */
+    bool no_own_clock;       /* the callback for times is refused, as by an old library */
+    bool emits_when_enabled; /* the device is at work already */
+    int64_t ahead_ns;        /* of its own clock before CLOCK_MONOTONIC */
     /* kept by the fake */
     uint32_t enabled; /* kinds, a bit each */
     int broken_rules; /* clock set after a kind was enabled, buffer given twice, record read beyond the end ... */

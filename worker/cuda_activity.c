@@ -32,9 +32,11 @@ SAME(CUpti_ActivityMemcpy5, CUpti_ActivityMemcpy6, streamId);
 
 static const CUpti_ActivityKind kinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY,
                                            CUPTI_ACTIVITY_KIND_MEMSET};
-#define KINDS (sizeof kinds / sizeof *kinds)
+#define OLDEST 19 /* what cuptiGetVersion says of CUDA 12.0, the first whose records begin like that */
+#define KINDS  (sizeof kinds / sizeof *kinds)
 
 struct cupti {
+    CUptiResult (*version)(uint32_t *);
     CUptiResult (*register_callbacks)(CUpti_BuffersCallbackRequestFunc, CUpti_BuffersCallbackCompleteFunc);
     CUptiResult (*enable)(CUpti_ActivityKind);
     CUptiResult (*disable)(CUpti_ActivityKind);
@@ -65,13 +67,23 @@ static struct {
 
 #define PATH_BYTES 512
 
-static void *open_library(const char *path)
+/* why: stays as it is unless it is empty and the library is there, but does not load. */
+static void *open_library(const char *path, char *why, size_t cap)
 {
-    return dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    dlerror(); /* forget what was */
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    const char *text = library ? NULL : dlerror();
+    /* The loader says it like that of what the library itself needs, too: behind that one's name. */
+    const size_t n = strlen(path);
+    const bool absent = text && strncmp(text, path, n) == 0 &&
+                        strncmp(text + n, ": cannot open shared object file: No such file", 46) == 0;
+    if (text && !absent && !*why)
+        snprintf(why, cap, "%s", text);
+    return library;
 }
 
 /* The first that opens; else NULL, and tried is what was, for a message. */
-static void *look_for_library(char *tried, size_t cap)
+static void *look_for_library(char *tried, size_t cap, char *why, size_t why_cap)
 {
     static const char *const names[] = {"libcupti.so.13", "libcupti.so"};
     const char *home = getenv("CUDA_HOME");
@@ -86,7 +98,7 @@ static void *look_for_library(char *tried, size_t cap)
         for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
             char path[PATH_BYTES + 32];
             snprintf(path, sizeof path, "%s%s%s", folders[f] ? folders[f] : "", folders[f] ? "/" : "", names[i]);
-            void *library = open_library(path);
+            void *library = open_library(path, why, why_cap);
             if (library)
                 return library;
             if (f == 0 && n < cap)
@@ -105,6 +117,7 @@ static enum status_code find_symbols(void *library, struct status *st)
         const char *name;
         void **to;
     } symbols[] = {
+        {"cuptiGetVersion", (void **)&c->version},
         {"cuptiActivityRegisterCallbacks", (void **)&c->register_callbacks},
         {"cuptiActivityEnable", (void **)&c->enable},
         {"cuptiActivityDisable", (void **)&c->disable},
@@ -125,17 +138,45 @@ static enum status_code find_symbols(void *library, struct status *st)
     return ST_OK;
 }
 
+static enum status_code refused(struct status *st, CUptiResult rc, const char *what)
+{
+    const char *text = NULL;
+    if (cupti.lib.result_string(rc, &text) != CUPTI_SUCCESS || !text)
+        text = "unknown error";
+    return status_set(
+        st, ST_FAILED_PRECONDITION,
+        "CUPTI refuses %s: %s (%d); needed are a driver that its version fits, and no other profiler in this "
+        "process",
+        what, text, (int)rc);
+}
+
+static enum status_code check_version(struct status *st)
+{
+    uint32_t version = 0;
+    CUptiResult rc = cupti.lib.version(&version);
+    if (rc != CUPTI_SUCCESS)
+        return refused(st, rc, "to say its version");
+    if (version < OLDEST)
+        return status_set(st, ST_FAILED_PRECONDITION,
+                          "the CUPTI library that was found is of version %u, expected %d (CUDA 12.0) or newer",
+                          (unsigned)version, OLDEST);
+    return ST_OK;
+}
+
 static enum status_code find_library(const char *path, struct status *st)
 {
-    char tried[320] = "";
-    void *library = path ? open_library(path) : look_for_library(tried, sizeof tried);
+    char tried[320] = "", why[320] = "";
+    void *library = path ? open_library(path, why, sizeof why) : look_for_library(tried, sizeof tried, why, sizeof why);
+    if (!library && *why)
+        return status_set(st, ST_FAILED_PRECONDITION, "CUPTI is there, but does not load: %s", why);
     if (!library)
         return status_set(
             st, ST_FAILED_PRECONDITION,
             "CUPTI is needed and not there (tried %s): install cuda-cupti of the toolkit, or set CUDA_HOME or "
             "LD_LIBRARY_PATH",
             path ? path : tried);
-    return find_symbols(library, st);
+    enum status_code rc = find_symbols(library, st);
+    return rc == ST_OK ? check_version(st) : rc;
 }
 
 /* ---- buffers; called by CUPTI ---- */
@@ -179,18 +220,6 @@ static uint64_t CUPTIAPI on_timestamp(void)
 
 /* ---- start ---- */
 
-static enum status_code refused(struct status *st, CUptiResult rc, const char *what)
-{
-    const char *text = NULL;
-    if (cupti.lib.result_string(rc, &text) != CUPTI_SUCCESS || !text)
-        text = "unknown error";
-    return status_set(
-        st, ST_FAILED_PRECONDITION,
-        "CUPTI refuses %s: %s (%d); needed are a driver that its version fits, and no other profiler in this "
-        "process",
-        what, text, (int)rc);
-}
-
 static enum status_code register_all(struct status *st)
 {
     const struct cupti *c = &cupti.lib;
@@ -207,6 +236,18 @@ static enum status_code register_all(struct status *st)
     return ST_OK;
 }
 
+/* Once: CUPTI may still have some of the buffers after a start that it has refused. */
+static enum status_code take_memory(struct status *st)
+{
+    if (cupti.memory)
+        return ST_OK;
+    if (!(cupti.memory = malloc(CUDA_ACTIVITY_BUFFERS * CUDA_ACTIVITY_BUFFER_BYTES)))
+        return status_nomem(st, "CUPTI's buffers", CUDA_ACTIVITY_BUFFERS * CUDA_ACTIVITY_BUFFER_BYTES);
+    for (size_t i = 0; i < CUDA_ACTIVITY_BUFFERS; i++)
+        cupti.free[cupti.n_free++] = cupti.memory + i * CUDA_ACTIVITY_BUFFER_BYTES;
+    return ST_OK;
+}
+
 static enum status_code activity_start(const char *library, struct status *st)
 {
     if (cupti.started)
@@ -214,11 +255,8 @@ static enum status_code activity_start(const char *library, struct status *st)
     enum status_code rc = find_library(library, st);
     if (rc != ST_OK)
         return rc;
-    if (!cupti.memory && !(cupti.memory = malloc(CUDA_ACTIVITY_BUFFERS * CUDA_ACTIVITY_BUFFER_BYTES)))
-        return status_nomem(st, "CUPTI's buffers", CUDA_ACTIVITY_BUFFERS * CUDA_ACTIVITY_BUFFER_BYTES);
-    cupti.n_free = cupti.n_full = 0;
-    for (size_t i = 0; i < CUDA_ACTIVITY_BUFFERS; i++)
-        cupti.free[cupti.n_free++] = cupti.memory + i * CUDA_ACTIVITY_BUFFER_BYTES;
+    if ((rc = take_memory(st)) != ST_OK)
+        return rc;
     rc = register_all(st);
     cupti.started = rc == ST_OK;
     return rc;

@@ -7,8 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ANCHOR_US  1000.0 /* how far from where it is expected a step's beginning is looked for */
-#define IDLE_US    10000.0 /* behind a longer gap: in the second half of it, wherever; the clocks may have drifted apart */
+#define ANCHOR_US  1000.0  /* how far from where it is expected a step's beginning is looked for */
+#define DRIFT      1e-4    /* and by how much of the time since the last step farther: more than clocks drift apart */
+#define IDLE_US    10000.0 /* behind a longer gap others may have copied, too: only copies that kernels follow */
+#define RUN_US     200.0   /* copies of one step follow each other faster */
 #define NAME_SLOTS (2 * ACTIVITY_NAMES_MAX)
 
 struct record {
@@ -42,6 +44,7 @@ struct activity_book {
     double shift_us;    /* of the last step that was laid: records are so much later than it says */
     double step_end_us; /* its end, by the records' clock */
     double told_end_us; /* and by the steps' */
+    double told_us;     /* how long it took */
 
     double lane_end_us[2][ACTIVITY_LANES_MAX];
     double kernel_end_us, any_end_us; /* the furthest end of what was laid, of kernels and of all */
@@ -67,6 +70,7 @@ enum status_code activity_book_create(struct activity_book **out, uint32_t max_r
     b->placed = placed;
     b->ctx = ctx;
     b->settled_us = b->step_end_us = b->told_end_us = b->kernel_end_us = b->any_end_us = -INFINITY;
+    b->told_us = INFINITY;
     for (int i = 0; i < 2 * ACTIVITY_LANES_MAX; i++)
         b->lane_end_us[i / ACTIVITY_LANES_MAX][i % ACTIVITY_LANES_MAX] = -INFINITY;
     snprintf(b->name[ACTIVITY_NAMES_MAX].text, ACTIVITY_NAME_MAX, "(other kernels)");
@@ -193,29 +197,63 @@ static uint32_t lay_until(struct activity_book *b, uint32_t at, double until_us)
     return at;
 }
 
-/* How far in front of where it is expected the oldest step may begin. */
-static double reach_us(const struct activity_book *b)
+/* The time between the last step that was laid, or is about to be, and this one. */
+static double gap_us(const struct activity_book *b, const struct step *s)
 {
-    double gap_us = b->step[b->first_step].begin_us - b->told_end_us;
-    return isfinite(gap_us) && gap_us > IDLE_US ? gap_us / 2 : ANCHOR_US;
+    const double gap = s->begin_us - b->told_end_us;
+    return isfinite(gap) ? fmax(gap, 0) : 0;
 }
 
-/* How much later the records are than the step says: by the nearest beginning of a run of copies to the device, or, behind a
- * long gap, by the first. */
+/* How far from where it is expected the step may begin, either way; never nearer to the steps beside it than to itself. */
+static double reach_us(const struct activity_book *b, const struct step *s)
+{
+    return fmin(ANCHOR_US, fmin(s->end_us - s->begin_us, b->told_us) / 2) + DRIFT * gap_us(b, s);
+}
+
+/* Copies of a step, and its first kernels, are of one stream; those of the KV pool, for a slot that is resumed, of another. The
+ * next record of the same stream as i's, behind it or, by -1, in front; NULL: none that begins after from_us. */
+static const struct record *beside(const struct activity_book *b, uint32_t i, int by, double from_us)
+{
+    const uint32_t stream = b->record[i].stream;
+    for (i += (uint32_t)by; i < b->records && b->record[i].begin_us > from_us; i += (uint32_t)by)
+        if (b->record[i].stream == stream)
+            return &b->record[i];
+    return NULL;
+}
+
+static bool continues_run(const struct activity_book *b, uint32_t i, double from_us)
+{
+    const struct record *before = beside(b, i, -1, from_us);
+    return before && before->kind == ACTIVITY_COPY_IN && b->record[i].begin_us < before->end_us + RUN_US;
+}
+
+/* A kernel comes soon behind the run of copies that begins at i, and before the next run. */
+static bool leads_to_kernels(const struct activity_book *b, uint32_t i)
+{
+    const struct record *r = &b->record[i], *next = beside(b, i, 1, -INFINITY);
+    while (next && next->kind != ACTIVITY_KERNEL &&
+           (next->kind != ACTIVITY_COPY_IN || next->begin_us < r->end_us + RUN_US)) {
+        r = next;
+        next = beside(b, (uint32_t)(r - b->record), 1, -INFINITY);
+    }
+    return next && next->kind == ACTIVITY_KERNEL && next->begin_us < r->end_us + ANCHOR_US;
+}
+
+/* How much later the records are than the step says: by the nearest beginning of a run of copies to the device. Where the clocks
+ * may have drifted apart by more than steps take the nearest would be that of a later step, so there it is the first. */
 static double shift_of(const struct activity_book *b, uint32_t at, const struct step *s)
 {
-    const double expected = s->begin_us + b->shift_us, reach = reach_us(b);
-    const bool first = reach > ANCHOR_US;
-    double best = first ? reach : fmin(ANCHOR_US, (s->end_us - s->begin_us) / 2), shift = b->shift_us;
+    const double expected = s->begin_us + b->shift_us, reach = reach_us(b, s), gap = gap_us(b, s);
+    double best = reach, shift = b->shift_us;
     for (uint32_t i = at; i < b->records && b->record[i].begin_us < expected + best; i++) {
-        const bool in_run =
-            i > 0 && b->record[i - 1].kind == ACTIVITY_COPY_IN && b->record[i - 1].begin_us >= b->step_end_us;
-        double off = fabs(b->record[i].begin_us - expected);
-        if (b->record[i].kind != ACTIVITY_COPY_IN || in_run || off >= best)
+        const struct record *r = &b->record[i];
+        const double off = fabs(r->begin_us - expected);
+        if (r->kind != ACTIVITY_COPY_IN || off >= best || continues_run(b, i, expected - reach) ||
+            (gap > IDLE_US && !leads_to_kernels(b, i)))
             continue;
         best = off;
-        shift = b->record[i].begin_us - s->begin_us;
-        if (first)
+        shift = r->begin_us - s->begin_us;
+        if (DRIFT * gap > ANCHOR_US)
             break;
     }
     return shift;
@@ -237,16 +275,27 @@ static void count_step(struct activity_book *b, const struct step *s, double ste
     }
 }
 
+/* The oldest step ends, by the records' clock, where its end was told or where the next one begins: back to back there are 3 us
+ * between them, and a step's first copy comes by more than that sooner or later than another's. */
+static double end_of(struct activity_book *b, uint32_t at, double begin_us, double end_us)
+{
+    if (b->steps < 2)
+        return end_us;
+    const struct step *next = &b->step[(b->first_step + 1) % ACTIVITY_STEPS_MAX];
+    return fmax(begin_us, fmin(end_us, next->begin_us + shift_of(b, at, next)));
+}
+
 /* The oldest step, and what stands in front of it. */
 static uint32_t lay_step(struct activity_book *b, uint32_t at)
 {
     const struct step s = b->step[b->first_step];
-    const double shift = shift_of(b, at, &s);
-    const double begin = fmax(s.begin_us + shift, b->step_end_us), end = fmax(s.end_us + shift, begin);
+    const double shift = shift_of(b, at, &s), begin = fmax(s.begin_us + shift, b->step_end_us);
     at = lay_until(b, at, begin);
     b->shift_us = shift;
-    b->step_end_us = end;
     b->told_end_us = s.end_us;
+    b->told_us = s.end_us - s.begin_us;
+    const double end = end_of(b, at, begin, fmax(s.end_us + shift, begin));
+    b->step_end_us = end;
     struct cover kernels = cover_begin(begin, end, b->kernel_end_us), all = cover_begin(begin, end, b->any_end_us);
     bool any = false;
     for (; at < b->records && b->record[at].begin_us < end; at++) {
@@ -277,14 +326,30 @@ static int by_begin(const void *a, const void *b)
 /* Records from here on may be of the oldest step. */
 static double held_from_us(const struct activity_book *b)
 {
-    return b->step[b->first_step].begin_us + b->shift_us - reach_us(b);
+    const struct step *s = &b->step[b->first_step];
+    return s->begin_us + b->shift_us - reach_us(b, s);
 }
 
-void activity_book_settle(struct activity_book *b, double until_us, double idle_us)
+/* What begins behind this says nothing of the oldest step any more, nor of where a next one near it begins. */
+static double held_to_us(const struct activity_book *b)
+{
+    const struct step *s = &b->step[b->first_step];
+    return s->end_us + b->shift_us + reach_us(b, s) + 3 * ANCHOR_US;
+}
+
+/* The last step waits for a next one, which may begin at its end. */
+static bool is_complete(const struct activity_book *b, double until_us, double idle_us)
+{
+    return b->steps && held_to_us(b) < until_us &&
+           (b->steps > 1 || b->step[b->first_step].end_us + ANCHOR_US < idle_us);
+}
+
+/* idle_us: of steps, and of records, which may be laid without them. */
+static void settle(struct activity_book *b, double until_us, double steps_idle_us, double idle_us)
 {
     uint32_t at = 0;
     qsort(b->record, b->records, sizeof *b->record, by_begin);
-    while (b->steps && b->step[b->first_step].end_us + b->shift_us + ANCHOR_US < until_us)
+    while (is_complete(b, until_us, steps_idle_us))
         at = lay_step(b, at);
     until_us = fmin(until_us, b->steps ? held_from_us(b) : fmax(b->step_end_us, idle_us));
     at = lay_until(b, at, until_us);
@@ -293,11 +358,15 @@ void activity_book_settle(struct activity_book *b, double until_us, double idle_
     b->settled_us = fmax(b->settled_us, fmax(b->step_end_us, until_us));
 }
 
+void activity_book_settle(struct activity_book *b, double until_us, double idle_us)
+{
+    settle(b, until_us, idle_us, idle_us);
+}
+
 /* The oldest step, with the records that are there. */
 static void settle_step(struct activity_book *b)
 {
-    double until_us = b->step[b->first_step].end_us + b->shift_us + 2 * ANCHOR_US;
-    activity_book_settle(b, until_us, -INFINITY);
+    settle(b, nextafter(held_to_us(b), INFINITY), INFINITY, -INFINITY);
 }
 
 void activity_book_step(struct activity_book *b, uint64_t step, double begin_us, double end_us)

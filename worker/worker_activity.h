@@ -7,7 +7,9 @@
  *                        KKK
  *
  * Steps and records are timed by two clocks that drift apart by some microseconds in a second. So each step is moved to the
- * nearest beginning of a run of copies to the device, and records are moved the other way, onto the steps as they were told.
+ * nearest beginning of a run of copies to the device, all of one stream, and records are moved the other way, onto the steps as
+ * they were told. Behind a gap kernels must follow the run: others copy to the device, too, by streams of their own. A step
+ * waits for the next one to be told, as what comes behind that one's first copy is not its own.
  *
  * Records and steps come in any order between them, each in a bounded queue; activity_book_settle lays what is not to change any more.
  */

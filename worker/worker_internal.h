@@ -54,7 +54,7 @@ enum worker_exit {
 #define WORKER_FAULT_WAIT_MS     500   /* for the coordinator to have taken it */
 #define WORKER_WELCOME_MS        10000 /* from Hello to Welcome */
 #define WORKER_PROGRESS_MS       200   /* between Loading messages */
-#define WORKER_KERNELS_END_MS    5000  /* for the last records of a device that is traced */
+#define WORKER_KERNELS_END_MS    700   /* for a traced device's last records; EXIT_GRACE less RELAUNCH_DELAY is 750 */
 
 /* ---- log ---- */
 
@@ -157,17 +157,18 @@ void worker_guard_limit_step(struct worker_guard *g, uint32_t limit_ms);
 
 struct worker_trace;
 
-/* path, with ".RANK" behind it when there are several. */
+/* path, with ".RANK" behind it when there are several. log: told once when the file cannot be written to any more. */
 STATUS_MUST_CHECK enum status_code worker_trace_open(struct worker_trace **out, const char *path, uint32_t rank,
-                                                     uint32_t ranks, struct status *st);
+                                                     uint32_t ranks, const struct worker_log *log, struct status *st);
 void worker_trace_host(struct worker_trace *t, const char *name, uint64_t step, int64_t begin_us, int64_t end_us);
 void worker_trace_step(struct worker_trace *t, const struct engine_result *r);
 /* From now on the kernels and copies of a device, as its source tells them, under the steps; source->start was called. Without it
  * steps cost nothing more. */
 STATUS_MUST_CHECK enum status_code worker_trace_kernels(struct worker_trace *t, const struct activity_source *source,
                                                         struct status *st);
-/* Waits up to WORKER_KERNELS_END_MS for the last of them. */
-void worker_trace_close(struct worker_trace *t);
+/* Waits up to WORKER_KERNELS_END_MS for the last of them. False: in vain, and the thread that takes them may be anywhere in the
+ * source, so the back end must stay as it is. */
+bool worker_trace_close(struct worker_trace *t);
 
 /* ---- kernels of the timeline (worker_kernels.c): a thread of their own takes them from the device's source ---- */
 

@@ -6,7 +6,7 @@
  *
  * The summary gains: kernels, copies; kernel_busy_us: a kernel was running; inside_gap_us: none was, of all steps' time, and what
  * of it copies ran (copy_us); longest_gap_us, longest_gap_step; top_kernels: name, count, us of the ten that took most. What is
- * missing: dropped (no room, or no times), late, steps_without_kernels, steps_lost. kernels_outside: of the start, and
+ * missing: dropped (no room, no times, or impossible ones), late, steps_without_kernels, steps_lost. kernels_outside: of the start, and
  * between steps. shift_us: by how much records were moved at most to lie under the steps.
  */
 #include "worker/worker_internal.h"
@@ -51,7 +51,7 @@ struct worker_kernels {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     /* guarded by lock */
-    bool end;
+    bool end, ended; /* the thread is to end; it has nothing more to do */
     uint32_t steps;
     uint64_t steps_lost;
     struct step step[STEPS_MAX];
@@ -92,6 +92,10 @@ static void on_placed(void *ctx, const struct activity_placed *p)
 static void on_record(void *ctx, const struct activity *a)
 {
     struct worker_kernels *k = ctx;
+    if (a->begin_us < 0) { /* before the machine was started: there is no clock behind it */
+        k->dropped++;
+        return;
+    }
     k->newest_us = fmax(k->newest_us, a->begin_us);
     activity_book_add(k->book, a);
 }
@@ -114,14 +118,19 @@ static void take(struct worker_kernels *k, bool last)
     write_text(k);
 }
 
+static void after_ms(struct timespec *t, long ms)
+{
+    clock_gettime(CLOCK_MONOTONIC, t);
+    t->tv_nsec += ms * 1000000;
+    t->tv_sec += t->tv_nsec / 1000000000;
+    t->tv_nsec %= 1000000000;
+}
+
 /* Until the next turn; true: it is the last. */
 static bool wait_turn(struct worker_kernels *k)
 {
     struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += TAKE_MS * 1000000;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
+    after_ms(&until, TAKE_MS);
     pthread_mutex_lock(&k->lock);
     while (!k->end && pthread_cond_timedwait(&k->changed, &k->lock, &until) != ETIMEDOUT)
         ;
@@ -136,6 +145,10 @@ static void *run(void *arg)
     while (!wait_turn(k))
         take(k, false);
     take(k, true);
+    pthread_mutex_lock(&k->lock);
+    k->ended = true;
+    pthread_cond_signal(&k->changed);
+    pthread_mutex_unlock(&k->lock);
     return NULL;
 }
 
@@ -212,17 +225,20 @@ static void summarise(const struct worker_kernels *k, char *args, size_t cap)
 bool worker_kernels_end(struct worker_kernels *k, char *args, size_t cap)
 {
     struct timespec until;
+    after_ms(&until, WORKER_KERNELS_END_MS);
     pthread_mutex_lock(&k->lock);
     k->end = true;
     pthread_cond_signal(&k->changed);
+    while (!k->ended && pthread_cond_timedwait(&k->changed, &k->lock, &until) != ETIMEDOUT)
+        ;
+    const bool ended = k->ended;
     pthread_mutex_unlock(&k->lock);
-    clock_gettime(CLOCK_REALTIME, &until); /* the clock of pthread_timedjoin_np */
-    until.tv_sec += WORKER_KERNELS_END_MS / 1000;
-    if (pthread_timedjoin_np(k->thread, NULL, &until) != 0) {
+    if (!ended) {
         pthread_detach(k->thread);
         snprintf(args, cap, ",\"kernels_stuck\":true");
         return false;
     }
+    pthread_join(k->thread, NULL);
     summarise(k, args, cap);
     release(k);
     return true;

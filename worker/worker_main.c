@@ -62,7 +62,8 @@ static enum status_code join_group(struct worker *w, struct status *st)
     w->rank = comm_rank(w->comm);
     w->size = comm_size(w->comm);
     atomic_store(&w->log.rank, (int)w->rank);
-    if (w->options.trace && (rc = worker_trace_open(&w->trace, w->options.trace, w->rank, w->size, st)) != ST_OK)
+    if (w->options.trace &&
+        (rc = worker_trace_open(&w->trace, w->options.trace, w->rank, w->size, &w->log, st)) != ST_OK)
         return rc;
     return draw_launch_id(w, st);
 }
@@ -92,8 +93,17 @@ static void fill_hello(struct worker *w)
 /* The orderly end: all ranks come here, so MPI_Finalize finds its peers; the guard bounds it all the same. */
 static void close_all(struct worker *w)
 {
-    worker_trace_close(w->trace);
+    const bool whole = worker_trace_close(w->trace);
     worker_control_detach(&w->control);
+    if (!whole) {
+        /* A thread is still inside the plugin, which must not be unloaded under it, nor may exit's handlers run. All is
+         * done, so this is no failure; the group is left in order, as MPI takes it for one otherwise. */
+        worker_log(&w->log, WORKER_LOG_WARNING, "--trace-kernels: the last records did not come within %d ms",
+                   WORKER_KERNELS_END_MS);
+        worker_guard_set_comm(&w->guard, NULL);
+        comm_destroy(w->comm);
+        _exit(WORKER_EXIT_OK);
+    }
     engine_destroy(w->engine);
     worker_backend_close(&w->backend);
     worker_guard_set_comm(&w->guard, NULL);
