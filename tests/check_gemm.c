@@ -3,6 +3,7 @@
  * Tolerance: a float sum of K products in any order is off by at most about K * 2^-24 * sum |x w|; with 16 or more
  * partial sums the true bound is far smaller. We allow (4 + K / 8) * 2^-24 * sum |x w|.
  */
+#include <cblas.h>
 #include <check.h>
 #include <math.h>
 #include <signal.h>
@@ -193,6 +194,16 @@ START_TEST(product_matches_double_for_long_rows)
     for (size_t i = 0; i < sizeof ts / sizeof *ts; i++)
         one_case(f.gemm, dtypes[_i], 70, 14336, ts[i], 0, &seed);
     drop(&f);
+}
+END_TEST
+
+/* Which its own list does not give where the processor is newer than it. */
+START_TEST(the_library_has_kernels_for_this_processor)
+{
+#if defined __x86_64__
+    if (__builtin_cpu_supports("avx2"))
+        ck_assert_str_ne(openblas_get_corename(), "Prescott");
+#endif
 }
 END_TEST
 
@@ -412,6 +423,7 @@ int main(void)
     tcase_add_test(core, every_instruction_set_computes_the_same);
     suite_add_tcase(s, core);
     TCase *limits = tcase_create("limits");
+    tcase_add_test(limits, the_library_has_kernels_for_this_processor);
     tcase_add_test(limits, zero_sizes_are_fine);
     tcase_add_test(limits, more_columns_than_announced_still_works);
     tcase_add_test(limits, denormal_weights_count);

@@ -5,6 +5,7 @@
 #include <cblas.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "worker/gemm_internal.h"
 
@@ -32,6 +33,26 @@ struct gemm {
     uint64_t scratch_floats; /* per worker */
     float *scratch;
 };
+
+#if defined __x86_64__ && defined __GLIBC__
+/* OpenBLAS chooses its kernels by a list of processors, and on one that came after it those of 2004: a fraction of the speed, and
+ * sums that depend on the number of rows. Another choice it takes from the environment alone, as it is loaded. So there the
+ * program begins anew, once, before anything else has happened. */
+__attribute__((constructor)) static void begin_with_newer_kernels(int argc, char **argv)
+{
+    (void)argc;
+    if (getenv("OPENBLAS_CORETYPE") || strcmp(openblas_get_corename(), "Prescott") != 0)
+        return;
+    __builtin_cpu_init();
+    const char *core = NULL;
+    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        core = "SkylakeX";
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        core = "Haswell";
+    if (core && setenv("OPENBLAS_CORETYPE", core, 1) == 0)
+        execv("/proc/self/exe", argv); /* where that cannot be, it is slow */
+}
+#endif
 
 static const struct gemm_kernels *best_kernels(void)
 {
