@@ -49,8 +49,12 @@ __attribute__((constructor)) static void begin_with_newer_kernels(int argc, char
         core = "SkylakeX";
     else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         core = "Haswell";
-    if (core && setenv("OPENBLAS_CORETYPE", core, 1) == 0)
-        execv("/proc/self/exe", argv); /* where that cannot be, it is slow */
+    char path[4096]; /* itself, not the link: the process is called after it */
+    const ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (core && n > 0 && (size_t)n < sizeof path - 1 && setenv("OPENBLAS_CORETYPE", core, 1) == 0) {
+        path[n] = 0;
+        execv(path, argv); /* where that cannot be, it is slow */
+    }
 }
 #endif
 
