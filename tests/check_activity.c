@@ -355,8 +355,9 @@ START_TEST(steps_back_to_back_keep_to_their_copies)
     for (size_t i = 0; i < n_placed; i++) {
         ck_assert(placed[i].in_step);
         ck_assert_uint_eq(placed[i].step, i / 8 + 1);
-        ck_assert_double_ge(placed[i].begin_us, 1000 + (double)(i / 8) * 500);
-        ck_assert_double_le(placed[i].end_us, 1000 + (double)(i / 8) * 500 + 497);
+        const size_t begin_us = 1000 + i / 8 * 500;
+        ck_assert_double_ge(placed[i].begin_us, (double)begin_us);
+        ck_assert_double_le(placed[i].end_us, (double)begin_us + 497);
     }
     activity_book_destroy(b);
 }

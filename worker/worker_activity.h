@@ -40,11 +40,11 @@ const char *activity_name_json(char out[ACTIVITY_JSON_MAX], const char *name);
 /* A record where it was laid. */
 struct activity_placed {
     enum activity_kind kind;
-    const char *name; /* short; of copies and fills, too */
     uint32_t stream;
     uint32_t lane; /* of kernels, or of the others: no two in one overlap, but in the last */
-    uint64_t step; /* the one that it began in; meaningless unless in_step */
     bool in_step;
+    uint64_t step;           /* the one that it began in; meaningless unless in_step */
+    const char *name;        /* short; of copies and fills, too */
     double begin_us, end_us; /* by the clock of the steps */
     uint64_t bytes;
 };
