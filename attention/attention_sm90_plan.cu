@@ -126,20 +126,30 @@ __device__ decode_cut cut_decodes(uint64_t blocks, uint64_t tiles, uint32_t long
     return best;
 }
 
-/* Where prefill has the SMs of a few blocks, what would be one round of whole units is two of a few: the last sequences' units cut, so
- * that who is done early takes their parts, may be done sooner than with all units cut. Slots: two per unit of all. */
-__device__ void cut_last_decodes(uint64_t blocks, uint64_t first_tiles, uint64_t last_tiles, uint32_t longest,
-                                 decode_cut *best)
+/* The same where prefill has some SMs for itself: `blocks` begin at once, `late` ones when it has ended, at `from`, in tiles. Whoever is
+ * done takes the next item, so work is spread over all, and half of an item is the mean wait for the last one. What would be a second round of
+ * whole units begins when prefill ends or the first one does. Units of the last sequences may be cut: short items at the end are what
+ * levels it. Slots: two per unit of all. */
+__device__ void cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t from, uint64_t first_tiles,
+                                 uint64_t last_tiles, uint32_t longest, decode_cut *best)
 {
-    const uint64_t whole = (first_tiles + longest - 1) / longest;
-    for (uint32_t k = 2; k <= MAX_LAST_PARTS; k *= 2) {
+    const uint64_t unit = longest + ENDS_BESIDE, wait = late * from;
+    if (best->tiles == longest)
+        best->cost = UINT64_MAX; /* whole units, looked at again */
+    for (uint32_t k = 1; k <= MAX_LAST_PARTS; k *= 2) {
         const uint32_t each = (longest + k - 1) / k;
-        if (each < MIN_DECODE_TILES)
+        if (k > 1 && each < MIN_DECODE_TILES)
             break;
-        const uint32_t unit = longest + ENDS_BESIDE, part = each + 2 * ENDS_BESIDE;
-        const uint64_t rounds = (whole + blocks - 1) / blocks * unit;
-        const uint64_t all = (whole * unit + (last_tiles + each - 1) / each * part) / blocks + part;
-        const uint64_t cost = rounds > all ? rounds : all;
+        const uint64_t whole = ((k > 1 ? 0 : last_tiles) + first_tiles) / longest;
+        const uint64_t part = k > 1 ? each + 2 * ENDS_BESIDE : unit;
+        const uint64_t parts = k > 1 ? (last_tiles + each - 1) / each : 0;
+        const uint64_t ends = whole <= blocks ? unit : unit + (unit < from ? unit : from);
+        uint64_t cost = (whole * unit + parts * part + wait) / (blocks + late) + part / 2;
+        cost = cost > ends ? cost : ends;
+        if (k == 1) {
+            const uint64_t rounds = (whole + blocks - 1) / blocks * unit;
+            cost = rounds < cost ? rounds : cost;
+        }
         if (cost < best->cost)
             *best = {longest, each, cost};
     }
@@ -265,6 +275,7 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long 
         return r;
     const uint32_t units = t.units[ROLE_PREFILL] * a.kv_heads;
     bool mostly_alone = a.policy == ATTN_GPU_SERIAL;
+    uint32_t prefill = 0; /* tiles until it ends */
     if (units > 0) {
         const uint32_t mean = mean_unit(t);
         prefill_cut cut = cut_prefill(units, mean, r.clusters);
@@ -272,6 +283,7 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long 
             mostly_alone = leave_decodes(a, t, share, cut.cost, &r);
             cut = cut_prefill(units, mean, r.clusters);
         }
+        prefill = cut.cost;
         const uint64_t each = t.tiles[ROLE_PREFILL] * a.kv_heads / r.clusters;
         const uint32_t whole = mean + mean / 2 > each ? mean + mean / 2 : (uint32_t)each;
         r.tiles[ROLE_PREFILL] = cut.parts > 1 ? (mean + cut.parts - 1) / cut.parts : whole;
@@ -289,7 +301,8 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long 
     decode_cut cut = cut_decodes(blocks, t.tiles[ROLE_DECODE] * a.kv_heads, t.longest[ROLE_DECODE],
                                  beside ? ENDS_BESIDE : ENDS_ALONE);
     if (beside)
-        cut_last_decodes(blocks, (t.tiles[ROLE_DECODE] - t.last_tiles) * a.kv_heads, t.last_tiles * a.kv_heads,
+        cut_last_decodes(blocks, DECODE_BLOCKS_PER_SM * a.sms - blocks, prefill,
+                         (t.tiles[ROLE_DECODE] - t.last_tiles) * a.kv_heads, t.last_tiles * a.kv_heads,
                          t.longest[ROLE_DECODE], &cut);
     if (at_once || (mostly_alone && cut.tiles <= SHORT_PART_TILES)) {
         r.tiles[ROLE_DECODE] = cut.tiles;
