@@ -1,5 +1,5 @@
 /* cuda_internal.h - the CUDA back end of a rank, shared by its own C files: backend_cuda.c (devices, sessions, memory for
- * weights), cuda_forward.c (create), cuda_run.c (a step), cuda_gemm.c and cuda_gemm_choose.c (products).
+ * weights), cuda_forward.c (create), cuda_run.c (a step), cuda_layers.c (its layers), cuda_gemm.c and cuda_gemm_choose.c (products).
  *
  * One stream carries all of a step. Everything that changes from step to step is written to pinned memory of the host and
  * goes over in one copy; the launches that follow depend on the bucket alone, so they can be replayed as a graph.
@@ -36,6 +36,12 @@ struct cuda_product {
     const float *bias; /* [w->rows] or NULL */
     void *gate_up;     /* [rows][w->rows] bf16: on their way, where they leave the chip at all */
 };
+
+static inline struct cuda_product cuda_product_of(const struct mat *w, const void *x, void *y, enum cuda_out out,
+                                                  uint32_t rows)
+{
+    return (struct cuda_product){.w = w, .x = x, .y = y, .out = out, .rows = rows};
+}
 
 struct cuda_gemm_config {
     cudaStream_t stream;
@@ -202,7 +208,13 @@ STATUS_MUST_CHECK enum status_code cuda_options_score(struct forward *f, const s
 /* The step has ended: its scores go where the batch wants them. */
 void cuda_options_take_scores(const struct cuda_flight *l);
 
-/* ---- before the first step (cuda_run.c, cuda_warm.c) ---- */
+/* ---- layers (cuda_layers.c) ---- */
+
+/* All of them, of the rows, sequences and tokens that went over. */
+STATUS_MUST_CHECK enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, bool decodes,
+                                                       struct status *st);
+
+/* ---- before the first step (cuda_layers.c, cuda_run.c, cuda_warm.c) ---- */
 
 /* The products of the bucket's layers get their ways; of the LM head for so many rows. */
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, struct status *st);
