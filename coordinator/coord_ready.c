@@ -66,6 +66,8 @@ enum status_code group_take_ready(struct group *g, struct rank_conn *conn, const
             g->suspend_bytes_per_s = r->suspend_bytes_per_s;
     }
     conn->kv.total_pages = conn->kv.free_pages = r->token_bytes ? r->total_pages : 0;
+    if (*r->device)
+        text_sanitize(conn->device, sizeof conn->device, r->device, strlen(r->device));
     conn->ready = true;
     g->n_ready++;
     return ST_OK;

@@ -173,6 +173,7 @@ START_TEST(tells_about_server_and_model)
     ck_assert_uint_eq(s->tensor_parallel_size, 2);
     ck_assert_uint_eq(s->n_ranks, 2);
     ck_assert_str_eq(s->ranks[1]->host, "fake-host");
+    ck_assert_str_eq(s->ranks[0]->device, "no device yet");
     ck_assert_str_eq(s->ranks[1]->device, "fake device");
     ck_assert_uint_eq(s->ranks[1]->pid, (uint32_t)getpid());
     ck_assert_uint_lt(s->ranks[1]->heartbeat_age_ms, 3000);

@@ -77,7 +77,7 @@ static bool send_hello(struct fake_rank *r)
     const struct fake_options *o = &r->group->o;
     Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
     Tandem__V1__Hello h = TANDEM__V1__HELLO__INIT;
-    char host[] = "fake-host", device[] = "fake device";
+    char host[] = "fake-host", device[] = "no device yet";
     h.protocol = o->protocol ? o->protocol : RPC_WORKER_PROTOCOL;
     h.launch_id = o->launch_id;
     h.rank = r->rank;
@@ -116,7 +116,7 @@ static bool send_ready(struct fake_rank *r)
     Tandem__V1__Ready ready = TANDEM__V1__READY__INIT;
     Tandem__V1__ModelInfo model = TANDEM__V1__MODEL_INFO__INIT;
     Tandem__V1__Defaults defaults = TANDEM__V1__DEFAULTS__INIT;
-    char architecture[] = "FakeForCausalLM";
+    char architecture[] = "FakeForCausalLM", device[] = "fake device";
     uint32_t eos = o->eos_id;
     loading.done_bytes = loading.total_bytes = 1000;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_LOADING;
@@ -144,6 +144,8 @@ static bool send_ready(struct fake_rank *r)
     ready.vocab_size = o->vocab_size;
     ready.sample_options = TANDEM__V1__SAMPLE_OPTION__ALL & ~o->lacks;
     ready.model = &model;
+    if (r->rank > 0) /* rank 0: as Hello said */
+        ready.device = device;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_READY;
     m.ready = &ready;
     return send_message(r, &m);

@@ -195,6 +195,7 @@ static void send_ready(struct worker *w)
     r.vocab_size = i.vocab_size;
     r.sample_options = i.sample_options;
     r.model = &model;
+    r.device = w->device;
     Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_READY;
     m.ready = &r;

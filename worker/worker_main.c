@@ -73,7 +73,9 @@ static void fill_hello(struct worker *w)
     if (gethostname(w->host, sizeof w->host) != 0)
         snprintf(w->host, sizeof w->host, "unknown");
     w->host[sizeof w->host - 1] = '\0';
-    if (w->options.threads)
+    if (w->options.backend != WORKER_BACKEND_HOST)
+        snprintf(w->device, sizeof w->device, "no device yet");
+    else if (w->options.threads)
         snprintf(w->device, sizeof w->device, "host, %u threads", w->options.threads);
     else
         snprintf(w->device, sizeof w->device, "host");

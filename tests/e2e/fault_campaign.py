@@ -3,6 +3,7 @@
     fault_campaign.py --faults 1000 --seed 1        # environment as in cluster.py
     fault_campaign.py --groups 2 --tp 1 --faults 500
     fault_campaign.py --groups 2 --tp 1 --journal --faults 1000
+    fault_campaign.py --worker-arg=--backend --worker-arg=cuda --worker-arg=--batch-invariant --worker-arg=1
 
 A coordinator and mpirun as `tandem serve` starts them, but launched again at once and for ever. Clients repeat a fixed set
 of requests: greedy, sampled, log probabilities, stop strings, penalties, several answers; some read slowly, some vanish.
@@ -159,7 +160,8 @@ class Group:
         while not self.server.stopping:
             self.ranks = subprocess.Popen([*MPI, "--mca", "orte_tmpdir_base", own, "-np", str(self.server.tp),
                                            f"{BIN}/tandem-worker", "--model", DEMO, "--threads", "1", "--coordinator",
-                                           f"unix:{self.server.folder}/proxy", "--kv-memory", "64M", *name],
+                                           f"unix:{self.server.folder}/proxy", "--kv-memory", "64M",
+                                           *self.server.worker_args, *name],
                                           env=self.server.env, stdout=self.server.log,
                                           stderr=self.server.log, start_new_session=True)
             self.ranks.wait()
@@ -178,7 +180,8 @@ class Group:
 class Server:
     """The part of `tandem serve` that matters here, without its pauses and without giving up."""
 
-    def __init__(self, folder, log, groups, tp, journal):
+    def __init__(self, folder, log, groups, tp, journal, worker_args):
+        self.worker_args = worker_args
         self.log, self.folder, self.stopping, self.tp, self.journal = log, folder, False, tp, journal
         self.address = f"127.0.0.1:{free_port()}"
         self.env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -510,11 +513,12 @@ def main():
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--tp", type=int, default=2, help="ranks of each group")
     parser.add_argument("--journal", action="store_true", help="the coordinator is killed, too")
+    parser.add_argument("--worker-arg", action="append", default=[], help="further options of tandem-worker, one each")
     parser.add_argument("--hang", type=float, default=5.0)
     parser.add_argument("--log", default=os.devnull, help="file for what the programs say")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, open(options.log, "w") as log:
-        server = Server(folder, log, options.groups, options.tp, options.journal)
+        server = Server(folder, log, options.groups, options.tp, options.journal, options.worker_arg)
         campaign = Campaign(options, server)
         try:
             campaign.run()

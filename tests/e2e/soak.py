@@ -6,12 +6,14 @@
 First some requests, greedy and sampled, short and long, run one at a time: their ids are what is expected. Then `tandem bench`
 keeps --concurrency requests of random lengths under way, while --clients clients send those requests again and again, some of
 which they leave in the middle. Every 5 s the resident memory of all processes and, where there is nvidia-smi, the memory in use
-on the devices are noted; a fifth of the time into the load and at its end they are compared. Answers are the same to the bit
+on the devices are noted; a fifth of the time into the load and at its end they are compared. Each minute says how it stands, so
+that a run which is cut off has said something; SIGTERM ends it before its time. Answers are the same to the bit
 where the server's are by construction: --batch-invariant 1 on CUDA; else the difference is a number and no failure (--differ).
 """
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -100,27 +102,39 @@ class Soak:
                  str(a.burst), "--input-tokens", a.input_tokens, "--output-tokens", a.output_tokens, "--seed", str(seed),
                  "--json", "-"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             text = out.stdout.decode(errors="replace")
-            if out.returncode:
+            if out.returncode and time.monotonic() < self.end:
                 self.fail(f"bench: status {out.returncode}: {text[-300:]}")
                 time.sleep(0.5)
             else:
                 self.load_requests += a.burst
 
     def watch(self):
-        start = time.monotonic()
+        start = said = time.monotonic()
         while time.monotonic() < self.end:
             pids = [p for p in [self.c.process.pid] + children(self.c.process.pid) if process_name(p) in NAMES]
             self.samples.append((time.monotonic() - start, {p: resident(p) for p in pids}, device_bytes()))
+            if time.monotonic() >= said + 60:
+                said = time.monotonic()
+                self.say(*self.samples[-1])
             time.sleep(5)
+
+    def say(self, seconds, processes, devices):
+        with self.lock:
+            print(f"{seconds:5.0f} s: {self.checked} checked, {self.differ} differ, {self.left} left, {self.load_requests} of load, "
+                  f"{len(self.failures)} failures; processes {', '.join(f'{b / 2**20:.1f}' for b in processes.values())} MiB, "
+                  f"devices {', '.join(f'{b / 2**20:.0f}' for b in devices)} MiB", flush=True)
 
     def run(self):
         self.end = time.monotonic() + 60 * self.args.minutes
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "end", time.monotonic()))
         threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.args.clients)]
         threads += [threading.Thread(target=self.load), threading.Thread(target=self.watch)]
+        start = time.monotonic()
         for t in threads:
             t.start()
         for t in threads:
             t.join()
+        self.seconds = time.monotonic() - start
 
     def growth(self):
         """[(what, bytes a fifth into the load, bytes at the end)]: the median of three samples each."""
@@ -170,7 +184,7 @@ def main():
         bad.append(f"{soak.differ} answers differ from those of the quiet server")
     if soak.checked == 0 or soak.load_requests == 0:
         bad.append("nothing was checked or loaded")
-    print(json.dumps(dict(minutes=args.minutes, checked=soak.checked, differ=soak.differ, left=soak.left,
+    print(json.dumps(dict(minutes=round(soak.seconds / 60, 1), checked=soak.checked, differ=soak.differ, left=soak.left,
                           load_requests=soak.load_requests, steps=load.steps, slow=SLOW, failures=bad[:10])))
     return 1 if bad else 0
 

@@ -153,6 +153,7 @@ class Api(unittest.TestCase):
         info = self.c.info()
         self.assertEqual((info.state, info.tensor_parallel_size), (control_pb2.ServerInfo.READY, 2))
         self.assertEqual([r.rank for r in info.ranks], [0, 1])
+        self.assertNotIn("no device yet", [r.device for r in info.ranks])
         self.assertGreaterEqual(info.epoch, 1)
         m = self.c.control("GetModelInfo", control_pb2.ModelInfo, control_pb2.GetModelInfoRequest())
         self.assertEqual((m.name, m.architecture, m.vocab_size, m.max_context_tokens),
