@@ -64,7 +64,8 @@ uint32_t comm_timeout_ms(const struct comm *c); /* of one operation */
  *
  * The ranks of a machine, in order of rank, each take the first of their devices that no rank before has taken. So ranks that
  * see the same devices take one after the other; and where each sees devices of its own (pods, CUDA_VISIBLE_DEVICES,
- * --devices), each takes one of these.
+ * --devices), each takes one of these. A rank that finds all of its own taken gets one of them if those that have them can
+ * be given others: as many ranks have a device as can.
  */
 #define COMM_DEVICES_MAX   16 /* of a rank; more are not looked at */
 #define COMM_DEVICE_BYTES  16 /* of an id, the same wherever the device is seen: its UUID */
@@ -77,7 +78,7 @@ struct comm_devices {
 };
 
 /* taken[r]: which of its devices rank r takes, or COMM_DEVICE_ABSENT. Returns the first rank that finds none, or `ranks`. Pure;
- * no count may be above COMM_DEVICES_MAX. */
+ * no count may be above COMM_DEVICES_MAX, nor ranks above MAX_RANKS. */
 uint32_t comm_match_devices(const struct comm_devices *of, uint32_t ranks, uint32_t *taken);
 /* Collective: tells all ranks ours (machine is filled in here) and takes one of them. FAILED_PRECONDITION on all ranks alike when
  * one of them finds none; it names that rank and says what the ranks of its machine see. */

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "comm/comm.h"
+#include "proto/ranks.h"
 
 #define SHOWN 6 /* devices in the text of an error, at most */
 
@@ -13,26 +14,49 @@ static const uint8_t *id_of(const struct comm_devices *of, uint32_t rank, uint32
     return of[rank].id[i];
 }
 
-/* The rank before `rank`, on its machine, that has taken this device; `rank` itself: nobody. */
-static uint32_t taker(const struct comm_devices *of, const uint32_t *taken, uint32_t rank, uint32_t machine,
+/* Which of the first `ranks` has taken this device of a machine; `ranks`: nobody. */
+static uint32_t taker(const struct comm_devices *of, const uint32_t *taken, uint32_t ranks, uint32_t machine,
                       const uint8_t *id)
 {
-    for (uint32_t r = 0; r < rank; r++)
+    for (uint32_t r = 0; r < ranks; r++)
         if (of[r].machine == machine && taken[r] != COMM_DEVICE_ABSENT &&
             memcmp(id_of(of, r, taken[r]), id, COMM_DEVICE_BYTES) == 0)
             return r;
-    return rank;
+    return ranks;
+}
+
+/* Gives `rank` a device that none of the first `ranks` has; or one whose owner can be given another in the same way (an augmenting
+ * path). asked: the ranks on the way, which are not asked again. At most MAX_RANKS calls deep. */
+static bool give(const struct comm_devices *of, uint32_t *taken, uint32_t ranks, uint32_t rank, bool *asked)
+{
+    const struct comm_devices *own = &of[rank];
+    for (uint32_t i = 0; i < own->count; i++)
+        if (taker(of, taken, ranks, own->machine, own->id[i]) == ranks) {
+            taken[rank] = i;
+            return true;
+        }
+    for (uint32_t i = 0; i < own->count; i++) {
+        const uint32_t owner = taker(of, taken, ranks, own->machine, own->id[i]);
+        if (asked[owner])
+            continue;
+        asked[owner] = true;
+        if (give(of, taken, ranks, owner, asked)) {
+            taken[rank] = i;
+            return true;
+        }
+    }
+    return false;
 }
 
 uint32_t comm_match_devices(const struct comm_devices *of, uint32_t ranks, uint32_t *taken)
 {
     uint32_t without = ranks;
     for (uint32_t r = 0; r < ranks; r++) {
-        uint32_t i = 0;
-        while (i < of[r].count && taker(of, taken, r, of[r].machine, id_of(of, r, i)) != r)
-            i++;
-        taken[r] = i < of[r].count ? i : COMM_DEVICE_ABSENT;
-        if (taken[r] == COMM_DEVICE_ABSENT && without == ranks)
+        bool asked[MAX_RANKS] = {false};
+        if (give(of, taken, r, r, asked))
+            continue;
+        taken[r] = COMM_DEVICE_ABSENT;
+        if (without == ranks)
             without = r;
     }
     return without;

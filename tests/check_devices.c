@@ -34,30 +34,65 @@ static bool same(const struct comm_devices *a, uint32_t i, const struct comm_dev
     return a->machine == b->machine && memcmp(a->id[i], b->id[k], COMM_DEVICE_BYTES) == 0;
 }
 
-/* Whether a rank before this one has this device of its own. */
-static bool gone(const struct comm_devices *of, const uint32_t *taken, uint32_t rank, uint32_t i)
+/* The first that none before has, without more thought; false: a rank finds none. */
+static bool first_come(const struct comm_devices *of, uint32_t ranks, uint32_t *taken)
 {
-    for (uint32_t r = 0; r < rank; r++)
-        if (taken[r] != COMM_DEVICE_ABSENT && same(&of[r], taken[r], &of[rank], i))
-            return true;
-    return false;
+    for (uint32_t r = 0; r < ranks; r++) {
+        bool free = false;
+        for (taken[r] = 0; taken[r] < of[r].count; taken[r]++) {
+            free = true;
+            for (uint32_t p = 0; free && p < r; p++)
+                free = !same(&of[p], taken[p], &of[r], taken[r]);
+            if (free)
+                break;
+        }
+        if (!free)
+            return false;
+    }
+    return true;
 }
 
-/* The rule, said as what must hold of the answer; it leaves one answer only. */
+/* What must hold of any answer; where all can take the first free one, that is the answer. */
 static void check_rule(const struct comm_devices *of, uint32_t ranks)
 {
-    uint32_t taken[MAX_RANKS], first = ranks, without = comm_match_devices(of, ranks, taken);
-    for (uint32_t r = 0; r < ranks; r++) {
-        const uint32_t end = taken[r] == COMM_DEVICE_ABSENT ? of[r].count : taken[r];
-        ck_assert_uint_le(end, of[r].count);
-        for (uint32_t i = 0; i < end; i++)
-            ck_assert_msg(gone(of, taken, r, i), "rank %u of %u: device %u was free, it took %u", r, ranks, i, end);
-        if (taken[r] != COMM_DEVICE_ABSENT)
-            ck_assert_msg(!gone(of, taken, r, taken[r]), "rank %u of %u took what was taken", r, ranks);
-        else if (first == ranks)
+    uint32_t taken[MAX_RANKS], plain[MAX_RANKS], first = ranks, without = comm_match_devices(of, ranks, taken);
+    for (uint32_t r = ranks; r-- > 0;) {
+        if (taken[r] == COMM_DEVICE_ABSENT) {
             first = r;
+            continue;
+        }
+        ck_assert_uint_lt(taken[r], of[r].count);
+        for (uint32_t p = 0; p < r; p++)
+            ck_assert_msg(taken[p] == COMM_DEVICE_ABSENT || !same(&of[p], taken[p], &of[r], taken[r]),
+                          "ranks %u and %u of %u took the same", p, r, ranks);
     }
     ck_assert_uint_eq(without, first);
+    if (first_come(of, ranks, plain))
+        ck_assert_mem_eq(taken, plain, ranks * sizeof *taken);
+}
+
+#define SMALL_DEVICES 6 /* in check_most */
+
+/* How many of the first n ranks can have a device, all of one machine: by trying every set of devices that they can have. */
+static uint32_t most(const struct comm_devices *of, uint32_t n)
+{
+    uint32_t best[1 << SMALL_DEVICES], next[1 << SMALL_DEVICES],
+        top = 0; /* of ranks served with this set; UINT32_MAX: none */
+    memset(best, 0xff, sizeof best);
+    best[0] = 0;
+    for (uint32_t r = 0; r < n; r++) {
+        memcpy(next, best, sizeof next);
+        for (uint32_t set = 0; set < 1 << SMALL_DEVICES; set++)
+            for (uint32_t i = 0; best[set] != UINT32_MAX && i < of[r].count; i++) {
+                const uint32_t with = set | 1u << of[r].id[i][0];
+                if (with != set && (next[with] == UINT32_MAX || next[with] < best[set] + 1))
+                    next[with] = best[set] + 1;
+            }
+        memcpy(best, next, sizeof best);
+    }
+    for (uint32_t set = 0; set < 1 << SMALL_DEVICES; set++)
+        top = best[set] != UINT32_MAX && best[set] > top ? best[set] : top;
+    return top;
 }
 
 /* ---- core ---- */
@@ -79,6 +114,30 @@ START_TEST(any_group_obeys_the_rule)
 }
 END_TEST
 
+START_TEST(as_many_ranks_have_a_device_as_can)
+{
+    uint64_t seed = 2;
+    uint32_t moved = 0;
+    for (int turn = 0; turn < 4000; turn++) {
+        struct comm_devices of[8];
+        uint32_t taken[8], plain[8], served = 0;
+        const uint32_t ranks = 1 + below(&seed, 8), devices = 1 + below(&seed, SMALL_DEVICES);
+        for (uint32_t r = 0; r < ranks; r++) {
+            of[r] = (struct comm_devices){0};
+            for (uint32_t n = below(&seed, 4); n; n--)
+                put(&of[r], below(&seed, devices));
+        }
+        comm_match_devices(of, ranks, taken);
+        for (uint32_t r = 0; r < ranks; r++) { /* of those before, too: who has one keeps one */
+            served += taken[r] != COMM_DEVICE_ABSENT;
+            ck_assert_uint_eq(served, most(of, r + 1));
+        }
+        moved += served == ranks && !first_come(of, ranks, plain);
+    }
+    ck_assert_uint_ge(moved, 50);
+}
+END_TEST
+
 struct example {
     const char *name;
     const char *sees[5]; /* of ranks of machine 0, each a letter */
@@ -93,7 +152,9 @@ static const struct example examples[] = {
     {"a pod sees all, the others one", {"ABC", "B", "C"}, "ABC"},
     {"one rank with --devices", {"AB", "B"}, "AB"},
     {"one rank with --devices in another order", {"BA", "AB"}, "BA"},
-    {"the rule does not look ahead", {"AB", "A"}, "A-"},
+    {"a rank makes room for one that has no other", {"AB", "A"}, "BA"},
+    {"two ranks make room for a third", {"AB", "BC", "A"}, "BCA"},
+    {"three ranks and two devices", {"AB", "AB", "A"}, "AB-"},
     {"one device seen by two", {"A", "A"}, "A-"},
     {"no device at all", {"", "", "A"}, "--A"},
     {"a device that is named twice", {"AA", "AAB"}, "AB"},
@@ -243,12 +304,12 @@ END_TEST
 
 START_TEST(a_long_list_is_cut_short_in_the_error)
 {
-    const struct comm_devices of[] = {seeing(0, "ABCDEFGHIJKLMNOP"), seeing(0, "A")};
+    const struct comm_devices of[] = {seeing(0, "ABCDEFGHIJKLMNOP"), seeing(0, "A"), seeing(0, "A")};
     struct status st = STATUS_INIT;
     uint32_t taken;
-    tell(0, of, 2);
+    tell(0, of, 3);
     ck_assert_int_eq(take(&taken, &st), ST_FAILED_PRECONDITION);
-    ck_assert_msg(strstr(st.message, "seen there: GPU-41000000 (rank 0's)") &&
+    ck_assert_msg(strstr(st.message, "seen there: GPU-41000000 (rank 1's), GPU-42000000 (rank 0's)") &&
                       strstr(st.message, "GPU-46000000 (free) ..."),
                   "%s", st.message);
 }
@@ -283,6 +344,7 @@ int main(void)
     Suite *s = suite_create("devices");
     TCase *core = tcase_create("core"), *limits = tcase_create("limits"), *faults = tcase_create("faults");
     tcase_add_test(core, any_group_obeys_the_rule);
+    tcase_add_test(core, as_many_ranks_have_a_device_as_can);
     tcase_add_loop_test(core, devices_go_as_in_the_examples, 0, EXAMPLES);
     tcase_add_test(core, each_rank_takes_its_own_of_what_all_told);
     tcase_add_test(core, a_rank_alone_takes_its_first);

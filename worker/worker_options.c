@@ -43,7 +43,7 @@ static const struct option_spec specs[] = {
     {"backend", "NAME", OPTION_CHOICE, AT(backend), 0, 0, backend_names,
      "auto (CUDA where it can serve, else host), cuda or host; default auto"},
     {"devices", "LIST", OPTION_TEXT, AT(devices), 0, 0, NULL,
-     "devices of CUDA that may be taken, as 0,2: each rank takes the first that none before it on its machine has; "
+     "devices of CUDA that may be taken, as 0,2: each rank takes the first that no other of its machine needs; "
      "default: all that the driver finds"},
     {"threads", "N", OPTION_NUMBER, AT(threads), 1, 1024, NULL,
      "threads of this rank; default: its share of the machine's cores"},
