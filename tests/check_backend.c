@@ -102,7 +102,8 @@ static const struct taking_case taking_cases[] = {
     {"\3", NULL, ST_UNIMPLEMENTED, "on device 0"},    /* one that we do not see */
     {"\3", "1,0", ST_UNIMPLEMENTED, "on device 1"},   /* our own order */
     {"\2\1", "1,0", ST_UNIMPLEMENTED, "on device 0"}, /* the same list, in an order that both were told */
-    {"\1\2", "0", ST_FAILED_PRECONDITION, "rank 1 finds no free device among its 1"},
+    {"\1\2", "0", ST_UNIMPLEMENTED, "on device 0"},   /* rank 0 takes the other */
+    {"\1", "0", ST_FAILED_PRECONDITION, "rank 1 finds no free device among its 1"},
     {"", NULL, ST_FAILED_PRECONDITION, "rank 0 finds no free device among its 0"},
 };
 #define TAKING_CASES (int)(sizeof taking_cases / sizeof *taking_cases)
