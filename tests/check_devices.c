@@ -71,13 +71,14 @@ static void check_rule(const struct comm_devices *of, uint32_t ranks)
         ck_assert_mem_eq(taken, plain, ranks * sizeof *taken);
 }
 
-#define SMALL_DEVICES 6 /* in check_most */
+#define SMALL_DEVICES 6 /* of which every set is tried */
 
 /* How many of the first n ranks can have a device, all of one machine: by trying every set of devices that they can have. */
 static uint32_t most(const struct comm_devices *of, uint32_t n)
 {
-    uint32_t best[1 << SMALL_DEVICES], next[1 << SMALL_DEVICES],
-        top = 0; /* of ranks served with this set; UINT32_MAX: none */
+    uint32_t best[1 << SMALL_DEVICES],
+        next[1 << SMALL_DEVICES]; /* ranks served with the set; UINT32_MAX: it cannot be had */
+    uint32_t top = 0;
     memset(best, 0xff, sizeof best);
     best[0] = 0;
     for (uint32_t r = 0; r < n; r++) {

@@ -41,8 +41,7 @@ class Stream(threading.Thread):
 def one(c, way, sign, rank, options, quiet, may_differ):
     """[what went wrong]"""
     streams = [Stream(c, p, options) for p in PROMPTS]
-    for s in streams:
-        s.begun.wait(30)
+    begun = [s.begun.wait(30) for s in streams]
     before, epoch, replays = c.workers(), c.info().epoch, c.load().replays
     start = time.monotonic()
     os.kill(before[rank], sign)
@@ -53,6 +52,10 @@ def one(c, way, sign, rank, options, quiet, may_differ):
     for s in streams:
         s.join(120)
     wrong = [s.error for s in streams if s.error]
+    wrong += [f"stream {i} did not begin or end in time" for i, s in enumerate(streams) if not begun[i] or s.is_alive()]
+    replayed = c.load().replays - replays
+    if replayed == 0:
+        wrong.append("no answer was under way: more --tokens are needed")
     results = [Result(s.got).ids for s in streams]
     wrong += [f"stream {i} has {len(ids)} tokens, {len(q)} expected" for i, (ids, q) in enumerate(zip(results, quiet))
               if len(ids) != len(q)]
@@ -64,7 +67,7 @@ def one(c, way, sign, rank, options, quiet, may_differ):
     except AssertionError as e:
         wrong.append(str(e))
     print(f"{way:5} {sign.name:8} rank {rank}: known after {known:5.2f} s, a new group after {ready:5.2f} s, longest pause "
-          f"{max(s.pause for s in streams):5.2f} s, {c.load().replays - replays} replays, {differ} of {len(streams)} "
+          f"{max(s.pause for s in streams):5.2f} s, {replayed} replays, {differ} of {len(streams)} "
           f"streams differ; {wrong or 'nothing wrong'}", flush=True)
     return wrong
 
