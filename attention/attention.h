@@ -162,6 +162,11 @@ struct attn_gpu_config {
      * long. Takes no window, whose first key depends on the chunk, and no fixed_split_keys. */
     bool batch_invariant;
     enum attn_gpu_policy policy;
+    /* Runs that captured graphs hold in all, each behind its plan in the same graph: of these the device sizes the launches by the work of
+     * each step. Such a graph is instantiated once, uploaded (cudaGraphUpload) before it is first launched, not updated, and no child
+     * of another. Runs beyond the number, or whose plan is not in their graph, launch what they launch outside of one. 0: none.
+     * 32 bytes of pinned host memory each. */
+    uint32_t graph_runs;
 };
 
 /* A step. Made once per captured graph ("bucket"): the pointers and bounds stay, the memory behind them changes. */
@@ -203,6 +208,7 @@ uint64_t attn_gpu_workspace_bytes(const struct attn_gpu *a); /* device memory he
 #define ATTN_FAULT_KV_TOKENS 0xfffffff0u /* more keys in all than max_kv_tokens: rows of the last ones may be missing */
 #define ATTN_FAULT_ROWS      0xfffffff1u /* more rows in all than the config's max_rows; likewise */
 #define ATTN_FAULT_SEQS      0xfffffff2u /* more sequences than the step's max_seqs: those behind are not looked at */
+#define ATTN_FAULT_GRAPH     0xfffffff3u /* launches of the graph could not be sized: see graph_runs */
 
 /* Device memory, one uint32_t: 0, one of the above, or, before these, 1 + the index of a sequence of the last plan that breaks
  * a rule (no rows, kv_len below rows or above max_kv_len, more rows than max_seq_rows, rows behind max_rows). The rows of such

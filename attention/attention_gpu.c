@@ -126,6 +126,10 @@ enum status_code attn_gpu_fault_status(const struct attn_gpu *a, uint32_t fault,
     case ATTN_FAULT_SEQS:
         return status_set(st, ST_INTERNAL, "attention: more sequences than max_seqs of the step (at most %u)",
                           c->max_seqs);
+    case ATTN_FAULT_GRAPH:
+        return status_set(
+            st, ST_INTERNAL,
+            "attention: launches of a graph could not be sized: expected one that was instantiated once and uploaded");
     default:
         return status_set(st, ST_INTERNAL,
                           "attention: seq[%u] breaks a rule: rows 1 to max_seq_rows, kv_len from rows to %u", fault - 1,

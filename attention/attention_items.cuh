@@ -40,14 +40,14 @@ struct attn_counters {
     uint32_t left;        /* blocks */
 };
 
-/* sm90: what the fused kernel leaves to decode's, if one follows: what is left when prefill's list is empty, or all, which begins on
- * the SMs that prefill does not need. */
-constexpr uint32_t HAND_OVER_REST = 1, HAND_OVER_ALL = 2;
+/* sm90: the kernels of a run that the plan has work for. Of those of both roles and of prefill it is one; decode's, behind it, has what
+ * these leave: the rest when prefill's list is empty, or all, which begins on the SMs that prefill does not need. */
+constexpr uint32_t RUN_FUSED = 1, RUN_PREFILL = 2, RUN_DECODE = 4;
 
 struct alignas(16) attn_lists {
     uint32_t count[ROLES]; /* items; written by plan */
-    uint16_t hand_over;
-    uint16_t clusters; /* sm90: that work on prefill */
+    uint16_t kernels;      /* sm90: RUN_FUSED .. */
+    uint16_t clusters;     /* sm90: that work on prefill */
     uint32_t fault;
 };
 

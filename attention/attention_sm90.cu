@@ -1,6 +1,7 @@
 /* attention_sm90.cu - the Hopper back end: wgmma and the copy engine. Host side: memory and launches. */
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 
 #include "attention/attention_cuda.cuh"
 #include "attention/attention_launch.cuh"
@@ -19,7 +20,11 @@ struct sm90_state {
     sm90_map map; /* without base and length */
     char *memory;
     uint64_t bytes;
-    cudaStream_t side; /* ATTN_GPU_STREAMS: decode's */
+    sm90_graph_run *runs; /* [cfg.graph_runs], pinned; NULL: none */
+    uint32_t used_runs;
+    uint64_t plans;          /* captured so far, with runs to come */
+    unsigned long long open; /* capture that the last of them is in; 0: none */
+    cudaStream_t side;       /* ATTN_GPU_STREAMS: decode's */
     cudaEvent_t fork, join;
 };
 
@@ -128,6 +133,7 @@ void destroy(void *state)
     if (s->side)
         cudaStreamDestroy(s->side);
     cudaFree(s->memory);
+    cudaFreeHost(s->runs);
     free(s);
 }
 
@@ -140,6 +146,12 @@ cudaError_t prepare_kernels(const sm90_kernels *k)
             err = cudaFuncSetAttribute((const void *)one->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        (int)one->shared_bytes);
     return err;
+}
+
+/* Whether graphs have launches whose blocks the device numbers. */
+bool sizes_launches(const sm90_state *s)
+{
+    return s->cfg.policy == ATTN_GPU_AUTO && s->cfg.graph_runs > 0;
 }
 
 enum status_code allocate(sm90_state *s, struct status *st)
@@ -160,6 +172,11 @@ enum status_code allocate(sm90_state *s, struct status *st)
     err = cudaMemset(s->memory, 0, (uint64_t)((char *)s->ws.k_maps - s->memory));
     if (err == cudaSuccess)
         err = cudaDeviceSynchronize();
+    if (err == cudaSuccess && sizes_launches(s)) {
+        err = cudaHostAlloc((void **)&s->runs, s->cfg.graph_runs * sizeof *s->runs, cudaHostAllocPortable);
+        if (err == cudaSuccess)
+            memset(s->runs, 0, s->cfg.graph_runs * sizeof *s->runs);
+    }
     if (err == cudaSuccess)
         err = sm90_map_template(&s->map, s->cfg.head_dim, s->cfg.token_stride, s->cfg.dtype == ATTN_BF16, s->memory);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention workspace");
@@ -219,9 +236,19 @@ const uint32_t *fault(const void *state)
     return &((const sm90_state *)state)->ws.lists->fault;
 }
 
+/* Of the capture that the stream is in, which is never 0; else 0. */
+cudaError_t capture_of(void *stream, unsigned long long *id)
+{
+    cudaStreamCaptureStatus status;
+    cudaError_t err = cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, id);
+    if (err != cudaSuccess || status != cudaStreamCaptureStatusActive)
+        *id = 0;
+    return err;
+}
+
 enum status_code plan(void *state, const struct attn_gpu_step *step, struct status *st)
 {
-    const sm90_state *s = (const sm90_state *)state;
+    sm90_state *s = (sm90_state *)state;
     sm90_plan_args a = {};
     a.seq = step->seq;
     a.counts = step->counts;
@@ -236,19 +263,28 @@ enum status_code plan(void *state, const struct attn_gpu_step *step, struct stat
     a.fixed_tiles = s->cfg.fixed_split_keys / TILE_KEYS;
     a.policy = s->cfg.policy;
     a.ws = s->ws;
-    cudaError_t err = sm90_launch_maps(step->seq, step->counts, step->max_seqs, s->map, s->ws.k_maps, s->ws.v_maps,
-                                       (cudaStream_t)step->stream);
+    cudaError_t err = s->runs ? capture_of(step->stream, &s->open) : cudaSuccess;
+    if (s->open) {
+        a.plan = ++s->plans;
+        a.first_run = s->runs + s->used_runs;
+        a.end_runs = s->runs + s->cfg.graph_runs;
+    }
+    if (err == cudaSuccess)
+        err = sm90_launch_maps(step->seq, step->counts, step->max_seqs, s->map, s->ws.k_maps, s->ws.v_maps,
+                               (cudaStream_t)step->stream);
     if (err == cudaSuccess)
         err = sm90_launch_plan(a, (cudaStream_t)step->stream);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention plan");
 }
 
-cudaError_t launch(const sm90_state *s, const sm90_kernel &k, sm90_args a, uint32_t set, void *stream)
+/* node: as in attn_grid. */
+cudaError_t launch(const sm90_state *s, const sm90_kernel &k, sm90_args a, uint32_t set, void *stream,
+                   cudaGraphDeviceNode_t *node = NULL)
 {
     a.run.counters = s->ws.counters + set;
     const bool early = s->cfg.policy != ATTN_GPU_STREAMS;
     const uint32_t blocks = s->sms / CLUSTER * CLUSTER * k.blocks_per_sm;
-    return attn_launch(k.run, {blocks, k.threads, k.shared_bytes, early, (cudaStream_t)stream}, a);
+    return attn_launch(k.run, {blocks, k.threads, k.shared_bytes, early, (cudaStream_t)stream, node}, a);
 }
 
 /* Decode's kernel on the side stream, beside prefill's: one block of each fits on an SM. */
@@ -283,7 +319,6 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
     r->group_inverse = (uint32_t)((0x100000000 + r->group - 1) / r->group); /* of 1 not used */
     r->head_dim = c->head_dim;
     r->window = c->window;
-    r->one_shape = c->fixed_split_keys != 0;
     r->ws = s->ws;
     r->score_scale = bent(c) ? 1 : c->scale * LOG2_E;
     r->bend_in = c->soft_cap > 0 ? c->scale / c->soft_cap : 0;
@@ -293,11 +328,11 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
 
 /* Decode's list, or what is left of it, with nothing beside: by the portable kernel, whose reads of whole rows reach 5 to 12 %
  * more of the memory's rate than boxes of half a row. Not under a fixed cut: bits are those of one kernel there. */
-cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
+cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream, cudaGraphDeviceNode_t *node = NULL)
 {
     const sm90_run_args &r = a.run;
     if (s->cfg.fixed_split_keys)
-        return launch(s, s->kernels->decode, a, 0, stream);
+        return launch(s, s->kernels->decode, a, 0, stream, node);
     cuda_run_args c = {};
     c.q = r.q;
     c.out = r.out;
@@ -324,48 +359,63 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
         c.ws.sums[i] = s->ws.sums[i];
         c.ws.weights[i] = s->ws.weights[i];
     }
-    return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream);
+    return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream, node);
 }
 
-/* Whether the batch may have both roles, so that the plan may leave decodes to a launch of their own. */
-bool may_hand_over(const struct attn_gpu_step *step)
+/* AUTO: both roles on every SM until prefill's list is empty, or prefill's kernel, as planned; then what is left of decode. What has no
+ * work leaves at once; in a graph that the last plan is in, too, it is a launch of a block or two. Under a fixed cut prefill has one
+ * kernel, for the bits. */
+cudaError_t launch_auto(sm90_state *s, sm90_args a, const struct attn_gpu_step *step)
 {
-    return step->max_seqs > 1;
-}
-
-/* AUTO: both roles on every SM until prefill's list is empty, then the rest of decode by itself. */
-cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step, void *stream)
-{
-    const bool decodes_only = step->max_seq_rows * a.run.group <= DECODE_ROWS;
     const sm90_kernels *k = s->kernels;
-    sm90_args both = a;
+    const bool fixed = s->cfg.fixed_split_keys != 0, one_role = step->max_seqs == 1;
+    unsigned long long capture = 0;
+    cudaError_t err = s->open ? capture_of(step->stream, &capture) : cudaSuccess;
+    sm90_graph_run mine = {}, *listed = NULL;
+    if (capture && capture == s->open && s->used_runs < s->cfg.graph_runs)
+        listed = &mine;
+    a.run.decode_follows = 1;
+    if (err == cudaSuccess && (fixed || !one_role))
+        err = launch(s, k->fused, a, 0, step->stream, listed ? &mine.node[NODE_FUSED] : NULL);
+    if (err == cudaSuccess && !fixed)
+        err = launch(s, k->prefill, a, 0, step->stream, listed ? &mine.node[NODE_PREFILL] : NULL);
+    if (err == cudaSuccess)
+        err = launch_decode(s, a, step->stream, listed ? &mine.node[NODE_DECODE] : NULL);
+    if (err == cudaSuccess && listed) {
+        mine.plan = s->plans;
+        s->runs[s->used_runs++] = mine;
+    }
+    return err;
+}
+
+cudaError_t launch_roles(sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step)
+{
+    const sm90_kernels *k = s->kernels;
     cudaError_t err = cudaSuccess;
-    if (decodes_only)
-        return launch_decode(s, a, stream);
+    if (step->max_seq_rows * a.run.group <= DECODE_ROWS) /* decodes alone */
+        return launch_decode(s, a, step->stream);
     switch (s->cfg.policy) {
     case ATTN_GPU_AUTO:
-        both.run.decode_follows = may_hand_over(step);
-        err = launch(s, k->fused, both, 0, stream);
-        return err == cudaSuccess && both.run.decode_follows ? launch_decode(s, both, stream) : err;
+        return launch_auto(s, a, step);
     case ATTN_GPU_FUSED:
-        return launch(s, k->fused, a, 0, stream);
+        return launch(s, k->fused, a, 0, step->stream);
     case ATTN_GPU_SERIAL:
-        err = launch(s, k->prefill, a, 0, stream);
-        return err == cudaSuccess ? launch_decode(s, a, stream) : err;
+        err = launch(s, k->prefill, a, 0, step->stream);
+        return err == cudaSuccess ? launch_decode(s, a, step->stream) : err;
     case ATTN_GPU_STREAMS:
-        return launch_on_two(s, a, stream);
+        return launch_on_two(s, a, step->stream);
     }
     return cudaErrorInvalidValue;
 }
 
 enum status_code run(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io, struct status *st)
 {
-    const sm90_state *s = (const sm90_state *)state;
+    sm90_state *s = (sm90_state *)state;
     const attn_gpu_config *c = &s->cfg;
     if ((io->kv_offset + (c->kv_heads - 1) * c->head_stride) / 16 > INT32_MAX)
         return status_set(st, ST_INVALID_ARGUMENT, "kv_offset: %llu, this back end takes less than 2^35",
                           (unsigned long long)io->kv_offset);
-    cudaError_t err = launch_roles(s, run_args(s, io), step, step->stream);
+    cudaError_t err = launch_roles(s, run_args(s, io), step);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention kernel");
 }
 } // namespace

@@ -63,6 +63,17 @@ struct sm90_workspace {
  * left to a launch of decode's own kernel, which costs half a part and a start, and is a fifth faster. */
 constexpr uint32_t HAND_OVER_TILES = 80;
 
+/* A run in a captured graph, in host memory that the device reads: the plan that was captured before it gives its launches as many blocks
+ * as they have work for. */
+enum { NODE_FUSED, NODE_PREFILL, NODE_DECODE, RUN_NODES }; /* of RUN_FUSED .. by bit */
+struct alignas(32) sm90_graph_run {
+    cudaGraphDeviceNode_t node[RUN_NODES]; /* NULL: none */
+    uint64_t plan;                         /* whose it is; 0: nobody's */
+};
+
+/* Blocks of a launch of prefill's or the fused kernel that has no work. One that has has more. */
+constexpr uint32_t SM90_PASSING = CLUSTER;
+
 struct sm90_plan_args {
     const attn_seq *seq;
     const uint32_t *counts;
@@ -71,6 +82,9 @@ struct sm90_plan_args {
     uint32_t sms;
     uint32_t fixed_tiles; /* 0: parts by the batch */
     enum attn_gpu_policy policy;
+    const sm90_graph_run *first_run; /* of those of this plan, which lie side by side; not read where plan is 0 */
+    const sm90_graph_run *end_runs;  /* of all */
+    uint64_t plan;
     sm90_workspace ws;
 };
 
@@ -80,8 +94,7 @@ struct sm90_run_args {
     uint64_t q_row_stride, out_row_stride, kv_offset, head_stride;
     uint32_t group, head_dim, window;
     uint32_t group_inverse;  /* 2^32 / group, rounded up */
-    uint32_t decode_follows; /* 1: a fused launch leaves the rest of decode to a launch of the decode kernel */
-    uint32_t one_shape;      /* 1: prefill's tiles are the same whether there are decodes or not, and so are all bits */
+    uint32_t decode_follows; /* 1: a launch of decode's kernel stands behind, and sets the counters back */
     float score_scale;       /* scores times this are powers of 2; 1 where they are bent first; positive */
     float bend_in, bend_out; /* bent scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
     attn_counters *counters;

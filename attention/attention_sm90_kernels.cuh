@@ -4,8 +4,9 @@
  *   decode   2 blocks per SM: one warpgroup each (what one waits for at the ends of items, the other hides)
  *   fused    1 block per SM:  producer | consumer | consumer | decode, both roles with barriers and memory of their own
  *
- * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty, but those that the plan leaves to decode's kernel. The last
- * to leave sets the counters back, where decode's kernel follows the last of its blocks.
+ * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty, but those whose SMs the plan has for
+ * decode's kernel, and all of a kernel that it has no work for. The last to leave sets the counters back, where decode's kernel follows
+ * the last of its blocks.
  */
 #ifndef TANDEM_ATTENTION_SM90_KERNELS_CUH
 #define TANDEM_ATTENTION_SM90_KERNELS_CUH
@@ -37,6 +38,17 @@ __device__ __forceinline__ void sm90_leave(attn_counters *c, uint32_t role_bits)
     c->left = 0;
 }
 
+/* A launch without work, cut down to one cluster by the plan: whoever waits for it has waited for what stands in front of it. First of
+ * all, by way of little code. */
+__device__ __forceinline__ bool sm90_passes()
+{
+    if (gridDim.x != SM90_PASSING)
+        return false;
+    attn_let_next(); /* the one that works lets nobody begin before it has waited */
+    attn_wait_earlier();
+    return true;
+}
+
 /* Barriers are set up, in all blocks of a cluster. */
 __device__ __forceinline__ void sm90_begin()
 {
@@ -48,11 +60,21 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
 {
     extern __shared__ char raw[];
     __shared__ prefill_bars bars;
+    if (sm90_passes())
+        return;
+    const attn_lists lists = attn_lists_of(a.run.ws.lists);
+    if (threadIdx.x == 0)
+        prefill_first(a, &bars);
+    const uint32_t items = lists.kernels & RUN_PREFILL ? lists.count[ROLE_PREFILL] : 0, clusters = lists.clusters;
+    if (blockIdx.x / CLUSTER >=
+        (clusters < items ? clusters : items)) { /* alike in all of a cluster: out, by way of little code */
+        attn_wait_earlier();
+        attn_let_next();
+        return;
+    }
     const uint32_t shared = sm90_shared(sm90_aligned(raw)),
                    group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
-    const uint32_t items = attn_lists_of(a.run.ws.lists).count[ROLE_PREFILL];
     if (threadIdx.x == 0) {
-        prefill_first(a, &bars);
         prefill_init<P>(&bars);
         sm90_mbar_init_fence();
     }
@@ -62,13 +84,14 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
     if (group == 0) {
         sm90_regs_less<24>();
         if (threadIdx.x == 0)
-            prefill_produce<P>(a, &bars, shared, items, gridDim.x / CLUSTER, [] {});
+            prefill_produce<P>(a, &bars, shared, items, clusters, [] {});
     } else {
         sm90_regs_more<REGS>();
         prefill_consume<P>(a, &bars, shared, group - 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0 && items > gridDim.x / CLUSTER)
+    /* Where any cluster has a second item, all of them work. */
+    if (threadIdx.x == 0 && items > clusters && !a.run.decode_follows)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL);
 }
 
@@ -119,21 +142,26 @@ template <typename C> __global__ void __launch_bounds__(128, 4) sm90_decode_besi
     decode_block<C>(a);
 }
 
-/* NARROW is prefill's shape where decode's rings stand beside it, P where no decodes are (unless one_shape): the batch has none,
- * or leaves all to the decode kernel. */
-template <typename P, typename NARROW, typename C>
+/* P: prefill's shape where decode's rings stand beside it. */
+template <typename P, typename C>
 __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
     sm90_fused(const __grid_constant__ sm90_args a)
 {
     extern __shared__ char raw[];
     __shared__ sm90_bars bars;
-    static_assert(P::STAGES == NARROW::STAGES, "barriers of both shapes");
+    if (sm90_passes())
+        return;
+    const attn_lists lists = attn_lists_of(a.run.ws.lists);
+    if (threadIdx.x == 0)
+        prefill_first(a, &bars.prefill);
+    if (!(lists.kernels & RUN_FUSED)) {
+        attn_wait_earlier();
+        attn_let_next();
+        return;
+    }
     char *memory = sm90_aligned(raw);
     const uint32_t group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
-    const attn_lists lists = attn_lists_of(a.run.ws.lists);
-    const uint32_t items = lists.count[ROLE_PREFILL];
     if (threadIdx.x == 0) {
-        prefill_first(a, &bars.prefill);
         prefill_init<P>(&bars.prefill);
         decode_init<C>(&bars.decode);
         bars.decode.stop = 0;
@@ -142,41 +170,21 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
     sm90_begin();
     attn_wait_earlier();
     attn_let_next();
-    const bool none_beside = a.run.decode_follows && lists.hand_over == HAND_OVER_ALL;
-    /* Those behind leave at once: decode's kernel gets their SMs while prefill works. */
-    const uint32_t clusters = none_beside ? lists.clusters : gridDim.x / CLUSTER;
-    const uint32_t mine = blockIdx.x / CLUSTER < clusters ? items : 0;
-    const bool alone = !a.run.one_shape && (lists.count[ROLE_DECODE] == 0 || none_beside);
-    const bool idle = alone && blockIdx.x / CLUSTER >= (clusters < items ? clusters : items);
-    if (idle) {
-        /* Out at once, by way of little code. */
-    } else if (group == 0) {
+    if (group == 0) {
         sm90_regs_less<24>();
-        if (threadIdx.x == 0) {
-            auto taken = [&] { atomicExch(&bars.decode.stop, a.run.decode_follows && lists.hand_over != 0); };
-            if (alone)
-                prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), mine, clusters, taken);
-            else
-                prefill_produce<NARROW>(a, &bars.prefill, sm90_shared(memory), items, clusters, taken);
-        }
+        if (threadIdx.x == 0)
+            prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), lists.count[ROLE_PREFILL], gridDim.x / CLUSTER,
+                               [&] { atomicExch(&bars.decode.stop, (lists.kernels & RUN_DECODE) != 0); });
     } else if (group == 3) {
-        if (alone) {
-            sm90_regs_less<24>();
-        } else {
-            sm90_regs_more<136>();
-            decode_role<C>(a, &bars.decode, memory + NARROW::BYTES, threadIdx.x % GROUP_THREADS,
-                           lists.count[ROLE_DECODE], &bars.decode.stop);
-        }
-    } else if (alone) {
-        sm90_regs_more<232>();
-        prefill_consume<P>(a, &bars.prefill, sm90_shared(memory), group - 1);
+        sm90_regs_more<136>();
+        decode_role<C>(a, &bars.decode, memory + P::BYTES, threadIdx.x % GROUP_THREADS, lists.count[ROLE_DECODE],
+                       &bars.decode.stop);
     } else {
         sm90_regs_more<176>();
-        prefill_consume<NARROW>(a, &bars.prefill, sm90_shared(memory), group - 1);
+        prefill_consume<P>(a, &bars.prefill, sm90_shared(memory), group - 1);
     }
     __syncthreads();
-    const bool counted = items > clusters || !alone; /* decode's role counts where there is nothing, too */
-    if (threadIdx.x == 0 && counted && !a.run.decode_follows)
+    if (threadIdx.x == 0 && !a.run.decode_follows)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL | 1 << ROLE_DECODE);
 }
 
@@ -185,8 +193,7 @@ template <typename P, typename NARROW, typename C, typename SMALL> constexpr sm9
     return {
         {sm90_prefill<P>, 384, P::BYTES + SHARED_ALIGN, 1},
         {sm90_decode<C>, 128, C::BYTES + SHARED_ALIGN, DECODE_BLOCKS_PER_SM},
-        {sm90_fused<P, NARROW, C>, 512,
-         (P::BYTES > NARROW::BYTES + C::BYTES ? P::BYTES : NARROW::BYTES + C::BYTES) + SHARED_ALIGN, 1},
+        {sm90_fused<NARROW, C>, 512, NARROW::BYTES + C::BYTES + SHARED_ALIGN, 1},
         {sm90_prefill_beside<NARROW>, 384, NARROW::BYTES + SHARED_ALIGN, 1},
         {sm90_decode_beside<SMALL>, 128, SMALL::BYTES + SHARED_ALIGN, 1},
         P::D,

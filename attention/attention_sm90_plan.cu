@@ -4,6 +4,7 @@
  *   2  which SMs work on what, and the size of a part, follow from the totals (rule_of)
  *   3  items and slots of every sequence are counted; a scan gives each its place in the lists
  *   4  items are written: a warp per sequence, a lane per block of packed rows
+ *   5  launches of the graph are given their blocks, if the plan is in one
  *
  * Within a sequence items lie by KV head, then last rows first: blocks that run at the same time read the same keys, which
  * come from L2 then, and the longest items of a head begin first.
@@ -50,7 +51,7 @@ struct rule {
     uint32_t tiles[ROLES]; /* most of a part; 0: not cut */
     uint32_t last_tiles;   /* the same of decodes from sequence `last` on */
     uint32_t last;
-    uint32_t hand_over, clusters; /* see attn_lists */
+    uint32_t kernels, clusters; /* see attn_lists; kernels where both roles have items */
 };
 
 struct totals {
@@ -241,34 +242,48 @@ __device__ void look_for_share(const sm90_plan_args &a, const totals &t, unsigne
     atomicMin(best, (unsigned long long)((time + (leaves ? SHARE_GAIN : SHARE_GAIN_CUT)) * 16) << 16 | n);
 }
 
-/* What is AUTO's alone: when decodes are left to their own kernel, and on how many clusters prefill is. true: nearly all of decode
- * is left when prefill has ended. */
-__device__ bool leave_decodes(const sm90_plan_args &a, const totals &t, unsigned long long share, uint32_t prefill,
-                              rule *r)
+/* What is AUTO's alone: by which kernels, and on how many clusters prefill is. true: nearly all of decode is left when prefill has
+ * ended. */
+__device__ bool choose_kernels(const sm90_plan_args &a, const totals &t, unsigned long long share, uint32_t prefill,
+                               rule *r)
 {
     const uint64_t decode = t.tiles[ROLE_DECODE] * a.kv_heads / a.sms;
-    r->hand_over = decode * PROGRESS_OF > (uint64_t)prefill * PROGRESS + PROGRESS_OF * HAND_OVER_TILES;
-    bool mostly_alone = r->hand_over && decode * PROGRESS_OF > (uint64_t)MOSTLY * prefill * PROGRESS;
-    if (r->hand_over && decode * PROGRESS_OF > (uint64_t)NEARLY_ALL * prefill * PROGRESS)
-        r->hand_over = HAND_OVER_ALL;
+    r->kernels = RUN_FUSED;
+    if (decode * PROGRESS_OF > (uint64_t)prefill * PROGRESS + PROGRESS_OF * HAND_OVER_TILES)
+        r->kernels = RUN_FUSED | RUN_DECODE;
+    bool mostly_alone = r->kernels & RUN_DECODE && decode * PROGRESS_OF > (uint64_t)MOSTLY * prefill * PROGRESS;
+    if (r->kernels & RUN_DECODE && decode * PROGRESS_OF > (uint64_t)NEARLY_ALL * prefill * PROGRESS)
+        r->kernels = RUN_PREFILL | RUN_DECODE;
     if (decode * HARDLY_ANY <= prefill && (decode <= SMALL_DECODES || prefill >= LONG_PREFILL)) {
-        r->hand_over = HAND_OVER_ALL;
+        r->kernels = RUN_PREFILL | RUN_DECODE;
         mostly_alone = true;
     }
     const float gain = prefill > LONG_PREFILL ? SHARE_GAIN_PART * (float)prefill : 0;
     if (share != UINT64_MAX && (float)(share >> 16) / 16 + gain < fused_time((float)prefill, (float)decode)) {
-        r->hand_over = HAND_OVER_ALL;
+        r->kernels = RUN_PREFILL | RUN_DECODE;
         r->clusters = (uint32_t)(share & 0xffff);
         mostly_alone = true;
     }
     return mostly_alone;
 }
 
+/* The kernels that a batch has work for. Decode's never stands alone: it leaves it to another to wait for what is in front. */
+__device__ uint32_t kernels_of(const sm90_plan_args &a, const totals &t, const rule &r)
+{
+    if (a.policy == ATTN_GPU_FUSED)
+        return RUN_FUSED;
+    if (a.policy != ATTN_GPU_AUTO)
+        return RUN_PREFILL | RUN_DECODE;
+    const uint32_t decode = t.units[ROLE_DECODE] ? RUN_DECODE : 0;
+    if (a.fixed_tiles)
+        return RUN_FUSED | decode;
+    return t.units[ROLE_PREFILL] && decode ? r.kernels : RUN_PREFILL | decode;
+}
+
 __device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long long share, uint32_t last)
 {
     rule r = {};
     r.last = last;
-    r.hand_over = HAND_OVER_REST;
     r.clusters = a.sms / CLUSTER;
     r.tiles[ROLE_DECODE] = r.last_tiles = a.fixed_tiles;
     if (a.fixed_tiles)
@@ -280,7 +295,7 @@ __device__ rule rule_of(const sm90_plan_args &a, const totals &t, unsigned long 
         const uint32_t mean = mean_unit(t);
         prefill_cut cut = cut_prefill(units, mean, r.clusters);
         if (a.policy == ATTN_GPU_AUTO) {
-            mostly_alone = leave_decodes(a, t, share, cut.cost, &r);
+            mostly_alone = choose_kernels(a, t, share, cut.cost, &r);
             cut = cut_prefill(units, mean, r.clusters);
         }
         prefill = cut.cost;
@@ -433,12 +448,45 @@ __device__ void write(const sm90_plan_args &a, const rule &r, uint32_t i, const 
     }
 }
 
+/* This thread's i-th run of the plan, of one for each thread; not from a cache. */
+__device__ __forceinline__ sm90_graph_run run_of(const sm90_plan_args &a, uint32_t i)
+{
+    const sm90_graph_run *at = a.first_run + threadIdx.x + i * PLAN_THREADS;
+    sm90_graph_run run = {};
+    if (a.plan && at < a.end_runs) {
+        static_assert(sizeof run == 2 * sizeof(ulonglong2), "read as two");
+        ((ulonglong2 *)&run)[0] = __ldcv((const ulonglong2 *)at);
+        ((ulonglong2 *)&run)[1] = __ldcv((const ulonglong2 *)at + 1);
+    }
+    return run;
+}
+
+/* All threads: launches of the graph get the blocks that they have work for; prefill's gets those of `items` items. Decode's, which sets
+ * the counters back, has one at least. */
+__device__ void size_launches(const sm90_plan_args &a, sm90_graph_run run, const rule &r, uint32_t kernels,
+                              uint32_t items, uint32_t *fault)
+{
+    const uint32_t all = a.sms / CLUSTER, working = items < r.clusters ? items : r.clusters;
+    const uint32_t blocks[RUN_NODES] = {
+        kernels & RUN_FUSED ? all * CLUSTER : SM90_PASSING,
+        kernels & RUN_PREFILL ? (working > 1 ? working : 2) * CLUSTER : SM90_PASSING,
+        kernels & RUN_DECODE ? DECODE_BLOCKS_PER_SM * a.sms : 1,
+    };
+    for (uint32_t i = 1; run.plan == a.plan; i++) {
+        for (uint32_t n = 0; n < RUN_NODES; n++)
+            if (run.node[n] && cudaGraphKernelNodeSetGridDim(run.node[n], blocks[n]) != cudaSuccess)
+                atomicMin(fault, ATTN_FAULT_GRAPH);
+        run = run_of(a, i);
+    }
+}
+
 __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constant__ sm90_plan_args a)
 {
     __shared__ totals t;
     __shared__ unsigned long long share;
     const uint32_t given = *a.counts, seqs = given < a.max_seqs ? given : a.max_seqs;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const sm90_graph_run run = run_of(a, 0); /* on its way while the rest is done */
     if (threadIdx.x == 0) {
         t = {};
         share = UINT64_MAX;
@@ -451,6 +499,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     look_for_share(a, t, &share);
     __syncthreads();
     const rule r = rule_of(a, t, share, last);
+    const uint32_t kernels = kernels_of(a, t, r);
     for (uint32_t i = warp; i < seqs; i += PLAN_WARPS) {
         const attn_seq s = a.seq[i];
         uint32_t items = 0, slots = 0;
@@ -492,9 +541,11 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         else if (n > most) /* slots are enough, so units are not */
             atomicMin(&t.fault, ATTN_FAULT_ROWS);
     }
+    if (a.plan)
+        size_launches(a, run, r, kernels, all[ROLE_PREFILL], &t.fault);
     __syncthreads();
     if (threadIdx.x == 0) {
-        a.ws.lists->hand_over = (uint16_t)r.hand_over;
+        a.ws.lists->kernels = (uint16_t)kernels;
         a.ws.lists->clusters = (uint16_t)r.clusters;
         a.ws.lists->fault = t.fault == UINT32_MAX ? 0 : t.fault;
     }

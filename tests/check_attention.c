@@ -916,7 +916,8 @@ START_TEST(steps_on_a_gpu_reach_the_back_end)
                   {4, "seq[3] breaks"},
                   {ATTN_FAULT_KV_TOKENS, "max_kv_tokens (4000)"},
                   {ATTN_FAULT_ROWS, "max_rows (100)"},
-                  {ATTN_FAULT_SEQS, "max_seqs of the step (at most 4)"}};
+                  {ATTN_FAULT_SEQS, "max_seqs of the step (at most 4)"},
+                  {ATTN_FAULT_GRAPH, "could not be sized"}};
     ck_assert_int_eq(attn_gpu_fault_status(a, 0, NULL), ST_OK);
     for (size_t i = 0; i < COUNT(faults); i++) {
         struct status st = STATUS_INIT;

@@ -4,8 +4,8 @@
  *                         [--power MS] [--between 1] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
- * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of one run per layer
- * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer: median, p10, p90.
+ * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
+ * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer, with its share of the plan: median, p10, p90.
  *
  * With --between 1 a kernel stands in front of each run, as in a step, where layers of attention do not touch: it writes q, and K and
  * V of the step's own tokens, which then come from L2. It is in the times, and by itself is a contender, too ("none").
@@ -174,6 +174,7 @@ void create(contender *c, const batch *b, const attn_gpu_ops *ops, int policy)
     cfg.max_rows = b->rows;
     cfg.max_kv_len = b->max_len;
     cfg.policy = (attn_gpu_policy)policy;
+    cfg.graph_runs = b->layers;
     struct status st = STATUS_INIT;
     if (attn_gpu_create(&c->attn, &cfg, &st) != ST_OK) {
         fprintf(stderr, "%s, %s: %s\n", ops->name, policy_names[policy], st.message);
@@ -191,12 +192,12 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     step.max_rows = b->rows;
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
-    if (policy != NONE) {
+    if (policy != NONE)
         create(c, b, ops, policy);
-        ATTN_MUST(attn_gpu_plan(c->attn, &step, &must_st));
-    }
     cudaGraph_t graph;
     CUDA_MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    if (policy != NONE)
+        ATTN_MUST(attn_gpu_plan(c->attn, &step, &must_st));
     for (uint32_t l = 0; l < b->layers; l++) {
         attn_gpu_io io = {};
         io.q = b->q;
@@ -210,6 +211,7 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     }
     CUDA_MUST(cudaStreamEndCapture(stream, &graph));
     CUDA_MUST(cudaGraphInstantiate(&c->exec, graph, 0));
+    CUDA_MUST(cudaGraphUpload(c->exec, stream));
     CUDA_MUST(cudaGraphDestroy(graph));
     c->back_end = ops->name;
     c->policy = policy_names[policy];

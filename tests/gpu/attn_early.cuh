@@ -140,7 +140,7 @@ bool check_late(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy polic
         CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
         late_step(&r, p, 2);
         CUDA_MUST(cudaStreamEndCapture(r.stream, &captured));
-        CUDA_MUST(cudaGraphInstantiate(&exec, captured, 0));
+        exec = instantiate(&r, captured);
     }
     for (uint16_t bits : {(uint16_t)0xffff, narrow(LARGE, p->dtype == ATTN_F16)}) {
         set_batch(p, p->seq.data(), (uint32_t)p->seq.size());

@@ -41,12 +41,14 @@ struct runner {
 };
 
 /* False when the back end cannot do it. */
-bool start(runner *r, const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t fixed)
+bool start(runner *r, const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t fixed,
+           uint32_t graph_runs = 8)
 {
     attn_gpu_config cfg = p->cfg;
     cfg.ops = ops;
     cfg.policy = policy;
     cfg.fixed_split_keys = fixed;
+    cfg.graph_runs = graph_runs;
     struct status st = STATUS_INIT;
     enum status_code rc = attn_gpu_create(&r->attn, &cfg, &st);
     if (rc == ST_UNIMPLEMENTED)
@@ -71,6 +73,16 @@ void stop(runner *r)
 {
     attn_gpu_destroy(r->attn);
     CUDA_MUST(cudaStreamDestroy(r->stream));
+}
+
+/* As attention.h asks where graph_runs is not 0. */
+cudaGraphExec_t instantiate(const runner *r, cudaGraph_t graph)
+{
+    cudaGraphExec_t exec;
+    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA_MUST(cudaGraphUpload(exec, r->stream));
+    CUDA_MUST(cudaStreamSynchronize(r->stream));
+    return exec;
 }
 
 void set_batch(const problem *p, const attn_seq *seq, uint32_t n)

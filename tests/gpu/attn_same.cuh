@@ -111,12 +111,11 @@ void check_graph(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy poli
     if (!start(&r, p, ops, policy, fixed))
         return;
     cudaGraph_t graph;
-    cudaGraphExec_t exec;
     CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
     plan_and_run(&r, p);
     plan_and_run(&r, p);
     CUDA_MUST(cudaStreamEndCapture(r.stream, &graph));
-    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
+    cudaGraphExec_t exec = instantiate(&r, graph);
     std::vector<attn_seq> second;
     for (size_t i = p->seq.size(); i >= 2; i -= 2)
         second.push_back(p->seq[i - 1]);
@@ -147,23 +146,27 @@ void check_graph(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy poli
 }
 
 /* Layers one after the other, each with a q that a kernel in front of it writes into the same memory: no launch may read it,
- * or write out, before its turn. */
-void check_layers(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, const char *what)
+ * or write out, before its turn. The plan sizes launches of so many of the runs; of none where it is not in the graph. */
+void check_layers(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t graph_runs,
+                  bool plan_apart, const char *what)
 {
     runner r;
-    if (!start(&r, p, ops, policy, 0))
+    if (!start(&r, p, ops, policy, 0, graph_runs))
         return;
     cudaGraph_t graph;
-    cudaGraphExec_t exec;
+    const auto plan = [&] { ATTN_MUST([&](struct status *st) { return attn_gpu_plan(r.attn, &r.step, st); }); };
     set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
+    if (plan_apart)
+        plan();
     CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
-    ATTN_MUST([&](struct status *st) { return attn_gpu_plan(r.attn, &r.step, st); });
+    if (!plan_apart)
+        plan();
     for (uint32_t layer = 0; layer < 6; layer++) {
         write_q(p, layer % 2 ? Q_SEED : Q_SEED + 1, r.stream);
         ATTN_MUST([&](struct status *st) { return attn_gpu_run(r.attn, &r.step, &p->io, st); });
     }
     CUDA_MUST(cudaStreamEndCapture(r.stream, &graph));
-    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
+    cudaGraphExec_t exec = instantiate(&r, graph);
     for (uint32_t pass = 0; pass < 3; pass++) {
         CUDA_MUST(cudaGraphLaunch(exec, r.stream));
         compare(p, result(&r, p), what);

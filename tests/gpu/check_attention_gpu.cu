@@ -45,7 +45,8 @@ void check_purpose(const problem *p, const runner *r, const char *what)
     const uint32_t all = (uint32_t)sms / 2, prefill = l.count[ROLE_PREFILL];
     if (sms != 132)
         return;
-    if (strstr(p->c->name, "some SMs") && (l.hand_over != HAND_OVER_ALL || l.clusters == 0 || l.clusters >= all / 2))
+    if (strstr(p->c->name, "some SMs") &&
+        (l.kernels != (RUN_PREFILL | RUN_DECODE) || l.clusters == 0 || l.clusters >= all / 2))
         fail(p, what, "prefill is not on some of the SMs");
     if (!strcmp(p->c->name, "three parts") && prefill != 3 * p->c->HK * 704 * (p->c->H / p->c->HK) / 256)
         fail(p, what, "prefill is not in three parts");
@@ -88,7 +89,11 @@ void check_replays(const problem *p, const attn_gpu_ops *ops, const options &o)
         if (o.quick && !o.once && policy == ATTN_GPU_SERIAL)
             continue;
         snprintf(what, sizeof what, "%s %s, layers", ops->name, policy_names[policy]);
-        check_layers(p, ops, (attn_gpu_policy)policy, what);
+        check_layers(p, ops, (attn_gpu_policy)policy, 6, false, what);
+        if (policy == ATTN_GPU_AUTO) {
+            check_layers(p, ops, ATTN_GPU_AUTO, 2, false, "auto, layers, two with sized launches");
+            check_layers(p, ops, ATTN_GPU_AUTO, 6, true, "auto, layers, plan not in the graph");
+        }
         if (p->dtype == ATTN_F16 && policy != ATTN_GPU_AUTO)
             continue;
         snprintf(what, sizeof what, "%s %s, graph", ops->name, policy_names[policy]);
