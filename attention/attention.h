@@ -133,6 +133,14 @@ enum attn_gpu_policy {
     ATTN_GPU_STREAMS,  /* two kernels on two streams */
 };
 
+/* The launches of a run under ATTN_GPU_AUTO. Each is right for any batch; which is fastest attn_gpu_choose says. */
+enum attn_gpu_way {
+    ATTN_WAY_APART = 0,  /* prefill's kernel, and decode's, which begins on the SMs that the plan leaves to it */
+    ATTN_WAY_FUSED,      /* one kernel in which both live on every SM */
+    ATTN_WAY_FUSED_REST, /* the same until prefill has ended, then decode's */
+    ATTN_GPU_WAYS        /* their number */
+};
+
 struct attn_gpu_ops;
 extern const struct attn_gpu_ops attn_gpu_ops_cuda; /* portable: mma.sync, sm_80 and newer */
 extern const struct attn_gpu_ops attn_gpu_ops_sm90; /* wgmma and the copy engine, compute capability 9.0 alone */
@@ -162,11 +170,6 @@ struct attn_gpu_config {
      * long. Takes no window, whose first key depends on the chunk, and no fixed_split_keys. */
     bool batch_invariant;
     enum attn_gpu_policy policy;
-    /* Runs that captured graphs hold in all, each behind its plan in the same graph: of these the device sizes the launches by the work of
-     * each step. Such a graph is instantiated once, uploaded (cudaGraphUpload) before it is first launched, not updated, and no child
-     * of another. Runs beyond the number, or whose plan is not in their graph, launch what they launch outside of one. 0: none.
-     * 32 bytes of pinned host memory each. */
-    uint32_t graph_runs;
 };
 
 /* A step. Made once per captured graph ("bucket"): the pointers and bounds stay, the memory behind them changes. */
@@ -179,6 +182,7 @@ struct attn_gpu_step {
     uint32_t max_seqs;
     uint32_t max_rows;
     uint32_t max_seq_rows; /* rows of one sequence: 1 where all are decodes; max_rows if not known */
+    enum attn_gpu_way way; /* of the plan and its runs */
     void *stream;          /* cudaStream_t; NULL is the default stream */
 };
 
@@ -208,7 +212,6 @@ uint64_t attn_gpu_workspace_bytes(const struct attn_gpu *a); /* device memory he
 #define ATTN_FAULT_KV_TOKENS 0xfffffff0u /* more keys in all than max_kv_tokens: rows of the last ones may be missing */
 #define ATTN_FAULT_ROWS      0xfffffff1u /* more rows in all than the config's max_rows; likewise */
 #define ATTN_FAULT_SEQS      0xfffffff2u /* more sequences than the step's max_seqs: those behind are not looked at */
-#define ATTN_FAULT_GRAPH     0xfffffff3u /* launches of the graph could not be sized: see graph_runs */
 
 /* Device memory, one uint32_t: 0, one of the above, or, before these, 1 + the index of a sequence of the last plan that breaks
  * a rule (no rows, kv_len below rows or above max_kv_len, more rows than max_seq_rows, rows behind max_rows). The rows of such
@@ -218,6 +221,12 @@ const uint32_t *attn_gpu_fault(const struct attn_gpu *a);
 
 /* What a fault that was copied says: OK for 0, else INTERNAL with the sequence or the limit by name. */
 STATUS_MUST_CHECK enum status_code attn_gpu_fault_status(const struct attn_gpu *a, uint32_t fault, struct status *st);
+
+/* The fastest way for a step of these sequences (host memory; k and v are not looked at): where lengths are known on the host before a
+ * step, it may keep a graph of each way for a bucket. Any thread. attn_gpu_ways: how many there are, ATTN_GPU_WAYS, or 1,
+ * ATTN_WAY_APART, where a policy is given or the back end knows one only. */
+uint32_t attn_gpu_ways(const struct attn_gpu *a);
+enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_seq *seq, uint32_t seqs);
 
 /* The device of the config must be current. Both check what the host knows (INVALID_ARGUMENT) and report launch errors
  * (INTERNAL). A step of no sequences is fine. */

@@ -305,15 +305,15 @@ cudaError_t cuda_prepare_decode(uint32_t head_dim, attn_dtype dtype)
                                 (int)k->decode_bytes);
 }
 
-cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t stream, cudaGraphDeviceNode_t *node)
+cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t stream)
 {
     const cuda_kernel *k = kernel_for(a.head_dim, dtype);
     const uint32_t blocks = BLOCKS_PER_SM * a.sms;
     a.roles = 1 << ROLE_DECODE;
     a.taken[ROLE_DECODE] = a.follows ? 0 : blocks;
-    return attn_launch(k->decode, {blocks, THREADS, k->decode_bytes, true, stream, node}, a);
+    return attn_launch(k->decode, {blocks, THREADS, k->decode_bytes, true, stream}, a);
 }
 
 extern const struct attn_gpu_ops attn_gpu_ops_cuda = {
-    "cuda", query, create, destroy, workspace_bytes, fault, plan, run,
+    "cuda", query, create, destroy, workspace_bytes, fault, NULL, plan, run,
 };

@@ -72,8 +72,8 @@ extern const cuda_kernel cuda_kernels_64[2], cuda_kernels_128[2], cuda_kernels_2
 cudaError_t cuda_launch_plan(const cuda_plan_args &args, cudaStream_t stream);
 
 /* For a back end with a plan of its own: decode's list by this back end's kernel, BLOCKS_PER_SM blocks on each of a.sms. Of
- * `a` roles and taken are filled in here; node as in attn_grid. Prepare once per device. */
+ * `a` roles and taken are filled in here. Prepare once per device. */
 cudaError_t cuda_prepare_decode(uint32_t head_dim, attn_dtype dtype);
-cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t stream, cudaGraphDeviceNode_t *node);
+cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t stream);
 
 #endif

@@ -126,10 +126,6 @@ enum status_code attn_gpu_fault_status(const struct attn_gpu *a, uint32_t fault,
     case ATTN_FAULT_SEQS:
         return status_set(st, ST_INTERNAL, "attention: more sequences than max_seqs of the step (at most %u)",
                           c->max_seqs);
-    case ATTN_FAULT_GRAPH:
-        return status_set(
-            st, ST_INTERNAL,
-            "attention: launches of a graph could not be sized: expected one that was instantiated once and uploaded");
     default:
         return status_set(st, ST_INTERNAL,
                           "attention: seq[%u] breaks a rule: rows 1 to max_seq_rows, kv_len from rows to %u", fault - 1,
@@ -154,7 +150,19 @@ static enum status_code check_step(const struct attn_gpu *a, const struct attn_g
     if (s->max_seq_rows > s->max_rows || (s->max_seq_rows == 0 && s->max_rows > 0))
         return status_set(st, ST_INVALID_ARGUMENT, "max_seq_rows: %u, expected 1 to %u (max_rows)", s->max_seq_rows,
                           s->max_rows);
+    if ((unsigned)s->way >= ATTN_GPU_WAYS)
+        return status_set(st, ST_INVALID_ARGUMENT, "way: %d, expected 0 to %d", (int)s->way, ATTN_GPU_WAYS - 1);
     return ST_OK;
+}
+
+uint32_t attn_gpu_ways(const struct attn_gpu *a)
+{
+    return a->cfg.policy == ATTN_GPU_AUTO && a->cfg.ops->choose ? ATTN_GPU_WAYS : 1;
+}
+
+enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_seq *seq, uint32_t seqs)
+{
+    return attn_gpu_ways(a) > 1 ? a->cfg.ops->choose(a->state, seq, seqs) : ATTN_WAY_APART;
 }
 
 enum status_code attn_gpu_plan(struct attn_gpu *a, const struct attn_gpu_step *step, struct status *st)

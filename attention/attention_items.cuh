@@ -40,14 +40,9 @@ struct attn_counters {
     uint32_t left;        /* blocks */
 };
 
-/* sm90: the kernels of a run that the plan has work for. Of those of both roles and of prefill it is one; decode's, behind it, has what
- * these leave: the rest when prefill's list is empty, or all, which begins on the SMs that prefill does not need. */
-constexpr uint32_t RUN_FUSED = 1, RUN_PREFILL = 2, RUN_DECODE = 4;
-
 struct alignas(16) attn_lists {
     uint32_t count[ROLES]; /* items; written by plan */
-    uint16_t kernels;      /* sm90: RUN_FUSED .. */
-    uint16_t clusters;     /* sm90: that work on prefill */
+    uint32_t clusters;     /* sm90: that work on prefill, where it has a kernel of its own */
     uint32_t fault;
 };
 
@@ -58,7 +53,7 @@ struct alignas(16) attn_lists {
 __device__ __forceinline__ attn_lists attn_lists_of(const attn_lists *lists)
 {
     const uint4 x = __ldcg((const uint4 *)lists);
-    return {{x.x, x.y}, (uint16_t)x.z, (uint16_t)(x.z >> 16), x.w};
+    return {{x.x, x.y}, x.z, x.w};
 }
 
 __device__ __forceinline__ void attn_item_copy(attn_item *to, const attn_item *from)

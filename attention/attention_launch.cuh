@@ -5,9 +5,6 @@
  * that launch is known to leave it alone, at the latest before the block ends: who waits for this launch has then waited
  * for all before it. What a plan wrote, and tokens of earlier steps, may be read earlier (attention_items.cuh).
  * attn_let_next allows the next launch's blocks to begin as soon as there is room.
- *
- * A launch that the device disables in a graph would break this chain: it is then as if it had ended at once, and who waits for it has not
- * waited for what stands in front of it (attention/NOTES.md, "Launches that are left out"). So launches without work pass.
  */
 #ifndef TANDEM_ATTENTION_LAUNCH_CUH
 #define TANDEM_ATTENTION_LAUNCH_CUH
@@ -34,34 +31,21 @@ struct attn_grid {
     uint32_t blocks, threads, shared_bytes;
     bool early; /* may begin before the launch before it has ended */
     cudaStream_t stream;
-    /* Not NULL: the stream is being captured, and by what is put here the device may change the number of blocks. */
-    cudaGraphDeviceNode_t *node = NULL;
 };
 
 template <typename Args> cudaError_t attn_launch(void (*kernel)(const Args), const attn_grid &g, const Args &args)
 {
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = g.blocks;
     config.blockDim = g.threads;
     config.dynamicSmemBytes = g.shared_bytes;
     config.stream = g.stream;
-    config.attrs = attributes;
-    if (g.early) {
-        cudaLaunchAttribute *a = &attributes[config.numAttrs++];
-        a->id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        a->val.programmaticStreamSerializationAllowed = 1;
-    }
-    cudaLaunchAttribute *updatable = &attributes[config.numAttrs];
-    if (g.node) {
-        updatable->id = cudaLaunchAttributeDeviceUpdatableKernelNode;
-        updatable->val.deviceUpdatableKernelNode.deviceUpdatable = 1;
-        config.numAttrs++;
-    }
-    cudaError_t err = cudaLaunchKernelEx(&config, kernel, args);
-    if (g.node)
-        *g.node = updatable->val.deviceUpdatableKernelNode.devNode;
-    return err;
+    config.attrs = &early;
+    config.numAttrs = g.early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 #endif

@@ -1,7 +1,6 @@
 /* attention_sm90.cu - the Hopper back end: wgmma and the copy engine. Host side: memory and launches. */
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 
 #include "attention/attention_cuda.cuh"
 #include "attention/attention_launch.cuh"
@@ -20,11 +19,7 @@ struct sm90_state {
     sm90_map map; /* without base and length */
     char *memory;
     uint64_t bytes;
-    sm90_graph_run *runs; /* [cfg.graph_runs], pinned; NULL: none */
-    uint32_t used_runs;
-    uint64_t plans;          /* captured so far, with runs to come */
-    unsigned long long open; /* capture that the last of them is in; 0: none */
-    cudaStream_t side;       /* ATTN_GPU_STREAMS: decode's */
+    cudaStream_t side; /* ATTN_GPU_STREAMS: decode's */
     cudaEvent_t fork, join;
 };
 
@@ -69,6 +64,19 @@ bool bent(const attn_gpu_config *c)
     return c->soft_cap > 0 || !(c->scale > 0);
 }
 
+/* Whether all sequences of a step are decode's by their rows. */
+bool decodes_only(const sm90_state *s, const struct attn_gpu_step *step)
+{
+    return step->max_seq_rows * (s->cfg.heads / s->cfg.kv_heads) <= DECODE_ROWS;
+}
+
+/* Steps that can have one chunk only are one launch of prefill's, under AUTO, whatever their rows. */
+bool one_chunk(const sm90_state *s, const struct attn_gpu_step *step)
+{
+    const attn_gpu_config *c = &s->cfg;
+    return c->policy == ATTN_GPU_AUTO && !c->fixed_split_keys && step->max_seqs == 1 && !decodes_only(s, step);
+}
+
 /* Pieces of one allocation; with base NULL they only add up. */
 struct arena {
     char *base;
@@ -82,20 +90,11 @@ template <typename T> void take(arena *a, T **out, uint64_t n)
     a->used += (n * sizeof(T) + 255) / 256 * 256;
 }
 
-/* See rule_of in the planner. Prefill: at most 2 units per cluster are cut, into at most 4 parts per cluster plus one each. Decode: four
- * parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are cut finer; or eight parts per unit of the last quarter alone. */
 void size_lists(sm90_state *s)
 {
-    const attn_gpu_config *c = &s->cfg;
-    const uint64_t group = c->heads / c->kv_heads, fixed = c->fixed_split_keys,
-                   seqs = (uint64_t)c->kv_heads * c->max_seqs;
-    uint64_t slots[ROLES] = {6 * s->sms / CLUSTER, 5 * seqs + 14 * DECODE_BLOCKS_PER_SM * s->sms};
-    if (fixed) {
-        uint64_t by_tokens = c->kv_heads * (c->max_kv_tokens / fixed + c->max_seqs), by_parts = seqs * MAX_DECODE_PARTS;
-        slots[ROLE_PREFILL] = 0;
-        slots[ROLE_DECODE] = by_tokens < by_parts ? by_tokens : by_parts;
-    }
-    const uint64_t units[ROLES] = {c->kv_heads * ((uint64_t)c->max_rows * group / UNIT_ROWS + c->max_seqs), seqs};
+    uint64_t slots[ROLES], units[ROLES];
+    sm90_slots(&s->cfg, s->sms, slots);
+    sm90_units(&s->cfg, units);
     for (uint32_t r = 0; r < ROLES; r++) {
         s->ws.max_slots[r] = (uint32_t)slots[r];
         s->ws.max_items[r] = (uint32_t)(units[r] + slots[r]);
@@ -133,7 +132,6 @@ void destroy(void *state)
     if (s->side)
         cudaStreamDestroy(s->side);
     cudaFree(s->memory);
-    cudaFreeHost(s->runs);
     free(s);
 }
 
@@ -146,12 +144,6 @@ cudaError_t prepare_kernels(const sm90_kernels *k)
             err = cudaFuncSetAttribute((const void *)one->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        (int)one->shared_bytes);
     return err;
-}
-
-/* Whether graphs have launches whose blocks the device numbers. */
-bool sizes_launches(const sm90_state *s)
-{
-    return s->cfg.policy == ATTN_GPU_AUTO && s->cfg.graph_runs > 0;
 }
 
 enum status_code allocate(sm90_state *s, struct status *st)
@@ -172,11 +164,6 @@ enum status_code allocate(sm90_state *s, struct status *st)
     err = cudaMemset(s->memory, 0, (uint64_t)((char *)s->ws.k_maps - s->memory));
     if (err == cudaSuccess)
         err = cudaDeviceSynchronize();
-    if (err == cudaSuccess && sizes_launches(s)) {
-        err = cudaHostAlloc((void **)&s->runs, s->cfg.graph_runs * sizeof *s->runs, cudaHostAllocPortable);
-        if (err == cudaSuccess)
-            memset(s->runs, 0, s->cfg.graph_runs * sizeof *s->runs);
-    }
     if (err == cudaSuccess)
         err = sm90_map_template(&s->map, s->cfg.head_dim, s->cfg.token_stride, s->cfg.dtype == ATTN_BF16, s->memory);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention workspace");
@@ -236,55 +223,50 @@ const uint32_t *fault(const void *state)
     return &((const sm90_state *)state)->ws.lists->fault;
 }
 
-/* Of the capture that the stream is in, which is never 0; else 0. */
-cudaError_t capture_of(void *stream, unsigned long long *id)
+sm90_shape shape_of(const sm90_state *s, const struct attn_gpu_step *step)
 {
-    cudaStreamCaptureStatus status;
-    cudaError_t err = cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, id);
-    if (err != cudaSuccess || status != cudaStreamCaptureStatusActive)
-        *id = 0;
-    return err;
-}
-
-enum status_code plan(void *state, const struct attn_gpu_step *step, struct status *st)
-{
-    sm90_state *s = (sm90_state *)state;
-    sm90_plan_args a = {};
-    a.seq = step->seq;
-    a.counts = step->counts;
-    a.max_seqs = step->max_seqs;
-    a.max_rows = step->max_rows;
-    a.max_seq_rows = step->max_seq_rows;
-    a.max_kv_len = s->cfg.max_kv_len;
+    sm90_shape a = {};
     a.group = s->cfg.heads / s->cfg.kv_heads;
     a.kv_heads = s->cfg.kv_heads;
     a.window = s->cfg.window;
     a.sms = s->sms;
     a.fixed_tiles = s->cfg.fixed_split_keys / TILE_KEYS;
+    a.max_rows = step->max_rows;
+    a.max_seq_rows = step->max_seq_rows;
+    a.max_kv_len = s->cfg.max_kv_len;
     a.policy = s->cfg.policy;
-    a.ws = s->ws;
-    cudaError_t err = s->runs ? capture_of(step->stream, &s->open) : cudaSuccess;
-    if (s->open) {
-        a.plan = ++s->plans;
-        a.first_run = s->runs + s->used_runs;
-        a.end_runs = s->runs + s->cfg.graph_runs;
-    }
-    if (err == cudaSuccess)
-        err = sm90_launch_maps(step->seq, step->counts, step->max_seqs, s->map, s->ws.k_maps, s->ws.v_maps,
-                               (cudaStream_t)step->stream);
+    a.way = step->way;
+    a.prefill_only = one_chunk(s, step);
+    return a;
+}
+
+enum status_code plan(void *state, const struct attn_gpu_step *step, struct status *st)
+{
+    const sm90_state *s = (const sm90_state *)state;
+    const sm90_plan_args a = {step->seq, step->counts, step->max_seqs, shape_of(s, step), s->ws};
+    cudaError_t err = sm90_launch_maps(step->seq, step->counts, step->max_seqs, s->map, s->ws.k_maps, s->ws.v_maps,
+                                       (cudaStream_t)step->stream);
     if (err == cudaSuccess)
         err = sm90_launch_plan(a, (cudaStream_t)step->stream);
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention plan");
 }
 
-/* node: as in attn_grid. */
-cudaError_t launch(const sm90_state *s, const sm90_kernel &k, sm90_args a, uint32_t set, void *stream,
-                   cudaGraphDeviceNode_t *node = NULL)
+enum attn_gpu_way choose(const void *state, const struct attn_seq *seq, uint32_t seqs)
+{
+    const sm90_state *s = (const sm90_state *)state;
+    struct attn_gpu_step step = {};
+    step.max_seqs = s->cfg.max_seqs;
+    step.max_rows = step.max_seq_rows = s->cfg.max_rows;
+    const sm90_shape shape = shape_of(s, &step);
+    return sm90_choose(&shape, seq, seqs);
+}
+
+cudaError_t launch(const sm90_state *s, const sm90_kernel &k, sm90_args a, uint32_t set, void *stream)
 {
     a.run.counters = s->ws.counters + set;
     const bool early = s->cfg.policy != ATTN_GPU_STREAMS;
     const uint32_t blocks = s->sms / CLUSTER * CLUSTER * k.blocks_per_sm;
-    return attn_launch(k.run, {blocks, k.threads, k.shared_bytes, early, (cudaStream_t)stream, node}, a);
+    return attn_launch(k.run, {blocks, k.threads, k.shared_bytes, early, (cudaStream_t)stream}, a);
 }
 
 /* Decode's kernel on the side stream, beside prefill's: one block of each fits on an SM. */
@@ -328,11 +310,11 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
 
 /* Decode's list, or what is left of it, with nothing beside: by the portable kernel, whose reads of whole rows reach 5 to 12 %
  * more of the memory's rate than boxes of half a row. Not under a fixed cut: bits are those of one kernel there. */
-cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream, cudaGraphDeviceNode_t *node = NULL)
+cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
 {
     const sm90_run_args &r = a.run;
     if (s->cfg.fixed_split_keys)
-        return launch(s, s->kernels->decode, a, 0, stream, node);
+        return launch(s, s->kernels->decode, a, 0, stream);
     cuda_run_args c = {};
     c.q = r.q;
     c.out = r.out;
@@ -359,40 +341,26 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream,
         c.ws.sums[i] = s->ws.sums[i];
         c.ws.weights[i] = s->ws.weights[i];
     }
-    return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream, node);
+    return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream);
 }
 
-/* AUTO: both roles on every SM until prefill's list is empty, or prefill's kernel, as planned; then what is left of decode. What has no
- * work leaves at once; in a graph that the last plan is in, too, it is a launch of a block or two. Under a fixed cut prefill has one
- * kernel, for the bits. */
-cudaError_t launch_auto(sm90_state *s, sm90_args a, const struct attn_gpu_step *step)
+/* AUTO: both roles on every SM, then what is left of decode, or prefill's kernel and decode's beside it or behind it. Under a fixed cut
+ * prefill has one kernel, for the bits. */
+cudaError_t launch_auto(const sm90_state *s, sm90_args a, const struct attn_gpu_step *step)
 {
-    const sm90_kernels *k = s->kernels;
-    const bool fixed = s->cfg.fixed_split_keys != 0, one_role = step->max_seqs == 1;
-    unsigned long long capture = 0;
-    cudaError_t err = s->open ? capture_of(step->stream, &capture) : cudaSuccess;
-    sm90_graph_run mine = {}, *listed = NULL;
-    if (capture && capture == s->open && s->used_runs < s->cfg.graph_runs)
-        listed = &mine;
-    a.run.decode_follows = 1;
-    if (err == cudaSuccess && (fixed || !one_role))
-        err = launch(s, k->fused, a, 0, step->stream, listed ? &mine.node[NODE_FUSED] : NULL);
-    if (err == cudaSuccess && !fixed)
-        err = launch(s, k->prefill, a, 0, step->stream, listed ? &mine.node[NODE_PREFILL] : NULL);
-    if (err == cudaSuccess)
-        err = launch_decode(s, a, step->stream, listed ? &mine.node[NODE_DECODE] : NULL);
-    if (err == cudaSuccess && listed) {
-        mine.plan = s->plans;
-        s->runs[s->used_runs++] = mine;
-    }
-    return err;
+    const bool fixed = s->cfg.fixed_split_keys != 0, fused = fixed || step->way != ATTN_WAY_APART;
+    if (one_chunk(s, step))
+        return launch(s, s->kernels->prefill, a, 0, step->stream);
+    a.run.decode_follows = fixed || step->way != ATTN_WAY_FUSED;
+    cudaError_t err = launch(s, fused ? s->kernels->fused : s->kernels->prefill, a, 0, step->stream);
+    return err == cudaSuccess && a.run.decode_follows ? launch_decode(s, a, step->stream) : err;
 }
 
-cudaError_t launch_roles(sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step)
+cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step)
 {
     const sm90_kernels *k = s->kernels;
     cudaError_t err = cudaSuccess;
-    if (step->max_seq_rows * a.run.group <= DECODE_ROWS) /* decodes alone */
+    if (decodes_only(s, step))
         return launch_decode(s, a, step->stream);
     switch (s->cfg.policy) {
     case ATTN_GPU_AUTO:
@@ -410,7 +378,7 @@ cudaError_t launch_roles(sm90_state *s, const sm90_args &a, const struct attn_gp
 
 enum status_code run(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io, struct status *st)
 {
-    sm90_state *s = (sm90_state *)state;
+    const sm90_state *s = (const sm90_state *)state;
     const attn_gpu_config *c = &s->cfg;
     if ((io->kv_offset + (c->kv_heads - 1) * c->head_stride) / 16 > INT32_MAX)
         return status_set(st, ST_INVALID_ARGUMENT, "kv_offset: %llu, this back end takes less than 2^35",
@@ -421,5 +389,5 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
 } // namespace
 
 extern const struct attn_gpu_ops attn_gpu_ops_sm90 = {
-    "sm90", query, create, destroy, workspace_bytes, fault, plan, run,
+    "sm90", query, create, destroy, workspace_bytes, fault, choose, plan, run,
 };

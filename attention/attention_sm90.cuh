@@ -18,16 +18,20 @@
 #include "attention/attention_bend.cuh"
 #include "attention/attention_internal.h"
 #include "attention/attention_items.cuh"
+#include "attention/attention_sm90_rule.h"
 #include "attention/ptx_sm90.cuh"
 
 constexpr uint32_t BOX_KEYS = 32;
 constexpr uint32_t BOX_BYTES = BOX_KEYS * 128;
-constexpr uint32_t DECODE_BLOCKS_PER_SM = 2;
-constexpr uint32_t MAX_DECODE_PARTS = 64;
-constexpr uint32_t CLUSTER = 2;      /* blocks that work on a prefill unit: each brings half of K and V to both */
-constexpr uint32_t BLOCK_ROWS = 128; /* of prefill: 64 per consumer warpgroup */
+constexpr uint32_t DECODE_BLOCKS_PER_SM = SM90_DECODE_BLOCKS;
+constexpr uint32_t CLUSTER = SM90_CLUSTER; /* blocks that work on a prefill unit: each brings half of K and V to both */
+constexpr uint32_t BLOCK_ROWS = 128;       /* of prefill: 64 per consumer warpgroup */
 constexpr uint32_t UNIT_ROWS = CLUSTER * BLOCK_ROWS;
 constexpr uint32_t UNIT_GROUPS = UNIT_ROWS / 64;
+static_assert(UNIT_ROWS == SM90_UNIT_ROWS && DECODE_ROWS == SM90_DECODE_ROWS && TILE_KEYS == SM90_TILE_KEYS &&
+                  (uint32_t)ROLE_PREFILL == SM90_PREFILL && (uint32_t)ROLE_DECODE == SM90_DECODE &&
+                  (uint32_t)ROLES == SM90_ROLES,
+              "the rule's are the kernels'");
 /* Numbers of arrived parts, by role: a cut unit has two slots at least, and prefill counts by group of 64 rows. */
 constexpr uint32_t ARRIVED_PER_SLOT[2] = {UNIT_GROUPS / 2, 1};
 constexpr uint32_t GROUP_THREADS = 128;
@@ -59,32 +63,11 @@ struct sm90_workspace {
     uint32_t max_slots[ROLES];
 };
 
-/* A fused launch does what is left of decodes when prefill ends by itself where it is less than this, in tiles of one SM: about as many microseconds at D 128. More are
- * left to a launch of decode's own kernel, which costs half a part and a start, and is a fifth faster. */
-constexpr uint32_t HAND_OVER_TILES = 80;
-
-/* A run in a captured graph, in host memory that the device reads: the plan that was captured before it gives its launches as many blocks
- * as they have work for. */
-enum { NODE_FUSED, NODE_PREFILL, NODE_DECODE, RUN_NODES }; /* of RUN_FUSED .. by bit */
-struct alignas(32) sm90_graph_run {
-    cudaGraphDeviceNode_t node[RUN_NODES]; /* NULL: none */
-    uint64_t plan;                         /* whose it is; 0: nobody's */
-};
-
-/* Blocks of a launch of prefill's or the fused kernel that has no work. One that has has more. */
-constexpr uint32_t SM90_PASSING = CLUSTER;
-
 struct sm90_plan_args {
     const attn_seq *seq;
     const uint32_t *counts;
-    uint32_t max_seqs, max_rows, max_seq_rows, max_kv_len;
-    uint32_t group, kv_heads, window;
-    uint32_t sms;
-    uint32_t fixed_tiles; /* 0: parts by the batch */
-    enum attn_gpu_policy policy;
-    const sm90_graph_run *first_run; /* of those of this plan, which lie side by side; not read where plan is 0 */
-    const sm90_graph_run *end_runs;  /* of all */
-    uint64_t plan;
+    uint32_t max_seqs;
+    sm90_shape shape;
     sm90_workspace ws;
 };
 

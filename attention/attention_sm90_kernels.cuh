@@ -38,17 +38,6 @@ __device__ __forceinline__ void sm90_leave(attn_counters *c, uint32_t role_bits)
     c->left = 0;
 }
 
-/* A launch without work, cut down to one cluster by the plan: whoever waits for it has waited for what stands in front of it. First of
- * all, by way of little code. */
-__device__ __forceinline__ bool sm90_passes()
-{
-    if (gridDim.x != SM90_PASSING)
-        return false;
-    attn_let_next(); /* the one that works lets nobody begin before it has waited */
-    attn_wait_earlier();
-    return true;
-}
-
 /* Barriers are set up, in all blocks of a cluster. */
 __device__ __forceinline__ void sm90_begin()
 {
@@ -60,12 +49,10 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
 {
     extern __shared__ char raw[];
     __shared__ prefill_bars bars;
-    if (sm90_passes())
-        return;
     const attn_lists lists = attn_lists_of(a.run.ws.lists);
     if (threadIdx.x == 0)
         prefill_first(a, &bars);
-    const uint32_t items = lists.kernels & RUN_PREFILL ? lists.count[ROLE_PREFILL] : 0, clusters = lists.clusters;
+    const uint32_t items = lists.count[ROLE_PREFILL], clusters = lists.clusters;
     if (blockIdx.x / CLUSTER >=
         (clusters < items ? clusters : items)) { /* alike in all of a cluster: out, by way of little code */
         attn_wait_earlier();
@@ -149,16 +136,9 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
 {
     extern __shared__ char raw[];
     __shared__ sm90_bars bars;
-    if (sm90_passes())
-        return;
     const attn_lists lists = attn_lists_of(a.run.ws.lists);
     if (threadIdx.x == 0)
         prefill_first(a, &bars.prefill);
-    if (!(lists.kernels & RUN_FUSED)) {
-        attn_wait_earlier();
-        attn_let_next();
-        return;
-    }
     char *memory = sm90_aligned(raw);
     const uint32_t group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
@@ -174,7 +154,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
         sm90_regs_less<24>();
         if (threadIdx.x == 0)
             prefill_produce<P>(a, &bars.prefill, sm90_shared(memory), lists.count[ROLE_PREFILL], gridDim.x / CLUSTER,
-                               [&] { atomicExch(&bars.decode.stop, (lists.kernels & RUN_DECODE) != 0); });
+                               [&] { atomicExch(&bars.decode.stop, a.run.decode_follows); });
     } else if (group == 3) {
         sm90_regs_more<136>();
         decode_role<C>(a, &bars.decode, memory + P::BYTES, threadIdx.x % GROUP_THREADS, lists.count[ROLE_DECODE],

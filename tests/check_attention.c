@@ -812,6 +812,7 @@ END_TEST
 
 struct counted {
     uint32_t creates, plans, runs;
+    enum attn_gpu_way way; /* of the last plan */
     struct attn_gpu_config cfg;
 };
 static struct counted counted;
@@ -847,9 +848,16 @@ static const uint32_t *count_fault(const void *state)
     return &((const struct counted *)state)->plans;
 }
 
+/* By the number of sequences, so that a test sees that they come through. */
+static enum attn_gpu_way count_choose(const void *state, const struct attn_seq *seq, uint32_t seqs)
+{
+    ck_assert_ptr_eq(state, &counted);
+    return seqs == 2 && seq[1].kv_len == 7 ? ATTN_WAY_FUSED_REST : ATTN_WAY_FUSED;
+}
+
 static enum status_code count_plan(void *state, const struct attn_gpu_step *step, struct status *st)
 {
-    (void)step;
+    counted.way = step->way;
     (void)st;
     ((struct counted *)state)->plans++;
     return ST_OK;
@@ -871,6 +879,7 @@ static const struct attn_gpu_ops count_ops = {.name = "count",
                                               .destroy = count_destroy,
                                               .workspace_bytes = count_bytes,
                                               .fault = count_fault,
+                                              .choose = count_choose,
                                               .plan = count_plan,
                                               .run = count_run};
 
@@ -916,8 +925,7 @@ START_TEST(steps_on_a_gpu_reach_the_back_end)
                   {4, "seq[3] breaks"},
                   {ATTN_FAULT_KV_TOKENS, "max_kv_tokens (4000)"},
                   {ATTN_FAULT_ROWS, "max_rows (100)"},
-                  {ATTN_FAULT_SEQS, "max_seqs of the step (at most 4)"},
-                  {ATTN_FAULT_GRAPH, "could not be sized"}};
+                  {ATTN_FAULT_SEQS, "max_seqs of the step (at most 4)"}};
     ck_assert_int_eq(attn_gpu_fault_status(a, 0, NULL), ST_OK);
     for (size_t i = 0; i < COUNT(faults); i++) {
         struct status st = STATUS_INIT;
@@ -926,6 +934,45 @@ START_TEST(steps_on_a_gpu_reach_the_back_end)
     }
     attn_gpu_destroy(a);
     attn_gpu_destroy(NULL);
+    ck_assert_uint_eq(counted.creates, 0);
+}
+END_TEST
+
+START_TEST(ways_are_chosen_by_the_back_end_under_auto)
+{
+    static const struct attn_seq seq[2] = {{.rows = 1, .kv_len = 3}, {.rows = 2, .kv_len = 7}};
+    static const uint32_t counts;
+    struct attn_gpu *a = NULL;
+    counted = (struct counted){0};
+    ck_assert_int_eq(attn_gpu_create(&a, &gpu_good, NULL), ST_OK);
+    ck_assert_uint_eq(attn_gpu_ways(a), ATTN_GPU_WAYS);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_FUSED_REST);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 1), ATTN_WAY_FUSED);
+    for (int w = 0; w < ATTN_GPU_WAYS; w++) {
+        const struct attn_gpu_step step = {.seq = seq,
+                                           .counts = &counts,
+                                           .max_seqs = 2,
+                                           .max_rows = 4,
+                                           .max_seq_rows = 4,
+                                           .way = (enum attn_gpu_way)w};
+        ck_assert_int_eq(attn_gpu_plan(a, &step, NULL), ST_OK);
+        ck_assert_int_eq(counted.way, w);
+    }
+    attn_gpu_destroy(a);
+    struct attn_gpu_ops one_way = count_ops;
+    struct attn_gpu_config cfg = gpu_good;
+    one_way.choose = NULL;
+    cfg.ops = &one_way;
+    ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), ST_OK);
+    ck_assert_uint_eq(attn_gpu_ways(a), 1);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_APART);
+    attn_gpu_destroy(a);
+    cfg = gpu_good;
+    cfg.policy = ATTN_GPU_FUSED;
+    ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), ST_OK);
+    ck_assert_uint_eq(attn_gpu_ways(a), 1);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_APART);
+    attn_gpu_destroy(a);
     ck_assert_uint_eq(counted.creates, 0);
 }
 END_TEST
@@ -1012,6 +1059,7 @@ START_TEST(wrong_gpu_steps_are_refused)
     REFUSE_GPU_RUN(step.max_rows, 3, "max_rows: 3");
     REFUSE_GPU_RUN(step.max_seq_rows, 0, "max_seq_rows: 0");
     REFUSE_GPU_RUN(step.max_seq_rows, 101, "max_seq_rows: 101");
+    REFUSE_GPU_RUN(step.way, ATTN_GPU_WAYS, "way: 3, expected 0 to 2");
     REFUSE_GPU_RUN(io.q, NULL, "q:");
     REFUSE_GPU_RUN(io.out, (char *)memory + 8, "out:");
     REFUSE_GPU_RUN(io.q_row_stride, 1008, "q_row_stride: 1008");
@@ -1045,6 +1093,7 @@ int main(void)
     tcase_add_loop_test(limits, nothing_to_do_is_fine, 0, N_BACK_ENDS);
     tcase_add_test(limits, exp2_is_accurate);
     tcase_add_test(core, steps_on_a_gpu_reach_the_back_end);
+    tcase_add_test(core, ways_are_chosen_by_the_back_end_under_auto);
     suite_add_tcase(s, limits);
     TCase *faults = tcase_create("faults");
     tcase_add_checked_fixture(faults, setup_refuser, teardown_refuser);

@@ -3,8 +3,8 @@
 
     tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--lib FILE] [--build FILE]
 
-Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph, with ours a plan in
-it, over as many layers as make 2 GB of distinct KV or more, on the same random token-major KV: 32 layers side by side, or as many as memory
+Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph over as many
+layers as make 2 GB of distinct KV or more, on the same random token-major KV: 32 layers side by side, or as many as memory
 allows, in as many buffers as that takes (a chunk of 128: 128 buffers); dense is one layer, likewise. Replays take turns.
 Prints a table; writes attention.csv and attention.svg to DIR. Needs PyTorch; needs no model and no network.
 
@@ -51,12 +51,13 @@ class Config(ctypes.Structure):
                 ("token_stride", ctypes.c_uint64), ("head_stride", ctypes.c_uint64),
                 ("max_seqs", ctypes.c_uint32), ("max_rows", ctypes.c_uint32), ("max_kv_len", ctypes.c_uint32),
                 ("max_kv_tokens", ctypes.c_uint64), ("fixed_split_keys", ctypes.c_uint32),
-                ("batch_invariant", ctypes.c_bool), ("policy", ctypes.c_int), ("graph_runs", ctypes.c_uint32)]
+                ("batch_invariant", ctypes.c_bool), ("policy", ctypes.c_int)]
 
 
 class Step(ctypes.Structure):
     _fields_ = [("seq", ctypes.c_void_p), ("counts", ctypes.c_void_p), ("max_seqs", ctypes.c_uint32),
-                ("max_rows", ctypes.c_uint32), ("max_seq_rows", ctypes.c_uint32), ("stream", ctypes.c_void_p)]
+                ("max_rows", ctypes.c_uint32), ("max_seq_rows", ctypes.c_uint32), ("way", ctypes.c_int),
+                ("stream", ctypes.c_void_p)]
 
 
 class Io(ctypes.Structure):
@@ -113,16 +114,13 @@ def build(path):
                        "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", s, "-o", f"{temp}/{i}.o"]
             if s.endswith(".cu"):
                 command += ["-std=c++17"]
-            if s.endswith("_sm90_plan.cu"):  # leaves launches out of graphs: linked with cudadevrt
-                command += ["-rdc=true"]
             if sm90:
                 command += ["-DTANDEM_ATTENTION_SM90"]
             jobs.append(subprocess.Popen(command))
         if any([j.wait() for j in jobs]):
             sys.exit("bench_attention.py: nvcc failed")
         objects = [f"{temp}/{i}.o" for i in range(len(sources))]
-        subprocess.run(["nvcc", "-shared", "-arch=sm_90a", "-cudart", "static", "-o", path] + objects + ["-lcudadevrt"],
-                       check=True)
+        subprocess.run(["nvcc", "-shared", "-cudart", "static", "-o", path] + objects, check=True)
 
 
 class Library:
@@ -196,15 +194,15 @@ class Ours:
             row += rows
         config = Config(ops=ops, dtype=BF16, heads=batch.heads, kv_heads=batch.kv_heads, head_dim=D, scale=D ** -0.5,
                         token_stride=token, head_stride=D * 2, max_seqs=len(seqs), max_rows=row,
-                        max_kv_len=max(s.kv_len for s in seqs), policy=POLICIES[policy],
-                        graph_runs=batch.used)
+                        max_kv_len=max(s.kv_len for s in seqs), policy=POLICIES[policy])
         self.handle = ctypes.c_void_p()
         lib.must("attn_gpu_create", ctypes.byref(self.handle), ctypes.byref(config))
         raw = b"".join(bytes(s) for s in seqs)
         self.seq = torch.frombuffer(bytearray(raw), dtype=torch.uint8).cuda()
         self.count = torch.tensor([len(seqs)], dtype=torch.int32, device="cuda")
         self.out = torch.full_like(batch.q, float("nan"))
-        self.step = Step(self.seq.data_ptr(), self.count.data_ptr(), len(seqs), row, max(s.rows for s in seqs))
+        way = lib.c.attn_gpu_choose(self.handle, raw, len(seqs))
+        self.step = Step(self.seq.data_ptr(), self.count.data_ptr(), len(seqs), row, max(s.rows for s in seqs), way)
 
     def on_stream(self):
         self.step.stream = self.batch.torch.cuda.current_stream().cuda_stream
@@ -219,11 +217,6 @@ class Ours:
         io = Io(b.q.data_ptr(), self.out.data_ptr(), b.heads * D * 2, b.heads * D * 2,
                 buffer * b.kv.stride(0) * 2 + l * 2 * b.kv_heads * D * 2)
         self.lib.must("attn_gpu_run", self.handle, self.on_stream(), ctypes.byref(io))
-
-    def step_of_all(self):
-        self.plan()
-        for l in range(self.batch.used):
-            self.layer(l)
 
     def close(self):
         self.lib.c.attn_gpu_destroy(self.handle)
@@ -291,37 +284,6 @@ def capture(torch, fn):
     return graph
 
 
-class Uploaded:
-    """A graph of ours, which is uploaded before it is launched (attention.h, graph_runs); PyTorch's are not."""
-
-    def __init__(self, torch, fn):
-        self.torch, self.exec = torch, ctypes.c_void_p()
-        self.rt = ctypes.CDLL("libcudart.so." + torch.version.cuda.split(".")[0])  # PyTorch's
-        fn()
-        torch.cuda.synchronize()
-        stream, graph = torch.cuda.Stream(), ctypes.c_void_p()
-        on = ctypes.c_void_p(stream.cuda_stream)
-        with torch.cuda.stream(stream):
-            self.must("cudaStreamBeginCapture", on, 0)
-            fn()
-            self.must("cudaStreamEndCapture", on, ctypes.byref(graph))
-        self.must("cudaGraphInstantiate", ctypes.byref(self.exec), graph, ctypes.c_ulonglong(0))
-        self.must("cudaGraphUpload", self.exec, on)
-        stream.synchronize()
-        self.must("cudaGraphDestroy", graph)
-
-    def must(self, name, *args):
-        code = getattr(self.rt, name)(*args)
-        if code:
-            raise RuntimeError(f"{name}: CUDA error {code}")
-
-    def replay(self):
-        self.must("cudaGraphLaunch", self.exec, ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream))
-
-    def close(self):
-        self.must("cudaGraphExecDestroy", self.exec)
-
-
 def share_of(sorted_times, share):
     return sorted_times[min(len(sorted_times) - 1, int(share * (len(sorted_times) - 1) + 0.5))]
 
@@ -344,9 +306,8 @@ def measure(torch, lib, batch, rounds):
             x = make()
             alive.append(x)
             if isinstance(x, Ours):
-                graphs[name] = Uploaded(torch, x.step_of_all)
-            else:
-                graphs[name] = capture(torch, lambda: [x.layer(l) for l in range(batch.used)])
+                x.plan()
+            graphs[name] = capture(torch, lambda: [x.layer(l) for l in range(batch.used)])
             x.layer(0)
             torch.cuda.synchronize()
             plain[name] = x
@@ -370,10 +331,6 @@ def measure(torch, lib, batch, rounds):
             events[1].synchronize()
             if r >= 2:
                 times.setdefault(name, []).append(events[0].elapsed_time(events[1]) * 1e3 / batch.used)
-    torch.cuda.synchronize()
-    for graph in graphs.values():
-        if isinstance(graph, Uploaded):
-            graph.close()
     graphs.clear()
     for x in alive:
         x.close()

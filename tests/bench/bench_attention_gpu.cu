@@ -8,7 +8,7 @@
  * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer, with its share of the plan: median, p10, p90.
  *
  * With --between 1 a kernel stands in front of each run, as in a step, where layers of attention do not touch: it writes q, and K and
- * V of the step's own tokens, which then come from L2. It is in the times, and by itself is a contender, too ("none").
+ * V of the step's own tokens, which then come from L2, and lets what is behind it begin early. It is in the times, and by itself is a contender, too ("none").
  *
  * With --power each is then repeated without a pause for so long: us per layer again, what the GPU draws, the SMs' clock (mean
  * of samples), and the energy of a layer. First of all what it draws while one thread alone runs.
@@ -17,6 +17,7 @@
 #include <string>
 
 #include "attention/attention_internal.h"
+#include "attention/attention_launch.cuh"
 #include "tests/bench/bench_cuda.h"
 #include "tests/bench/bench_draw.h"
 
@@ -126,23 +127,38 @@ void allocate(batch *b)
     CUDA_MUST(cudaDeviceSynchronize());
 }
 
-/* --between: a block for each row of q, which it writes, and K and V of the row's token; `from` has FROM_ROWS rows. */
-__global__ void write_rows(const uint4 *from, uint32_t q_words, uint32_t kv_words, uint4 *q, char *const *token,
-                           uint64_t kv_offset)
+/* --between, as a step's kernels are: launched early, and lets the next one begin at once. */
+struct between_args {
+    const uint4 *from; /* [FROM_ROWS][words] */
+    uint32_t words, q_words, kv_words;
+    uint4 *q;
+    char *const *token;
+    uint64_t kv_offset;
+};
+
+/* A block for each row of q, which it writes, and K and V of the row's token. */
+__global__ void write_rows(const between_args a)
 {
-    from += blockIdx.x % FROM_ROWS * max(q_words, kv_words);
-    for (uint32_t i = threadIdx.x; i < q_words; i += blockDim.x)
-        q[(uint64_t)blockIdx.x * q_words + i] = from[i];
-    for (uint32_t i = threadIdx.x; i < kv_words; i += blockDim.x)
-        ((uint4 *)(token[blockIdx.x] + kv_offset))[i] = from[i];
+    const uint4 *from = a.from + blockIdx.x % FROM_ROWS * a.words;
+    attn_let_next();
+    attn_wait_earlier();
+    for (uint32_t i = threadIdx.x; i < a.q_words; i += blockDim.x)
+        a.q[(uint64_t)blockIdx.x * a.q_words + i] = from[i];
+    for (uint32_t i = threadIdx.x; i < a.kv_words; i += blockDim.x)
+        ((uint4 *)(a.token[blockIdx.x] + a.kv_offset))[i] = from[i];
 }
 
 void launch_between(const batch *b, uint32_t layer, cudaStream_t stream)
 {
-    const uint32_t kv_bytes = 4 * b->kv_heads * D, q_bytes = b->heads * D * 2;
-    write_rows<<<b->rows, 256, 0, stream>>>((const uint4 *)b->from, q_bytes / 16, kv_bytes / 16, (uint4 *)b->q,
-                                            b->d_token, (uint64_t)layer * kv_bytes);
-    CUDA_MUST(cudaGetLastError());
+    between_args a = {};
+    a.from = (const uint4 *)b->from;
+    a.q_words = b->heads * D * 2 / 16;
+    a.kv_words = 4 * b->kv_heads * D / 16;
+    a.words = std::max(a.q_words, a.kv_words);
+    a.q = (uint4 *)b->q;
+    a.token = b->d_token;
+    a.kv_offset = (uint64_t)layer * 4 * b->kv_heads * D;
+    CUDA_MUST(attn_launch(write_rows, {b->rows, 256, 0, true, stream}, a));
 }
 
 struct contender {
@@ -174,7 +190,6 @@ void create(contender *c, const batch *b, const attn_gpu_ops *ops, int policy)
     cfg.max_rows = b->rows;
     cfg.max_kv_len = b->max_len;
     cfg.policy = (attn_gpu_policy)policy;
-    cfg.graph_runs = b->layers;
     struct status st = STATUS_INIT;
     if (attn_gpu_create(&c->attn, &cfg, &st) != ST_OK) {
         fprintf(stderr, "%s, %s: %s\n", ops->name, policy_names[policy], st.message);
@@ -192,8 +207,10 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     step.max_rows = b->rows;
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
-    if (policy != NONE)
+    if (policy != NONE) {
         create(c, b, ops, policy);
+        step.way = attn_gpu_choose(c->attn, b->seq.data(), step.max_seqs);
+    }
     cudaGraph_t graph;
     CUDA_MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     if (policy != NONE)
@@ -211,7 +228,6 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     }
     CUDA_MUST(cudaStreamEndCapture(stream, &graph));
     CUDA_MUST(cudaGraphInstantiate(&c->exec, graph, 0));
-    CUDA_MUST(cudaGraphUpload(c->exec, stream));
     CUDA_MUST(cudaGraphDestroy(graph));
     c->back_end = ops->name;
     c->policy = policy_names[policy];

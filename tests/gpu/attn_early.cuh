@@ -125,22 +125,20 @@ void late_step(runner *r, const problem *p, uint32_t layers)
 }
 
 /* Each poison once; a graph, of two layers, is replayed. Returns false when the back end cannot do it. */
-bool check_late(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t fixed, bool graph,
-                double *worst)
+bool check_late(const problem *p, const attn_gpu_ops *ops, launches how, uint32_t fixed, bool graph, double *worst)
 {
     runner r;
     char what[100];
-    if (!start(&r, p, ops, policy, fixed))
+    if (!start(&r, p, ops, how, fixed))
         return false;
-    snprintf(what, sizeof what, "%s %s%s%s", ops->name, policy_names[policy], fixed ? ", fixed" : "",
-             graph ? ", graph" : "");
+    snprintf(what, sizeof what, "%s %s%s%s", ops->name, how.name(), fixed ? ", fixed" : "", graph ? ", graph" : "");
     cudaGraph_t captured = NULL;
     cudaGraphExec_t exec = NULL;
     if (graph) {
         CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
         late_step(&r, p, 2);
         CUDA_MUST(cudaStreamEndCapture(r.stream, &captured));
-        exec = instantiate(&r, captured);
+        CUDA_MUST(cudaGraphInstantiate(&exec, captured, 0));
     }
     for (uint16_t bits : {(uint16_t)0xffff, narrow(LARGE, p->dtype == ATTN_F16)}) {
         set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
@@ -168,11 +166,10 @@ void check_early_case(const attn_case *c, kv_place place, const attn_gpu_ops *op
     bool did = true;
     make(&p, c, o.f16 || (place == DENSE && !o.once) ? ATTN_F16 : ATTN_BF16, place);
     compute_reference(&p);
-    for (int i = 0; i <= ATTN_GPU_STREAMS && did; i++) {
-        const attn_gpu_policy policy = (attn_gpu_policy)i;
-        did = check_late(&p, ops, policy, 0, false, &worst);
-        if (did && (!o.once || (o.replay && policy == ATTN_GPU_AUTO)))
-            check_late(&p, ops, policy, 0, true, &worst);
+    for (const launches &how : launches_of(ops)) {
+        did = did && check_late(&p, ops, how, 0, false, &worst);
+        if (did && (!o.once || (o.replay && how.policy == ATTN_GPU_AUTO)))
+            check_late(&p, ops, how, 0, true, &worst);
     }
     if (did && !o.once)
         check_late(&p, ops, ATTN_GPU_AUTO, EARLY_FIXED_KEYS, false, &worst);

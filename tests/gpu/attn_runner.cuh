@@ -20,7 +20,30 @@ bool wanted(const options &o, const char *name)
     return !o.only || strstr(name, o.only);
 }
 
-const char *const policy_names[] = {"auto", "fused", "serial", "streams"};
+/* A policy, and the way of AUTO. */
+struct launches {
+    attn_gpu_policy policy;
+    attn_gpu_way way;
+    launches(attn_gpu_policy p, attn_gpu_way w = ATTN_WAY_APART) : policy(p), way(w)
+    {
+    }
+    const char *name() const
+    {
+        const char *const policies[] = {"auto", "fused", "serial", "streams"}, *const ways[] = {"auto apart",
+                                                                                                "auto fused",
+                                                                                                "auto fused, rest"};
+        return policy == ATTN_GPU_AUTO ? ways[way] : policies[policy];
+    }
+};
+
+/* All that a back end has. */
+std::vector<launches> launches_of(const attn_gpu_ops *ops)
+{
+    std::vector<launches> all = {ATTN_GPU_AUTO, ATTN_GPU_FUSED, ATTN_GPU_SERIAL, ATTN_GPU_STREAMS};
+    for (int w = 1; ops->choose && w < ATTN_GPU_WAYS; w++)
+        all.push_back({ATTN_GPU_AUTO, (attn_gpu_way)w});
+    return all;
+}
 constexpr uint32_t FIXED_KEYS = 256;
 
 /* ---- running ---- */
@@ -41,14 +64,12 @@ struct runner {
 };
 
 /* False when the back end cannot do it. */
-bool start(runner *r, const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t fixed,
-           uint32_t graph_runs = 8)
+bool start(runner *r, const problem *p, const attn_gpu_ops *ops, launches how, uint32_t fixed)
 {
     attn_gpu_config cfg = p->cfg;
     cfg.ops = ops;
-    cfg.policy = policy;
+    cfg.policy = how.policy;
     cfg.fixed_split_keys = fixed;
-    cfg.graph_runs = graph_runs;
     struct status st = STATUS_INIT;
     enum status_code rc = attn_gpu_create(&r->attn, &cfg, &st);
     if (rc == ST_UNIMPLEMENTED)
@@ -66,6 +87,7 @@ bool start(runner *r, const problem *p, const attn_gpu_ops *ops, attn_gpu_policy
     for (const attn_seq &s : p->seq)
         r->step.max_seq_rows = s.rows > r->step.max_seq_rows ? s.rows : r->step.max_seq_rows;
     r->step.stream = r->stream;
+    r->step.way = how.way;
     return true;
 }
 
@@ -73,16 +95,6 @@ void stop(runner *r)
 {
     attn_gpu_destroy(r->attn);
     CUDA_MUST(cudaStreamDestroy(r->stream));
-}
-
-/* As attention.h asks where graph_runs is not 0. */
-cudaGraphExec_t instantiate(const runner *r, cudaGraph_t graph)
-{
-    cudaGraphExec_t exec;
-    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
-    CUDA_MUST(cudaGraphUpload(exec, r->stream));
-    CUDA_MUST(cudaStreamSynchronize(r->stream));
-    return exec;
 }
 
 void set_batch(const problem *p, const attn_seq *seq, uint32_t n)

@@ -19,16 +19,16 @@ void check_fixed_once(const problem *p, const attn_gpu_ops *ops)
 }
 
 /* With a fixed cut: the whole batch, some sequences alone, and every second one, backwards; all bits the same. */
-void check_fixed(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, const char *what)
+void check_fixed(const problem *p, const attn_gpu_ops *ops, launches how, const char *what)
 {
     runner r;
-    if (!start(&r, p, ops, policy, FIXED_KEYS))
+    if (!start(&r, p, ops, how, FIXED_KEYS))
         return;
     set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
     plan_and_run(&r, p);
     std::vector<uint16_t> whole = result(&r, p);
     compare(p, whole, what);
-    const uint32_t most = policy == ATTN_GPU_AUTO ? 12 : 5;
+    const uint32_t most = how.policy == ATTN_GPU_AUTO ? 12 : 5;
     uint32_t step = p->seq.size() > most ? (uint32_t)p->seq.size() / most : 1;
     for (uint32_t i = 0; i < p->seq.size(); i += step) {
         set_batch(p, &p->seq[i], 1);
@@ -105,17 +105,18 @@ void check_invariant(const problem *p, const attn_gpu_ops *ops, const char *what
 
 /* One captured graph, replayed for one batch after the other: all, nobody, one, all, every second one backwards, the first
  * half, all. Each is right, and with a fixed cut has the bits of the whole batch. */
-void check_graph(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t fixed, const char *what)
+void check_graph(const problem *p, const attn_gpu_ops *ops, launches how, uint32_t fixed, const char *what)
 {
     runner r;
-    if (!start(&r, p, ops, policy, fixed))
+    if (!start(&r, p, ops, how, fixed))
         return;
     cudaGraph_t graph;
+    cudaGraphExec_t exec;
     CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
     plan_and_run(&r, p);
     plan_and_run(&r, p);
     CUDA_MUST(cudaStreamEndCapture(r.stream, &graph));
-    cudaGraphExec_t exec = instantiate(&r, graph);
+    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
     std::vector<attn_seq> second;
     for (size_t i = p->seq.size(); i >= 2; i -= 2)
         second.push_back(p->seq[i - 1]);
@@ -146,27 +147,23 @@ void check_graph(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy poli
 }
 
 /* Layers one after the other, each with a q that a kernel in front of it writes into the same memory: no launch may read it,
- * or write out, before its turn. The plan sizes launches of so many of the runs; of none where it is not in the graph. */
-void check_layers(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, uint32_t graph_runs,
-                  bool plan_apart, const char *what)
+ * or write out, before its turn. */
+void check_layers(const problem *p, const attn_gpu_ops *ops, launches how, const char *what)
 {
     runner r;
-    if (!start(&r, p, ops, policy, 0, graph_runs))
+    if (!start(&r, p, ops, how, 0))
         return;
     cudaGraph_t graph;
-    const auto plan = [&] { ATTN_MUST([&](struct status *st) { return attn_gpu_plan(r.attn, &r.step, st); }); };
+    cudaGraphExec_t exec;
     set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
-    if (plan_apart)
-        plan();
     CUDA_MUST(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal));
-    if (!plan_apart)
-        plan();
+    ATTN_MUST([&](struct status *st) { return attn_gpu_plan(r.attn, &r.step, st); });
     for (uint32_t layer = 0; layer < 6; layer++) {
         write_q(p, layer % 2 ? Q_SEED : Q_SEED + 1, r.stream);
         ATTN_MUST([&](struct status *st) { return attn_gpu_run(r.attn, &r.step, &p->io, st); });
     }
     CUDA_MUST(cudaStreamEndCapture(r.stream, &graph));
-    cudaGraphExec_t exec = instantiate(&r, graph);
+    CUDA_MUST(cudaGraphInstantiate(&exec, graph, 0));
     for (uint32_t pass = 0; pass < 3; pass++) {
         CUDA_MUST(cudaGraphLaunch(exec, r.stream));
         compare(p, result(&r, p), what);

@@ -4,7 +4,7 @@
  *
  * ends with 77 where there is no GPU.
  *
- * --quick leaves out large shapes, f16, groups and head dimensions; --once runs each policy and the fixed cut a single time,
+ * --quick leaves out large shapes, f16, groups and head dimensions; --once runs each policy, each way and the fixed cut a single time,
  * without graphs and layers, for checkers under which a launch takes seconds: then --f16 has f16 instead of bf16, and --replay
  * graphs and layers by the policy AUTO. --case takes the cases with TEXT in their name, "early" those of attn_early.cuh.
  *
@@ -45,22 +45,24 @@ void check_purpose(const problem *p, const runner *r, const char *what)
     const uint32_t all = (uint32_t)sms / 2, prefill = l.count[ROLE_PREFILL];
     if (sms != 132)
         return;
-    if (strstr(p->c->name, "some SMs") &&
-        (l.kernels != (RUN_PREFILL | RUN_DECODE) || l.clusters == 0 || l.clusters >= all / 2))
+    if (strstr(p->c->name, "some SMs") && (l.clusters == 0 || l.clusters >= all / 2))
         fail(p, what, "prefill is not on some of the SMs");
+    if (strstr(p->c->name, "some SMs") &&
+        attn_gpu_choose(r->attn, p->seq.data(), (uint32_t)p->seq.size()) != ATTN_WAY_APART)
+        fail(p, what, "both roles are chosen to be on every SM");
     if (!strcmp(p->c->name, "three parts") && prefill != 3 * p->c->HK * 704 * (p->c->H / p->c->HK) / 256)
         fail(p, what, "prefill is not in three parts");
     if (!strcmp(p->c->name, "window, cut") && prefill <= p->c->HK)
         fail(p, what, "prefill is not cut");
 }
 
-/* A policy on the whole batch: false when the back end cannot do it. */
-bool check_policy(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy policy, const options &o, double *worst)
+/* The whole batch: false when the back end cannot do it. */
+bool check_launches(const problem *p, const attn_gpu_ops *ops, launches how, const options &o, double *worst)
 {
     runner r;
     char what[100];
-    snprintf(what, sizeof what, "%s %s", ops->name, policy_names[policy]);
-    if (!start(&r, p, ops, policy, 0))
+    snprintf(what, sizeof what, "%s %s", ops->name, how.name());
+    if (!start(&r, p, ops, how, 0))
         return false;
     set_batch(p, p->seq.data(), (uint32_t)p->seq.size());
     plan_and_run(&r, p);
@@ -68,39 +70,35 @@ bool check_policy(const problem *p, const attn_gpu_ops *ops, attn_gpu_policy pol
     *worst = fmax(*worst, compare(p, whole, what));
     if (fault_of(&r))
         fail(p, what, "a fault is reported");
-    if (policy == ATTN_GPU_AUTO && !strcmp(ops->name, "sm90"))
+    if (how.policy == ATTN_GPU_AUTO && how.way == ATTN_WAY_APART && !strcmp(ops->name, "sm90"))
         check_purpose(p, &r, what);
     if (!o.once && p->dtype == ATTN_BF16)
         check_alone(&r, p, whole, what);
     stop(&r);
-    snprintf(what, sizeof what, "%s %s, fixed", ops->name, policy_names[policy]);
-    const bool all = p->dtype == ATTN_BF16 || policy == ATTN_GPU_AUTO; /* of f16 one policy is enough */
-    if (!o.once && all && (!o.quick || policy == ATTN_GPU_AUTO))
-        check_fixed(p, ops, policy, what);
+    snprintf(what, sizeof what, "%s %s, fixed", ops->name, how.name());
+    const bool all = p->dtype == ATTN_BF16 || how.policy == ATTN_GPU_AUTO; /* of f16 one policy is enough */
+    if (!o.once && all && (!o.quick || how.policy == ATTN_GPU_AUTO))
+        check_fixed(p, ops, how, what);
     return true;
 }
 
 void check_replays(const problem *p, const attn_gpu_ops *ops, const options &o)
 {
-    for (int policy = 0; policy <= ATTN_GPU_STREAMS; policy++) {
+    for (const launches &how : launches_of(ops)) {
         char what[100];
-        if (o.once && policy != ATTN_GPU_AUTO)
+        if (o.once && how.policy != ATTN_GPU_AUTO)
             continue;
-        if (o.quick && !o.once && policy == ATTN_GPU_SERIAL)
+        if (o.quick && !o.once && how.policy == ATTN_GPU_SERIAL)
             continue;
-        snprintf(what, sizeof what, "%s %s, layers", ops->name, policy_names[policy]);
-        check_layers(p, ops, (attn_gpu_policy)policy, 6, false, what);
-        if (policy == ATTN_GPU_AUTO) {
-            check_layers(p, ops, ATTN_GPU_AUTO, 2, false, "auto, layers, two with sized launches");
-            check_layers(p, ops, ATTN_GPU_AUTO, 6, true, "auto, layers, plan not in the graph");
-        }
-        if (p->dtype == ATTN_F16 && policy != ATTN_GPU_AUTO)
+        snprintf(what, sizeof what, "%s %s, layers", ops->name, how.name());
+        check_layers(p, ops, how, what);
+        if (p->dtype == ATTN_F16 && how.policy != ATTN_GPU_AUTO)
             continue;
-        snprintf(what, sizeof what, "%s %s, graph", ops->name, policy_names[policy]);
-        check_graph(p, ops, (attn_gpu_policy)policy, 0, what);
-        snprintf(what, sizeof what, "%s %s, graph, fixed", ops->name, policy_names[policy]);
+        snprintf(what, sizeof what, "%s %s, graph", ops->name, how.name());
+        check_graph(p, ops, how, 0, what);
+        snprintf(what, sizeof what, "%s %s, graph, fixed", ops->name, how.name());
         if (!o.once)
-            check_graph(p, ops, (attn_gpu_policy)policy, FIXED_KEYS, what);
+            check_graph(p, ops, how, FIXED_KEYS, what);
     }
 }
 
@@ -112,9 +110,9 @@ void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, c
     compute_reference(&p);
     double worst = 0;
     bool did = false;
-    for (int policy = 0; policy <= ATTN_GPU_STREAMS; policy++)
-        if (!o.quick || o.once || policy != ATTN_GPU_SERIAL)
-            did |= check_policy(&p, ops, (attn_gpu_policy)policy, o, &worst);
+    for (const launches &how : launches_of(ops))
+        if (!o.quick || o.once || how.policy != ATTN_GPU_SERIAL)
+            did |= check_launches(&p, ops, how, o, &worst);
     char invariant[100];
     snprintf(invariant, sizeof invariant, "%s, batch-invariant", ops->name);
     if (did)

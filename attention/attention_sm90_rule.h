@@ -1,0 +1,443 @@
+/* attention_sm90_rule.h - which launches are the fastest for a batch, which SMs work on what, and how large a part is: all from lengths.
+ * attn_gpu_choose follows it on the host (sm90_way_of), the plan on the device (sm90_rule_of). Plain C for both, and for a test.
+ * Work is counted in tiles of 64 keys; a unit is a block of 256 packed rows of prefill, or a decode, of one KV head. Prefix sm90_.
+ */
+#ifndef TANDEM_ATTENTION_SM90_RULE_H
+#define TANDEM_ATTENTION_SM90_RULE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "attention/attention.h"
+
+#ifdef __CUDACC__
+#define SM90_BOTH static __host__ __device__ inline
+#else
+#define SM90_BOTH static inline
+#endif
+
+/* As in attention_items.cuh and attention_sm90.cuh, which see to it. */
+enum { SM90_PREFILL, SM90_DECODE, SM90_ROLES };
+enum {
+    SM90_TILE_KEYS = 64,
+    SM90_CLUSTER = 2,      /* SMs that work on a prefill unit */
+    SM90_UNIT_ROWS = 256,  /* packed, of prefill */
+    SM90_DECODE_ROWS = 16, /* packed rows of a sequence that is decode's */
+    SM90_DECODE_BLOCKS = 2 /* per SM, of decode's kernel */
+};
+
+enum {
+    SM90_MAX_PREFILL_PARTS = 16,
+    SM90_MAX_DECODE_PARTS = 64,
+    SM90_MIN_PREFILL_TILES = 8, /* 512 keys */
+    SM90_MIN_DECODE_TILES = 2,  /* a tile of 32 keys for each warp */
+    SM90_UNIT_COST = 6,         /* start and end of a prefill item, in tiles */
+    SM90_DECODE_WAVES = 6,      /* of parts, beside prefill, where these are long enough */
+    SM90_LAST_WAVES = 8,        /* of the parts of the last decodes */
+    SM90_MAX_LAST_PARTS = 8,    /* of a unit of theirs, where the others' are whole */
+    SM90_LONG_PART = 16,        /* tiles */
+    SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
+    SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
+    /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
+    SM90_ENDS_ALONE = 1,
+    SM90_ENDS_BESIDE = 2,
+    /* In the fused kernel decodes come on by 7/10 of prefill's tiles; alone tiles of both take as long. */
+    SM90_PROGRESS = 7,
+    SM90_PROGRESS_OF = 10,
+    /* So many tiles of decodes left when prefill ends are worth a launch of their own, which costs half a part and a start, and is a
+     * fifth faster: about as many microseconds at D 128. */
+    SM90_REST_TILES = 80,
+    SM90_MOSTLY = 4, /* so many times what comes on beside prefill: decodes are cut as if alone */
+    /* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it; unless neither
+     * decodes are small nor prefill is long, in tiles: then decode's start behind it costs more. */
+    SM90_HARDLY_ANY = 4,
+    SM90_SMALL_DECODES = 4,
+    SM90_LONG_PREFILL = 60,
+    /* Less decodes than this are not looked at for SMs of their own, unless prefill is short and leaves SMs in any case: in smaller steps
+     * latencies count, which this does not know. */
+    SM90_SHARE_MIN = 30,
+    SM90_SHARE_MIN_SHORT = 5,
+    SM90_SHORT_PREFILL = 12
+};
+
+/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
+ * with seven or eight numbers of clusters (NOTES.md). */
+#define SM90_DECODE_RATE     0.9f  /* most of decodes' rate while prefill works */
+#define SM90_DECODE_BY_SHARE 2     /* of that rate, by their share of the SMs */
+#define SM90_TILE_ALONE      0.85f /* of prefill, without decodes */
+#define SM90_TILE_BESIDE     0.2f  /* more, beside decodes at their full rate */
+#define SM90_FUSED_DECODE    0.4f  /* what a tile of decodes costs in the fused kernel, beside prefill's */
+#define SM90_FUSED_RATE      0.72f /* tiles of decodes that come on there in one of prefill's */
+/* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more; and, of a long prefill's time, this part. */
+#define SM90_GAIN      2
+#define SM90_GAIN_CUT  5
+#define SM90_GAIN_PART 0.025f
+
+/* What a rule depends on beside the sequences. */
+struct sm90_shape {
+    uint32_t group, kv_heads, window;
+    uint32_t sms;
+    uint32_t fixed_tiles; /* 0: parts by the batch */
+    uint32_t max_rows, max_seq_rows, max_kv_len;
+    enum attn_gpu_policy policy;
+    enum attn_gpu_way way; /* of AUTO */
+    bool prefill_only;     /* there is no launch for decodes: all is prefill's */
+};
+
+struct sm90_totals {
+    unsigned long long tiles[SM90_ROLES];
+    unsigned long long last_tiles; /* of the last quarter's decodes */
+    uint32_t units[SM90_ROLES];    /* of one KV head */
+    uint32_t longest[SM90_ROLES];  /* tiles of a unit */
+};
+
+struct sm90_rule {
+    uint32_t tiles[SM90_ROLES]; /* most of a part; 0: not cut */
+    uint32_t last_tiles;        /* the same of decodes from sequence `last` on */
+    uint32_t last;
+    uint32_t clusters; /* that work on prefill, where it has a kernel of its own */
+};
+
+/* ---- a sequence ---- */
+
+SM90_BOTH bool sm90_breaks_rule(const struct sm90_shape *a, const struct attn_seq *s)
+{
+    return s->rows == 0 || s->rows > a->max_seq_rows || s->kv_len < s->rows || s->kv_len > a->max_kv_len ||
+           s->first_row >= a->max_rows || s->rows > a->max_rows - s->first_row;
+}
+
+SM90_BOTH uint32_t sm90_role_of(const struct sm90_shape *a, const struct attn_seq *s)
+{
+    return s->rows * a->group <= SM90_DECODE_ROWS && !a->prefill_only ? SM90_DECODE : SM90_PREFILL;
+}
+
+/* Of one KV head. */
+SM90_BOTH uint32_t sm90_units_of(const struct sm90_shape *a, const struct attn_seq *s)
+{
+    return sm90_role_of(a, s) == SM90_DECODE ? 1 : (s->rows * a->group + SM90_UNIT_ROWS - 1) / SM90_UNIT_ROWS;
+}
+
+/* Keys *lo .. *hi - 1 that the packed rows of a unit see, of which `first` is the first. */
+SM90_BOTH void sm90_keys_of(const struct sm90_shape *a, const struct attn_seq *s, uint32_t first, uint32_t *lo,
+                            uint32_t *hi)
+{
+    const uint32_t rows = s->rows * a->group, context = s->kv_len - s->rows;
+    const uint32_t last = (rows < first + SM90_UNIT_ROWS ? rows : first + SM90_UNIT_ROWS) - 1;
+    const uint32_t seen = context + first / a->group + 1;
+    *lo = a->window && seen > a->window ? seen - a->window : 0;
+    *hi = context + last / a->group + 1;
+}
+
+SM90_BOTH uint32_t sm90_tiles_of(uint32_t lo, uint32_t hi)
+{
+    return (hi - lo + SM90_TILE_KEYS - 1) / SM90_TILE_KEYS;
+}
+
+/* What a sequence adds to totals. */
+struct sm90_work {
+    uint32_t role, units, longest;
+    unsigned long long tiles;
+};
+
+SM90_BOTH struct sm90_work sm90_work_of(const struct sm90_shape *a, const struct attn_seq *s)
+{
+    struct sm90_work w = {sm90_role_of(a, s), sm90_units_of(a, s), 0, 0};
+    for (uint32_t u = 0; u < w.units; u++) {
+        uint32_t lo, hi;
+        sm90_keys_of(a, s, u * SM90_UNIT_ROWS, &lo, &hi);
+        const uint32_t tiles = sm90_tiles_of(lo, hi);
+        w.tiles += tiles;
+        w.longest = tiles > w.longest ? tiles : w.longest;
+    }
+    return w;
+}
+
+/* Tiles of a part, of a unit of so many: parts are equal but for the last, and no more than the most of the role. */
+SM90_BOTH uint32_t sm90_part_tiles(const struct sm90_rule *r, uint32_t role, uint32_t seq, uint32_t tiles)
+{
+    const uint32_t most = role == SM90_DECODE ? SM90_MAX_DECODE_PARTS : SM90_MAX_PREFILL_PARTS;
+    const uint32_t of_rule = role == SM90_DECODE && seq >= r->last ? r->last_tiles : r->tiles[role];
+    if (of_rule == 0 || tiles <= of_rule)
+        return tiles;
+    uint32_t parts = (tiles + of_rule - 1) / of_rule;
+    parts = parts < most ? parts : most;
+    return (tiles + parts - 1) / parts;
+}
+
+/* ---- decodes ---- */
+
+/* How they are cut: the tiles of a part, those of the last sequences' parts, and what it costs, in tiles. */
+struct sm90_decode_cut {
+    uint32_t tiles, last_tiles;
+    uint64_t cost;
+};
+
+/* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
+ * were such units and blocks took parts in rounds. Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of
+ * a part) parts, all have fewer than twice the bounded number of items. */
+SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t tiles, uint32_t longest, uint32_t ends)
+{
+    struct sm90_decode_cut best = {longest, longest, UINT64_MAX};
+    for (uint32_t k = 1; k <= SM90_MAX_DECODE_PARTS; k++) {
+        const uint32_t each = (longest + k - 1) / k;
+        const uint64_t items = (tiles + each - 1) / each;
+        if (k > 1 && (each < SM90_MIN_DECODE_TILES || items > 4 * blocks))
+            break;
+        const uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends);
+        if (cost < best.cost) {
+            best.tiles = best.last_tiles = each;
+            best.cost = cost;
+        }
+    }
+    return best;
+}
+
+/* The same where prefill has some SMs for itself: `blocks` begin at once, `late` ones when it has ended, at `from`, in tiles. Whoever is
+ * done takes the next item, so work is spread over all, and half of an item is the mean wait for the last one. What would be a second round of
+ * whole units begins when prefill ends or the first one does. Units of the last sequences may be cut: short items at the end are what
+ * levels it. Slots: two per unit of all. */
+SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t from, uint64_t first_tiles,
+                                     uint64_t last_tiles, uint32_t longest, struct sm90_decode_cut *best)
+{
+    const uint64_t unit = longest + SM90_ENDS_BESIDE, wait = late * from;
+    if (best->tiles == longest)
+        best->cost = UINT64_MAX; /* whole units, looked at again */
+    for (uint32_t k = 1; k <= SM90_MAX_LAST_PARTS; k *= 2) {
+        const uint32_t each = (longest + k - 1) / k;
+        if (k > 1 && each < SM90_MIN_DECODE_TILES)
+            break;
+        const uint64_t whole = ((k > 1 ? 0 : last_tiles) + first_tiles) / longest;
+        const uint64_t part = k > 1 ? each + 2 * SM90_ENDS_BESIDE : unit;
+        const uint64_t parts = k > 1 ? (last_tiles + each - 1) / each : 0;
+        const uint64_t ends = whole <= blocks ? unit : unit + (unit < from ? unit : from);
+        uint64_t cost = (whole * unit + parts * part + wait) / (blocks + late) + part / 2;
+        cost = cost > ends ? cost : ends;
+        if (k == 1) {
+            const uint64_t rounds = (whole + blocks - 1) / blocks * unit;
+            cost = rounds < cost ? rounds : cost;
+        }
+        if (cost < best->cost) {
+            best->tiles = longest;
+            best->last_tiles = each;
+            best->cost = cost;
+        }
+    }
+}
+
+/* Beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to balance. The last
+ * sequences are cut finer: a part takes long beside prefill, and whoever begins one when prefill ends lets all others wait. */
+SM90_BOTH void sm90_cut_beside(const struct sm90_shape *a, const struct sm90_totals *t, struct sm90_rule *r)
+{
+    const uint64_t decodes = (uint64_t)t->units[SM90_DECODE] * a->kv_heads,
+                   wave = (uint64_t)SM90_DECODE_BLOCKS * a->sms;
+    const uint64_t tiles = t->tiles[SM90_DECODE] * a->kv_heads;
+    uint64_t waves = (4 * decodes + wave - 1) / wave;
+    if (tiles < wave * SM90_LONG_PART) {
+        r->last_tiles = sm90_cut_decodes(a->sms, tiles, t->longest[SM90_DECODE], SM90_ENDS_ALONE).tiles;
+        r->tiles[SM90_DECODE] = r->last_tiles;
+        return;
+    }
+    const uint64_t long_waves = tiles / (wave * SM90_WAVE_TILES);
+    if (waves < SM90_DECODE_WAVES && waves < long_waves) {
+        waves = SM90_DECODE_WAVES;
+        waves = long_waves < waves ? long_waves : waves;
+    }
+    const uint64_t part = tiles / (waves * wave - decodes * (waves * wave > decodes)) + 1;
+    const uint64_t long_part = SM90_LONG_PART, least = waves > 4 ? long_part : (uint64_t)SM90_MIN_DECODE_TILES;
+    r->tiles[SM90_DECODE] = (uint32_t)(part > least ? part : least);
+    uint64_t last = t->last_tiles * a->kv_heads / (SM90_LAST_WAVES * wave) + 1;
+    last = last > long_part ? last : long_part;
+    r->last_tiles = last < r->tiles[SM90_DECODE] ? (uint32_t)last : r->tiles[SM90_DECODE];
+}
+
+/* ---- prefill ---- */
+
+/* How it is cut for so many clusters. */
+struct sm90_prefill_cut {
+    uint32_t parts; /* of a unit of mean length */
+    uint32_t cost;  /* tiles */
+};
+
+/* As many parts per unit as make the waves of clusters cheapest. Slots are enough by construction (sm90_slots): units are cut into few
+ * parts where there are many, and a sum of quotients rounded up is less than the quotient of the sum and their number. */
+SM90_BOTH struct sm90_prefill_cut sm90_cut_prefill(uint32_t units, uint32_t mean, uint32_t clusters)
+{
+    struct sm90_prefill_cut best = {1, UINT32_MAX};
+    for (uint32_t s = 1;
+         s <= SM90_MAX_PREFILL_PARTS && (s == 1 || (mean / s >= SM90_MIN_PREFILL_TILES && units * s <= 4 * clusters));
+         s++) {
+        const uint64_t waves = ((uint64_t)units * s + clusters - 1) / clusters;
+        const uint64_t cost = waves * ((mean + s - 1) / s + SM90_UNIT_COST + (s > 1 ? SM90_UNIT_COST : 0));
+        if (cost < best.cost) {
+            best.parts = s;
+            best.cost = (uint32_t)cost;
+        }
+    }
+    return best;
+}
+
+/* Units that are about equally long count as the longest: a part more of a few would be a wave more. */
+SM90_BOTH uint32_t sm90_mean_unit(const struct sm90_totals *t)
+{
+    const uint32_t mean = (uint32_t)(t->tiles[SM90_PREFILL] / t->units[SM90_PREFILL]) + 1;
+    const uint32_t longest = t->longest[SM90_PREFILL];
+    return longest <= mean + mean / 4 ? longest : mean;
+}
+
+/* ---- both ---- */
+
+/* Decodes' tiles for each SM. */
+SM90_BOTH uint64_t sm90_decode_load(const struct sm90_shape *a, const struct sm90_totals *t)
+{
+    return t->tiles[SM90_DECODE] * a->kv_heads / a->sms;
+}
+
+/* Tiles until a step has ended whose prefill, of so many tiles on n of all clusters, leaves the other SMs to decodes. */
+SM90_BOTH float sm90_shared_time(float prefill, float decode, float n, float all)
+{
+    const float by_share = SM90_DECODE_BY_SHARE * (1 - n / all),
+                rate = by_share < SM90_DECODE_RATE ? by_share : SM90_DECODE_RATE;
+    const float tile = SM90_TILE_ALONE + SM90_TILE_BESIDE * rate, both = prefill * tile;
+    if (rate * both < decode)
+        return both + decode - rate * both;
+    return decode / rate + (prefill - decode / rate / tile) * SM90_TILE_ALONE;
+}
+
+/* The same of the fused kernel, and decode's behind it. */
+SM90_BOTH float sm90_fused_time(float prefill, float decode)
+{
+    const float most =
+        SM90_FUSED_RATE * prefill / (1 - SM90_FUSED_RATE * SM90_FUSED_DECODE); /* that can come on beside */
+    return decode < most ? prefill + SM90_FUSED_DECODE * decode : prefill + SM90_FUSED_DECODE * most + decode - most;
+}
+
+/* Prefill on n of the clusters: the time until the step has ended, with the gain that is asked for, in 1/16 of a tile, and n in the low 16
+ * bits; UINT64_MAX where it cannot be or is not worth a look. The least over all n is what `share` stands for below. */
+SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t n)
+{
+    const uint32_t clusters = a->sms / SM90_CLUSTER, units = t->units[SM90_PREFILL] * a->kv_heads;
+    const uint64_t decode = sm90_decode_load(a, t);
+    if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || n == 0 || n >= clusters)
+        return UINT64_MAX;
+    const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(t), n);
+    const bool leaves = units * cut.parts <= n;
+    if (decode < (uint64_t)(leaves && cut.cost <= SM90_SHORT_PREFILL ? SM90_SHARE_MIN_SHORT : SM90_SHARE_MIN))
+        return UINT64_MAX;
+    const float time = sm90_shared_time((float)cut.cost, (float)decode, (float)n, (float)clusters);
+    return (unsigned long long)((time + (leaves ? SM90_GAIN : SM90_GAIN_CUT)) * 16) << 16 | n;
+}
+
+/* Which launches are the fastest for a batch. */
+SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct sm90_totals *t,
+                                        unsigned long long share)
+{
+    const uint32_t units = t->units[SM90_PREFILL] * a->kv_heads;
+    const uint64_t decode = sm90_decode_load(a, t);
+    if (units == 0 || t->units[SM90_DECODE] == 0)
+        return ATTN_WAY_APART;
+    const uint64_t prefill = sm90_cut_prefill(units, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
+    if (decode * SM90_HARDLY_ANY <= prefill && (decode <= SM90_SMALL_DECODES || prefill >= SM90_LONG_PREFILL))
+        return ATTN_WAY_APART;
+    const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
+    if (share != UINT64_MAX && (float)(share >> 16) / 16 + gain < sm90_fused_time((float)prefill, (float)decode))
+        return ATTN_WAY_APART;
+    return decode * SM90_PROGRESS_OF > prefill * SM90_PROGRESS + SM90_PROGRESS_OF * SM90_REST_TILES
+               ? ATTN_WAY_FUSED_REST
+               : ATTN_WAY_FUSED;
+}
+
+/* Where prefill's units are cut, for so many clusters. Returns the tiles until prefill has ended. */
+SM90_BOTH uint32_t sm90_rule_of_prefill(const struct sm90_shape *a, const struct sm90_totals *t, struct sm90_rule *r)
+{
+    const uint32_t mean = sm90_mean_unit(t);
+    const struct sm90_prefill_cut cut = sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, mean, r->clusters);
+    const uint64_t each = t->tiles[SM90_PREFILL] * a->kv_heads / r->clusters;
+    const uint32_t whole = mean + mean / 2 > each ? mean + mean / 2 : (uint32_t)each;
+    const uint32_t tiles = cut.parts > 1 ? (mean + cut.parts - 1) / cut.parts : whole;
+    r->tiles[SM90_PREFILL] = tiles > SM90_MIN_PREFILL_TILES ? tiles : (uint32_t)SM90_MIN_PREFILL_TILES;
+    return cut.cost;
+}
+
+/* last: the first sequence of the last quarter. */
+SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct sm90_totals *t,
+                                        unsigned long long share, uint32_t last)
+{
+    const bool automatic = a->policy == ATTN_GPU_AUTO, apart = automatic && a->way == ATTN_WAY_APART;
+    struct sm90_rule r = {{0, a->fixed_tiles}, a->fixed_tiles, last, a->sms / SM90_CLUSTER};
+    if (a->fixed_tiles)
+        return r;
+    if (apart && share != UINT64_MAX)
+        r.clusters = (uint32_t)(share & 0xffff);
+    const uint32_t prefill = t->units[SM90_PREFILL] ? sm90_rule_of_prefill(a, t, &r) : 0;
+    if (t->units[SM90_DECODE] == 0)
+        return r;
+    bool mostly_alone = apart || a->policy == ATTN_GPU_SERIAL;
+    if (automatic && a->way == ATTN_WAY_FUSED_REST && t->units[SM90_PREFILL])
+        mostly_alone = sm90_decode_load(a, t) * SM90_PROGRESS_OF > (uint64_t)SM90_MOSTLY * prefill * SM90_PROGRESS;
+    /* Behind prefill blocks come one after the other, and a round of all of them would be two; beside it there are those of the SMs
+     * that it leaves. */
+    const bool at_once = t->units[SM90_PREFILL] == 0 || a->policy == ATTN_GPU_SERIAL;
+    const uint32_t on = at_once ? a->sms : a->sms - r.clusters * SM90_CLUSTER;
+    const uint32_t blocks = on * SM90_DECODE_BLOCKS > a->sms ? on * SM90_DECODE_BLOCKS : a->sms;
+    const bool beside = !at_once && blocks > a->sms;
+    struct sm90_decode_cut cut = sm90_cut_decodes(blocks, t->tiles[SM90_DECODE] * a->kv_heads, t->longest[SM90_DECODE],
+                                                  beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE);
+    if (beside)
+        sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
+                              (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,
+                              t->longest[SM90_DECODE], &cut);
+    if (at_once || (mostly_alone && cut.tiles <= SM90_SHORT_PART)) {
+        r.tiles[SM90_DECODE] = cut.tiles;
+        r.last_tiles = cut.last_tiles;
+    } else {
+        sm90_cut_beside(a, t, &r);
+    }
+    return r;
+}
+
+/* On the host: the way of a batch. */
+static inline enum attn_gpu_way sm90_choose(const struct sm90_shape *a, const struct attn_seq *seq, uint32_t seqs)
+{
+    struct sm90_totals t = {{0, 0}, 0, {0, 0}, {0, 0}};
+    for (uint32_t i = 0; i < seqs; i++) {
+        if (sm90_breaks_rule(a, &seq[i]))
+            continue;
+        const struct sm90_work w = sm90_work_of(a, &seq[i]);
+        t.tiles[w.role] += w.tiles;
+        t.units[w.role] += w.units;
+        t.longest[w.role] = w.longest > t.longest[w.role] ? w.longest : t.longest[w.role];
+    }
+    unsigned long long share = UINT64_MAX;
+    for (uint32_t n = 1; n < a->sms / SM90_CLUSTER; n++) {
+        const unsigned long long one = sm90_share_of(a, &t, n);
+        share = one < share ? one : share;
+    }
+    return sm90_way_of(a, &t, share);
+}
+
+/* ---- sizes ---- */
+
+/* Places for parts of units that are cut: prefill's units are cut only where there are at most two per cluster, into at most four parts per
+ * cluster plus one each. Decode: four parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are
+ * cut finer; or eight parts per unit of the last quarter alone. Under a fixed cut, by tokens. */
+SM90_BOTH void sm90_slots(const struct attn_gpu_config *c, uint32_t sms, uint64_t slots[SM90_ROLES])
+{
+    const uint64_t fixed = c->fixed_split_keys, seqs = (uint64_t)c->kv_heads * c->max_seqs;
+    slots[SM90_PREFILL] = fixed ? 0 : 6 * sms / SM90_CLUSTER;
+    slots[SM90_DECODE] = 5 * seqs + 14ull * SM90_DECODE_BLOCKS * sms;
+    if (fixed) {
+        const uint64_t by_tokens = c->kv_heads * (c->max_kv_tokens / fixed + c->max_seqs),
+                       by_parts = seqs * SM90_MAX_DECODE_PARTS;
+        slots[SM90_DECODE] = by_tokens < by_parts ? by_tokens : by_parts;
+    }
+}
+
+/* Units, of all KV heads. */
+SM90_BOTH void sm90_units(const struct attn_gpu_config *c, uint64_t units[SM90_ROLES])
+{
+    units[SM90_PREFILL] =
+        c->kv_heads * ((uint64_t)c->max_rows * (c->heads / c->kv_heads) / SM90_UNIT_ROWS + c->max_seqs);
+    units[SM90_DECODE] = (uint64_t)c->kv_heads * c->max_seqs;
+}
+
+#endif

@@ -1,0 +1,243 @@
+/* check_attention_rule.c - what the Hopper plan follows, on the host, over random batches: parts cover their unit, the lists have room for all
+ * of them by every policy and way, prefill is on SMs that there are. And which way is chosen. */
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/attention_sm90_rule.h"
+
+enum { MAX_SEQS = 300, ROUNDS = 4000 };
+
+static uint64_t state;
+
+static uint32_t draw(uint32_t n) /* 0 .. n - 1 */
+{
+    state += 0x9e3779b97f4a7c15ull;
+    uint64_t z = state;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return (uint32_t)((z ^ z >> 31) % n);
+}
+
+/* Mostly small, up to n. */
+static uint32_t draw_skewed(uint32_t n)
+{
+    return 1 + draw(1 + draw(1 + draw(n)));
+}
+
+struct batch {
+    struct attn_gpu_config cfg;
+    struct sm90_shape shape;
+    uint32_t seqs;
+    struct attn_seq seq[MAX_SEQS];
+};
+
+/* A config, and a batch at its limits or inside of them. Decodes are equal, or not; chunks come at any place. */
+static void make(struct batch *b)
+{
+    static const uint32_t sms[] = {132, 114, 78, 16}, groups[] = {1, 2, 3, 4, 7, 8, 16};
+    const uint32_t longest = 1 + draw(draw(4) ? 40000 : 2000), equal = draw(2), chunks = draw(4) ? draw(9) : 0;
+    *b = (struct batch){.seqs = 1 + draw(draw(3) ? 40 : MAX_SEQS)};
+    b->shape = (struct sm90_shape){
+        .group = groups[draw(7)],
+        .kv_heads = 1 + draw(8),
+        .window = draw(4) ? 0 : 1 + draw(5000),
+        .sms = sms[draw(4)],
+        .fixed_tiles = draw(5) ? 0 : 1 + draw(32),
+        .max_kv_len = longest,
+        .policy = (enum attn_gpu_policy)(draw(2) ? ATTN_GPU_AUTO : draw(4)),
+        .way = (enum attn_gpu_way)draw(ATTN_GPU_WAYS),
+        .prefill_only = b->seqs == 1 && draw(2),
+    };
+    const uint32_t length = draw_skewed(longest);
+    for (uint32_t i = 0; i < b->seqs; i++) {
+        struct attn_seq *s = &b->seq[i];
+        s->kv_len = equal ? length : draw_skewed(longest);
+        s->rows = draw(b->seqs) < chunks ? 1 + draw(s->kv_len < 4096 ? s->kv_len : 4096) : 1;
+        s->first_row = b->shape.max_rows;
+        b->shape.max_rows += s->rows;
+        b->shape.max_seq_rows = s->rows > b->shape.max_seq_rows ? s->rows : b->shape.max_seq_rows;
+        b->cfg.max_kv_tokens += s->kv_len;
+    }
+    b->cfg.heads = b->shape.group * b->shape.kv_heads;
+    b->cfg.kv_heads = b->shape.kv_heads;
+    b->cfg.max_seqs = b->seqs;
+    b->cfg.max_rows = b->shape.max_rows;
+    b->cfg.fixed_split_keys = b->shape.fixed_tiles * SM90_TILE_KEYS;
+}
+
+static struct sm90_totals totals_of(const struct batch *b, uint32_t last)
+{
+    struct sm90_totals t = {{0, 0}, 0, {0, 0}, {0, 0}};
+    for (uint32_t i = 0; i < b->seqs; i++) {
+        ck_assert(!sm90_breaks_rule(&b->shape, &b->seq[i]));
+        const struct sm90_work w = sm90_work_of(&b->shape, &b->seq[i]);
+        t.tiles[w.role] += w.tiles;
+        t.units[w.role] += w.units;
+        t.longest[w.role] = w.longest > t.longest[w.role] ? w.longest : t.longest[w.role];
+        if (w.role == SM90_DECODE && i >= last)
+            t.last_tiles += w.tiles;
+    }
+    return t;
+}
+
+static unsigned long long share_of(const struct sm90_shape *shape, const struct sm90_totals *t)
+{
+    unsigned long long best = UINT64_MAX;
+    for (uint32_t n = 1; n < 1024; n++) { /* as many threads as the plan has */
+        const unsigned long long one = sm90_share_of(shape, t, n);
+        best = one < best ? one : best;
+    }
+    return best;
+}
+
+/* As the plan counts: items and places for parts of both roles, over all KV heads. */
+static void count(const struct batch *b, const struct sm90_rule *r, uint64_t items[SM90_ROLES],
+                  uint64_t slots[SM90_ROLES])
+{
+    for (uint32_t i = 0; i < b->seqs; i++) {
+        const struct attn_seq *s = &b->seq[i];
+        const uint32_t role = sm90_role_of(&b->shape, s), n = sm90_units_of(&b->shape, s);
+        for (uint32_t u = 0; u < n; u++) {
+            uint32_t lo, hi;
+            sm90_keys_of(&b->shape, s, u * SM90_UNIT_ROWS, &lo, &hi);
+            ck_assert(lo < hi && hi <= s->kv_len);
+            const uint32_t tiles = sm90_tiles_of(lo, hi), each = sm90_part_tiles(r, role, i, tiles);
+            ck_assert_msg(each > 0 && each <= tiles, "%u tiles in parts of %u", tiles, each);
+            const uint32_t parts = (tiles + each - 1) / each;
+            ck_assert(parts <= (role == SM90_DECODE ? SM90_MAX_DECODE_PARTS : SM90_MAX_PREFILL_PARTS));
+            ck_assert((parts - 1) * each < tiles); /* the last one has work */
+            items[role] += (uint64_t)parts * b->shape.kv_heads;
+            slots[role] += parts > 1 ? (uint64_t)parts * b->shape.kv_heads : 0;
+        }
+    }
+}
+
+static void describe(const struct batch *b, const struct sm90_rule *r, char *text, size_t n)
+{
+    snprintf(text, n,
+             "%u sequences, %u rows, group %u, %u KV heads, %u SMs, window %u, fixed %u, policy %d, way %d: parts of "
+             "%u, %u, %u, %u clusters",
+             b->seqs, b->shape.max_rows, b->shape.group, b->shape.kv_heads, b->shape.sms, b->shape.window,
+             b->shape.fixed_tiles, (int)b->shape.policy, (int)b->shape.way, r->tiles[0], r->tiles[1], r->last_tiles,
+             r->clusters);
+}
+
+START_TEST(lists_have_room_for_all_parts_of_any_batch)
+{
+    static struct batch b;
+    state = (uint64_t)_i + 1;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        make(&b);
+        const uint32_t last = b.seqs - b.seqs / 4;
+        const struct sm90_totals t = totals_of(&b, last);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        uint64_t items[SM90_ROLES] = {0, 0}, used[SM90_ROLES] = {0, 0}, slots[SM90_ROLES], units[SM90_ROLES];
+        char text[400];
+        describe(&b, &r, text, sizeof text);
+        ck_assert_msg(r.clusters >= 1 && r.clusters <= b.shape.sms / SM90_CLUSTER, "%s", text);
+        if (b.shape.policy != ATTN_GPU_AUTO || b.shape.way != ATTN_WAY_APART || b.shape.fixed_tiles)
+            ck_assert_msg(r.clusters == b.shape.sms / SM90_CLUSTER, "%s", text);
+        count(&b, &r, items, used);
+        sm90_slots(&b.cfg, b.shape.sms, slots);
+        sm90_units(&b.cfg, units);
+        for (int role = 0; role < SM90_ROLES; role++) {
+            ck_assert_msg(used[role] <= slots[role], "role %d: %llu places, %llu used: %s", role,
+                          (unsigned long long)slots[role], (unsigned long long)used[role], text);
+            ck_assert_msg(items[role] <= units[role] + slots[role], "role %d: room for %llu items, %llu made: %s", role,
+                          (unsigned long long)(units[role] + slots[role]), (unsigned long long)items[role], text);
+        }
+    }
+}
+END_TEST
+
+START_TEST(a_fixed_cut_depends_on_the_sequence_alone)
+{
+    static struct batch b;
+    state = (uint64_t)_i + 1;
+    for (uint32_t round = 0; round < ROUNDS / 10; round++) {
+        make(&b);
+        b.shape.fixed_tiles = 1 + draw(32);
+        const uint32_t last = b.seqs - b.seqs / 4;
+        const struct sm90_totals t = totals_of(&b, last);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        ck_assert_uint_eq(r.tiles[SM90_PREFILL], 0);
+        ck_assert_uint_eq(r.tiles[SM90_DECODE], b.shape.fixed_tiles);
+        ck_assert_uint_eq(r.last_tiles, b.shape.fixed_tiles);
+    }
+}
+END_TEST
+
+START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
+{
+    const struct sm90_shape shape = {
+        .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 100, .max_seq_rows = 50, .max_kv_len = 1000};
+    const struct attn_seq good = {.first_row = 60, .rows = 40, .kv_len = 1000};
+    ck_assert(!sm90_breaks_rule(&shape, &good));
+#define BREAKS(field, value)                                                                                           \
+    do {                                                                                                               \
+        struct attn_seq bad = good;                                                                                    \
+        bad.field = value;                                                                                             \
+        ck_assert(sm90_breaks_rule(&shape, &bad));                                                                     \
+    } while (0)
+    BREAKS(rows, 0);
+    BREAKS(rows, 51);
+    BREAKS(rows, 41); /* one behind max_rows */
+    BREAKS(kv_len, 39);
+    BREAKS(kv_len, 1001);
+    BREAKS(first_row, 61);
+    BREAKS(first_row, 100);
+    BREAKS(first_row, UINT32_MAX);
+#undef BREAKS
+    const struct attn_seq both[] = {good, {.first_row = 61, .rows = 40, .kv_len = 1000}};
+    ck_assert_int_eq(sm90_choose(&shape, both, 2), sm90_choose(&shape, both, 1));
+}
+END_TEST
+
+/* On an H200 with Llama-3-8B's heads: what was fastest there (attention/README.md). */
+START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
+{
+    static const struct {
+        uint32_t rows, chunk_len, decodes, decode_len;
+        enum attn_gpu_way way;
+    } cases[] = {
+        {1024, 16384, 0, 0, ATTN_WAY_APART},      {0, 0, 64, 8192, ATTN_WAY_APART},
+        {64, 64, 8, 1024, ATTN_WAY_APART},        {256, 2048, 32, 1024, ATTN_WAY_APART},
+        {1024, 8192, 66, 8192, ATTN_WAY_APART},   {1024, 4096, 128, 512, ATTN_WAY_FUSED},
+        {512, 4096, 32, 1024, ATTN_WAY_FUSED},    {1024, 12288, 128, 2048, ATTN_WAY_FUSED},
+        {512, 131072, 5, 131072, ATTN_WAY_FUSED}, {512, 32768, 22, 32768, ATTN_WAY_FUSED_REST},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct attn_seq seq[MAX_SEQS];
+        const struct sm90_shape shape = {
+            .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 8192, .max_seq_rows = 8192, .max_kv_len = 1 << 20};
+        uint32_t n = 0;
+        if (cases[i].rows)
+            seq[n++] = (struct attn_seq){.rows = cases[i].rows, .kv_len = cases[i].chunk_len};
+        for (uint32_t d = 0; d < cases[i].decodes; d++, n++)
+            seq[n] = (struct attn_seq){.first_row = 4096 + d, .rows = 1, .kv_len = cases[i].decode_len};
+        ck_assert_msg(sm90_choose(&shape, seq, n) == cases[i].way, "case %zu: way %d, expected %d", i,
+                      (int)sm90_choose(&shape, seq, n), (int)cases[i].way);
+    }
+}
+END_TEST
+
+int main(void)
+{
+    Suite *s = suite_create("attention_rule");
+    TCase *core = tcase_create("core");
+    tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
+    tcase_add_loop_test(core, a_fixed_cut_depends_on_the_sequence_alone, 0, 4);
+    suite_add_tcase(s, core);
+    TCase *limits = tcase_create("limits");
+    tcase_set_timeout(limits, 60);
+    tcase_add_loop_test(limits, lists_have_room_for_all_parts_of_any_batch, 0, 8);
+    tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
+    suite_add_tcase(s, limits);
+    SRunner *runner = srunner_create(s);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
