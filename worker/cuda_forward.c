@@ -123,7 +123,7 @@ static bool any_layer_sees_all(const struct model_config *m)
 }
 
 static enum status_code create_attention(struct attn_gpu **out, const struct forward_config *c, uint32_t window,
-                                         uint32_t graphs, struct status *st)
+                                         struct status *st)
 {
     const struct model_config *m = c->model;
     uint64_t half = (uint64_t)c->shard->kv_heads.count * m->head_dim * KV_BYTES;
@@ -141,7 +141,6 @@ static enum status_code create_attention(struct attn_gpu **out, const struct for
         .max_kv_len = c->max_context,
         .policy = c->attention,
         .batch_invariant = c->batch_invariant,
-        .graph_runs = graphs * m->layers,
     };
     enum status_code rc = cuda_check(cudaGetDevice(&cfg.device), st, "cudaGetDevice");
     if (rc == ST_OK)
@@ -151,18 +150,16 @@ static enum status_code create_attention(struct attn_gpu **out, const struct for
     return rc == ST_OK ? ST_OK : status_prefix(st, "attention");
 }
 
-/* graphs: of steps with chunks, that will be captured. */
-static enum status_code create_attentions(struct attn_gpu *out[2], const struct forward_config *c, uint32_t graphs,
-                                          struct status *st)
+static enum status_code create_attentions(struct attn_gpu *out[2], const struct forward_config *c, struct status *st)
 {
     enum status_code rc = ST_OK;
     uint32_t window = window_of(c->model);
     if (c->shard->heads.count == 0)
         return ST_OK; /* more ranks than heads */
     if (any_layer_sees_all(c->model))
-        rc = create_attention(&out[0], c, 0, graphs, st);
+        rc = create_attention(&out[0], c, 0, st);
     if (rc == ST_OK && window)
-        rc = create_attention(&out[1], c, window, graphs, st);
+        rc = create_attention(&out[1], c, window, st);
     return rc;
 }
 
@@ -249,7 +246,7 @@ static enum status_code forward_bytes(uint64_t *out, const struct forward_config
         const struct comm_gpu_config group = group_config(cfg);
         bytes += comm_gpu_bytes(&group);
     }
-    rc = create_attentions(f.attn, cfg, 0, st); /* only its back end knows what it takes */
+    rc = create_attentions(f.attn, cfg, st); /* only its back end knows what it takes */
     for (int i = 0; i < 2; i++) {
         if (f.attn[i])
             bytes += attn_gpu_workspace_bytes(f.attn[i]);
@@ -381,7 +378,7 @@ static void forward_destroy(struct forward *f)
     if (f->stream)
         cudaStreamSynchronize(f->stream);
     for (uint32_t i = 0; i < f->n_buckets; i++)
-        for (int v = 0; v < 2; v++)
+        for (int v = 0; v < CUDA_KINDS; v++)
             if (f->bucket[i].graph[v])
                 cudaGraphExecDestroy(f->bucket[i].graph[v]);
     comm_gpu_destroy(f->group);
@@ -428,7 +425,7 @@ static enum status_code forward_create(struct forward **out, const struct forwar
     if ((rc = check_model(cfg, st)) != ST_OK ||
         (rc = cuda_check(cudaStreamCreateWithFlags(&f->stream, cudaStreamNonBlocking), st, "stream")) != ST_OK ||
         (rc = create_products(f, st)) != ST_OK || (rc = allocate(f, st)) != ST_OK ||
-        (rc = create_attentions(f->attn, cfg, f->graphs ? f->n_buckets : 0, st)) != ST_OK ||
+        (rc = create_attentions(f->attn, cfg, st)) != ST_OK ||
         (rc = cuda_options_create(&f->options, cfg->max_slots, cfg->model->vocab_size, st)) != ST_OK ||
         (rc = fill_rope(f, st)) != ST_OK || (rc = create_group(&f->group, cfg, st)) != ST_OK ||
         (cfg->tune_dir && (rc = cuda_gemm_remember(f->gemm, cfg->tune_dir, st)) != ST_OK) ||

@@ -85,12 +85,15 @@ STATUS_MUST_CHECK enum status_code cuda_gemm_run(struct cuda_gemm *g, const stru
 
 #define CUDA_BUCKETS_MAX 72 /* 64 of 2^20 rows */
 
+/* Kinds of steps: with chunks, by attn_gpu_way, each of which is right for any; and of decodes alone. */
+enum { CUDA_DECODES = ATTN_GPU_WAYS, CUDA_KINDS };
+
 /* Launches of the layers for up to `rows` rows. */
 struct cuda_bucket {
     uint32_t rows;
     bool prepared;
-    cudaGraphExec_t graph[2]; /* of steps with chunks; of decodes alone. NULL: not captured yet */
-    bool ran[2];
+    cudaGraphExec_t graph[CUDA_KINDS]; /* NULL: not captured yet */
+    bool ran[CUDA_KINDS];
 };
 
 #define CUDA_FLIGHTS 2
@@ -211,7 +214,7 @@ void cuda_options_take_scores(const struct cuda_flight *l);
 /* ---- layers (cuda_layers.c) ---- */
 
 /* All of them, of the rows, sequences and tokens that went over. */
-STATUS_MUST_CHECK enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, bool decodes,
+STATUS_MUST_CHECK enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, uint32_t kind,
                                                        struct status *st);
 
 /* ---- before the first step (cuda_layers.c, cuda_run.c, cuda_warm.c) ---- */
@@ -219,8 +222,10 @@ STATUS_MUST_CHECK enum status_code cuda_forward_layers(struct forward *f, struct
 /* The products of the bucket's layers get their ways; of the LM head for so many rows. */
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, struct status *st);
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare_head(struct forward *f, uint32_t rows, struct status *st);
-/* The bucket's graph, of steps with chunks or of decodes alone. */
-STATUS_MUST_CHECK enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, bool decodes,
+/* Whose attn_gpu_choose says how steps with chunks are launched: the longer contexts'. NULL: this rank has no heads. */
+const struct attn_gpu *cuda_forward_chooser(const struct forward *f);
+/* The bucket's graph of a kind. */
+STATUS_MUST_CHECK enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, uint32_t kind,
                                                         struct status *st);
 /* All of that for all buckets, as long as there is time, and a step of padding alone. Collective. */
 STATUS_MUST_CHECK enum status_code cuda_forward_warm(struct forward *f, struct status *st);

@@ -143,7 +143,7 @@ static enum status_code embed(struct forward *f, uint32_t rows, struct status *s
     return add_parts(f, PART_EMBEDDING, true, NULL, f->cfg.weights->layer[0].attn_norm, rows, st);
 }
 
-static enum status_code launch_layers(struct forward *f, uint32_t rows, bool decodes, struct status *st)
+static enum status_code launch_layers(struct forward *f, uint32_t rows, uint32_t kind, struct status *st)
 {
     const struct model_config *m = f->cfg.model;
     uint32_t max_seqs = cuda_forward_max_seqs(&f->cfg);
@@ -152,7 +152,8 @@ static enum status_code launch_layers(struct forward *f, uint32_t rows, bool dec
         .counts = f->counts,
         .max_seqs = rows < max_seqs ? rows : max_seqs,
         .max_rows = rows,
-        .max_seq_rows = decodes ? 1 : rows,
+        .max_seq_rows = kind == CUDA_DECODES ? 1 : rows,
+        .way = kind == CUDA_DECODES ? ATTN_WAY_APART : (enum attn_gpu_way)kind,
         .stream = f->stream,
     };
     enum status_code rc;
@@ -193,43 +194,42 @@ enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, 
     return ST_OK;
 }
 
-static enum status_code capture(cudaGraphExec_t *out, struct forward *f, uint32_t rows, bool decodes, struct status *st)
+static enum status_code capture(cudaGraphExec_t *out, struct forward *f, uint32_t rows, uint32_t kind,
+                                struct status *st)
 {
     cudaGraph_t graph = NULL;
     enum status_code rc =
         cuda_check(cudaStreamBeginCapture(f->stream, cudaStreamCaptureModeThreadLocal), st, "capture of a graph");
     if (rc != ST_OK)
         return rc;
-    rc = launch_layers(f, rows, decodes, st);
+    rc = launch_layers(f, rows, kind, st);
     cudaError_t err = cudaStreamEndCapture(f->stream, &graph);
     if (rc == ST_OK)
         rc = cuda_check(err, st, "capture of a graph");
     if (rc == ST_OK)
         rc = cuda_check(cudaGraphInstantiate(out, graph, 0), st, "instantiation of a graph");
-    if (rc == ST_OK) /* attention.h asks for it; and its memory is taken here and not by the first step */
-        rc = cuda_check(cudaGraphUpload(*out, f->stream), st, "upload of a graph");
     if (graph)
         cudaGraphDestroy(graph);
     return rc;
 }
 
-enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, bool decodes, struct status *st)
+enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, uint32_t kind, struct status *st)
 {
-    enum status_code rc = capture(&b->graph[decodes], f, b->rows, decodes, st);
+    enum status_code rc = capture(&b->graph[kind], f, b->rows, kind, st);
     return rc == ST_OK ? rc : status_prefix(st, "graph of %u rows", b->rows);
 }
 
 /* What cuda_forward_warm had no time for: the first step of a bucket is launched one by one, the second is captured. */
-enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, bool decodes, struct status *st)
+enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, uint32_t kind, struct status *st)
 {
     enum status_code rc = cuda_forward_prepare(f, b, st);
     if (rc != ST_OK)
         return rc;
-    if (!f->graphs || (!b->graph[decodes] && !b->ran[decodes])) {
-        b->ran[decodes] = true;
-        return launch_layers(f, b->rows, decodes, st);
+    if (!f->graphs || (!b->graph[kind] && !b->ran[kind])) {
+        b->ran[kind] = true;
+        return launch_layers(f, b->rows, kind, st);
     }
-    if (!b->graph[decodes] && (rc = cuda_forward_capture(f, b, decodes, st)) != ST_OK)
+    if (!b->graph[kind] && (rc = cuda_forward_capture(f, b, kind, st)) != ST_OK)
         return rc;
-    return cuda_check(cudaGraphLaunch(b->graph[decodes], f->stream), st, "graph of the layers");
+    return cuda_check(cudaGraphLaunch(b->graph[kind], f->stream), st, "graph of the layers");
 }

@@ -242,6 +242,20 @@ static enum status_code send_results(struct forward *f, struct cuda_flight *l, s
     return rc;
 }
 
+const struct attn_gpu *cuda_forward_chooser(const struct forward *f)
+{
+    return f->attn[0] ? f->attn[0] : f->attn[1];
+}
+
+static uint32_t kind_of(const struct forward *f, const struct cuda_flight *l)
+{
+    const struct forward_batch *b = &l->batch;
+    const struct attn_gpu *attn = cuda_forward_chooser(f);
+    if (b->rows == b->seqs)
+        return CUDA_DECODES;
+    return attn ? (uint32_t)attn_gpu_choose(attn, l->seq, b->seqs) : ATTN_WAY_APART;
+}
+
 static enum status_code start_rows(struct forward *f, struct cuda_flight *l, struct status *st)
 {
     const struct forward_batch *b = &l->batch;
@@ -252,7 +266,7 @@ static enum status_code start_rows(struct forward *f, struct cuda_flight *l, str
     if (rc != ST_OK)
         return rc;
     cuda_range_begin("layers", bucket->rows);
-    rc = cuda_forward_layers(f, bucket, b->rows == b->seqs, st);
+    rc = cuda_forward_layers(f, bucket, kind_of(f, l), st);
     cuda_range_end();
     cuda_range_begin("head and tokens", b->samples);
     if (rc == ST_OK)

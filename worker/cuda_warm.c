@@ -3,7 +3,7 @@
  *
  * Products are measured for cfg.tune_ms at most, the buckets of single decodes and of the largest step first; what is not
  * reached is taken as the library suggests it and measured at a later start, since what was measured is kept (tuned.h).
- * Graphs are bounded by their number, two for each bucket, as all ranks must capture the same ones.
+ * Graphs are bounded by their number, CUDA_KINDS for each bucket, as all ranks must capture the same ones.
  */
 #include <stdio.h>
 #include <time.h>
@@ -63,13 +63,19 @@ static enum status_code choose_products(struct forward *f, struct status *st)
 static enum status_code make_graphs(struct forward *f, uint32_t *made, struct status *st)
 {
     const uint32_t max_seqs = cuda_forward_max_seqs(&f->cfg);
+    const struct attn_gpu *attn = cuda_forward_chooser(f);
+    const uint32_t ways = attn ? attn_gpu_ways(attn) : 1;
     enum status_code rc = ST_OK;
     for (uint32_t i = 0; f->graphs && i < f->n_buckets; i++) {
         struct cuda_bucket *b = &f->bucket[i];
         bool decodes = i == 0 || b[-1].rows < max_seqs;
-        for (int v = 0; v < 1 + decodes; v++, ++*made)
-            if ((rc = cuda_forward_capture(f, b, v, st)) != ST_OK)
+        for (uint32_t kind = 0; kind < CUDA_KINDS; kind++) {
+            if (kind == CUDA_DECODES ? !decodes : kind >= ways)
+                continue;
+            if ((rc = cuda_forward_capture(f, b, kind, st)) != ST_OK)
                 return rc;
+            ++*made;
+        }
     }
     return rc;
 }
