@@ -127,7 +127,7 @@ STATUS_MUST_CHECK enum status_code attn_run(struct attn *a, const struct attn_ba
 
 /* How prefill and decode share the GPU. All but ATTN_GPU_AUTO are there to be compared. */
 enum attn_gpu_policy {
-    ATTN_GPU_AUTO = 0, /* what is fastest for the batch, decided on the device where that needs the batch */
+    ATTN_GPU_AUTO = 0, /* by the step's way; which SMs work on what is decided on the device, from the batch */
     ATTN_GPU_FUSED,    /* one kernel in which both live on every SM */
     ATTN_GPU_SERIAL,   /* prefill's work, then decode's */
     ATTN_GPU_STREAMS,  /* two kernels on two streams */
@@ -224,7 +224,7 @@ STATUS_MUST_CHECK enum status_code attn_gpu_fault_status(const struct attn_gpu *
 
 /* The fastest way for a step of these sequences (host memory; k and v are not looked at): where lengths are known on the host before a
  * step, it may keep a graph of each way for a bucket. Any thread. attn_gpu_ways: how many there are, ATTN_GPU_WAYS, or 1,
- * ATTN_WAY_APART, where a policy is given or the back end knows one only. */
+ * ATTN_WAY_APART, where a policy or a fixed cut is given or the back end knows one only. */
 uint32_t attn_gpu_ways(const struct attn_gpu *a);
 enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_seq *seq, uint32_t seqs);
 

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) run_kernel(const __gri
         attn_let_next();
     for (;;) {
         if (threadIdx.x == 0) {
-            /* Not ahead where blocks come to a list one after the other, behind a fused launch or from the other role: who had
+            /* Not ahead where blocks come to a list one after the other, behind a launch with prefill or from the other role: who had
              * claimed the next item would let all others wait. */
             if (late && !first)
                 claim();

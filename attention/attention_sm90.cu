@@ -351,7 +351,7 @@ cudaError_t launch_auto(const sm90_state *s, sm90_args a, const struct attn_gpu_
     const bool fixed = s->cfg.fixed_split_keys != 0, fused = fixed || step->way != ATTN_WAY_APART;
     if (one_chunk(s, step))
         return launch(s, s->kernels->prefill, a, 0, step->stream);
-    a.run.decode_follows = fixed || step->way != ATTN_WAY_FUSED;
+    a.run.decode_follows = step->max_seqs > 1 && (fixed || step->way != ATTN_WAY_FUSED);
     cudaError_t err = launch(s, fused ? s->kernels->fused : s->kernels->prefill, a, 0, step->stream);
     return err == cudaSuccess && a.run.decode_follows ? launch_decode(s, a, step->stream) : err;
 }

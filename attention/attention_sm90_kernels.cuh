@@ -4,9 +4,8 @@
  *   decode   2 blocks per SM: one warpgroup each (what one waits for at the ends of items, the other hides)
  *   fused    1 block per SM:  producer | consumer | consumer | decode, both roles with barriers and memory of their own
  *
- * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty, but those whose SMs the plan has for
- * decode's kernel, and all of a kernel that it has no work for. The last to leave sets the counters back, where decode's kernel follows
- * the last of its blocks.
+ * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty, but those of prefill's kernel that the plan
+ * has no work for: decode's gets their SMs. The last to leave sets the counters back, where decode's kernel follows the last of its blocks.
  */
 #ifndef TANDEM_ATTENTION_SM90_KERNELS_CUH
 #define TANDEM_ATTENTION_SM90_KERNELS_CUH
@@ -77,7 +76,7 @@ template <typename P, uint32_t REGS> __device__ __forceinline__ void prefill_blo
         prefill_consume<P>(a, &bars, shared, group - 1);
     }
     __syncthreads();
-    /* Where any cluster has a second item, all of them work. */
+    /* Where any cluster has a second item, and decode's kernel does not follow, all of the grid works: the plan leaves SMs to decodes alone. */
     if (threadIdx.x == 0 && items > clusters && !a.run.decode_follows)
         sm90_leave(a.run.counters, 1 << ROLE_PREFILL);
 }

@@ -47,17 +47,11 @@ enum {
     /* So many tiles of decodes left when prefill ends are worth a launch of their own, which costs half a part and a start, and is a
      * fifth faster: about as many microseconds at D 128. */
     SM90_REST_TILES = 80,
-    SM90_MOSTLY = 4, /* so many times what comes on beside prefill: decodes are cut as if alone */
-    /* Where prefill takes so many times what decodes do, they cost more beside it, by its narrower tiles, than behind it; unless neither
-     * decodes are small nor prefill is long, in tiles: then decode's start behind it costs more. */
-    SM90_HARDLY_ANY = 4,
-    SM90_SMALL_DECODES = 4,
-    SM90_LONG_PREFILL = 60,
-    /* Less decodes than this are not looked at for SMs of their own, unless prefill is short and leaves SMs in any case: in smaller steps
-     * latencies count, which this does not know. */
-    SM90_SHARE_MIN = 30,
-    SM90_SHARE_MIN_SHORT = 5,
-    SM90_SHORT_PREFILL = 12
+    SM90_MOSTLY = 4,        /* so many times what comes on beside prefill: decodes are cut as if alone */
+    SM90_REST_COST = 6,     /* tiles: what they cost beside, if there are any */
+    SM90_LONG_PREFILL = 60, /* tiles */
+    /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
+    SM90_SHARE_MIN = 30
 };
 
 /* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
@@ -317,33 +311,49 @@ SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const str
 {
     const uint32_t clusters = a->sms / SM90_CLUSTER, units = t->units[SM90_PREFILL] * a->kv_heads;
     const uint64_t decode = sm90_decode_load(a, t);
-    if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || n == 0 || n >= clusters)
+    if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || t->units[SM90_DECODE] == 0 || n == 0 ||
+        n >= clusters)
         return UINT64_MAX;
     const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(t), n);
     const bool leaves = units * cut.parts <= n;
-    if (decode < (uint64_t)(leaves && cut.cost <= SM90_SHORT_PREFILL ? SM90_SHARE_MIN_SHORT : SM90_SHARE_MIN))
+    if (!leaves && decode < SM90_SHARE_MIN)
         return UINT64_MAX;
     const float time = sm90_shared_time((float)cut.cost, (float)decode, (float)n, (float)clusters);
     return (unsigned long long)((time + (leaves ? SM90_GAIN : SM90_GAIN_CUT)) * 16) << 16 | n;
+}
+
+/* Tiles until a step has ended with a kernel for each role, and on how many clusters prefill is then: on those of the share, or on all with
+ * decodes behind it. With prefill's units alone there are none to share with. */
+SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_totals *t, unsigned long long share,
+                                uint32_t *clusters)
+{
+    *clusters = a->sms / SM90_CLUSTER;
+    if (t->units[SM90_PREFILL] == 0)
+        return (float)sm90_decode_load(a, t);
+    const uint32_t prefill = sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), *clusters).cost;
+    const float in_turn = SM90_TILE_ALONE * (float)prefill + (float)sm90_decode_load(a, t);
+    if (share == UINT64_MAX || (float)(share >> 16) / 16 >= in_turn)
+        return in_turn;
+    *clusters = (uint32_t)(share & 0xffff);
+    return (float)(share >> 16) / 16;
 }
 
 /* Which launches are the fastest for a batch. */
 SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct sm90_totals *t,
                                         unsigned long long share)
 {
-    const uint32_t units = t->units[SM90_PREFILL] * a->kv_heads;
     const uint64_t decode = sm90_decode_load(a, t);
-    if (units == 0 || t->units[SM90_DECODE] == 0)
+    if (t->units[SM90_PREFILL] == 0 || t->units[SM90_DECODE] == 0)
         return ATTN_WAY_APART;
-    const uint64_t prefill = sm90_cut_prefill(units, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
-    if (decode * SM90_HARDLY_ANY <= prefill && (decode <= SM90_SMALL_DECODES || prefill >= SM90_LONG_PREFILL))
-        return ATTN_WAY_APART;
+    const uint64_t prefill =
+        sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
+    const bool rest = decode * SM90_PROGRESS_OF > prefill * SM90_PROGRESS + SM90_PROGRESS_OF * SM90_REST_TILES;
+    const float fused = sm90_fused_time((float)prefill, (float)decode) + (rest ? SM90_REST_COST : 0);
     const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
-    if (share != UINT64_MAX && (float)(share >> 16) / 16 + gain < sm90_fused_time((float)prefill, (float)decode))
+    uint32_t clusters;
+    if (sm90_apart_time(a, t, share, &clusters) + gain < fused)
         return ATTN_WAY_APART;
-    return decode * SM90_PROGRESS_OF > prefill * SM90_PROGRESS + SM90_PROGRESS_OF * SM90_REST_TILES
-               ? ATTN_WAY_FUSED_REST
-               : ATTN_WAY_FUSED;
+    return rest ? ATTN_WAY_FUSED_REST : ATTN_WAY_FUSED;
 }
 
 /* Where prefill's units are cut, for so many clusters. Returns the tiles until prefill has ended. */
@@ -366,8 +376,8 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
     struct sm90_rule r = {{0, a->fixed_tiles}, a->fixed_tiles, last, a->sms / SM90_CLUSTER};
     if (a->fixed_tiles)
         return r;
-    if (apart && share != UINT64_MAX)
-        r.clusters = (uint32_t)(share & 0xffff);
+    if (apart)
+        sm90_apart_time(a, t, share, &r.clusters);
     const uint32_t prefill = t->units[SM90_PREFILL] ? sm90_rule_of_prefill(a, t, &r) : 0;
     if (t->units[SM90_DECODE] == 0)
         return r;

@@ -967,12 +967,15 @@ START_TEST(ways_are_chosen_by_the_back_end_under_auto)
     ck_assert_uint_eq(attn_gpu_ways(a), 1);
     ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_APART);
     attn_gpu_destroy(a);
-    cfg = gpu_good;
-    cfg.policy = ATTN_GPU_FUSED;
-    ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), ST_OK);
-    ck_assert_uint_eq(attn_gpu_ways(a), 1);
-    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_APART);
-    attn_gpu_destroy(a);
+    for (int fixed = 0; fixed < 2; fixed++) {
+        cfg = gpu_good;
+        cfg.policy = fixed ? ATTN_GPU_AUTO : ATTN_GPU_FUSED;
+        cfg.fixed_split_keys = fixed ? 64 : 0;
+        ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), ST_OK);
+        ck_assert_uint_eq(attn_gpu_ways(a), 1);
+        ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_APART);
+        attn_gpu_destroy(a);
+    }
     ck_assert_uint_eq(counted.creates, 0);
 }
 END_TEST

@@ -152,7 +152,7 @@ START_TEST(lists_have_room_for_all_parts_of_any_batch)
 }
 END_TEST
 
-START_TEST(a_fixed_cut_depends_on_the_sequence_alone)
+START_TEST(a_fixed_cut_depends_on_the_length_alone)
 {
     static struct batch b;
     state = (uint64_t)_i + 1;
@@ -162,10 +162,50 @@ START_TEST(a_fixed_cut_depends_on_the_sequence_alone)
         const uint32_t last = b.seqs - b.seqs / 4;
         const struct sm90_totals t = totals_of(&b, last);
         const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
-        ck_assert_uint_eq(r.tiles[SM90_PREFILL], 0);
-        ck_assert_uint_eq(r.tiles[SM90_DECODE], b.shape.fixed_tiles);
-        ck_assert_uint_eq(r.last_tiles, b.shape.fixed_tiles);
+        for (uint32_t i = 0; i < b.seqs; i++) {
+            const uint32_t tiles = 1 + draw(3000), fixed = b.shape.fixed_tiles;
+            uint32_t parts = (tiles + fixed - 1) / fixed;
+            parts = parts < SM90_MAX_DECODE_PARTS ? parts : SM90_MAX_DECODE_PARTS;
+            ck_assert_uint_eq(sm90_part_tiles(&r, SM90_PREFILL, i, tiles), tiles);
+            ck_assert_uint_eq(sm90_part_tiles(&r, SM90_DECODE, i, tiles), (tiles + parts - 1) / parts);
+        }
     }
+}
+END_TEST
+
+/* Prefill on some of the clusters only where the estimate says that it ends sooner than on all, with decodes behind it. */
+START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
+{
+    static struct batch b;
+    uint32_t some = 0, all = 0;
+    state = (uint64_t)_i + 1;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        make(&b);
+        b.shape.policy = ATTN_GPU_AUTO;
+        b.shape.way = ATTN_WAY_APART;
+        b.shape.fixed_tiles = 0;
+        const struct sm90_totals t = totals_of(&b, b.seqs);
+        const unsigned long long share = share_of(&b.shape, &t);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share, b.seqs);
+        const uint32_t clusters = b.shape.sms / SM90_CLUSTER, units = t.units[SM90_PREFILL] * b.shape.kv_heads;
+        if (t.units[SM90_PREFILL] == 0 || t.units[SM90_DECODE] == 0) {
+            ck_assert_uint_eq(share, UINT64_MAX);
+            ck_assert_uint_eq(r.clusters, clusters);
+            continue;
+        }
+        const struct sm90_prefill_cut on_all = sm90_cut_prefill(units, sm90_mean_unit(&t), clusters);
+        const float in_turn = SM90_TILE_ALONE * (float)on_all.cost + (float)sm90_decode_load(&b.shape, &t);
+        if (r.clusters == clusters) {
+            ck_assert(share == UINT64_MAX || (float)(share >> 16) / 16 >= in_turn);
+            all++;
+            continue;
+        }
+        const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(&t), r.clusters);
+        ck_assert(sm90_shared_time((float)cut.cost, (float)sm90_decode_load(&b.shape, &t), (float)r.clusters,
+                                   (float)clusters) < in_turn);
+        some++;
+    }
+    ck_assert_msg(some > ROUNDS / 50 && all > ROUNDS / 50, "%u batches on some, %u on all", some, all);
 }
 END_TEST
 
@@ -190,8 +230,16 @@ START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
     BREAKS(first_row, 100);
     BREAKS(first_row, UINT32_MAX);
 #undef BREAKS
-    const struct attn_seq both[] = {good, {.first_row = 61, .rows = 40, .kv_len = 1000}};
-    ck_assert_int_eq(sm90_choose(&shape, both, 2), sm90_choose(&shape, both, 1));
+    /* A chunk beside decodes is fused; without those that break a rule it is alone. */
+    const struct sm90_shape wide = {
+        .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 600, .max_seq_rows = 512, .max_kv_len = 4096};
+    struct attn_seq seq[33] = {{.rows = 512, .kv_len = 4096}};
+    for (uint32_t i = 1; i < 33; i++)
+        seq[i] = (struct attn_seq){.first_row = 511 + i, .rows = 1, .kv_len = 1024};
+    ck_assert_int_eq(sm90_choose(&wide, seq, 33), ATTN_WAY_FUSED);
+    for (uint32_t i = 1; i < 33; i++)
+        seq[i].first_row = 600;
+    ck_assert_int_eq(sm90_choose(&wide, seq, 33), ATTN_WAY_APART);
 }
 END_TEST
 
@@ -228,11 +276,12 @@ int main(void)
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
-    tcase_add_loop_test(core, a_fixed_cut_depends_on_the_sequence_alone, 0, 4);
+    tcase_add_loop_test(core, a_fixed_cut_depends_on_the_length_alone, 0, 4);
     suite_add_tcase(s, core);
     TCase *limits = tcase_create("limits");
     tcase_set_timeout(limits, 60);
     tcase_add_loop_test(limits, lists_have_room_for_all_parts_of_any_batch, 0, 8);
+    tcase_add_loop_test(limits, prefill_is_on_some_clusters_only_where_that_ends_sooner, 0, 4);
     tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
     suite_add_tcase(s, limits);
     SRunner *runner = srunner_create(s);
