@@ -2,7 +2,7 @@
  * weights), cuda_forward.c (create), cuda_run.c (a step), cuda_layers.c (its layers), cuda_gemm.c and cuda_gemm_choose.c (products).
  *
  * One stream carries all of a step. Everything that changes from step to step is written to pinned memory of the host and
- * goes over in one copy; the launches that follow depend on the bucket alone, so they can be replayed as a graph.
+ * goes over in one copy; the launches that follow depend on the bucket and the kind of step alone, so they can be replayed as a graph.
  */
 #ifndef TANDEM_CUDA_INTERNAL_H
 #define TANDEM_CUDA_INTERNAL_H
@@ -222,7 +222,7 @@ STATUS_MUST_CHECK enum status_code cuda_forward_layers(struct forward *f, struct
 /* The products of the bucket's layers get their ways; of the LM head for so many rows. */
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, struct status *st);
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare_head(struct forward *f, uint32_t rows, struct status *st);
-/* Whose attn_gpu_choose says how steps with chunks are launched: the longer contexts'. NULL: this rank has no heads. */
+/* Whose attn_gpu_choose says how steps with chunks are launched: that of most layers. NULL: this rank has no heads. */
 const struct attn_gpu *cuda_forward_chooser(const struct forward *f);
 /* The bucket's graph of a kind. */
 STATUS_MUST_CHECK enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, uint32_t kind,

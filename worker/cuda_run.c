@@ -244,7 +244,11 @@ static enum status_code send_results(struct forward *f, struct cuda_flight *l, s
 
 const struct attn_gpu *cuda_forward_chooser(const struct forward *f)
 {
-    return f->attn[0] ? f->attn[0] : f->attn[1];
+    const struct model_config *m = f->cfg.model;
+    uint32_t windowed = 0;
+    for (uint32_t l = 0; l < m->layers; l++)
+        windowed += model_window(m, l) != 0;
+    return f->attn[windowed > m->layers - windowed];
 }
 
 static uint32_t kind_of(const struct forward *f, const struct cuda_flight *l)

@@ -59,12 +59,20 @@ static enum status_code choose_products(struct forward *f, struct status *st)
     return rc;
 }
 
+/* The most that any rank has: one without heads, or with another GPU, captures the others' kinds, too. Collective. */
+static enum status_code agree_on_ways(const struct forward *f, uint32_t *ways, struct status *st)
+{
+    const struct attn_gpu *attn = cuda_forward_chooser(f);
+    float several = attn && attn_gpu_ways(attn) > 1;
+    enum status_code rc = comm_size(f->cfg.comm) > 1 ? comm_all_reduce(f->cfg.comm, &several, 1, st) : ST_OK;
+    *ways = several > 0 ? ATTN_GPU_WAYS : 1;
+    return rc;
+}
+
 /* Of decodes alone there are as many rows as sequences. */
-static enum status_code make_graphs(struct forward *f, uint32_t *made, struct status *st)
+static enum status_code make_graphs(struct forward *f, uint32_t ways, uint32_t *made, struct status *st)
 {
     const uint32_t max_seqs = cuda_forward_max_seqs(&f->cfg);
-    const struct attn_gpu *attn = cuda_forward_chooser(f);
-    const uint32_t ways = attn ? attn_gpu_ways(attn) : 1;
     enum status_code rc = ST_OK;
     for (uint32_t i = 0; f->graphs && i < f->n_buckets; i++) {
         struct cuda_bucket *b = &f->bucket[i];
@@ -120,13 +128,15 @@ static void keep_products(struct forward *f)
 
 enum status_code cuda_forward_warm(struct forward *f, struct status *st)
 {
-    uint32_t graphs = 0;
+    uint32_t graphs = 0, ways;
     double start_us = now_us(), products_us = 0;
-    enum status_code rc = choose_products(f, st);
+    enum status_code rc = agree_on_ways(f, &ways, st);
+    if (rc == ST_OK)
+        rc = choose_products(f, st);
     if (rc == ST_OK) {
         keep_products(f);
         products_us = now_us();
-        rc = make_graphs(f, &graphs, st);
+        rc = make_graphs(f, ways, &graphs, st);
     }
     if (rc == ST_OK) {
         say(f, (products_us - start_us) / 1e3, graphs, (now_us() - products_us) / 1e3);
