@@ -254,9 +254,9 @@ const struct attn_gpu *cuda_forward_chooser(const struct forward *f)
 static uint32_t kind_of(const struct forward *f, const struct cuda_flight *l)
 {
     const struct forward_batch *b = &l->batch;
-    const struct attn_gpu *attn = cuda_forward_chooser(f);
     if (b->rows == b->seqs)
         return CUDA_DECODES;
+    const struct attn_gpu *attn = cuda_forward_chooser(f);
     return attn ? (uint32_t)attn_gpu_choose(attn, l->seq, b->seqs) : ATTN_WAY_APART;
 }
 

@@ -77,7 +77,8 @@ bool check_launches(const problem *p, const attn_gpu_ops *ops, launches how, con
     stop(&r);
     snprintf(what, sizeof what, "%s %s, fixed", ops->name, how.name());
     const bool all = p->dtype == ATTN_BF16 || how.policy == ATTN_GPU_AUTO; /* of f16 one policy is enough */
-    if (!o.once && all && (!o.quick || how.policy == ATTN_GPU_AUTO))
+    const bool once = how.way == ATTN_WAY_APART;                           /* with a fixed cut all ways are one */
+    if (!o.once && all && once && (!o.quick || how.policy == ATTN_GPU_AUTO))
         check_fixed(p, ops, how, what);
     return true;
 }
@@ -97,7 +98,7 @@ void check_replays(const problem *p, const attn_gpu_ops *ops, const options &o)
         snprintf(what, sizeof what, "%s %s, graph", ops->name, how.name());
         check_graph(p, ops, how, 0, what);
         snprintf(what, sizeof what, "%s %s, graph, fixed", ops->name, how.name());
-        if (!o.once)
+        if (!o.once && how.way == ATTN_WAY_APART)
             check_graph(p, ops, how, FIXED_KEYS, what);
     }
 }
