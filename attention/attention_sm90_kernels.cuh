@@ -136,11 +136,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512, 1)
     extern __shared__ char raw[];
     __shared__ sm90_bars bars;
     const attn_lists lists = attn_lists_of(a.run.ws.lists);
-    if (threadIdx.x == 0)
-        prefill_first(a, &bars.prefill);
     char *memory = sm90_aligned(raw);
     const uint32_t group = __shfl_sync(0xffffffff, threadIdx.x / GROUP_THREADS, 0);
     if (threadIdx.x == 0) {
+        prefill_first(a, &bars.prefill);
         prefill_init<P>(&bars.prefill);
         decode_init<C>(&bars.decode);
         bars.decode.stop = 0;
