@@ -35,6 +35,8 @@ enum {
     SM90_DECODE_WAVES = 6,      /* of parts, beside prefill, where these are long enough */
     SM90_LAST_WAVES = 8,        /* of the parts of the last decodes */
     SM90_MAX_LAST_PARTS = 8,    /* of a unit of theirs, where the others' are whole */
+    SM90_LEVEL_PARTS = 4,       /* at least, of a unit of theirs, where it is long */
+    SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
     SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
     SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
@@ -189,7 +191,8 @@ SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t tile
 /* The same where prefill has some SMs for itself: `blocks` begin at once, `late` ones when it has ended, at `from`, in tiles. Whoever is
  * done takes the next item, so work is spread over all, and half of an item is the mean wait for the last one. What would be a second round of
  * whole units begins when prefill ends or the first one does. Units of the last sequences may be cut: short items at the end are what
- * levels it. Slots: two per unit of all. */
+ * levels it, and of long units they are worth more than this says: late blocks take all that is left, on their SMs alone. But whole units
+ * that fill rounds of all blocks, which are there at once or soon, need none. Slots: three per unit of all. */
 SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t from, uint64_t first_tiles,
                                      uint64_t last_tiles, uint32_t longest, struct sm90_decode_cut *best)
 {
@@ -216,6 +219,12 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
             best->cost = cost;
         }
     }
+    const uint64_t whole = (first_tiles + last_tiles) / longest, all = blocks + late, rounds = (whole + all - 1) / all;
+    const uint32_t quarter = (longest + SM90_LEVEL_PARTS - 1) / SM90_LEVEL_PARTS;
+    if (best->tiles == longest && from < SM90_SOON && 4 * blocks >= 3 * all && 16 * whole >= 15 * rounds * all)
+        best->last_tiles = longest;
+    else if (longest >= SM90_LONG_PART && 2 * best->tiles >= longest && best->last_tiles > quarter)
+        best->last_tiles = quarter;
 }
 
 /* Beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to balance. The last
