@@ -271,11 +271,44 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
 }
 END_TEST
 
+/* Equal decodes beside one chunk, on an H200: what was fastest there, too. Heads are 4 to a KV head. */
+START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
+{
+    static const struct {
+        uint32_t kv_heads, rows, chunk_len, decodes, decode_len, tiles, most, least; /* of the last ones' parts */
+    } cases[] = {
+        {2, 512, 4096, 128, 2048, 32, 8, 1}, /* late blocks would take all that is left, whole */
+        {2, 128, 4096, 128, 2048, 32, 8, 1}, {4, 128, 4096, 64, 2048, 32, 8, 1},
+        {8, 128, 128, 32, 1024, 16, 16, 16}, /* all blocks are there soon, and whole units fill a round */
+        {4, 128, 128, 64, 2048, 32, 32, 32}, {8, 1024, 1024, 128, 512, 8, 8, 8}, /* short ones, many */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct batch b = {.seqs = cases[i].decodes + 1};
+        b.shape = (struct sm90_shape){.group = 4,
+                                      .kv_heads = cases[i].kv_heads,
+                                      .sms = 132,
+                                      .max_rows = 8192,
+                                      .max_seq_rows = 8192,
+                                      .max_kv_len = 1 << 20};
+        b.seq[0] = (struct attn_seq){.rows = cases[i].rows, .kv_len = cases[i].chunk_len};
+        for (uint32_t d = 0; d < cases[i].decodes; d++)
+            b.seq[d + 1] = (struct attn_seq){.first_row = 4096 + d, .rows = 1, .kv_len = cases[i].decode_len};
+        const uint32_t last = b.seqs - cases[i].decodes / 4;
+        const struct sm90_totals t = totals_of(&b, last);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        ck_assert_msg(r.tiles[SM90_DECODE] == cases[i].tiles && r.last_tiles <= cases[i].most &&
+                          r.last_tiles >= cases[i].least,
+                      "case %zu: parts of %u, the last ones' of %u", i, r.tiles[SM90_DECODE], r.last_tiles);
+    }
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
+    tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
     tcase_add_loop_test(core, a_fixed_cut_depends_on_the_length_alone, 0, 4);
     suite_add_tcase(s, core);
     TCase *limits = tcase_create("limits");
