@@ -192,7 +192,7 @@ SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t tile
  * done takes the next item, so work is spread over all, and half of an item is the mean wait for the last one. What would be a second round of
  * whole units begins when prefill ends or the first one does. Units of the last sequences may be cut: short items at the end are what
  * levels it, and of long units they are worth more than this says where prefill ends near the end of the first ones: late blocks take all that
- * is left, on their SMs alone. But whole units that fill rounds of all blocks, which are there at once or soon, need none. Slots: three per
+ * is left, on their SMs alone. But long items that fill rounds of all blocks, which are there at once or soon, need none. Slots: three per
  * unit of all. */
 SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t from, uint64_t first_tiles,
                                      uint64_t last_tiles, uint32_t longest, struct sm90_decode_cut *best)
@@ -220,13 +220,15 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
             best->cost = cost;
         }
     }
-    const uint64_t whole = (first_tiles + last_tiles) / longest, all = blocks + late, rounds = (whole + all - 1) / all;
-    const uint32_t quarter = (longest + SM90_LEVEL_PARTS - 1) / SM90_LEVEL_PARTS;
-    if (best->tiles == longest && from < SM90_SOON && 4 * blocks >= 3 * all && 16 * whole >= 15 * rounds * all)
-        best->last_tiles = longest;
-    else if (longest >= SM90_LONG_PART && 2 * from < 3 * unit && 2 * best->tiles >= longest &&
-             best->last_tiles > quarter)
-        best->last_tiles = quarter;
+    if (longest < SM90_LONG_PART || 2 * best->tiles < longest)
+        return;
+    const uint64_t all = blocks + late, items = (first_tiles + last_tiles) / best->tiles,
+                   rounds = (items + all - 1) / all;
+    const uint32_t level = (longest + SM90_LEVEL_PARTS - 1) / SM90_LEVEL_PARTS;
+    if (from < SM90_SOON && 4 * blocks >= 3 * all && 16 * items >= 15 * rounds * all)
+        best->last_tiles = best->tiles;
+    else if (2 * from < 3 * unit && best->last_tiles > level)
+        best->last_tiles = level;
 }
 
 /* Beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to balance. The last
