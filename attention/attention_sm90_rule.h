@@ -191,9 +191,9 @@ SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t tile
 /* The same where prefill has some SMs for itself: `blocks` begin at once, `late` ones when it has ended, at `from`, in tiles. Whoever is
  * done takes the next item, so work is spread over all, and half of an item is the mean wait for the last one. What would be a second round of
  * whole units begins when prefill ends or the first one does. Units of the last sequences may be cut: short items at the end are what
- * levels it, and of long units they are worth more than this says where prefill ends near the end of the first ones: late blocks take all that
- * is left, on their SMs alone. But long items that fill rounds of all blocks, which are there at once or soon, need none. Slots: three per
- * unit of all. */
+ * levels it, and of long units they are worth more than this says where prefill is over by one and a half of the first ones: late blocks take all
+ * that is left, on their SMs alone. But long items that fill rounds of all blocks (15/16 of the last one), most of which are there at once (3/4) and
+ * the others soon, need none. Slots: two and a half per unit of all at most. */
 SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t from, uint64_t first_tiles,
                                      uint64_t last_tiles, uint32_t longest, struct sm90_decode_cut *best)
 {
@@ -442,7 +442,7 @@ static inline enum attn_gpu_way sm90_choose(const struct sm90_shape *a, const st
 
 /* Places for parts of units that are cut: prefill's units are cut only where there are at most two per cluster, into at most four parts per
  * cluster plus one each. Decode: four parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are
- * cut finer; or eight parts per unit of the last quarter alone. Under a fixed cut, by tokens. */
+ * cut finer; or eight parts per unit of the last quarter alone, or two and, of that quarter, four. Under a fixed cut, by tokens. */
 SM90_BOTH void sm90_slots(const struct attn_gpu_config *c, uint32_t sms, uint64_t slots[SM90_ROLES])
 {
     const uint64_t fixed = c->fixed_split_keys, seqs = (uint64_t)c->kv_heads * c->max_seqs;
