@@ -95,6 +95,7 @@ struct options {
     struct bench_load load;
     struct trace trace;
     const char *trace_path, *json, *plot;
+    const char *no_trace_option, *trace_option; /* given: what a trace has no use for, what has none without one */
     uint32_t warm_up;
     double slo_ttft_ms, slo_tbt_ms, slo_stall_ms;
 };
@@ -132,10 +133,13 @@ static int take_load(struct options *o, int opt)
         o->trace_path = o->args.text;
         return mode(o, BENCH_TRACE);
     case OPT_SPEED:
+        o->trace_option = "--speed";
         return cmd_take_double(&o->args, 1e-3, 1e6, &o->load.speed);
     case OPT_INPUT:
+        o->no_trace_option = "--input-tokens";
         return lengths(o, "--input-tokens", &o->load.prompt);
     case OPT_OUTPUT:
+        o->no_trace_option = "--output-tokens";
         return lengths(o, "--output-tokens", &o->load.output);
     case OPT_SEED:
         if (!cmd_parse_u64(o->args.text, 0, UINT64_MAX, &seed))
@@ -190,6 +194,10 @@ static int parse(int argc, char **argv, struct options *o)
         return rc;
     if (o->args.n_operands)
         return cmd_error(CMD_USAGE, "bench", "%s: takes no arguments, only options", o->args.operands[0]);
+    if (o->trace_option && !o->trace_path)
+        return cmd_error(CMD_USAGE, "bench", "%s is of a trace: give --trace, too", o->trace_option);
+    if (o->no_trace_option && o->trace_path)
+        return cmd_error(CMD_USAGE, "bench", "%s: lengths come from --trace", o->no_trace_option);
     struct status st = STATUS_INIT;
     if (o->trace_path && trace_load(&o->trace, o->trace_path, &st) != ST_OK)
         return cmd_error(CMD_USAGE, "bench", "--trace: %s", st.message);
@@ -252,6 +260,10 @@ static enum status_code warm_up(const struct options *o, int signal_fd, struct s
     }
     r->load = &load;
     enum status_code rc = o->warm_up ? measure(r, o, signal_fd, false, st) : ST_OK;
+    if (rc == ST_OK && o->warm_up)
+        bench_sum_up(r);
+    if (rc == ST_OK && r->failed)
+        rc = status_set(st, ST_INTERNAL, "%u of the %u requests of --warm-up failed", r->failed, r->n);
     free((void *)r->request);
     free(r);
     return rc;

@@ -102,6 +102,26 @@ class Bench(unittest.TestCase):
         r = self.bench("--requests", 3, "--input-tokens", 5, "--output-tokens", 1000, "--timeout", 0.02, code=1)
         self.assertEqual((r["done"], r["failed"], r["codes"]), (0, 3, {"DEADLINE_EXCEEDED": 3}))
 
+    def refused(self, *args):
+        code, _, errors = tandem("bench", "--address", self.cluster.address, *args)
+        return code, errors
+
+    def test_a_failed_warm_up_measures_nothing(self):
+        code, errors = self.refused("--requests", 1, "--output-tokens", 1000, "--warm-up", 2, "--timeout", 0.02)
+        self.assertEqual(code, 1)
+        self.assertIn("2 of the 2 requests of --warm-up failed", errors)
+
+    def test_options_that_a_trace_needs_or_has_no_use_for(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".csv") as f:
+            f.write("arrival_s,prompt_tokens,output_tokens\n0,4,3\n")
+            f.flush()
+            for args, said in ((["--speed", 2], "--speed is of a trace: give --trace, too"),
+                               (["--trace", f.name, "--output-tokens", 3], "--output-tokens: lengths come from --trace"),
+                               (["--input-tokens", 3, "--trace", f.name], "--input-tokens: lengths come from --trace")):
+                code, errors = self.refused(*args)
+                self.assertEqual(code, 2, errors)
+                self.assertIn(said, errors)
+
     def test_nobody_there(self):
         code, _, errors = tandem("bench", "--address", "127.0.0.1:1", "--requests", 1, "--timeout", 5 * SLOW)
         self.assertEqual(code, 3)
