@@ -6,9 +6,10 @@
 First some requests, greedy and sampled, short and long, run one at a time: their ids are what is expected. Then `tandem bench`
 keeps --concurrency requests of random lengths under way, while --clients clients send those requests again and again, some of
 which they leave in the middle. Every 5 s the resident memory of all processes and, where there is nvidia-smi, the memory in use
-on the devices are noted; a fifth of the time into the load and at its end they are compared. Each minute says how it stands, so
-that a run which is cut off has said something; SIGTERM ends it before its time. Answers are the same to the bit
-where the server's are by construction: --batch-invariant 1 on CUDA; else the difference is a number and no failure (--differ).
+on the devices are noted; a fifth of the time into the load, in its middle and at its end they are compared: the second half may
+add a tenth of what all may. Each minute says how it stands, so that a run which is cut off has said something; SIGTERM ends it
+before its time. Answers are the same to the bit where the server's are by construction: --batch-invariant 1 on CUDA; else the
+difference is a number and no failure (--differ).
 """
 import argparse
 import json
@@ -40,6 +41,11 @@ def device_bytes():
         return [int(n) << 20 for n in out.split()]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
+
+
+def median(values):
+    values = sorted(values)
+    return values[len(values) // 2]
 
 
 def make_requests(count, vocab, longest, rng):
@@ -137,16 +143,14 @@ class Soak:
         self.seconds = time.monotonic() - start
 
     def growth(self):
-        """[(what, bytes a fifth into the load, bytes at the end)]: the median of three samples each."""
-        early = len(self.samples) // 5
-        first, last = self.samples[early:early + 3], self.samples[-3:]
+        """[(what, [bytes a fifth into the load, in the middle, at the end])]: the median of three samples each."""
+        at = [len(self.samples) // 5, len(self.samples) // 2, max(len(self.samples) - 3, 0)]
+        parts = [self.samples[a:a + 3] for a in at]
         rows = []
         for pid in self.samples[-1][1]:
-            a, b = (sorted(s[1].get(pid, 0) for s in part)[len(part) // 2] for part in (first, last))
-            rows.append((f"{process_name(pid) or 'process'} {pid}", a, b))
+            rows.append((f"{process_name(pid) or 'process'} {pid}", [median(s[1].get(pid, 0) for s in part) for part in parts]))
         for i in range(len(self.samples[-1][2])):
-            a, b = (sorted(s[2][i] for s in part)[len(part) // 2] for part in (first, last))
-            rows.append((f"device {i}", a, b))
+            rows.append((f"device {i}", [median(s[2][i] for s in part) for part in parts]))
         return rows
 
 
@@ -166,7 +170,7 @@ def main():
     p.add_argument("--vocab", type=int, default=500, help="ids of prompts are below it")
     p.add_argument("--longest", type=int, default=700, help="tokens of a checked prompt")
     p.add_argument("--differ", action="store_true", help="answers may differ from the quiet ones: count, do not fail")
-    p.add_argument("--growth", type=float, default=0.02, help="of memory that is allowed, beside 8 MiB")
+    p.add_argument("--growth", type=float, default=0.02, help="of memory that is allowed, beside 8 MiB; a tenth of it, beside 2 MiB, in the second half")
     args = p.parse_args()
     with Cluster(model=args.model, tp=args.tp, wait=False, args=["--backend", args.backend] + args.serve_arg) as c:
         c.wait_ready(120)
@@ -176,10 +180,12 @@ def main():
         c.wait_idle(30)
         rows, load = soak.growth(), c.load()
     bad = list(soak.failures)
-    for what, a, b in rows:
-        print(f"{what:32} {a / 2**20:10.1f} MiB  {b / 2**20:10.1f} MiB")
+    for what, (a, middle, b) in rows:
+        print(f"{what:32} {a / 2**20:10.1f} MiB  {middle / 2**20:10.1f} MiB  {b / 2**20:10.1f} MiB")
         if b > a * (1 + args.growth) + (8 << 20):
             bad.append(f"{what} grew from {a} to {b} bytes")
+        elif b > middle * (1 + args.growth / 10) + (2 << 20):
+            bad.append(f"{what} grows on: from {middle} bytes in the middle to {b} at the end")
     if soak.differ and not args.differ:
         bad.append(f"{soak.differ} answers differ from those of the quiet server")
     if soak.checked == 0 or soak.load_requests == 0:
