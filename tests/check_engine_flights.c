@@ -3,6 +3,8 @@
 #include <check.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "worker/engine_internal.h"
 
@@ -21,6 +23,7 @@ static struct {
     uint32_t last[SLOTS];
     unsigned fails_at, starts; /* the n-th start; 0: none */
     bool finish_fails;
+    double begin_us, end_us; /* of the step that is finished */
     /* a device that keeps options: of so many slots at a time */
     uint32_t tables, kept_rows; /* rows of such slots whose token the host did not know */
     struct kept {
@@ -126,6 +129,13 @@ static enum status_code fake_finish(struct forward *f, struct status *st)
     return ST_OK;
 }
 
+static void fake_time_of(struct forward *f, double *begin_us, double *end_us)
+{
+    (void)f;
+    *begin_us = fake.begin_us;
+    *end_us = fake.end_us;
+}
+
 static enum status_code no_store(void *ctx, void **arena, uint64_t bytes, struct status *st)
 {
     (void)ctx, (void)st;
@@ -189,6 +199,7 @@ static struct engine *make(bool flights)
     ops.start = fake_start;
     ops.poll = fake_poll;
     ops.finish = fake_finish;
+    ops.time_of = fake_time_of;
     if (fake_tables) {
         ops.begin = fake_begin;
         ops.end = fake_end;
@@ -211,7 +222,8 @@ static struct engine *make(bool flights)
                                       .max_step_tokens = 64,
                                       .kv_bytes = 32 << 20,
                                       .suspend_bytes = 32 << 20,
-                                      .kv_ahead = ENGINE_AHEAD_ON};
+                                      .kv_ahead = ENGINE_AHEAD_ON,
+                                      .timed = true};
     ck_assert_msg(engine_create(&e, &cfg, &st) == ST_OK, "%s", st.message);
     ck_assert_uint_eq(engine_info(e).depth, flights ? 2 : 1);
     ck_assert_int_eq(engine_reset(e, &st), ST_OK);
@@ -420,6 +432,59 @@ START_TEST(a_device_that_keeps_options_sees_those_in_flight_without_a_wait)
 }
 END_TEST
 
+/* ---- times ---- */
+
+static double clock_us(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3;
+}
+
+static void submit_nothing(struct engine *e, uint64_t step)
+{
+    struct status st = STATUS_INIT;
+    Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
+    plan.step = step;
+    ck_assert_msg(engine_submit(e, &plan, &st) == ST_OK, "%s", st.message);
+}
+
+static struct engine_timing collect_at(struct engine *e, double begin_us, double end_us)
+{
+    struct status st = STATUS_INIT;
+    struct engine_result r;
+    fake.begin_us = begin_us;
+    fake.end_us = end_us;
+    ck_assert_msg(engine_collect(e, &r, &st) == ST_OK, "%s", st.message);
+    return r.timing;
+}
+
+/* A device that stands still before a step: as long as there was no plan it was idle, from then on it waited for us. */
+START_TEST(time_between_steps_is_idle_until_the_plan_is_there)
+{
+    struct engine *e = make(true);
+    submit_nothing(e, 1);
+    const double start = clock_us(), end = start + 100;
+    struct engine_timing t = collect_at(e, start, end);
+    ck_assert(t.idle_us == 0 && t.gap_us == 0);
+    usleep(2000);
+    const double before = clock_us();
+    submit_nothing(e, 2);
+    const double after = clock_us(), begin = after + 500, far = after + 1e6;
+    submit_nothing(e, 3);
+    t = collect_at(e, begin, far);
+    ck_assert(t.idle_us >= before - end && t.idle_us <= after - end);
+    ck_assert_double_eq_tol(t.idle_us + t.gap_us, begin - end, 1e-3);
+    t = collect_at(e, far + 7, far + 20); /* its plan was there before that end */
+    ck_assert_double_eq(t.idle_us, 0);
+    ck_assert_double_eq_tol(t.gap_us, 7, 1e-3);
+    submit_nothing(e, 4);
+    t = collect_at(e, far + 10, far + 30); /* clocks of a device are not as exact */
+    ck_assert(t.idle_us == 0 && t.gap_us == 0);
+    engine_destroy(e);
+}
+END_TEST
+
 /* ---- limits ---- */
 
 START_TEST(a_third_step_is_refused_and_changes_nothing)
@@ -489,6 +554,7 @@ int main(void)
     tcase_add_test(core, drawn_texts_are_those_of_one_step_at_a_time);
     tcase_add_test(core, options_that_look_at_all_tokens_see_those_in_flight);
     tcase_add_test(core, a_device_that_keeps_options_sees_those_in_flight_without_a_wait);
+    tcase_add_test(core, time_between_steps_is_idle_until_the_plan_is_there);
     tcase_add_test(limits, a_third_step_is_refused_and_changes_nothing);
     tcase_add_test(faults, a_start_that_fails_is_said_with_its_step);
     tcase_add_test(faults, a_step_that_fails_is_not_forgotten_by_a_reset);

@@ -110,8 +110,9 @@ struct engine_info {
 /* Where a step was computed, in microseconds of CLOCK_MONOTONIC; all 0 where nobody asked for it. */
 struct engine_timing {
     double begin_us, end_us;
-    double gap_us; /* since the end of the step in front; 0 for the first */
-    bool idle;     /* the step was submitted after that end: there was nothing to do */
+    /* Since the end of the step in front; 0 for the first. */
+    double idle_us; /* until this one was submitted: there was nothing to do */
+    double gap_us;  /* from then on */
 };
 
 struct engine_score {

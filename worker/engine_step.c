@@ -33,8 +33,9 @@ static void keep_time(struct engine *e, struct engine_flight *f)
     if (e->info.depth > 1)
         e->ops->time_of(e->forward, &t->begin_us, &t->end_us);
     if (e->ended_us > 0) {
-        t->gap_us = t->begin_us > e->ended_us ? t->begin_us - e->ended_us : 0;
-        t->idle = f->submitted_us > e->ended_us;
+        const double from_us = f->submitted_us > e->ended_us ? f->submitted_us : e->ended_us;
+        t->idle_us = from_us - e->ended_us;
+        t->gap_us = t->begin_us > from_us ? t->begin_us - from_us : 0;
     }
     e->ended_us = t->end_us;
 }

@@ -5,11 +5,12 @@
  *
  *   host    "submit N"    the plan becomes a batch and is launched; on the host back end it is computed here
  *           "collect N"   waiting for the tokens
- *   device  "step N"      from the first copy of the step to the last; args: rows and what they are, the gap in front
+ *   device  "step N"      from the first copy of the step to the last; args: rows and what they are, the time since the step in front
+ *                         had ended: until the plan was there ("idle"), and from then on ("gap")
  *   kernels, copies       what the device did in it, where it was asked for (worker_kernels.c); later, up to 10 s
  *
- * The last event of a file that was ended in order, "summary", has the sums: steps, time computed, time between steps while
- * another plan was there already ("gap") and while there was none ("idle"); and those of the kernels.
+ * The last event of a file that was ended in order, "summary", has the sums: steps, time computed, both times between steps; and
+ * those of the kernels.
  *
  * Where the disk is full the file ends, perhaps within a line, and the log says so; the worker goes on.
  */
@@ -116,14 +117,15 @@ void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
     const struct engine_timing *g = &r->timing;
     if (!t || g->end_us <= g->begin_us)
         return;
-    snprintf(args, sizeof args, "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"waited_for_plan\":%s",
-             r->rows, r->decodes, r->n_tokens, g->gap_us, g->idle ? "true" : "false");
+    snprintf(args, sizeof args, "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"idle_us\":%.3f", r->rows,
+             r->decodes, r->n_tokens, g->gap_us, g->idle_us);
     event(t, "step", r->step, "device", g->begin_us, g->end_us - g->begin_us, args);
     if (t->kernels)
         worker_kernels_step(t->kernels, r->step, g->begin_us, g->end_us);
     t->steps++;
     t->busy_us += g->end_us - g->begin_us;
-    *(g->idle ? &t->idle_us : &t->gap_us) += g->gap_us;
+    t->gap_us += g->gap_us;
+    t->idle_us += g->idle_us;
 }
 
 bool worker_trace_close(struct worker_trace *t)
