@@ -28,6 +28,12 @@ static const struct attn_span attn_edges[] = {
 static const struct attn_span attn_chunk_edges[] = {
     {1, 2, 2},     {1, 16, 16},  {1, 17, 40}, {1, 63, 63},   {1, 64, 128}, {1, 65, 200}, {1, 127, 127}, {1, 128, 300},
     {1, 129, 129}, {1, 3, 1025}, {1, 5, 64},  {1, 33, 1000}, {1, 31, 31},  {1, 4, 700},  {0, 0, 0}};
+/* The tiles of a device's kernels: 32 keys of a decode's warp, 96 of a chunk in the fused kernel, blocks of 256 packed rows (with four query
+ * heads or one to a KV head). */
+static const struct attn_span attn_tile_edges[] = {
+    {1, 1, 31},   {1, 1, 32},   {1, 1, 33},    {1, 1, 95},    {1, 1, 96},    {1, 1, 97},
+    {1, 1, 191},  {1, 1, 193},  {1, 30, 95},   {1, 30, 96},   {1, 30, 97},   {1, 63, 191},
+    {1, 64, 192}, {1, 65, 193}, {1, 255, 255}, {1, 256, 300}, {1, 257, 259}, {0, 0, 0}};
 static const struct attn_span attn_mixed[] = {{1, 1, 40}, {1, 100, 300}, {1, 1, 700},   {1, 9, 9},    {2, 3, 130},
                                               {1, 1, 1},  {3, 1, 513},   {1, 150, 400}, {2, 1, 2047}, {0, 0, 0}};
 static const struct attn_span attn_one_chunk[] = {{1, 128, 128}, {0, 0, 0}};
@@ -65,6 +71,9 @@ static const struct attn_case attn_cases[] = {
     {"chunks 8/2", 8, 2, 128, 0, 0, 0, attn_chunk_edges},
     {"chunks MHA", 3, 3, 64, 0, 0, 0, attn_chunk_edges},
     {"chunks D 256", 4, 1, 256, 0, 0, 0, attn_chunk_edges},
+    {"tiles 8/2", 8, 2, 128, 0, 0, 0, attn_tile_edges},
+    {"tiles MHA", 2, 2, 128, 0, 0, 0, attn_tile_edges},
+    {"tiles D 64", 4, 1, 64, 0, 0, 0, attn_tile_edges},
     {"mixed 32/8", 32, 8, 128, 0, 0, 1, attn_mixed},
     {"mixed 16/4", 16, 4, 128, 0, 0, 1, attn_mixed},
     {"mixed 8/2", 8, 2, 128, 0, 0, 0, attn_mixed},
@@ -108,6 +117,7 @@ static const struct attn_case attn_cases[] = {
     {"chunk at 32K, decodes", 8, 2, 128, 0, 0, 1, attn_at_32k},
     {"both sides cut", 32, 8, 128, 0, 0, 1, attn_long_both},
     {"context of 128K", 4, 1, 128, 0, 0, 1, attn_at_128k},
+    {"context of 128K, 32/8", 32, 8, 128, 0, 0, 1, attn_at_128k},
     {"speculation", 32, 4, 128, 0, 0, 1, attn_speculation},
 };
 

@@ -63,7 +63,8 @@ if(TARGET backend_cuda)
   target_link_libraries(tandem_gpu_parts PUBLIC tandem_engine tandem_comm_mpi CUDA::cudart_static Threads::Threads
                         ${CMAKE_DL_LIBS} m)
   if(TANDEM_TESTS)
-    add_executable(check_engine_gpu gpu/check_engine_gpu.c gpu/engine_batches_gpu.c gpu/engine_options_gpu.c)
+    add_executable(check_engine_gpu gpu/check_engine_gpu.c gpu/engine_batches_gpu.c gpu/engine_options_gpu.c
+                   gpu/engine_ways_gpu.c)
     target_link_libraries(check_engine_gpu PRIVATE tandem_gpu_parts)
     add_dependencies(check_engine_gpu backend_cuda)
     add_test(NAME engine_gpu COMMAND check_engine_gpu ${CMAKE_CURRENT_SOURCE_DIR}/data/demo-model)

@@ -367,10 +367,10 @@ def cases(wanted):
         yield ("paper", "C0 1K of 12K, 80 x 12K", *tp2, [(1024, 12288)], [12288] * 80, 0)
         yield ("paper", "C1 12K of 12K, 220 x 12K", *tp2, [(12288, 12288)], [12288] * 220, 0)
         yield ("paper", "C2 16K of 16K, 250 x 12K", *tp2, [(16384, 16384)], [12288] * 250, 0)
-        for i in (28, 31):
+        for i in (28, 29, 30, 31):
             yield ("paper", f"Table 8, chunk {i}", *l3, [(512, 512 * (i + 1))], [16384] * 64, 0)
         for b in (54, 55):
-            for i in (0, 15, 31):
+            for i in (0, 3, 7, 11, 15, 19, 23, 27, 31):
                 yield ("paper", f"Figure 6, {b}, chunk {i}", *MODELS["Yi-6B TP1"], [(512, 512 * (i + 1))],
                        [16384] * b, 0)
     if "mixed" in wanted:
@@ -385,10 +385,10 @@ def cases(wanted):
             for chunk in (512, 1024, 2048):
                 for context in (4096, 8192, 16384, 32768, 131072):
                     full = max(1, (90 << 30) // (32 * 2 * hk * D * 2) // context)  # of 32 layers in 90 GB
+                    full = min(full, 256)  # decodes of a step
                     for b in sorted({min(balance(h, hk, chunk), full), min(3 * balance(h, hk, chunk), full), full}):
-                        if b <= 256:
-                            points.append(("sweep", f"{model}, {chunk} of {context}, {b} x {context}", h, hk,
-                                           [(chunk, context)], [context] * b, 0))
+                        points.append(("sweep", f"{model}, {chunk} of {context}, {b} x {context}", h, hk,
+                                       [(chunk, context)], [context] * b, 0))
         random.Random(1).shuffle(points)  # whatever the time allows is a fair sample
         yield from points
 
@@ -467,7 +467,7 @@ def main():
     print(f"{'case':52} {'contender':22} {'us':>9} {'p10':>9} {'p90':>9} TFLOP/s  TB/s  limit  serial  best")
     points, filtered, skipped = [], [], 0
     with open(os.path.join(args.out, "attention.csv"), "w", newline="", encoding="utf-8") as f:
-        table = csv.writer(f)
+        table = csv.writer(f, lineterminator="\n")
         table.writerow(HEAD)
         for group, name, h, hk, chunks, decodes, layers in cases(args.set.split(",")):
             if time.monotonic() - begin > args.seconds:

@@ -12,8 +12,8 @@
 
 namespace
 {
-constexpr uint32_t LAYERS = 2, LAYER = 1; /* the last: what follows a sequence's last token is not its own */
-constexpr uint32_t SPARE_ROWS = 2;        /* in front and behind, of no sequence */
+constexpr uint32_t LAYERS = 2, DEEP_LAYERS = 48;
+constexpr uint32_t SPARE_ROWS = 2; /* in front and behind, of no sequence */
 constexpr uint64_t Q_SEED = 77;
 constexpr uint32_t REF_ROWS = 48; /* of a long chunk: every so-manieth row is compared */
 
@@ -140,8 +140,14 @@ constexpr attn_grid FILL_GRID = {256, 256, 0, false, NULL};
 enum kv_place {
     TOGETHER, /* token-major, LAYERS layers of a token side by side */
     APART,    /* the same, every sequence in a mapping of its own */
+    DEEP,     /* TOGETHER, of DEEP_LAYERS: tokens are hundreds of KB apart */
     DENSE,    /* one layer: all of a sequence's K, then its V */
 };
+
+constexpr uint32_t layers_of(kv_place place)
+{
+    return place == DENSE ? 1 : place == DEEP ? DEEP_LAYERS : LAYERS;
+}
 
 struct problem {
     const attn_case *c;
@@ -257,7 +263,7 @@ void make(problem *p, const attn_case *c, attn_dtype dtype, kv_place place = TOG
     p->dtype = dtype;
     p->place = place;
     const uint64_t head = c->D * 2, side = c->HK * head;
-    p->token_bytes = 2 * side * (place == DENSE ? 1 : LAYERS);
+    p->token_bytes = 2 * side * layers_of(place);
     attn_gpu_config *g = &p->cfg;
     g->dtype = dtype;
     g->heads = c->H;
@@ -280,7 +286,8 @@ void make(problem *p, const attn_case *c, attn_dtype dtype, kv_place place = TOG
     CUDA_MUST(cudaMemcpy(p->d_all, p->seq.data(), p->seq.size() * sizeof *p->d_all, cudaMemcpyHostToDevice));
     p->io.q_row_stride = (c->H * c->D + 2 * c->HK * c->D) * 2; /* as a QKV product leaves it */
     p->io.out_row_stride = c->H * c->D * 2;
-    p->io.kv_offset = place == DENSE ? 0 : LAYER * 2 * side;
+    p->io.kv_offset =
+        (layers_of(place) - 1) * 2 * side; /* the last: what follows a sequence's last token is not its own */
     take(&p->q, p->rows * p->io.q_row_stride);
     take(&p->out, p->rows * p->io.out_row_stride);
     p->io.q = (void *)p->q.at;

@@ -18,7 +18,26 @@ void check_fixed_once(const problem *p, const attn_gpu_ops *ops)
     stop(&r);
 }
 
-/* With a fixed cut: the whole batch, some sequences alone, and every second one, backwards; all bits the same. */
+/* A batch by steps of these bounds has the bits of the whole one. */
+void same_by_step(runner *r, const problem *p, const std::vector<attn_seq> &batch, uint32_t max_seqs,
+                  uint32_t max_seq_rows, const std::vector<uint16_t> &whole, const char *what, const char *text)
+{
+    const attn_gpu_step many = r->step;
+    r->step.max_seqs = max_seqs;
+    r->step.max_seq_rows = max_seq_rows;
+    set_batch(p, batch.data(), (uint32_t)batch.size());
+    plan_and_run(r, p);
+    std::vector<uint16_t> out = result(r, p);
+    for (const attn_seq &s : batch)
+        if (!same_rows(p, s, whole, out)) {
+            fail(p, what, text);
+            break;
+        }
+    r->step = many;
+}
+
+/* With a fixed cut: the whole batch, some sequences alone, also by steps that can have one only and by those of single rows, all single rows
+ * by such a step, and every second sequence, backwards; all bits the same. These steps have launches of their own. */
 void check_fixed(const problem *p, const attn_gpu_ops *ops, launches how, const char *what)
 {
     runner r;
@@ -35,8 +54,17 @@ void check_fixed(const problem *p, const attn_gpu_ops *ops, launches how, const 
         plan_and_run(&r, p);
         if (!same_rows(p, p->seq[i], whole, result(&r, p)))
             fail(p, what, "a sequence alone has other bits");
+        same_by_step(&r, p, {p->seq[i]}, 1, r.step.max_rows, whole, what,
+                     "a sequence alone by a step of one has other bits");
+        if (p->seq[i].rows == 1)
+            same_by_step(&r, p, {p->seq[i]}, 1, 1, whole, what, "a row alone by a step of one has other bits");
     }
-    std::vector<attn_seq> half;
+    std::vector<attn_seq> half, single;
+    for (const attn_seq &s : p->seq)
+        if (s.rows == 1)
+            single.push_back(s);
+    if (!single.empty())
+        same_by_step(&r, p, single, r.step.max_seqs, 1, whole, what, "single rows by a step of such have other bits");
     for (size_t i = p->seq.size(); i >= 2; i -= 2)
         half.push_back(p->seq[i - 1]);
     if (!half.empty()) {

@@ -130,10 +130,12 @@ void check_groups_and_dims(const attn_gpu_ops *ops, const options &o)
 {
     for (uint32_t G = 1; G <= ATTN_MAX_GROUP; G++) {
         char name[20];
-        snprintf(name, sizeof name, "group %u", G);
-        attn_case c = {name, 2 * G, 2, 64, 0, 0, 0, attn_group_spans};
-        if (wanted(o, name))
-            check_case(&c, ATTN_BF16, ops, o, NO_REPLAY);
+        for (uint32_t D = 64; D <= 128; D += 64) {
+            snprintf(name, sizeof name, "group %u D %u", G, D);
+            attn_case c = {name, 2 * G, 2, D, 0, 0, 0, attn_group_spans};
+            if (wanted(o, name))
+                check_case(&c, ATTN_BF16, ops, o, NO_REPLAY);
+        }
     }
     for (uint32_t D = ATTN_HEAD_DIM_UNIT; D <= ATTN_MAX_HEAD_DIM; D += ATTN_HEAD_DIM_UNIT) {
         char name[20];
@@ -167,6 +169,21 @@ void check_pages(const attn_gpu_ops *ops, const options &o)
     }
 }
 
+/* A token's layers side by side as in a large model: 192 KiB from token to token with 32/8 heads, 768 KiB with MHA. */
+void check_strides(const attn_gpu_ops *ops, const options &o)
+{
+    static const struct {
+        uint32_t H, HK, D;
+    } shapes[] = {{32, 8, 128}, {4, 1, 128}, {32, 32, 128}, {16, 4, 64}};
+    for (const auto &s : shapes) {
+        char name[40];
+        snprintf(name, sizeof name, "stride %u KiB", DEEP_LAYERS * 2 * s.HK * s.D * 2 / 1024);
+        const attn_case c = {name, s.H, s.HK, s.D, 0, 0, 0, attn_few};
+        if (wanted(o, name))
+            check_case(&c, o.f16 ? ATTN_F16 : ATTN_BF16, ops, o, NO_REPLAY, DEEP);
+    }
+}
+
 void check_back_end(const attn_gpu_ops *ops, const options &o)
 {
     for (uint32_t i = 0; i < ATTN_CASES; i++) {
@@ -179,6 +196,7 @@ void check_back_end(const attn_gpu_ops *ops, const options &o)
             check_case(c, ATTN_F16, ops, o, ALL);
     }
     check_pages(ops, o);
+    check_strides(ops, o);
     check_early(ops, o);
     if (!o.quick)
         check_groups_and_dims(ops, o);

@@ -22,6 +22,7 @@
 
 #include "tests/gpu/engine_batches_gpu.h"
 #include "tests/gpu/engine_options_gpu.h"
+#include "tests/gpu/engine_ways_gpu.h"
 #include "tests/gpu/gpu_parts.h"
 #include "worker/engine_internal.h"
 
@@ -286,42 +287,78 @@ static void own_kernel(const char *name, struct gpu_run *host, const struct engi
 
 /* ---- models ---- */
 
+enum what {
+    ALL,
+    SHORT, /* a short text, and batch-invariant: the host would take minutes for more */
+    WAYS,  /* hybrid steps by each of attention's ways, against the serial policy */
+};
+
 static const struct {
     const char *name, *config;
-    bool invariant_only; /* the host would take minutes */
+    enum what what;
 } shapes[] = {
     {"llama",
      "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":512,\"intermediate_size\":1368,"
      "\"num_hidden_layers\":3,\"num_attention_heads\":8,\"num_key_value_heads\":2,\"head_dim\":128,"
      "\"vocab_size\":128256,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
      "\"hidden_act\":\"silu\",\"tie_word_embeddings\":false,\"torch_dtype\":\"bfloat16\"",
-     false},
+     ALL},
     {"qwen2",
      "\"architectures\":[\"Qwen2ForCausalLM\"],\"hidden_size\":256,\"intermediate_size\":640,"
      "\"num_hidden_layers\":3,\"num_attention_heads\":7,\"num_key_value_heads\":1,\"head_dim\":64,"
      "\"vocab_size\":5003,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000.0,"
      "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
-     false},
+     ALL},
     {"qwen3",
      "\"architectures\":[\"Qwen3ForCausalLM\"],\"hidden_size\":320,\"intermediate_size\":768,"
      "\"num_hidden_layers\":3,\"num_attention_heads\":4,\"num_key_value_heads\":4,\"head_dim\":80,"
      "\"vocab_size\":4096,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000.0,"
      "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
-     false},
+     ALL},
     {"mistral",
      "\"architectures\":[\"MistralForCausalLM\"],\"hidden_size\":256,\"intermediate_size\":512,"
      "\"num_hidden_layers\":3,\"num_attention_heads\":8,\"num_key_value_heads\":4,\"head_dim\":32,"
      "\"vocab_size\":1000,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-5,\"rope_theta\":10000.0,"
      "\"sliding_window\":48,\"hidden_act\":\"silu\",\"tie_word_embeddings\":false,"
      "\"torch_dtype\":\"bfloat16\"",
-     false},
+     ALL},
+    /* Layers with windows and without: two attentions in a step. */
+    {"windows",
+     "\"architectures\":[\"Qwen3ForCausalLM\"],\"hidden_size\":384,\"intermediate_size\":768,"
+     "\"num_hidden_layers\":4,\"num_attention_heads\":8,\"num_key_value_heads\":2,\"head_dim\":128,"
+     "\"vocab_size\":4099,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000.0,"
+     "\"use_sliding_window\":true,\"sliding_window\":100,"
+     "\"layer_types\":[\"full_attention\",\"sliding_attention\",\"full_attention\",\"sliding_attention\"],"
+     "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
+     ALL},
+    {"biased",
+     "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":256,\"intermediate_size\":768,"
+     "\"num_hidden_layers\":3,\"num_attention_heads\":8,\"num_key_value_heads\":4,\"head_dim\":64,"
+     "\"vocab_size\":3001,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
+     "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,\"high_freq_factor\":4.0,"
+     "\"original_max_position_embeddings\":256},\"attention_bias\":true,\"mlp_bias\":true,"
+     "\"hidden_act\":\"silu\",\"tie_word_embeddings\":false,\"torch_dtype\":\"bfloat16\"",
+     ALL},
+    {"yarn",
+     "\"architectures\":[\"Qwen2ForCausalLM\"],\"hidden_size\":256,\"intermediate_size\":640,"
+     "\"num_hidden_layers\":2,\"num_attention_heads\":4,\"num_key_value_heads\":2,\"head_dim\":64,"
+     "\"vocab_size\":2003,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000.0,"
+     "\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4.0,\"original_max_position_embeddings\":512},"
+     "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
+     ALL},
     /* A layer of Llama-3-8B: long sums, of which the library would rather add up parts. */
     {"wide",
      "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":4096,\"intermediate_size\":14336,"
      "\"num_hidden_layers\":1,\"num_attention_heads\":32,\"num_key_value_heads\":8,\"head_dim\":128,"
      "\"vocab_size\":8192,\"max_position_embeddings\":2048,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
      "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
-     true},
+     SHORT},
+    {"ways",
+     "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":4096,\"intermediate_size\":14336,"
+     "\"num_hidden_layers\":2,\"num_attention_heads\":32,\"num_key_value_heads\":8,\"head_dim\":128,"
+     "\"vocab_size\":8192,\"max_position_embeddings\":16384,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
+     "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
+     WAYS},
 };
 
 /* ---- measured products are kept ---- */
@@ -350,7 +387,7 @@ static void remove_tune_dir(void)
 
 static enum comm_gpu_way all_reduce; /* AUTO, or NCCL for all */
 
-static void check_model(const char *name, const char *dir, bool random, bool invariant_only,
+static void check_model(const char *name, const char *dir, bool random, enum what what,
                         const struct backend_parts *parts)
 {
     struct engine_config cfg = {.model_dir = dir,
@@ -363,12 +400,22 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
                                 .tune_ms = 20000};
     char note[512] = "";
     struct gpu_run host, device, eager;
-    if (invariant_only && all_reduce == COMM_GPU_NCCL)
+    if (what == WAYS) {
+        if (comm_size(gpu_comm()) == 1 && gpu_capability() == 90)
+            failures += engine_ways_gpu(dir, tune_dir, parts, logits_off);
         return;
-    if (invariant_only) {
+    }
+    if (what == SHORT) {
+        gpu_create(&host, &cfg);
         cfg.parts = parts;
         cfg.suspend_bytes = 64 << 20;
-        invariant(name, &cfg);
+        gpu_create(&device, &cfg);
+        parity(name, &host, &device, 37, 20, 1);
+        parity(name, &host, &device, 130, 130, 2);
+        gpu_destroy(&device);
+        gpu_destroy(&host);
+        if (all_reduce != COMM_GPU_NCCL)
+            invariant(name, &cfg);
         return;
     }
     cfg.note = keep_note;
@@ -403,11 +450,11 @@ static void check_model(const char *name, const char *dir, bool random, bool inv
     gpu_destroy(&device);
     cfg.eager = false;
     own_kernel(name, &host, &cfg, note);
-    if (!random || strcmp(name, "qwen2") == 0)
-        policies(name, &host, &cfg);
+    policies(name, &host, &cfg);
     gpu_destroy(&host);
     cfg.suspend_bytes = 64 << 20;
-    if (strcmp(name, "mistral") != 0 && all_reduce != COMM_GPU_NCCL) /* windows and NCCL are refused */
+    if (strcmp(name, "mistral") != 0 && strcmp(name, "windows") != 0 &&
+        all_reduce != COMM_GPU_NCCL) /* windows and NCCL are refused */
         invariant(name, &cfg);
 }
 
@@ -432,7 +479,7 @@ int main(int argc, char **argv)
         only = NULL;
     }
     if (!only || strcmp(only, "demo") == 0)
-        check_model("demo", argv[1], false, false, parts);
+        check_model("demo", argv[1], false, ALL, parts);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         if (only && strcmp(only, shapes[i].name) != 0)
             continue;
@@ -448,7 +495,7 @@ int main(int argc, char **argv)
         }
         fprintf(f, "{%s}\n", shapes[i].config);
         fclose(f);
-        check_model(shapes[i].name, dir, true, shapes[i].invariant_only, parts);
+        check_model(shapes[i].name, dir, true, shapes[i].what, parts);
         unlink(path);
         rmdir(dir);
     }

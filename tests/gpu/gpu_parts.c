@@ -175,23 +175,43 @@ void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, c
     gpu_collect(r);
 }
 
-void gpu_hybrid_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
-                      uint32_t position)
+static void submit_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, Tandem__V1__PrefillChunk *chunk,
+                          const uint32_t *ids, uint32_t rows, Tandem__V1__SampleParams *params)
 {
     Tandem__V1__StepPlan plan = TANDEM__V1__STEP_PLAN__INIT;
     Tandem__V1__AdmitSlot admit = TANDEM__V1__ADMIT_SLOT__INIT, *admits[] = {&admit};
-    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT, *chunks[] = {&chunk};
-    admit.slot = chunk.slot = slot;
-    chunk.token_ids = (uint32_t *)(uintptr_t)ids;
-    chunk.n_token_ids = rows;
-    chunk.position = position;
+    admit.slot = chunk->slot;
+    admit.sample = params;
+    chunk->token_ids = (uint32_t *)(uintptr_t)ids;
+    chunk->n_token_ids = rows;
     plan.decode_slots = slots;
     plan.n_decode_slots = n;
-    plan.n_admits = position == 0;
+    plan.n_admits = chunk->position == 0;
     plan.n_prefills = 1;
     plan.admits = admits;
-    plan.prefills = chunks;
+    plan.prefills = &chunk;
     submit(r, &plan);
+}
+
+void gpu_hybrid_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                      uint32_t position)
+{
+    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT;
+    chunk.slot = slot;
+    chunk.position = position;
+    submit_hybrid(r, slots, n, &chunk, ids, rows, NULL);
+}
+
+void gpu_hybrid_score(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                      uint32_t position, uint32_t next, Tandem__V1__SampleParams *params)
+{
+    Tandem__V1__PrefillChunk chunk = TANDEM__V1__PREFILL_CHUNK__INIT;
+    chunk.slot = slot;
+    chunk.position = position;
+    chunk.score_rows = rows;
+    chunk.next_token = next;
+    submit_hybrid(r, slots, n, &chunk, ids, rows, params);
+    gpu_collect(r);
 }
 
 void gpu_release(struct gpu_run *r, uint32_t slot)

@@ -40,7 +40,10 @@ void gpu_collect(struct gpu_run *r); /* of the oldest that is under way */
 /* Decodes of slots, and a chunk of another one. */
 void gpu_hybrid(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                 uint32_t position);
-/* The same, under way: gpu_collect gets its result. */
+/* The same, and every row of the chunk is scored, as by gpu_score. */
+void gpu_hybrid_score(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
+                      uint32_t position, uint32_t next, Tandem__V1__SampleParams *params);
+/* gpu_hybrid, under way: gpu_collect gets its result. */
 void gpu_hybrid_ahead(struct gpu_run *r, uint32_t *slots, uint32_t n, uint32_t slot, const uint32_t *ids, uint32_t rows,
                       uint32_t position);
 void gpu_release(struct gpu_run *r, uint32_t slot);
