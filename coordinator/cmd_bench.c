@@ -244,6 +244,8 @@ static enum status_code measure(struct bench_result *r, const struct options *o,
 
 static enum status_code warm_up(const struct options *o, int signal_fd, struct status *st)
 {
+    if (o->warm_up == 0)
+        return ST_OK;
     struct bench_load load = o->load;
     struct bench_result *r = calloc(1, sizeof *r);
     if (!r)
@@ -259,8 +261,8 @@ static enum status_code warm_up(const struct options *o, int signal_fd, struct s
         load.output.high = load.output.low;
     }
     r->load = &load;
-    enum status_code rc = o->warm_up ? measure(r, o, signal_fd, false, st) : ST_OK;
-    if (rc == ST_OK && o->warm_up)
+    enum status_code rc = measure(r, o, signal_fd, false, st);
+    if (rc == ST_OK)
         bench_sum_up(r);
     if (rc == ST_OK && r->failed)
         rc = status_set(st, ST_INTERNAL, "%u of the %u requests of --warm-up failed", r->failed, r->n);

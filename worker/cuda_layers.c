@@ -219,7 +219,7 @@ enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, 
     return rc == ST_OK ? rc : status_prefix(st, "graph of %u rows", b->rows);
 }
 
-/* What cuda_forward_warm had no time for: the first step of a bucket is launched one by one, the second is captured. */
+/* cuda_forward_warm has captured all kinds. Without a graph a step is launched one by one, and the second of its kind is captured. */
 enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, uint32_t kind, struct status *st)
 {
     enum status_code rc = cuda_forward_prepare(f, b, st);

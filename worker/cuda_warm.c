@@ -1,5 +1,5 @@
-/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement, for a graph or for
- * a kernel that is loaded.
+/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement or for a
+ * graph. (It may for a kernel of the head's products, which are in no graph, where these were not measured in this start: README.)
  *
  * Products are measured for cfg.tune_ms at most, the buckets of single decodes and of the largest step first; what is not
  * reached is taken as the library suggests it and measured at a later start, since what was measured is kept (tuned.h).
@@ -88,7 +88,7 @@ static enum status_code make_graphs(struct forward *f, uint32_t ways, uint32_t *
     return rc;
 }
 
-/* One row that is nobody's goes all the way, so that every kernel of it is loaded. */
+/* One row that is nobody's goes all the way, so that its kernels are loaded. */
 static enum status_code run_padding(struct forward *f, struct status *st)
 {
     const struct forward_sample sample = {.slot = FORWARD_NO_SLOT};

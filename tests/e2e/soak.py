@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -41,11 +42,6 @@ def device_bytes():
         return [int(n) << 20 for n in out.split()]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
-
-
-def median(values):
-    values = sorted(values)
-    return values[len(values) // 2]
 
 
 def make_requests(count, vocab, longest, rng):
@@ -148,9 +144,9 @@ class Soak:
         parts = [self.samples[a:a + 3] for a in at]
         rows = []
         for pid in self.samples[-1][1]:
-            rows.append((f"{process_name(pid) or 'process'} {pid}", [median(s[1].get(pid, 0) for s in part) for part in parts]))
+            rows.append((f"{process_name(pid) or 'process'} {pid}", [statistics.median_high(s[1].get(pid, 0) for s in part) for part in parts]))
         for i in range(len(self.samples[-1][2])):
-            rows.append((f"device {i}", [median(s[2][i] for s in part) for part in parts]))
+            rows.append((f"device {i}", [statistics.median_high(s[2][i] for s in part) for part in parts]))
         return rows
 
 
