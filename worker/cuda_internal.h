@@ -92,8 +92,7 @@ enum { CUDA_DECODES = ATTN_GPU_WAYS, CUDA_KINDS };
 struct cuda_bucket {
     uint32_t rows;
     bool prepared;
-    cudaGraphExec_t graph[CUDA_KINDS]; /* NULL: not captured yet */
-    bool ran[CUDA_KINDS];
+    cudaGraphExec_t graph[CUDA_KINDS]; /* NULL: launched one by one */
 };
 
 #define CUDA_FLIGHTS 2
@@ -222,6 +221,8 @@ STATUS_MUST_CHECK enum status_code cuda_forward_layers(struct forward *f, struct
 /* The products of the bucket's layers get their ways; of the LM head for so many rows. */
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare(struct forward *f, struct cuda_bucket *b, struct status *st);
 STATUS_MUST_CHECK enum status_code cuda_forward_prepare_head(struct forward *f, uint32_t rows, struct status *st);
+/* Launches it once, on what is in the arena. */
+STATUS_MUST_CHECK enum status_code cuda_forward_load_head(struct forward *f, uint32_t rows, struct status *st);
 /* Whose attn_gpu_choose says how steps with chunks are launched: that of most layers. NULL: this rank has no heads. */
 const struct attn_gpu *cuda_forward_chooser(const struct forward *f);
 /* The bucket's graph of a kind. */

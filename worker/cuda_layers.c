@@ -219,17 +219,10 @@ enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, 
     return rc == ST_OK ? rc : status_prefix(st, "graph of %u rows", b->rows);
 }
 
-/* cuda_forward_warm has captured all kinds. Without a graph a step is launched one by one, and the second of its kind is captured. */
 enum status_code cuda_forward_layers(struct forward *f, struct cuda_bucket *b, uint32_t kind, struct status *st)
 {
     enum status_code rc = cuda_forward_prepare(f, b, st);
-    if (rc != ST_OK)
-        return rc;
-    if (!f->graphs || (!b->graph[kind] && !b->ran[kind])) {
-        b->ran[kind] = true;
-        return launch_layers(f, b->rows, kind, st);
-    }
-    if (!b->graph[kind] && (rc = cuda_forward_capture(f, b, kind, st)) != ST_OK)
-        return rc;
+    if (rc != ST_OK || !b->graph[kind])
+        return rc == ST_OK ? launch_layers(f, b->rows, kind, st) : rc;
     return cuda_check(cudaGraphLaunch(b->graph[kind], f->stream), st, "graph of the layers");
 }

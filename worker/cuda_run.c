@@ -168,6 +168,13 @@ enum status_code cuda_forward_prepare_head(struct forward *f, uint32_t rows, str
     return cuda_gemm_prepare(f->gemm, &head, turns, f->logits, st);
 }
 
+enum status_code cuda_forward_load_head(struct forward *f, uint32_t rows, struct status *st)
+{
+    const struct cuda_product head = head_product(f, rows);
+    enum status_code rc = cuda_forward_prepare_head(f, rows, st);
+    return rc == ST_OK ? cuda_gemm_run(f->gemm, &head, st) : rc;
+}
+
 /* Samples first .. first + n - 1. */
 static enum status_code head_block(struct forward *f, struct cuda_flight *l, uint32_t first, uint32_t n,
                                    struct status *st)

@@ -1,5 +1,5 @@
-/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement or for a
- * graph. (It may for a kernel of the head's products, which are in no graph, where these were not measured in this start: README.)
+/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement, for a graph or for
+ * a kernel that is loaded.
  *
  * Products are measured for cfg.tune_ms at most, the buckets of single decodes and of the largest step first; what is not
  * reached is taken as the library suggests it and measured at a later start, since what was measured is kept (tuned.h).
@@ -88,7 +88,21 @@ static enum status_code make_graphs(struct forward *f, uint32_t ways, uint32_t *
     return rc;
 }
 
-/* One row that is nobody's goes all the way, so that its kernels are loaded. */
+/* The head's products are in no graph. Those that were not measured in this start have not run yet, and CUDA loads a kernel at its first
+ * launch, for which it waits until the device is idle. */
+static enum status_code load_heads(struct forward *f, struct status *st)
+{
+    enum status_code rc = ST_OK;
+    for (uint32_t i = 0; rc == ST_OK && i < f->n_buckets; i++) {
+        const bool last = f->bucket[i].rows >= f->head_rows;
+        rc = cuda_forward_load_head(f, last ? f->head_rows : f->bucket[i].rows, st);
+        if (last)
+            break;
+    }
+    return rc;
+}
+
+/* One row that is nobody's goes all the way, so that every other kernel of it is loaded. */
 static enum status_code run_padding(struct forward *f, struct status *st)
 {
     const struct forward_sample sample = {.slot = FORWARD_NO_SLOT};
@@ -140,7 +154,9 @@ enum status_code cuda_forward_warm(struct forward *f, struct status *st)
     }
     if (rc == ST_OK) {
         say(f, (products_us - start_us) / 1e3, graphs, (now_us() - products_us) / 1e3);
-        rc = run_padding(f, st);
+        rc = load_heads(f, st);
+        if (rc == ST_OK)
+            rc = run_padding(f, st);
     }
     if (rc != ST_OK) {
         status_prefix(st, "before the first step");
