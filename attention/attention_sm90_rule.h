@@ -169,14 +169,17 @@ struct sm90_decode_cut {
 };
 
 /* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
- * were such units and blocks took parts in rounds. Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of
- * a part) parts, all have fewer than twice the bounded number of items. */
-SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t tiles, uint32_t longest, uint32_t ends)
+ * were such units and blocks took parts in rounds. Parts are counted where units are equally long: a few more than blocks are a round more.
+ * Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
+ * items. */
+SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t units, uint64_t tiles, uint32_t longest,
+                                                  uint32_t ends)
 {
     struct sm90_decode_cut best = {longest, longest, UINT64_MAX};
+    const bool equal = 16 * tiles >= 15 * units * longest;
     for (uint32_t k = 1; k <= SM90_MAX_DECODE_PARTS; k++) {
         const uint32_t each = (longest + k - 1) / k;
-        const uint64_t items = (tiles + each - 1) / each;
+        const uint64_t items = equal ? units * ((longest + each - 1) / each) : (tiles + each - 1) / each;
         if (k > 1 && (each < SM90_MIN_DECODE_TILES || items > 4 * blocks))
             break;
         const uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends);
@@ -240,7 +243,7 @@ SM90_BOTH void sm90_cut_beside(const struct sm90_shape *a, const struct sm90_tot
     const uint64_t tiles = t->tiles[SM90_DECODE] * a->kv_heads;
     uint64_t waves = (4 * decodes + wave - 1) / wave;
     if (tiles < wave * SM90_LONG_PART) {
-        r->last_tiles = sm90_cut_decodes(a->sms, tiles, t->longest[SM90_DECODE], SM90_ENDS_ALONE).tiles;
+        r->last_tiles = sm90_cut_decodes(a->sms, decodes, tiles, t->longest[SM90_DECODE], SM90_ENDS_ALONE).tiles;
         r->tiles[SM90_DECODE] = r->last_tiles;
         return;
     }
@@ -403,8 +406,9 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
     const uint32_t on = at_once ? a->sms : a->sms - r.clusters * SM90_CLUSTER;
     const uint32_t blocks = on * SM90_DECODE_BLOCKS > a->sms ? on * SM90_DECODE_BLOCKS : a->sms;
     const bool beside = !at_once && blocks > a->sms;
-    struct sm90_decode_cut cut = sm90_cut_decodes(blocks, t->tiles[SM90_DECODE] * a->kv_heads, t->longest[SM90_DECODE],
-                                                  beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE);
+    struct sm90_decode_cut cut =
+        sm90_cut_decodes(blocks, (uint64_t)t->units[SM90_DECODE] * a->kv_heads, t->tiles[SM90_DECODE] * a->kv_heads,
+                         t->longest[SM90_DECODE], beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE);
     if (beside)
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,

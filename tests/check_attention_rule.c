@@ -303,12 +303,35 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
 }
 END_TEST
 
+/* Decodes alone: equal ones are not cut into a few more parts than there are blocks, and one long one among short ones is cut. */
+START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
+{
+    struct batch b = {.seqs = 45};
+    b.shape = (struct sm90_shape){
+        .group = 4, .kv_heads = 2, .sms = 132, .max_rows = 8192, .max_seq_rows = 1, .max_kv_len = 1 << 20};
+    for (uint32_t i = 0; i < b.seqs; i++)
+        b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = 4096};
+    struct sm90_totals t = totals_of(&b, b.seqs - b.seqs / 4);
+    struct sm90_rule r = sm90_rule_of(&b.shape, &t, UINT64_MAX, b.seqs - b.seqs / 4);
+    const uint32_t parts = (64 + r.tiles[SM90_DECODE] - 1) / r.tiles[SM90_DECODE], items = 90 * parts;
+    ck_assert_msg(items <= 264 || items % 264 >= 132 || items % 264 == 0, "%u items for 264 blocks", items);
+    b.shape.kv_heads = 8;
+    b.seqs = 256;
+    for (uint32_t i = 0; i < b.seqs; i++)
+        b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = i == 17 ? 131072 : 128};
+    t = totals_of(&b, 192);
+    r = sm90_rule_of(&b.shape, &t, UINT64_MAX, 192);
+    ck_assert_msg(r.tiles[SM90_DECODE] <= 2048 / 16, "one of 2048 tiles in parts of %u", r.tiles[SM90_DECODE]);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
+    tcase_add_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are);
     tcase_add_loop_test(core, a_fixed_cut_depends_on_the_length_alone, 0, 4);
     suite_add_tcase(s, core);
     TCase *limits = tcase_create("limits");
