@@ -208,6 +208,8 @@ static enum status_code capture(cudaGraphExec_t *out, struct forward *f, uint32_
         rc = cuda_check(err, st, "capture of a graph");
     if (rc == ST_OK)
         rc = cuda_check(cudaGraphInstantiate(out, graph, 0), st, "instantiation of a graph");
+    if (rc == ST_OK) /* else the first launch, within a step, would do it */
+        rc = cuda_check(cudaGraphUpload(*out, f->stream), st, "upload of a graph");
     if (graph)
         cudaGraphDestroy(graph);
     return rc;
