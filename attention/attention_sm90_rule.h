@@ -38,8 +38,9 @@ enum {
     SM90_LEVEL_PARTS = 4,       /* at least, of a unit of theirs, where it is long */
     SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
-    SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
-    SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
+    SM90_TINY_PART = 3,   /* tiles: of such parts a launch takes less where some blocks are left for the next one */
+    SM90_WAVE_TILES = 28, /* of parts, where two to six waves of them can be had */
+    SM90_SHORT_PART = 64, /* tiles that a block may still be at when a short prefill has ended */
     /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
     SM90_ENDS_ALONE = 1,
     SM90_ENDS_BESIDE = 2,
@@ -173,7 +174,7 @@ struct sm90_decode_cut {
  * Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
  * items. */
 SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t units, uint64_t tiles, uint32_t longest,
-                                                  uint32_t ends)
+                                                  uint32_t ends, bool alone)
 {
     struct sm90_decode_cut best = {longest, longest, UINT64_MAX};
     const bool equal = 16 * tiles >= 15 * units * longest;
@@ -182,7 +183,8 @@ SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t unit
         const uint64_t items = equal ? units * ((longest + each - 1) / each) : (tiles + each - 1) / each;
         if (k > 1 && (each < SM90_MIN_DECODE_TILES || items > 4 * blocks))
             break;
-        const uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends);
+        const uint64_t full = alone && each <= SM90_TINY_PART && items <= blocks && 4 * items > 3 * blocks;
+        const uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends) + full;
         if (cost < best.cost) {
             best.tiles = best.last_tiles = each;
             best.cost = cost;
@@ -243,7 +245,7 @@ SM90_BOTH void sm90_cut_beside(const struct sm90_shape *a, const struct sm90_tot
     const uint64_t tiles = t->tiles[SM90_DECODE] * a->kv_heads;
     uint64_t waves = (4 * decodes + wave - 1) / wave;
     if (tiles < wave * SM90_LONG_PART) {
-        r->last_tiles = sm90_cut_decodes(a->sms, decodes, tiles, t->longest[SM90_DECODE], SM90_ENDS_ALONE).tiles;
+        r->last_tiles = sm90_cut_decodes(a->sms, decodes, tiles, t->longest[SM90_DECODE], SM90_ENDS_ALONE, false).tiles;
         r->tiles[SM90_DECODE] = r->last_tiles;
         return;
     }
@@ -408,7 +410,7 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
     const bool beside = !at_once && blocks > a->sms;
     struct sm90_decode_cut cut =
         sm90_cut_decodes(blocks, (uint64_t)t->units[SM90_DECODE] * a->kv_heads, t->tiles[SM90_DECODE] * a->kv_heads,
-                         t->longest[SM90_DECODE], beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE);
+                         t->longest[SM90_DECODE], beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE, at_once);
     if (beside)
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,

@@ -303,24 +303,57 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
 }
 END_TEST
 
-/* Decodes alone: equal ones are not cut into a few more parts than there are blocks, and one long one among short ones is cut. */
+/* Equal decodes alone, for 264 blocks: parts in tiles as was fastest (tests/bench/results/attention_h200_decodes.txt). */
+static const struct {
+    uint32_t kv_heads, seqs, kv_len, part;
+} equal_decodes[] = {
+    {2, 45, 4096, 13},  /* 450 parts: 5 a unit; with 3, 270, some blocks had two and most one */
+    {1, 45, 8192, 26},  /* 225 */
+    {2, 24, 1024, 4},   /* 192 */
+    {2, 24, 2048, 7},   /* 240 of 7 beat 192 of 8: long enough for one more block to pay */
+    {2, 16, 1024, 3},   /* 192 of 3 beat 256 of 2: blocks are left for the next launch */
+    {8, 8, 512, 3},     /* the same */
+    {8, 16, 256, 4},    /* 128, whole, beat 256 of 2 */
+    {1, 8, 4096, 3},    /* 176 of 3 beat 256 of 2 */
+    {2, 33, 2048, 8},   /* 264 */
+    {1, 33, 2048, 4},   /* 264; 231 of 5 are as fast */
+    {8, 33, 16384, 256} /* 264, whole */
+};
+
+static struct sm90_rule rule_of_decodes(struct batch *b)
+{
+    const uint32_t last = b->seqs - b->seqs / 4;
+    struct sm90_totals t = totals_of(b, last);
+    return sm90_rule_of(&b->shape, &t, UINT64_MAX, last);
+}
+
 START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
 {
-    struct batch b = {.seqs = 45};
-    b.shape = (struct sm90_shape){
-        .group = 4, .kv_heads = 2, .sms = 132, .max_rows = 8192, .max_seq_rows = 1, .max_kv_len = 1 << 20};
+    struct batch b = {.seqs = equal_decodes[_i].seqs};
+    b.shape = (struct sm90_shape){.group = 4,
+                                  .kv_heads = equal_decodes[_i].kv_heads,
+                                  .sms = 132,
+                                  .max_rows = 8192,
+                                  .max_seq_rows = 1,
+                                  .max_kv_len = 1 << 20};
     for (uint32_t i = 0; i < b.seqs; i++)
-        b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = 4096};
-    struct sm90_totals t = totals_of(&b, b.seqs - b.seqs / 4);
-    struct sm90_rule r = sm90_rule_of(&b.shape, &t, UINT64_MAX, b.seqs - b.seqs / 4);
-    const uint32_t parts = (64 + r.tiles[SM90_DECODE] - 1) / r.tiles[SM90_DECODE], items = 90 * parts;
-    ck_assert_msg(items <= 264 || items % 264 >= 132 || items % 264 == 0, "%u items for 264 blocks", items);
-    b.shape.kv_heads = 8;
-    b.seqs = 256;
+        b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = equal_decodes[_i].kv_len};
+    const struct sm90_rule r = rule_of_decodes(&b);
+    const uint32_t whole = equal_decodes[_i].kv_len / 64, part = r.tiles[SM90_DECODE];
+    ck_assert_msg((part < whole ? part : whole) == equal_decodes[_i].part,
+                  "%u decodes of %u by %u KV heads: parts of %u", b.seqs, equal_decodes[_i].kv_len,
+                  equal_decodes[_i].kv_heads, part);
+}
+END_TEST
+
+START_TEST(one_long_decode_among_short_ones_is_cut)
+{
+    struct batch b = {.seqs = 256};
+    b.shape = (struct sm90_shape){
+        .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 8192, .max_seq_rows = 1, .max_kv_len = 1 << 20};
     for (uint32_t i = 0; i < b.seqs; i++)
         b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = i == 17 ? 131072 : 128};
-    t = totals_of(&b, 192);
-    r = sm90_rule_of(&b.shape, &t, UINT64_MAX, 192);
+    const struct sm90_rule r = rule_of_decodes(&b);
     ck_assert_msg(r.tiles[SM90_DECODE] <= 2048 / 16, "one of 2048 tiles in parts of %u", r.tiles[SM90_DECODE]);
 }
 END_TEST
@@ -331,7 +364,9 @@ int main(void)
     TCase *core = tcase_create("core");
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
-    tcase_add_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are);
+    tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
+                        sizeof equal_decodes / sizeof *equal_decodes);
+    tcase_add_test(core, one_long_decode_among_short_ones_is_cut);
     tcase_add_loop_test(core, a_fixed_cut_depends_on_the_length_alone, 0, 4);
     suite_add_tcase(s, core);
     TCase *limits = tcase_create("limits");
