@@ -171,6 +171,7 @@ struct sm90_decode_cut {
 
 /* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
  * were such units and blocks took parts in rounds. Parts are counted where units are equally long: a few more than blocks are a round more.
+ * alone: nothing stands in front. Then tiny parts that fill all blocks cost a tile more: the next launch finds no room (attention_h200_decodes.txt).
  * Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
  * items. */
 SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t units, uint64_t tiles, uint32_t longest,
