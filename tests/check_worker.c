@@ -418,6 +418,8 @@ START_TEST(command_line_errors_are_one_line_and_status_2)
         {"--frobnicate", "1", "tandem-worker: unknown option --frobnicate: see tandem-worker --help"},
         {"--max-slots", "0", "tandem-worker: --max-slots: \"0\" is not a number from 1 to 65536"},
         {"--kv-memory", "lots", "tandem-worker: --kv-memory: \"lots\" is not a size"},
+        {"--memory-fraction", "90",
+         "tandem-worker: --memory-fraction: \"90\" is not a fraction above 0 and up to 1, such as 0.9"},
         {"--backend", "tpu", "tandem-worker: --backend: \"tpu\" is none of: auto, cuda, host"},
         {"--trace-kernels", "yes", "tandem-worker: --trace-kernels: \"yes\" is not a number from 0 to 1"},
         {"--trace-kernels", "1", "tandem-worker: --trace-kernels 1: also give the file, --trace FILE"},
@@ -459,6 +461,19 @@ START_TEST(sizes_and_numbers_are_read_exactly)
         ck_assert_msg(rc == (sizes[i].bytes ? ST_OK : ST_INVALID_ARGUMENT), "\"%s\"", sizes[i].text);
         if (sizes[i].bytes)
             ck_assert_uint_eq(o.kv_bytes, sizes[i].bytes);
+    }
+    static const struct {
+        const char *text;
+        double value; /* 0: refused */
+    } fractions[] = {
+        {"0.9", 0.9}, {"1", 1},    {"1.0", 1},  {"0.05", 0.05}, {"00.5", 0.5}, {"0", 0},  {"0.0", 0}, {"1.01", 0},
+        {"2", 0},     {"-0.5", 0}, {"0.9 ", 0}, {"0,9", 0},     {"9e-1", 0},   {".9", 0}, {"", 0},    {"nan", 0},
+    };
+    for (size_t i = 0; i < sizeof fractions / sizeof *fractions; i++) {
+        enum status_code rc = parse(&o, "--memory-fraction", fractions[i].text);
+        ck_assert_msg(rc == (fractions[i].value > 0 ? ST_OK : ST_INVALID_ARGUMENT), "\"%s\"", fractions[i].text);
+        if (fractions[i].value > 0)
+            ck_assert_double_eq_tol(o.memory_fraction, fractions[i].value, 1e-15);
     }
     ck_assert_int_eq(parse(&o, "--threads", "1024"), ST_OK);
     ck_assert_uint_eq(o.threads, 1024);
@@ -693,7 +708,7 @@ int main(void)
     tcase_add_test(limits, messages_of_another_epoch_are_dropped);
     tcase_add_test(limits, plans_that_run_too_far_ahead_end_the_group);
     tcase_add_test(limits, no_coordinator_ends_with_75_in_time);
-    tcase_add_loop_test(limits, command_line_errors_are_one_line_and_status_2, 0, 6);
+    tcase_add_loop_test(limits, command_line_errors_are_one_line_and_status_2, 0, 7);
     tcase_add_test(limits, sizes_and_numbers_are_read_exactly);
     tcase_add_test(faults, bad_model_is_a_permanent_fault);
     tcase_add_test(faults, cuda_where_there_is_none_is_a_permanent_fault);

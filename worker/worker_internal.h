@@ -95,7 +95,7 @@ struct worker_options {
     uint64_t suspend_bytes;
     uint32_t kv_ahead;        /* enum engine_ahead */
     const char *devices;      /* "0,2"; NULL: all */
-    uint32_t memory_percent;  /* of a device; 0: default */
+    double memory_fraction;   /* of a device; 0: default */
     uint32_t random_weights;  /* a seed; 0: none */
     const char *tune_cache;   /* folder, or "off"; NULL: the default */
     uint32_t tune_ms;         /* 0: default */

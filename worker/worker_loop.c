@@ -114,7 +114,7 @@ static enum status_code load(struct worker *w, struct status *st)
         .page_bytes = o->page_bytes,
         .suspend_bytes = o->suspend_bytes,
         .kv_ahead = (enum engine_ahead)o->kv_ahead,
-        .memory_fraction = o->memory_percent / 100.0,
+        .memory_fraction = o->memory_fraction,
         .progress = on_progress,
         .progress_ctx = w,
         .tune_dir = worker_tune_dir(o, tune_dir, sizeof tune_dir),

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum option_kind { OPTION_TEXT, OPTION_ADDRESS, OPTION_NUMBER, OPTION_SIZE, OPTION_CHOICE };
+enum option_kind { OPTION_TEXT, OPTION_ADDRESS, OPTION_NUMBER, OPTION_SIZE, OPTION_FRACTION, OPTION_CHOICE };
 
 struct option_spec {
     const char *name; /* without the dashes */
@@ -54,9 +54,9 @@ static const struct option_spec specs[] = {
     {"kv-memory", "SIZE", OPTION_SIZE, AT(kv_bytes), 1, UINT64_MAX, NULL,
      "KV cache of this rank, as 512M or 2G; default: what the slots can use, at most\n"
      "host: a quarter of the available memory divided by the ranks on it\n"
-     "CUDA: what --memory-percent leaves"},
-    {"memory-percent", "N", OPTION_NUMBER, AT(memory_percent), 1, 100, NULL,
-     "of a device's memory that may be in use, other programs included; default 90"},
+     "CUDA: what --memory-fraction leaves"},
+    {"memory-fraction", "F", OPTION_FRACTION, AT(memory_fraction), 0, 0, NULL,
+     "of a device's memory that may be in use, other programs included; default 0.9"},
     {"trace", "FILE", OPTION_TEXT, AT(trace), 0, 0, NULL,
      "a timeline of the steps, for ui.perfetto.dev; with several ranks FILE.0, FILE.1 ..."},
     {"trace-kernels", "0|1", OPTION_NUMBER, AT(trace_kernels), 0, 1, NULL,
@@ -144,6 +144,24 @@ bad:
                       text);
 }
 
+/* 0.9 or 1, whatever the locale; nothing above 1, no exponent. */
+static enum status_code parse_fraction(const struct option_spec *s, const char *text, double *out, struct status *st)
+{
+    const char *at = text;
+    double v = 0, digit = 1;
+    for (; isdigit((unsigned char)*at) && v <= 1; at++)
+        v = v * 10 + (*at - '0');
+    if (at > text && *at == '.') {
+        for (at++; isdigit((unsigned char)*at); at++)
+            v += (*at - '0') * (digit /= 10);
+    }
+    if (at == text || *at || !(v > 0) || v > 1)
+        return status_set(st, ST_INVALID_ARGUMENT, "--%s: \"%s\" is not a fraction above 0 and up to 1, such as 0.9",
+                          s->name, text);
+    *out = v;
+    return ST_OK;
+}
+
 static enum status_code parse_choice(const struct option_spec *s, const char *text, uint32_t *out, struct status *st)
 {
     char list[128] = "";
@@ -179,6 +197,8 @@ static enum status_code set_option(struct worker_options *o, const struct option
         return parse_number(s, text, field, st);
     case OPTION_SIZE:
         return parse_size(s, text, field, st);
+    case OPTION_FRACTION:
+        return parse_fraction(s, text, field, st);
     case OPTION_CHOICE:
         return parse_choice(s, text, field, st);
     case OPTION_ADDRESS:
