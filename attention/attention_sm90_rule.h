@@ -171,11 +171,11 @@ struct sm90_decode_cut {
 
 /* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
  * were such units and blocks took parts in rounds. Parts are counted where units are equally long: a few more than blocks are a round more.
- * alone: nothing stands in front. Then tiny parts that fill all blocks cost a tile more: the next launch finds no room (attention_h200_decodes.txt).
+ * at_once: so do all blocks begin. Then tiny parts that fill all of them cost a tile more: the next launch finds no room (attention_h200_decodes.txt).
  * Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
  * items. */
 SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t units, uint64_t tiles, uint32_t longest,
-                                                  uint32_t ends, bool alone)
+                                                  uint32_t ends, bool at_once)
 {
     struct sm90_decode_cut best = {longest, longest, UINT64_MAX};
     const bool equal = 16 * tiles >= 15 * units * longest;
@@ -184,7 +184,7 @@ SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t unit
         const uint64_t items = equal ? units * ((longest + each - 1) / each) : (tiles + each - 1) / each;
         if (k > 1 && (each < SM90_MIN_DECODE_TILES || items > 4 * blocks))
             break;
-        const uint64_t full = alone && each <= SM90_TINY_PART && items <= blocks && 4 * items > 3 * blocks;
+        const uint64_t full = at_once && each <= SM90_TINY_PART && items <= blocks && 4 * items > 3 * blocks;
         const uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends) + full;
         if (cost < best.cost) {
             best.tiles = best.last_tiles = each;

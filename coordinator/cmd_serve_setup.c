@@ -269,8 +269,9 @@ static const struct cli_option own_options[] = {
     {.name = "random-weights",
      .id = OPT_FORWARD,
      .arg = "SEED",
-     .help = "not 0: weights are made of this number, and the model's folder needs none; for benchmarks of any shape "
-             "(default: the folder's)"},
+     .help =
+         "not 0: weights are made of this number, and --model's folder needs none, only config.json and a tokenizer; "
+         "for benchmarks of any shape (default: the folder's)"},
     {.name = "tune-cache",
      .id = OPT_FORWARD,
      .arg = "DIR",

@@ -10,7 +10,7 @@
  * attention of the other, so that such a step is cheaper than the sum. A set that has seen nothing yet takes the other's.
  *
  * The fit is recursive least squares of relative errors with forgetting, robust (what is off by more than three times the
- * usual counts less: a step that captured a graph, a process that stood still) and bounded (no coefficient under 0; none
+ * usual counts less: a step that waited for pages, a process that stood still) and bounded (no coefficient under 0; none
  * moves more freely than at the start). The best coefficients that are not under 0 are looked for at every step: to cut
  * the others off at 0 leaves the rest where only the cut ones made them right, and a model that is wrong about decodes
  * admits nobody and never sees that it is.

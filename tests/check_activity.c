@@ -702,8 +702,8 @@ START_TEST(without_kernels_the_summary_says_nothing_of_them)
     struct worker_trace *t = trace_open();
     const struct engine_result r[] = {
         {.step = 1, .timing = {.begin_us = 1, .end_us = 2}},
-        {.step = 2, .timing = {.begin_us = 10, .end_us = 15, .idle_us = 5, .gap_us = 3}},
-        {.step = 3, .timing = {.begin_us = 17, .end_us = 19, .gap_us = 2}},
+        {.step = 2, .timing = {.begin_us = 10, .end_us = 15, .idle_us = 5, .gap_us = 3}, .kv = {.exposed_ns = 4500}},
+        {.step = 3, .timing = {.begin_us = 17, .end_us = 19, .gap_us = 2}, .kv = {.exposed_ns = 7000}},
     };
     for (size_t i = 0; i < sizeof r / sizeof *r; i++)
         worker_trace_step(t, &r[i]);
@@ -714,6 +714,8 @@ START_TEST(without_kernels_the_summary_says_nothing_of_them)
     ck_assert_double_eq(number(sum, "busy_us"), 8);
     ck_assert_double_eq(number(sum, "idle_us"), 5);
     ck_assert_double_eq(number(sum, "gap_us"), 5);
+    ck_assert_double_eq(number(sum, "pages_us"), 7);
+    ck_assert_double_eq(number(json_object_get(trace_find(all, "step 3"), "args"), "pages_us"), 2.5);
     ck_assert_double_eq_tol(number(sum, "gap_share"), 5.0 / 13, 1e-5);
     ck_assert_double_eq(number(json_object_get(trace_find(all, "step 2"), "args"), "idle_us"), 5);
     json_decref(all);

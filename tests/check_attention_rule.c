@@ -340,6 +340,7 @@ START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
         b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = equal_decodes[_i].kv_len};
     const struct sm90_rule r = rule_of_decodes(&b);
     const uint32_t whole = equal_decodes[_i].kv_len / 64, part = r.tiles[SM90_DECODE];
+    ck_assert_uint_eq(r.last_tiles, part);
     ck_assert_msg((part < whole ? part : whole) == equal_decodes[_i].part,
                   "%u decodes of %u by %u KV heads: parts of %u", b.seqs, equal_decodes[_i].kv_len,
                   equal_decodes[_i].kv_heads, part);

@@ -241,7 +241,7 @@ START_TEST(a_device_that_is_too_small_is_said_with_the_arithmetic)
     device_init(&d, 1000, 300);
     struct engine_config cfg = {.model_dir = DEMO, .parts = &d.parts, .max_slots = 4};
     ck_assert_int_eq(group_create(&g, &cfg, 1, &st), ST_RESOURCE_EXHAUSTED);
-    ck_assert_msg(strstr(st.message, "fake:0: 0.90 of 1000 MiB is 900 MiB; in use already 700, weights ") &&
+    ck_assert_msg(strstr(st.message, "fake:0: 0.9 of 1000 MiB is 900 MiB; in use already 700, weights ") &&
                       strstr(st.message, "workspace of 512 rows and 4 samples 259, KV cache 0: together 96") &&
                       strstr(st.message, " too many. Less is needed with more ranks"),
                   "%s", st.message);

@@ -419,7 +419,7 @@ START_TEST(command_line_errors_are_one_line_and_status_2)
         {"--max-slots", "0", "tandem-worker: --max-slots: \"0\" is not a number from 1 to 65536"},
         {"--kv-memory", "lots", "tandem-worker: --kv-memory: \"lots\" is not a size"},
         {"--memory-fraction", "90",
-         "tandem-worker: --memory-fraction: \"90\" is not a fraction above 0 and up to 1, such as 0.9"},
+         "tandem-worker: --memory-fraction: \"90\" is not a fraction from 0.01 to 1, such as 0.9"},
         {"--backend", "tpu", "tandem-worker: --backend: \"tpu\" is none of: auto, cuda, host"},
         {"--trace-kernels", "yes", "tandem-worker: --trace-kernels: \"yes\" is not a number from 0 to 1"},
         {"--trace-kernels", "1", "tandem-worker: --trace-kernels 1: also give the file, --trace FILE"},
@@ -466,8 +466,9 @@ START_TEST(sizes_and_numbers_are_read_exactly)
         const char *text;
         double value; /* 0: refused */
     } fractions[] = {
-        {"0.9", 0.9}, {"1", 1},    {"1.0", 1},  {"0.05", 0.05}, {"00.5", 0.5}, {"0", 0},  {"0.0", 0}, {"1.01", 0},
-        {"2", 0},     {"-0.5", 0}, {"0.9 ", 0}, {"0,9", 0},     {"9e-1", 0},   {".9", 0}, {"", 0},    {"nan", 0},
+        {"0.9", 0.9}, {"1", 1},   {"1.0", 1},  {"0.05", 0.05}, {"00.5", 0.5}, {"0.01", 0.01}, {"0.0099", 0},
+        {"0", 0},     {"0.0", 0}, {"1.01", 0}, {"2", 0},       {"-0.5", 0},   {"0.9 ", 0},    {"0,9", 0},
+        {"9e-1", 0},  {".9", 0},  {"1.", 0},   {"0.9.", 0},    {"", 0},       {"nan", 0},
     };
     for (size_t i = 0; i < sizeof fractions / sizeof *fractions; i++) {
         enum status_code rc = parse(&o, "--memory-fraction", fractions[i].text);

@@ -2,7 +2,7 @@
  * weights), cuda_forward.c (create), cuda_run.c (a step), cuda_layers.c (its layers), cuda_gemm.c and cuda_gemm_choose.c (products).
  *
  * One stream carries all of a step. Everything that changes from step to step is written to pinned memory of the host and
- * goes over in one copy; the launches that follow depend on the bucket and the kind of step alone, so they can be replayed as a graph.
+ * goes over in a few copies; the launches that follow depend on the bucket and the kind of step alone, so they can be replayed as a graph.
  */
 #ifndef TANDEM_CUDA_INTERNAL_H
 #define TANDEM_CUDA_INTERNAL_H
@@ -228,7 +228,7 @@ const struct attn_gpu *cuda_forward_chooser(const struct forward *f);
 /* The bucket's graph of a kind. */
 STATUS_MUST_CHECK enum status_code cuda_forward_capture(struct forward *f, struct cuda_bucket *b, uint32_t kind,
                                                         struct status *st);
-/* All of that for all buckets, as long as there is time, and a step of padding alone. Collective. */
+/* Products for all buckets, as long as there is time; graphs; the head's products and a step of padding, so that kernels are loaded. Collective. */
 STATUS_MUST_CHECK enum status_code cuda_forward_warm(struct forward *f, struct status *st);
 
 extern const struct forward_ops forward_ops_cuda;

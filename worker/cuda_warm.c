@@ -1,5 +1,5 @@
-/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement, for a graph or for
- * a kernel that is loaded.
+/* cuda_warm.c - all that steps will launch is prepared before the first one: no step waits for a measurement or for a graph, nor,
+ * with graphs, for a kernel that is loaded.
  *
  * Products are measured for cfg.tune_ms at most, the buckets of single decodes and of the largest step first; what is not
  * reached is taken as the library suggests it and measured at a later start, since what was measured is kept (tuned.h).

@@ -102,7 +102,7 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
     if (need >= budget)
         return status_set(
             st, ST_RESOURCE_EXHAUSTED,
-            "%s: %.2f of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
+            "%s: %.4g of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
             "%u samples %llu, KV cache %llu: together %llu MiB, %llu too many. Less is needed with more ranks, fewer "
             "rows a "
             "step or a smaller KV cache",

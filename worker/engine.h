@@ -65,7 +65,7 @@ struct engine_config {
     uint64_t kv_bytes;        /* KV budget of this rank; 0: what the slots can use, at most
                                  host: a quarter of the available memory divided by the ranks on it
                                  device: memory_fraction of it less what is in use, the weights and the workspace */
-    double memory_fraction;   /* of a device's memory, for all that this rank holds there; 0: 0.9 */
+    double memory_fraction;   /* of a device's memory that may be in use, other programs included; 0: 0.9 */
     uint64_t page_bytes;      /* 0: KV_PAGE_BYTES_DEFAULT */
     uint64_t suspend_bytes;   /* host memory for suspended slots; 0: none can be suspended */
     enum engine_ahead kv_ahead;

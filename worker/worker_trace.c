@@ -6,11 +6,12 @@
  *   host    "submit N"    the plan becomes a batch and is launched; on the host back end it is computed here
  *           "collect N"   waiting for the tokens
  *   device  "step N"      from the first copy of the step to the last; args: rows and what they are, the time since the step in front
- *                         had ended: until the plan was there ("idle"), and from then on ("gap")
+ *                         had ended: until the plan was there ("idle"), and from then on ("gap"); what of "submit" went by until the KV pool had its pages
+ *                         ("pages")
  *   kernels, copies       what the device did in it, where it was asked for (worker_kernels.c); later, up to 10 s
  *
- * The last event of a file that was ended in order, "summary", has the sums: steps, time computed, both times between steps; and
- * those of the kernels.
+ * The last event of a file that was ended in order, "summary", has the sums: steps, time computed, both times between steps, and for pages;
+ * and those of the kernels.
  *
  * Where the disk is full the file ends, perhaps within a line, and the log says so; the worker goes on.
  */
@@ -31,7 +32,8 @@ struct worker_trace {
     struct worker_kernels *kernels; /* NULL: not asked for */
     bool ended;                     /* nothing is written any more: closed, or the disk is full */
     uint64_t steps;
-    double busy_us, gap_us, idle_us;
+    double busy_us, gap_us, idle_us, pages_us;
+    uint64_t exposed_ns; /* of the KV pool, with the last step */
 };
 
 enum status_code worker_trace_open(struct worker_trace **out, const char *path, uint32_t rank, uint32_t ranks,
@@ -113,12 +115,16 @@ void worker_trace_host(struct worker_trace *t, const char *name, uint64_t step, 
 
 void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
 {
-    char args[160];
+    char args[256];
     const struct engine_timing *g = &r->timing;
     if (!t || g->end_us <= g->begin_us)
         return;
-    snprintf(args, sizeof args, "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"idle_us\":%.3f", r->rows,
-             r->decodes, r->n_tokens, g->gap_us, g->idle_us);
+    const uint64_t exposed_ns = r->kv.exposed_ns > t->exposed_ns ? r->kv.exposed_ns - t->exposed_ns : 0;
+    const double pages_us = (double)exposed_ns / 1e3;
+    t->exposed_ns = r->kv.exposed_ns;
+    snprintf(args, sizeof args,
+             "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"idle_us\":%.3f,\"pages_us\":%.3f", r->rows,
+             r->decodes, r->n_tokens, g->gap_us, g->idle_us, pages_us);
     event(t, "step", r->step, "device", g->begin_us, g->end_us - g->begin_us, args);
     if (t->kernels)
         worker_kernels_step(t->kernels, r->step, g->begin_us, g->end_us);
@@ -126,6 +132,7 @@ void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
     t->busy_us += g->end_us - g->begin_us;
     t->gap_us += g->gap_us;
     t->idle_us += g->idle_us;
+    t->pages_us += pages_us;
 }
 
 bool worker_trace_close(struct worker_trace *t)
@@ -133,8 +140,9 @@ bool worker_trace_close(struct worker_trace *t)
     char args[16384];
     if (!t)
         return true;
-    int n = snprintf(args, sizeof args, "\"busy_us\":%.0f,\"gap_us\":%.0f,\"idle_us\":%.0f,\"gap_share\":%.5f",
-                     t->busy_us, t->gap_us, t->idle_us, t->gap_us / (t->busy_us + t->gap_us + 1e-9));
+    int n = snprintf(args, sizeof args,
+                     "\"busy_us\":%.0f,\"gap_us\":%.0f,\"idle_us\":%.0f,\"pages_us\":%.0f,\"gap_share\":%.5f",
+                     t->busy_us, t->gap_us, t->idle_us, t->pages_us, t->gap_us / (t->busy_us + t->gap_us + 1e-9));
     const bool stuck = t->kernels && !worker_kernels_end(t->kernels, args + n, sizeof args - (size_t)n);
     flockfile(t->file);
     event(t, "summary", t->steps, "host", (double)worker_now_us(), 0, args);

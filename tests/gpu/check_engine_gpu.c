@@ -211,7 +211,7 @@ static void invariant(const char *name, const struct engine_config *base)
 {
     static const struct {
         uint32_t chunk, beside;
-    } way[] = {{300, 0}, {300, 0} /* graphs */, {64, 0}, {1, 0}, {100, 7}, {100, 7}, {33, 3}, {259, 1}};
+    } way[] = {{300, 0}, {300, 0} /* again */, {64, 0}, {1, 0}, {100, 7}, {100, 7}, {33, 3}, {259, 1}};
     struct engine_config cfg = *base;
     struct gpu_run r;
     cfg.batch_invariant = true;
@@ -267,7 +267,7 @@ static void own_kernel(const char *name, struct gpu_run *host, const struct engi
 {
     static const struct {
         uint32_t prompt, chunk;
-    } text[] = {{300, 300}, {300, 300} /* graphs */, {517, 64}, {130, 100}, {37, 11}};
+    } text[] = {{300, 300}, {300, 300} /* again */, {517, 64}, {130, 100}, {37, 11}};
     struct engine_config cfg = *base;
     struct gpu_run r;
     unsigned own = 0;
@@ -431,7 +431,7 @@ static void check_model(const char *name, const char *dir, bool random, enum wha
     expect(strncmp(note, "products: 0 measured", 20) == 0, note, name, 0, 0); /* all were in the file */
     static const struct {
         uint32_t prompt, chunk;
-    } text[] = {{1, 1}, {5, 300}, {300, 300}, {517, 64}, {5, 300} /* buckets that were seen: graphs */, {130, 100}};
+    } text[] = {{1, 1}, {5, 300}, {300, 300}, {517, 64}, {5, 300} /* again */, {130, 100}};
     double close = 0;
     for (uint32_t i = 0; i < sizeof text / sizeof *text; i++) {
         double off = parity(name, &host, i % 3 == 2 ? &eager : &device, text[i].prompt, text[i].chunk, i);

@@ -80,7 +80,7 @@ unsigned engine_ahead_gpu(const char *name, struct gpu_run *device, bool drawn)
     uint32_t slots[MANY], id[2][NEW_TOKENS][MANY], vocab = engine_info(device->e).vocab_size, ids[64], wrong = 0;
     p.temperature = drawn ? 1 : 0;
     p.seed = 4711;
-    for (uint32_t pass = 0; pass < 4; pass++) { /* twice each: buckets are captured the second time */
+    for (uint32_t pass = 0; pass < 4; pass++) { /* twice each, in turn */
         bool is_ahead = pass % 2 == 1;
         uint32_t at = 0;
         for (uint32_t s = 0; s < MANY; s++) {
@@ -112,7 +112,7 @@ unsigned engine_ahead_gpu(const char *name, struct gpu_run *device, bool drawn)
 unsigned engine_moves_gpu(const char *name, struct gpu_run *device)
 {
     uint32_t slots[MANY], id[2][NEW_TOKENS][MANY], vocab = engine_info(device->e).vocab_size, ids[256], wrong = 0;
-    for (uint32_t pass = 0; pass < 3; pass++) { /* first the buckets are captured */
+    for (uint32_t pass = 0; pass < 3; pass++) {
         for (uint32_t s = 0; s < MANY; s++) {
             slots[s] = s;
             for (uint32_t i = 0; i < 20; i++)
