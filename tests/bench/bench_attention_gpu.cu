@@ -1,7 +1,7 @@
 /* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
  *
  *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams] [--tag TEXT]
- *                         [--power MS] [--between 1] BATCH ...
+ *                         [--power MS] [--between 1] [--pages 1] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
  * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
@@ -11,9 +11,13 @@
  * V of the step's own tokens, which then come from L2, and lets what is behind it begin early. It is in the times, and by itself is a contender, too ("none").
  *
  * With --power each is then repeated without a pause for so long: us per layer again, what the GPU draws, the SMs' clock (mean
- * of samples), and the energy of a layer. First of all what it draws while one thread alone runs.
+ * of samples), and the energy of a layer; and again as it is timed above, each when the one before has ended (the pauses are in its us).
+ * First of all what it draws while one thread alone runs.
+ *
+ * With --pages 1 KV is 2 MiB pages that are mapped in random order, as a pool has them that has served for a while; else one piece.
  */
 #include <cmath>
+#include <random>
 #include <string>
 
 #include "attention/attention_internal.h"
@@ -40,6 +44,40 @@ const char *const policy_names[] = {"auto", "fused", "serial", "streams", "none"
             exit(1);                                                                                                   \
         }                                                                                                              \
     } while (0)
+
+/* Pages of KV, in the order of their addresses. */
+struct mapped {
+    vmm driver;
+    CUdeviceptr at;
+    uint64_t bytes;
+    std::vector<vmm_page> page;
+};
+
+char *map_pages(mapped *m, uint64_t bytes)
+{
+    const uint64_t n = (bytes + PAGE_BYTES - 1) / PAGE_BYTES;
+    if (!m->driver.map)
+        vmm_load(&m->driver);
+    m->bytes = n * PAGE_BYTES;
+    m->page.resize(n);
+    for (vmm_page &p : m->page)
+        VMM_MUST(m->driver.create(&p, PAGE_BYTES, &m->driver.prop, 0));
+    std::shuffle(m->page.begin(), m->page.end(), std::mt19937_64(n));
+    VMM_MUST(m->driver.reserve(&m->at, m->bytes, 0, 0, 0));
+    for (uint64_t i = 0; i < n; i++)
+        VMM_MUST(m->driver.map(m->at + i * PAGE_BYTES, PAGE_BYTES, 0, m->page[i], 0));
+    VMM_MUST(m->driver.set_access(m->at, m->bytes, &m->driver.access, 1));
+    return (char *)m->at;
+}
+
+void unmap_pages(mapped *m)
+{
+    VMM_MUST(m->driver.unmap(m->at, m->bytes));
+    VMM_MUST(m->driver.address_free(m->at, m->bytes));
+    for (vmm_page p : m->page)
+        VMM_MUST(m->driver.release(p));
+    m->page.clear();
+}
 
 struct batch {
     std::string text;
@@ -96,12 +134,16 @@ bool parse(batch *b, const char *text)
     return !b->seq.empty();
 }
 
-void allocate(batch *b)
+/* pages: NULL: one piece. */
+void allocate(batch *b, mapped *pages)
 {
     uint64_t layer = b->tokens * 4 * b->kv_heads * D, q_bytes = (uint64_t)b->rows * b->heads * D * 2;
     b->layers = (uint32_t)std::min<uint64_t>(MAX_LAYERS, (DISTINCT_BYTES + layer - 1) / layer);
     b->layers = std::max(b->layers, std::min(MIN_LAYERS, (uint32_t)(MOST_BYTES / layer)));
-    CUDA_MUST(cudaMalloc(&b->kv, layer * b->layers));
+    if (pages)
+        b->kv = map_pages(pages, layer * b->layers);
+    else
+        CUDA_MUST(cudaMalloc(&b->kv, layer * b->layers));
     CUDA_MUST(cudaMalloc(&b->q, q_bytes));
     CUDA_MUST(cudaMalloc(&b->out, q_bytes));
     draw_fill<<<1024, 256>>>((uint16_t *)b->kv, layer * b->layers / 2);
@@ -170,9 +212,13 @@ struct contender {
 
 void print_power(const draw_power *p, const contender *c, const batch *b, cudaStream_t stream)
 {
-    draw_result d = draw_of(p, stream, [&] { CUDA_MUST(cudaGraphLaunch(c->exec, stream)); });
-    printf("%-32s        %-5s %-8s without a pause: %8.1f us, %4.0f W, %4.0f MHz, %7.1f mJ\n", b->text.c_str(),
-           c->back_end, c->policy, d.us / b->layers, d.watts, d.mhz, d.mj / b->layers);
+    for (bool pauses : {false, true}) {
+        draw_result d = draw_of(
+            p, stream, [&] { CUDA_MUST(cudaGraphLaunch(c->exec, stream)); }, pauses);
+        printf("%-32s        %-5s %-8s %s: %8.1f us, %4.0f W, %4.0f MHz, %7.1f mJ\n", b->text.c_str(), c->back_end,
+               c->policy, pauses ? "each for itself" : "without a pause", d.us / b->layers, d.watts, d.mhz,
+               d.mj / b->layers);
+    }
 }
 
 void create(contender *c, const batch *b, const attn_gpu_ops *ops, int policy)
@@ -238,6 +284,7 @@ struct options {
     uint32_t rounds;
     bool between;
     draw_power drawn;
+    mapped *pages;
 };
 
 std::vector<contender> contenders_of(const batch *b, const options &o, cudaStream_t stream)
@@ -256,7 +303,7 @@ std::vector<contender> contenders_of(const batch *b, const options &o, cudaStrea
 
 void measure(batch *b, const options &o)
 {
-    allocate(b);
+    allocate(b, o.pages);
     cudaStream_t stream;
     cudaEvent_t from, to;
     CUDA_MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -286,7 +333,10 @@ void measure(batch *b, const options &o)
         attn_gpu_destroy(c.attn);
     }
     fflush(stdout);
-    CUDA_MUST(cudaFree(b->kv));
+    if (o.pages)
+        unmap_pages(o.pages);
+    else
+        CUDA_MUST(cudaFree(b->kv));
     CUDA_MUST(cudaFree(b->q));
     CUDA_MUST(cudaFree(b->out));
     CUDA_MUST(cudaFree(b->from));
@@ -301,7 +351,8 @@ void measure(batch *b, const options &o)
 
 int main(int argc, char **argv)
 {
-    options o = {NULL, "auto,fused,serial", "", 7, false, {}};
+    options o = {NULL, "auto,fused,serial", "", 7, false, {}, NULL};
+    mapped pages = {};
     int devices = 0;
     int i = 1;
     for (; i + 1 < argc && !strncmp(argv[i], "--", 2); i += 2) {
@@ -317,13 +368,15 @@ int main(int argc, char **argv)
             o.drawn.ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--between"))
             o.between = strtoul(argv[i + 1], NULL, 10) != 0;
+        else if (!strcmp(argv[i], "--pages"))
+            o.pages = strtoul(argv[i + 1], NULL, 10) ? &pages : NULL;
         else
             break;
     }
     if (i >= argc || o.rounds == 0 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
                 "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--power MS] [--between 1] "
-                "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
+                "[--pages 1] \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
                 argv[0]);
         return 2;
     }

@@ -33,9 +33,10 @@ static __global__ void draw_spin(uint64_t clocks)
         ;
 }
 
-/* Launches for so long, two under way; *mhz: mean of what the SMs' clock was. Returns how many. */
+/* Launches for so long, two under way, or each when the one before has ended; *mhz: mean of what the SMs' clock was. Returns how many. */
 template <typename F>
-static inline uint32_t draw_for(const draw_power *p, cudaStream_t stream, uint32_t ms, F launch, double *mhz)
+static inline uint32_t draw_for(const draw_power *p, cudaStream_t stream, uint32_t ms, bool pauses, F launch,
+                                double *mhz)
 {
     cudaEvent_t done[2];
     uint32_t n = 0, looks = 0;
@@ -47,6 +48,8 @@ static inline uint32_t draw_for(const draw_power *p, cudaStream_t stream, uint32
             CUDA_MUST(cudaEventSynchronize(done[n % 2]));
         launch();
         CUDA_MUST(cudaEventRecord(done[n++ % 2], stream));
+        if (pauses && t - look <= 2e4)
+            CUDA_MUST(cudaStreamSynchronize(stream));
         if (t - look > 2e4) {
             look = t;
             sum += power_sm_mhz(&p->meter);
@@ -64,13 +67,14 @@ struct draw_result {
     double us, watts, mhz, mj; /* us, mj: of a launch */
 };
 
-/* After 300 ms of it, in which power and clock settle. */
-template <typename F> static inline draw_result draw_of(const draw_power *p, cudaStream_t stream, F launch)
+/* After 300 ms of it, in which power and clock settle. With pauses us has them in it. */
+template <typename F>
+static inline draw_result draw_of(const draw_power *p, cudaStream_t stream, F launch, bool pauses = false)
 {
     draw_result d;
-    draw_for(p, stream, 300, launch, &d.mhz);
+    draw_for(p, stream, 300, pauses, launch, &d.mhz);
     double t = now_us(), j = power_joules(&p->meter);
-    uint32_t n = draw_for(p, stream, p->ms, launch, &d.mhz);
+    uint32_t n = draw_for(p, stream, p->ms, pauses, launch, &d.mhz);
     t = now_us() - t;
     j = power_joules(&p->meter) - j;
     d.us = t / n;

@@ -385,7 +385,7 @@ static void remove_tune_dir(void)
     rmdir(tune_dir);
 }
 
-static enum comm_gpu_way all_reduce; /* AUTO, or NCCL for all */
+static enum comm_gpu_way all_reduce; /* AUTO, NCCL for all, or peer memory without NCCL */
 
 static void check_model(const char *name, const char *dir, bool random, enum what what,
                         const struct backend_parts *parts)
@@ -401,7 +401,7 @@ static void check_model(const char *name, const char *dir, bool random, enum wha
     char note[512] = "";
     struct gpu_run host, device, eager;
     if (what == WAYS) {
-        if (comm_size(gpu_comm()) == 1 && gpu_capability() == 90)
+        if (comm_size(gpu_comm()) <= ENGINE_WAYS_RANKS && gpu_capability() == 90)
             failures += engine_ways_gpu(dir, tune_dir, parts, logits_off);
         return;
     }
@@ -461,7 +461,8 @@ static void check_model(const char *name, const char *dir, bool random, enum wha
 int main(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: %s MODEL [PLUGIN [NAME|nccl]]\n", argv[0]); /* nccl: all of them, sums by NCCL alone */
+        fprintf(stderr, "usage: %s MODEL [PLUGIN [NAME] [nccl|peer]]\n",
+                argv[0]); /* sums by NCCL alone, or without it */
         return 2;
     }
     const struct backend_parts *parts = gpu_parts(argc > 2 ? argv[2] : NULL);
@@ -472,11 +473,15 @@ int main(int argc, char **argv)
         perror(tune_dir);
         return 1;
     }
-    const char *only = argc > 3 ? argv[3] : NULL, *off = getenv("CHECK_LOGITS_OFF");
+    const char *only = NULL, *off = getenv("CHECK_LOGITS_OFF");
     logits_off = off ? atof(off) : logits_off;
-    if (only && strcmp(only, "nccl") == 0) {
-        all_reduce = COMM_GPU_NCCL;
-        only = NULL;
+    for (int i = 3; i < argc; i++) {
+        if (strcmp(argv[i], "nccl") == 0)
+            all_reduce = COMM_GPU_NCCL;
+        else if (strcmp(argv[i], "peer") == 0)
+            all_reduce = COMM_GPU_PEER;
+        else
+            only = argv[i];
     }
     if (!only || strcmp(only, "demo") == 0)
         check_model("demo", argv[1], false, ALL, parts);

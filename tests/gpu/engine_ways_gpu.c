@@ -7,13 +7,13 @@
 #include <string.h>
 
 #include "attention/attention_sm90_rule.h"
+#include "comm/comm.h"
 #include "tests/gpu/gpu_parts.h"
 
 enum {
-    DECODES = 45,
+    DECODES = 90, /* at most */
     CONTEXT = 4096,
     CHUNK = 512,
-    CHUNK_AT = 7680,
     SHORT = 64,
     CHUNK_SLOT = DECODES,
     STEP = 1024,
@@ -21,17 +21,21 @@ enum {
     FLIPS = 3 /* decodes whose token may be another one: two logits were nearly alike */
 };
 
-/* What a step has: decodes of so many slots, and a chunk. */
+enum { N_STEPS = 3 };
+
+/* What a step has: decodes of so many slots, and a chunk. By the ranks, whose heads say which way is taken. */
 static const struct step {
     const char *name;
     uint32_t decodes, rows, at;
     enum attn_gpu_way way;
-} steps[] = {
-    {"apart", DECODES, SHORT, 0, ATTN_WAY_APART},
-    {"fused", 12, CHUNK, CHUNK_AT, ATTN_WAY_FUSED},
-    {"fused, rest", DECODES, CHUNK, CHUNK_AT, ATTN_WAY_FUSED_REST},
+} steps_of[ENGINE_WAYS_RANKS][N_STEPS] = {
+    {{"apart", 45, SHORT, 0, ATTN_WAY_APART},
+     {"fused", 12, CHUNK, 7680, ATTN_WAY_FUSED},
+     {"fused, rest", 45, CHUNK, 7680, ATTN_WAY_FUSED_REST}},
+    {{"apart", 45, SHORT, 0, ATTN_WAY_APART},
+     {"fused", 12, CHUNK, 7680, ATTN_WAY_FUSED},
+     {"fused, rest", DECODES, CHUNK, 13824, ATTN_WAY_FUSED_REST}},
 };
-enum { N_STEPS = sizeof steps / sizeof *steps };
 
 /* What comes of it: of each decode the token that it was fed and the best log probability; of each row of the chunk that of the next token. */
 struct seen {
@@ -41,10 +45,10 @@ struct seen {
 };
 
 /* The rule is asked for what the step will be, so that a rule that changes does not leave a way out in silence. */
-static enum attn_gpu_way way_of(const struct step *s)
+static enum attn_gpu_way way_of(const struct step *s, uint32_t ranks)
 {
     const struct sm90_shape shape = {
-        .group = 4, .kv_heads = 8, .sms = SMS, .max_rows = STEP, .max_seq_rows = STEP, .max_kv_len = 1 << 16};
+        .group = 4, .kv_heads = 8 / ranks, .sms = SMS, .max_rows = STEP, .max_seq_rows = STEP, .max_kv_len = 1 << 16};
     struct attn_seq seq[DECODES + 1];
     for (uint32_t i = 0; i < s->decodes; i++)
         seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = CONTEXT + 1};
@@ -151,6 +155,8 @@ unsigned engine_ways_gpu(const char *dir, const char *tune_dir, const struct bac
                                 .tune_ms = 20000,
                                 .parts = parts};
     static struct seen want[N_STEPS], got;
+    const uint32_t ranks = comm_size(gpu_comm());
+    const struct step *steps = steps_of[ranks - 1];
     unsigned failures = 0;
     struct gpu_run r;
     for (uint32_t kind = 0; kind < 3; kind++) { /* serial; by graphs; launched one by one */
@@ -161,8 +167,8 @@ unsigned engine_ways_gpu(const char *dir, const char *tune_dir, const struct bac
             run_step(kind ? &got : &want[i], &r, &steps[i]);
             if (kind == 0)
                 continue;
-            failures += !gpu_expect(way_of(&steps[i]) == steps[i].way, "the rule takes another way", steps[i].name, i,
-                                    way_of(&steps[i]));
+            const enum attn_gpu_way way = way_of(&steps[i], ranks);
+            failures += !gpu_expect(way == steps[i].way, "the rule takes another way", steps[i].name, i, way);
             failures += compare(&steps[i], &want[i], &got, kind, off);
         }
         gpu_destroy(&r);
