@@ -702,8 +702,8 @@ START_TEST(without_kernels_the_summary_says_nothing_of_them)
     struct worker_trace *t = trace_open();
     const struct engine_result r[] = {
         {.step = 1, .timing = {.begin_us = 1, .end_us = 2}},
-        {.step = 2, .timing = {.begin_us = 10, .end_us = 15, .idle_us = 5, .gap_us = 3}, .kv = {.exposed_ns = 4500}},
-        {.step = 3, .timing = {.begin_us = 17, .end_us = 19, .gap_us = 2}, .kv = {.exposed_ns = 7000}},
+        {.step = 2, .timing = {.begin_us = 10, .end_us = 15, .idle_us = 5, .gap_us = 3, .pages_us = 4.5}},
+        {.step = 3, .timing = {.begin_us = 17, .end_us = 19, .gap_us = 2, .pages_us = 2.5}},
     };
     for (size_t i = 0; i < sizeof r / sizeof *r; i++)
         worker_trace_step(t, &r[i]);

@@ -111,8 +111,9 @@ struct engine_info {
 struct engine_timing {
     double begin_us, end_us;
     /* Since the end of the step in front; 0 for the first. */
-    double idle_us; /* until this one was submitted: there was nothing to do */
-    double gap_us;  /* from then on */
+    double idle_us;  /* until this one was submitted: there was nothing to do */
+    double gap_us;   /* from then on */
+    double pages_us; /* of its submission: until the KV pool had its pages, mapped on the way or waited for */
 };
 
 struct engine_score {
@@ -131,7 +132,7 @@ struct engine_result {
     const struct engine_score *sample_scores, *prompt_scores;
     uint32_t n_sample_scores, n_prompt_scores;
     uint64_t used_pages;
-    struct kv_stats kv;        /* after the step was submitted */
+    struct kv_stats kv;        /* now, with what was submitted since */
     const char *resize_failed; /* why the pool has not the size that a plan has asked for, told once; else NULL */
 };
 

@@ -49,7 +49,7 @@ struct engine_flight {
     uint32_t *token;        /* of samples; once finished of slots alone */
     struct engine_score *sample_score, *prompt_score;
     uint32_t rows, decodes;
-    double submitted_us;
+    double submitted_us, pages_us;
     struct engine_timing timing;
     uint32_t samples, n_tokens, n_sample_scores, n_prompt_scores;
 };

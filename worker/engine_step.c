@@ -29,7 +29,7 @@ static double now_us(void)
 static void keep_time(struct engine *e, struct engine_flight *f)
 {
     struct engine_timing *t = &f->timing;
-    *t = (struct engine_timing){.begin_us = f->submitted_us, .end_us = now_us()};
+    *t = (struct engine_timing){.begin_us = f->submitted_us, .end_us = now_us(), .pages_us = f->pages_us};
     if (e->info.depth > 1)
         e->ops->time_of(e->forward, &t->begin_us, &t->end_us);
     if (e->ended_us > 0) {
@@ -305,9 +305,11 @@ enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *pla
     f->submitted_us = e->timed ? now_us() : 0;
     f->finished = false;
     f->n_tokens = f->n_sample_scores = f->n_prompt_scores = 0;
+    const uint64_t exposed_ns = kv_pool_stats(e->kv).exposed_ns;
     rc = release_and_admit(e, plan, st);
     if (rc == ST_OK)
         rc = add_all(e, f, &b, plan, st);
+    f->pages_us = (double)(kv_pool_stats(e->kv).exposed_ns - exposed_ns) / 1e3;
     if (rc != ST_OK)
         return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     f->samples = b.samples;

@@ -33,7 +33,6 @@ struct worker_trace {
     bool ended;                     /* nothing is written any more: closed, or the disk is full */
     uint64_t steps;
     double busy_us, gap_us, idle_us, pages_us;
-    uint64_t exposed_ns; /* of the KV pool, with the last step */
 };
 
 enum status_code worker_trace_open(struct worker_trace **out, const char *path, uint32_t rank, uint32_t ranks,
@@ -119,12 +118,9 @@ void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
     const struct engine_timing *g = &r->timing;
     if (!t || g->end_us <= g->begin_us)
         return;
-    const uint64_t exposed_ns = r->kv.exposed_ns > t->exposed_ns ? r->kv.exposed_ns - t->exposed_ns : 0;
-    const double pages_us = (double)exposed_ns / 1e3;
-    t->exposed_ns = r->kv.exposed_ns;
     snprintf(args, sizeof args,
              "\"rows\":%u,\"decodes\":%u,\"tokens\":%u,\"gap_us\":%.3f,\"idle_us\":%.3f,\"pages_us\":%.3f", r->rows,
-             r->decodes, r->n_tokens, g->gap_us, g->idle_us, pages_us);
+             r->decodes, r->n_tokens, g->gap_us, g->idle_us, g->pages_us);
     event(t, "step", r->step, "device", g->begin_us, g->end_us - g->begin_us, args);
     if (t->kernels)
         worker_kernels_step(t->kernels, r->step, g->begin_us, g->end_us);
@@ -132,7 +128,7 @@ void worker_trace_step(struct worker_trace *t, const struct engine_result *r)
     t->busy_us += g->end_us - g->begin_us;
     t->gap_us += g->gap_us;
     t->idle_us += g->idle_us;
-    t->pages_us += pages_us;
+    t->pages_us += g->pages_us;
 }
 
 bool worker_trace_close(struct worker_trace *t)
