@@ -38,9 +38,9 @@ enum {
     SM90_LEVEL_PARTS = 4,       /* at least, of a unit of theirs, where it is long */
     SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
-    SM90_TINY_PART = 3,   /* tiles: of such parts a launch takes less where some blocks are left for the next one */
-    SM90_WAVE_TILES = 28, /* of parts, where two to six waves of them can be had */
-    SM90_SHORT_PART = 64, /* tiles that a block may still be at when a short prefill has ended */
+    SM90_TINY_PART = 3,         /* tiles */
+    SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
+    SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
     /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
     SM90_ENDS_ALONE = 1,
     SM90_ENDS_BESIDE = 2,

@@ -271,6 +271,17 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
 }
 END_TEST
 
+/* A rank of Llama's heads on an H200. */
+static struct sm90_shape shape_of(uint32_t kv_heads, uint32_t max_seq_rows)
+{
+    return (struct sm90_shape){.group = 4,
+                               .kv_heads = kv_heads,
+                               .sms = 132,
+                               .max_rows = 8192,
+                               .max_seq_rows = max_seq_rows,
+                               .max_kv_len = 1 << 20};
+}
+
 /* Equal decodes beside one chunk, on an H200: what was fastest there, too. Heads are 4 to a KV head. */
 START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
 {
@@ -284,12 +295,7 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct batch b = {.seqs = cases[i].decodes + 1};
-        b.shape = (struct sm90_shape){.group = 4,
-                                      .kv_heads = cases[i].kv_heads,
-                                      .sms = 132,
-                                      .max_rows = 8192,
-                                      .max_seq_rows = 8192,
-                                      .max_kv_len = 1 << 20};
+        b.shape = shape_of(cases[i].kv_heads, 8192);
         b.seq[0] = (struct attn_seq){.rows = cases[i].rows, .kv_len = cases[i].chunk_len};
         for (uint32_t d = 0; d < cases[i].decodes; d++)
             b.seq[d + 1] = (struct attn_seq){.first_row = 4096 + d, .rows = 1, .kv_len = cases[i].decode_len};
@@ -330,12 +336,7 @@ static struct sm90_rule rule_of_decodes(struct batch *b)
 START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
 {
     struct batch b = {.seqs = equal_decodes[_i].seqs};
-    b.shape = (struct sm90_shape){.group = 4,
-                                  .kv_heads = equal_decodes[_i].kv_heads,
-                                  .sms = 132,
-                                  .max_rows = 8192,
-                                  .max_seq_rows = 1,
-                                  .max_kv_len = 1 << 20};
+    b.shape = shape_of(equal_decodes[_i].kv_heads, 1);
     for (uint32_t i = 0; i < b.seqs; i++)
         b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = equal_decodes[_i].kv_len};
     const struct sm90_rule r = rule_of_decodes(&b);
@@ -350,8 +351,7 @@ END_TEST
 START_TEST(one_long_decode_among_short_ones_is_cut)
 {
     struct batch b = {.seqs = 256};
-    b.shape = (struct sm90_shape){
-        .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 8192, .max_seq_rows = 1, .max_kv_len = 1 << 20};
+    b.shape = shape_of(8, 1);
     for (uint32_t i = 0; i < b.seqs; i++)
         b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = i == 17 ? 131072 : 128};
     const struct sm90_rule r = rule_of_decodes(&b);

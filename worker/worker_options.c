@@ -144,18 +144,13 @@ bad:
                       text);
 }
 
-/* 0.9 or 1, whatever the locale; no exponent. */
+/* 0.9 or 1: digits, and a point between them. */
 static enum status_code parse_fraction(const struct option_spec *s, const char *text, double *out, struct status *st)
 {
-    const char *at = text;
-    double v = 0, digit = 1;
-    for (; isdigit((unsigned char)*at) && v <= 1; at++)
-        v = v * 10 + (*at - '0');
-    if (at > text && *at == '.' && isdigit((unsigned char)at[1])) {
-        for (at++; isdigit((unsigned char)*at); at++)
-            v += (*at - '0') * (digit /= 10);
-    }
-    if (at == text || *at || v < 0.01 || v > 1)
+    const size_t n = strspn(text, "0123456789.");
+    char *end;
+    const double v = strtod(text, &end);
+    if (n == 0 || text[n] || *end || text[0] == '.' || text[n - 1] == '.' || v < 0.01 || v > 1)
         return status_set(st, ST_INVALID_ARGUMENT, "--%s: \"%s\" is not a fraction from 0.01 to 1, such as 0.9",
                           s->name, text);
     *out = v;

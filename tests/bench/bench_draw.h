@@ -48,13 +48,13 @@ static inline uint32_t draw_for(const draw_power *p, cudaStream_t stream, uint32
             CUDA_MUST(cudaEventSynchronize(done[n % 2]));
         launch();
         CUDA_MUST(cudaEventRecord(done[n++ % 2], stream));
-        if (pauses && t - look <= 2e4)
-            CUDA_MUST(cudaStreamSynchronize(stream));
         if (t - look > 2e4) {
             look = t;
             sum += power_sm_mhz(&p->meter);
             looks++;
         }
+        if (pauses)
+            CUDA_MUST(cudaStreamSynchronize(stream));
     }
     CUDA_MUST(cudaStreamSynchronize(stream));
     for (cudaEvent_t e : done)

@@ -483,7 +483,8 @@ int main(int argc, char **argv)
         else
             only = argv[i];
     }
-    if (!only || strcmp(only, "demo") == 0)
+    bool any = !only || strcmp(only, "demo") == 0;
+    if (any)
         check_model("demo", argv[1], false, ALL, parts);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         if (only && strcmp(only, shapes[i].name) != 0)
@@ -500,11 +501,13 @@ int main(int argc, char **argv)
         }
         fprintf(f, "{%s}\n", shapes[i].config);
         fclose(f);
+        any = true;
         check_model(shapes[i].name, dir, true, shapes[i].what, parts);
         unlink(path);
         rmdir(dir);
     }
     remove_tune_dir();
+    expect(any, "no model of that name", only, 0, 0);
     gpu_say("%s: %u failures\n", failures ? "FAILED" : "ok", failures);
     comm_destroy(gpu_comm());
     return failures != 0;
