@@ -152,6 +152,10 @@ STATUS_MUST_CHECK enum status_code kv_pool_extend(struct kv_pool *pool, uint64_t
  * says so in its account. */
 STATUS_MUST_CHECK enum status_code kv_pool_resize(struct kv_pool *pool, uint64_t pages, struct status *st);
 
+/* While it is on, the background thread begins nothing new, unless the step loop waits for it: what a step maps on its way does not take
+ * turns with it in the driver. On while a step's slots are grown, off when the step is launched. */
+void kv_pool_hold(struct kv_pool *pool, bool on);
+
 /* Waits until the background thread has nothing to do. */
 void kv_pool_settle(struct kv_pool *pool);
 

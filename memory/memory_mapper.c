@@ -29,6 +29,8 @@ struct kv_mapper {
     struct kv_job job[JOBS];
     /* of the step loop */
     uint64_t posted, reaped;
+    uint64_t held; /* of those posted: the thread has not been told */
+    bool holds;
     /* of the mapper */
     uint64_t taken;
 };
@@ -127,6 +129,12 @@ enum status_code kv_mapper_start(struct kv_pool *p, struct status *st)
 
 /* --- the step loop's side --- */
 
+static void tell(struct kv_mapper *m)
+{
+    for (; m->held; m->held--)
+        sem_post(&m->todo);
+}
+
 static void post(struct kv_mapper *m, enum job_kind kind, struct kv_range *r, uint32_t from, uint32_t to)
 {
     m->job[m->posted++ % JOBS] = (struct kv_job){.kind = kind, .range = r, .from = from, .to = to};
@@ -134,7 +142,9 @@ static void post(struct kv_mapper *m, enum job_kind kind, struct kv_range *r, ui
         r->job = true;
         r->job_from = from;
     }
-    sem_post(&m->todo);
+    m->held++;
+    if (!m->holds)
+        tell(m);
 }
 
 void kv_mapper_stop(struct kv_pool *p)
@@ -143,6 +153,7 @@ void kv_mapper_stop(struct kv_pool *p)
     if (!m)
         return;
     kv_mapper_drain(p);
+    m->holds = false;
     post(m, JOB_STOP, NULL, 0, 0);
     pthread_join(m->thread, NULL);
     sem_destroy(&m->todo);
@@ -192,8 +203,19 @@ void kv_mapper_reap(struct kv_pool *p)
         reap_one(p);
 }
 
+void kv_mapper_hold(struct kv_pool *p, bool on)
+{
+    if (!p->mapper)
+        return;
+    p->mapper->holds = on;
+    if (!on)
+        tell(p->mapper);
+}
+
 void kv_mapper_drain(struct kv_pool *p)
 {
+    if (p->mapper)
+        tell(p->mapper);
     while (p->mapper && p->mapper->reaped < p->mapper->posted) {
         wait_for(&p->mapper->done);
         reap_one(p);
@@ -202,6 +224,8 @@ void kv_mapper_drain(struct kv_pool *p)
 
 void kv_mapper_wait(struct kv_pool *p, struct kv_range *r)
 {
+    if (r->job)
+        tell(p->mapper);
     while (r->job) {
         wait_for(&p->mapper->done);
         reap_one(p);

@@ -183,6 +183,11 @@ void kv_pool_reset(struct kv_pool *p)
     p->completed = 0;
 }
 
+void kv_pool_hold(struct kv_pool *p, bool on)
+{
+    kv_mapper_hold(p, on);
+}
+
 void kv_pool_settle(struct kv_pool *p)
 {
     kv_mapper_drain(p);

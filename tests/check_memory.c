@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "tests/memory_fixture.h"
@@ -254,6 +255,39 @@ START_TEST(steady_arrivals_make_no_calls)
     struct status st = STATUS_INIT;
     ck_assert_msg(kv_pool_check(pool, &st) == ST_OK, "%s", st.message);
     kv_pool_destroy(pool);
+}
+END_TEST
+
+/* What is held back is done later, or when somebody waits for it, and no slot misses a page meanwhile. */
+START_TEST(the_thread_is_held_while_a_step_takes_its_pages)
+{
+    const struct back_end *be = &back_ends[_i];
+    struct kv_pool_config cfg = small_config(be);
+    cfg.slots = 3;
+    cfg.total_pages = 12;
+    cfg.background = cfg.no_clear = true;
+    cfg.ahead_tokens = 20; /* two pages */
+    struct kv_pool *pool = make(&cfg);
+    kv_pool_hold(pool, true);
+    grow(pool, 0, 10);
+    grow(pool, 1, 10);
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    const uint64_t calls = kv_pool_stats(pool).map_calls; /* those of the step */
+    kv_pool_complete(pool, 1);                            /* reaps what is done */
+    ck_assert_uint_eq(kv_pool_stats(pool).map_calls, calls);
+    grow(pool, 0, 30); /* needs what is held back: it waits for that */
+    kv_pool_hold(pool, false);
+    kv_pool_settle(pool);
+    const uint64_t after = kv_pool_stats(pool).map_calls;
+    ck_assert_uint_gt(after, calls);
+    grow(pool, 1, 20);
+    ck_assert_uint_eq(kv_pool_stats(pool).exposed_ns > 0, true);
+    kv_pool_hold(pool, true);
+    grow(pool, 2, 10);
+    kv_pool_settle(pool);
+    struct status st = STATUS_INIT;
+    ck_assert_msg(kv_pool_check(pool, &st) == ST_OK, "%s", st.message);
+    kv_pool_destroy(pool); /* with jobs held back */
 }
 END_TEST
 
@@ -552,6 +586,8 @@ static void walk_check(struct walk *w, uint64_t at)
                   "step %" PRIu64 ": the pool counts %" PRIu64 " mapped, %" PRIu64 " fenced, %" PRIu64
                   " shared, the model %" PRIu64 ", %" PRIu64 ", %" PRIu64,
                   at, s.mapped_pages, s.fenced_pages, s.shared_pages, mapped, fenced, shared);
+    if (w->mode & BACKGROUND)
+        kv_pool_hold(w->pool, pick(w, 3) == 0);
     if (!(w->mode & BACKGROUND) || pick(w, 16) == 0) { /* the check waits for the thread */
         struct status st = STATUS_INIT;
         ck_assert_msg(kv_pool_check(w->pool, &st) == ST_OK, "step %" PRIu64 ": %s", at, st.message);
@@ -1129,6 +1165,7 @@ static Suite *memory_suite(int first, int end)
     EACH(core, stale_content_is_never_visible);
     EACH(core, steady_state_makes_no_calls);
     EACH(core, steady_arrivals_make_no_calls);
+    EACH(core, the_thread_is_held_while_a_step_takes_its_pages);
     EACH(core, pages_are_claimed_in_the_stated_order);
     EACH(core, pages_behind_slots_are_claimed_last);
     EACH(core, uncleared_memory_is_as_it_was);

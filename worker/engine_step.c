@@ -306,16 +306,17 @@ enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *pla
     f->finished = false;
     f->n_tokens = f->n_sample_scores = f->n_prompt_scores = 0;
     const uint64_t exposed_ns = kv_pool_stats(e->kv).exposed_ns;
+    kv_pool_hold(e->kv, true);
     rc = release_and_admit(e, plan, st);
     if (rc == ST_OK)
         rc = add_all(e, f, &b, plan, st);
     f->pages_us = (double)(kv_pool_stats(e->kv).exposed_ns - exposed_ns) / 1e3;
-    if (rc != ST_OK)
-        return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     f->samples = b.samples;
     f->rows = b.rows;
     f->decodes = (uint32_t)plan->n_decode_slots;
-    rc = launch(e, f, &b, st);
+    if (rc == ST_OK)
+        rc = launch(e, f, &b, st);
+    kv_pool_hold(e->kv, false);
     if (rc != ST_OK)
         return status_prefix(st, "step %llu", (unsigned long long)plan->step);
     e->step = plan->step;
