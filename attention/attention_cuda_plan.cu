@@ -70,17 +70,20 @@ __device__ uint32_t overhead(attn_role role, uint32_t k)
 }
 
 /* Into how many parts the longest unit is cut, so that the last block is done soonest: `units` of it would make up all the
- * work, and blocks take parts in rounds. Slots are enough by construction: a unit that is cut has fewer than
+ * work, and blocks take parts in rounds. Where decodes are equally long their parts are counted: a few more than blocks are a round more.
+ * Slots are enough by construction: a unit that is cut has fewer than
  * 2 * tiles / (tiles of a part) parts, so all have fewer than 2 * units * k, and that is bounded here. */
-__device__ uint32_t best_parts(const cuda_plan_args &a, attn_role role, uint64_t total, uint32_t longest)
+__device__ uint32_t best_parts(const cuda_plan_args &a, attn_role role, uint64_t units, uint64_t total,
+                               uint32_t longest)
 {
+    const bool equal = role == ROLE_DECODE && 16 * total >= 15 * units * longest;
     uint32_t most_parts = role == ROLE_DECODE ? MAX_DECODE_PARTS : MAX_PREFILL_PARTS;
     uint64_t most_items = (role == ROLE_DECODE ? 4 : 2) * (uint64_t)a.blocks;
     uint64_t best_cost = UINT64_MAX;
     uint32_t best = 1;
     for (uint32_t k = 1; k <= most_parts; k++) {
         uint32_t each = (longest + k - 1) / k;
-        uint64_t items = (total + each - 1) / each;
+        uint64_t items = equal ? units * ((longest + each - 1) / each) : (total + each - 1) / each;
         if (k > 1 && (each < MIN_PART_TILES || items > most_items))
             break;
         uint64_t cost = (items + a.blocks - 1) / a.blocks * (each + overhead(role, k));
@@ -92,14 +95,17 @@ __device__ uint32_t best_parts(const cuda_plan_args &a, attn_role role, uint64_t
     return best;
 }
 
-/* total: tiles of all units of a role; longest: those of the longest unit. */
+constexpr uint32_t COUNT_BIT = 40; /* a sum has tiles below it, units from it on */
+
+/* total: units and tiles of all units of a role; longest: tiles of the longest unit. */
 __device__ part_rule rule_for(const cuda_plan_args &a, const uint64_t (&total)[ROLES], const uint32_t (&longest)[ROLES])
 {
     part_rule r;
     r.tiles[ROLE_PREFILL] = 0;
     r.tiles[ROLE_DECODE] = a.fixed_tiles;
     for (uint32_t role = 0; role < ROLES && !a.fixed_tiles && !a.one_way; role++) {
-        uint32_t k = best_parts(a, (attn_role)role, total[role] * a.kv_heads, longest[role]);
+        const uint64_t units = total[role] >> COUNT_BIT, tiles = total[role] & ((1ull << COUNT_BIT) - 1);
+        uint32_t k = best_parts(a, (attn_role)role, units * a.kv_heads, tiles * a.kv_heads, longest[role]);
         r.tiles[role] = (longest[role] + k - 1) / k;
     }
     return r;
@@ -235,7 +241,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     uint64_t tiles[ROLES] = {0, 0}, total[ROLES];
     uint32_t longest[ROLES] = {0, 0};
     walk(a, first_entry, seqs, begin, end, [&](uint32_t, uint32_t, const entry &e, attn_role role) {
-        tiles[role] += e.tiles;
+        tiles[role] += (1ull << COUNT_BIT) + e.tiles;
         longest[role] = e.tiles > longest[role] ? e.tiles : longest[role];
     });
     for (uint32_t r = 0; r < ROLES; r++)
