@@ -1,11 +1,17 @@
 /* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
  *
- *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams] [--tag TEXT]
- *                         [--power MS] [--between 1] [--pages 1] BATCH ...
+ *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams,apart,plan] [--tag TEXT]
+ *                         [--dim D] [--window KEYS] [--cap C] [--rest MS] [--power MS] [--between 1] [--pages 1] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
- * "32/8 2048:16384 48x16384". Head dimension 128, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
- * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer, with its share of the plan: median, p10, p90.
+ * "32/8 2048:16384 48x16384". Head dimension 128 or --dim, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
+ * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer, with its share of the plan: median, p10, p90; and
+ * the SMs' clock during replays, by one SM's counter, median.
+ *
+ * apart is what one graph for all steps does, whatever attn_gpu_choose says: auto by ATTN_WAY_APART; plan is the plan alone, us of one.
+ *
+ * With --rest the GPU does nothing for so long before each replay: what it draws in the mean stays below its cap, and its clock at
+ * the highest.
  *
  * With --between 1 a kernel stands in front of each run, as in a step, where layers of attention do not touch: it writes q, and K and
  * V of the step's own tokens, which then come from L2, and lets what is behind it begin early. It is in the times, and by itself is a contender, too ("none").
@@ -20,6 +26,8 @@
 #include <random>
 #include <string>
 
+#include <unistd.h>
+
 #include "attention/attention_internal.h"
 #include "attention/attention_launch.cuh"
 #include "tests/bench/bench_cuda.h"
@@ -27,14 +35,17 @@
 
 namespace
 {
-constexpr uint32_t D = 128, MIN_LAYERS = 8, MAX_LAYERS = 64, WARM_ROUNDS = 2;
+constexpr uint32_t MIN_LAYERS = 8, MAX_LAYERS = 64, WARM_ROUNDS = 2;
 constexpr uint64_t DISTINCT_BYTES = 2ull << 30, MOST_BYTES = 60ull << 30;
 constexpr double PEAK_FLOPS = 790e12, PEAK_BYTES = 4.3e12;
 
-constexpr uint32_t FROM_ROWS = 64;         /* different ones, of what is written between layers */
-constexpr int NONE = ATTN_GPU_STREAMS + 1; /* what stands between layers, by itself */
+constexpr uint32_t FROM_ROWS = 64; /* different ones, of what is written between layers */
 
-const char *const policy_names[] = {"auto", "fused", "serial", "streams", "none"};
+/* What is measured of a back end. none: what stands between layers, by itself, once. */
+enum entry { AUTO, FUSED, SERIAL, STREAMS, APART, PLAN, NONE, ENTRIES };
+const char *const entry_names[ENTRIES] = {"auto", "fused", "serial", "streams", "apart", "plan", "none"};
+const attn_gpu_policy entry_policies[ENTRIES] = {ATTN_GPU_AUTO,    ATTN_GPU_FUSED, ATTN_GPU_SERIAL,
+                                                 ATTN_GPU_STREAMS, ATTN_GPU_AUTO,  ATTN_GPU_AUTO};
 
 #define ATTN_MUST(call)                                                                                                \
     do {                                                                                                               \
@@ -81,7 +92,8 @@ void unmap_pages(mapped *m)
 
 struct batch {
     std::string text;
-    uint32_t heads, kv_heads, layers, rows, max_seq_rows, max_len;
+    uint32_t heads, kv_heads, dim, window, layers, rows, max_seq_rows, max_len;
+    float cap;
     uint64_t tokens, bytes; /* bytes: KV of decodes, a layer */
     double flops;
     std::vector<attn_seq> seq;
@@ -105,10 +117,15 @@ void add(batch *b, uint32_t times, uint32_t rows, uint32_t context)
     }
     b->max_seq_rows = std::max(b->max_seq_rows, rows);
     b->max_len = std::max(b->max_len, context);
+    uint64_t seen = 0; /* keys, of all rows */
+    for (uint32_t r = 0; r < rows; r++) {
+        uint32_t keys = context - rows + r + 1;
+        seen += b->window && b->window < keys ? b->window : keys;
+    }
     if (rows > 1)
-        b->flops += times * 4.0 * b->heads * D * ((double)rows * (context - rows) + rows * (rows + 1.0) / 2);
+        b->flops += times * 4.0 * b->heads * b->dim * (double)seen;
     else
-        b->bytes += 4ull * b->kv_heads * D * times * context;
+        b->bytes += 4ull * b->kv_heads * b->dim * times * seen;
 }
 
 bool parse(batch *b, const char *text)
@@ -137,7 +154,7 @@ bool parse(batch *b, const char *text)
 /* pages: NULL: one piece. */
 void allocate(batch *b, mapped *pages)
 {
-    uint64_t layer = b->tokens * 4 * b->kv_heads * D, q_bytes = (uint64_t)b->rows * b->heads * D * 2;
+    uint64_t layer = b->tokens * 4 * b->kv_heads * b->dim, q_bytes = (uint64_t)b->rows * b->heads * b->dim * 2;
     b->layers = (uint32_t)std::min<uint64_t>(MAX_LAYERS, (DISTINCT_BYTES + layer - 1) / layer);
     b->layers = std::max(b->layers, std::min(MIN_LAYERS, (uint32_t)(MOST_BYTES / layer)));
     if (pages)
@@ -148,18 +165,18 @@ void allocate(batch *b, mapped *pages)
     CUDA_MUST(cudaMalloc(&b->out, q_bytes));
     draw_fill<<<1024, 256>>>((uint16_t *)b->kv, layer * b->layers / 2);
     draw_fill<<<1024, 256>>>((uint16_t *)b->q, q_bytes / 2);
-    const uint64_t from_bytes = FROM_ROWS * (uint64_t)std::max(b->heads, 2 * b->kv_heads) * D * 2;
+    const uint64_t from_bytes = FROM_ROWS * (uint64_t)std::max(b->heads, 2 * b->kv_heads) * b->dim * 2;
     CUDA_MUST(cudaMalloc(&b->from, from_bytes));
     draw_fill<<<1024, 256>>>((uint16_t *)b->from, from_bytes / 2);
     for (attn_seq &s : b->seq) {
-        s.k = b->kv + (uintptr_t)s.k * b->layers * 4 * b->kv_heads * D;
-        s.v = (const char *)s.k + b->kv_heads * D * 2;
+        s.k = b->kv + (uintptr_t)s.k * b->layers * 4 * b->kv_heads * b->dim;
+        s.v = (const char *)s.k + b->kv_heads * b->dim * 2;
     }
     uint32_t n = (uint32_t)b->seq.size();
     std::vector<char *> token;
     for (const attn_seq &s : b->seq)
         for (uint32_t r = 0; r < s.rows; r++)
-            token.push_back((char *)s.k + (uint64_t)(s.kv_len - s.rows + r) * b->layers * 4 * b->kv_heads * D);
+            token.push_back((char *)s.k + (uint64_t)(s.kv_len - s.rows + r) * b->layers * 4 * b->kv_heads * b->dim);
     CUDA_MUST(cudaMalloc(&b->d_token, token.size() * sizeof(char *)));
     CUDA_MUST(cudaMemcpy(b->d_token, token.data(), token.size() * sizeof(char *), cudaMemcpyHostToDevice));
     CUDA_MUST(cudaMalloc(&b->d_seq, n * sizeof(attn_seq)));
@@ -194,20 +211,33 @@ void launch_between(const batch *b, uint32_t layer, cudaStream_t stream)
 {
     between_args a = {};
     a.from = (const uint4 *)b->from;
-    a.q_words = b->heads * D * 2 / 16;
-    a.kv_words = 4 * b->kv_heads * D / 16;
+    a.q_words = b->heads * b->dim * 2 / 16;
+    a.kv_words = 4 * b->kv_heads * b->dim / 16;
     a.words = std::max(a.q_words, a.kv_words);
     a.q = (uint4 *)b->q;
     a.token = b->d_token;
-    a.kv_offset = (uint64_t)layer * 4 * b->kv_heads * D;
+    a.kv_offset = (uint64_t)layer * 4 * b->kv_heads * b->dim;
     CUDA_MUST(attn_launch(write_rows, {b->rows, 256, 0, true, stream}, a));
+}
+
+/* When an SM's clock said what. */
+struct stamp {
+    uint64_t clocks, ns;
+    uint32_t sm;
+};
+
+__global__ void put_stamp(stamp *to)
+{
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(to->sm));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(to->ns));
+    to->clocks = clock64();
 }
 
 struct contender {
     const char *back_end, *policy;
     attn_gpu *attn;
     cudaGraphExec_t exec;
-    samples times;
+    samples times, mhz;
 };
 
 void print_power(const draw_power *p, const contender *c, const batch *b, cudaStream_t stream)
@@ -221,30 +251,31 @@ void print_power(const draw_power *p, const contender *c, const batch *b, cudaSt
     }
 }
 
-void create(contender *c, const batch *b, const attn_gpu_ops *ops, int policy)
+void create(contender *c, const batch *b, const attn_gpu_ops *ops, int e)
 {
     attn_gpu_config cfg = {};
     cfg.ops = ops;
     cfg.dtype = ATTN_BF16;
     cfg.heads = b->heads;
     cfg.kv_heads = b->kv_heads;
-    cfg.head_dim = D;
-    cfg.scale = 1 / sqrtf((float)D);
-    cfg.token_stride = (uint64_t)b->layers * 4 * b->kv_heads * D;
-    cfg.head_stride = D * 2;
+    cfg.head_dim = b->dim;
+    cfg.scale = 1 / sqrtf((float)b->dim);
+    cfg.soft_cap = b->cap;
+    cfg.window = b->window;
+    cfg.token_stride = (uint64_t)b->layers * 4 * b->kv_heads * b->dim;
+    cfg.head_stride = b->dim * 2;
     cfg.max_seqs = (uint32_t)b->seq.size();
     cfg.max_rows = b->rows;
     cfg.max_kv_len = b->max_len;
-    cfg.policy = (attn_gpu_policy)policy;
+    cfg.policy = entry_policies[e];
     struct status st = STATUS_INIT;
     if (attn_gpu_create(&c->attn, &cfg, &st) != ST_OK) {
-        fprintf(stderr, "%s, %s: %s\n", ops->name, policy_names[policy], st.message);
+        fprintf(stderr, "%s, %s: %s\n", ops->name, entry_names[e], st.message);
         exit(1);
     }
 }
 
-/* policy NONE: what stands between layers, without attention. */
-void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, bool between, cudaStream_t stream)
+void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool between, cudaStream_t stream)
 {
     attn_gpu_step step = {};
     step.seq = b->d_seq;
@@ -253,35 +284,36 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int policy, 
     step.max_rows = b->rows;
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
-    if (policy != NONE) {
-        create(c, b, ops, policy);
-        step.way = attn_gpu_choose(c->attn, b->seq.data(), step.max_seqs);
+    if (e != NONE) {
+        create(c, b, ops, e);
+        step.way = e == APART ? ATTN_WAY_APART : attn_gpu_choose(c->attn, b->seq.data(), step.max_seqs);
     }
     cudaGraph_t graph;
     CUDA_MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    if (policy != NONE)
+    for (uint32_t i = 0; i < (e == NONE ? 0 : e == PLAN ? b->layers : 1); i++)
         ATTN_MUST(attn_gpu_plan(c->attn, &step, &must_st));
-    for (uint32_t l = 0; l < b->layers; l++) {
+    for (uint32_t l = 0; l < b->layers && e != PLAN; l++) {
         attn_gpu_io io = {};
         io.q = b->q;
         io.out = b->out;
-        io.q_row_stride = io.out_row_stride = b->heads * D * 2;
-        io.kv_offset = (uint64_t)l * 4 * b->kv_heads * D;
+        io.q_row_stride = io.out_row_stride = b->heads * b->dim * 2;
+        io.kv_offset = (uint64_t)l * 4 * b->kv_heads * b->dim;
         if (between)
             launch_between(b, l, stream);
-        if (policy != NONE)
+        if (e != NONE)
             ATTN_MUST(attn_gpu_run(c->attn, &step, &io, &must_st));
     }
     CUDA_MUST(cudaStreamEndCapture(stream, &graph));
     CUDA_MUST(cudaGraphInstantiate(&c->exec, graph, 0));
     CUDA_MUST(cudaGraphDestroy(graph));
     c->back_end = ops->name;
-    c->policy = policy_names[policy];
+    c->policy = entry_names[e];
 }
 
 struct options {
-    const char *back_end, *policies, *tag;
-    uint32_t rounds;
+    const char *back_end, *policies = "auto,fused,serial", *tag = "";
+    uint32_t rounds = 7, dim = 128, window, rest_ms;
+    float cap;
     bool between;
     draw_power drawn;
     mapped *pages;
@@ -291,42 +323,57 @@ std::vector<contender> contenders_of(const batch *b, const options &o, cudaStrea
 {
     std::vector<contender> all;
     for (uint32_t i = 0; attn_gpu_back_ends[i]; i++)
-        for (int p = 0; p <= NONE; p++)
-            if (p == NONE ? o.between && i == 0
-                          : strstr(o.policies, policy_names[p]) &&
+        for (int e = 0; e < ENTRIES; e++)
+            if (e == NONE ? o.between && i == 0
+                          : strstr(o.policies, entry_names[e]) &&
                                 (!o.back_end || !strcmp(o.back_end, attn_gpu_back_ends[i]->name))) {
                 all.emplace_back();
-                capture(&all.back(), b, attn_gpu_back_ends[i], p, o.between, stream);
+                capture(&all.back(), b, attn_gpu_back_ends[i], e, o.between, stream);
             }
     return all;
+}
+
+/* One replay, by events; and the mean clock from just before to just after it, where both stamps are of one SM. */
+void replay(contender *c, const batch *b, cudaStream_t stream, const cudaEvent_t *event, stamp *at, uint32_t rest_ms,
+            bool counts)
+{
+    float ms;
+    if (rest_ms)
+        usleep(rest_ms * 1000);
+    put_stamp<<<1, 1, 0, stream>>>(&at[0]);
+    CUDA_MUST(cudaEventRecord(event[0], stream));
+    CUDA_MUST(cudaGraphLaunch(c->exec, stream));
+    CUDA_MUST(cudaEventRecord(event[1], stream));
+    put_stamp<<<1, 1, 0, stream>>>(&at[1]);
+    CUDA_MUST(cudaStreamSynchronize(stream));
+    CUDA_MUST(cudaEventElapsedTime(&ms, event[0], event[1]));
+    if (!counts)
+        return;
+    c->times.us.push_back(ms * 1e3 / b->layers);
+    if (at[0].sm == at[1].sm)
+        c->mhz.us.push_back((double)(at[1].clocks - at[0].clocks) * 1e3 / (double)(at[1].ns - at[0].ns));
 }
 
 void measure(batch *b, const options &o)
 {
     allocate(b, o.pages);
     cudaStream_t stream;
-    cudaEvent_t from, to;
+    cudaEvent_t event[2];
+    stamp *at;
     CUDA_MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    CUDA_MUST(cudaEventCreate(&from));
-    CUDA_MUST(cudaEventCreate(&to));
+    for (cudaEvent_t &e : event)
+        CUDA_MUST(cudaEventCreate(&e));
+    CUDA_MUST(cudaMallocHost(&at, 2 * sizeof *at));
     std::vector<contender> all = contenders_of(b, o, stream);
     for (uint32_t r = 0; r < o.rounds + WARM_ROUNDS; r++)
-        for (contender &c : all) {
-            float ms;
-            CUDA_MUST(cudaEventRecord(from, stream));
-            CUDA_MUST(cudaGraphLaunch(c.exec, stream));
-            CUDA_MUST(cudaEventRecord(to, stream));
-            CUDA_MUST(cudaEventSynchronize(to));
-            CUDA_MUST(cudaEventElapsedTime(&ms, from, to));
-            if (r >= WARM_ROUNDS)
-                c.times.us.push_back(ms * 1e3 / b->layers);
-        }
+        for (contender &c : all)
+            replay(&c, b, stream, event, at, o.rest_ms, r >= WARM_ROUNDS);
     double limit = std::max(b->flops / PEAK_FLOPS, (double)b->bytes / PEAK_BYTES) * 1e6;
     for (contender &c : all) {
         double us = sample_at(&c.times, 0.5);
-        printf("%-32s %-6s %-5s %-8s %8.1f %8.1f %8.1f %6.0f %6.2f %6.2f\n", b->text.c_str(), o.tag, c.back_end,
+        printf("%-32s %-6s %-5s %-8s %8.1f %8.1f %8.1f %6.0f %6.2f %6.2f %6.0f\n", b->text.c_str(), o.tag, c.back_end,
                c.policy, us, sample_at(&c.times, 0.1), sample_at(&c.times, 0.9), b->flops / us * 1e-6,
-               (double)b->bytes / us * 1e-6, limit / us);
+               (double)b->bytes / us * 1e-6, limit / us, c.mhz.us.empty() ? 0 : sample_at(&c.mhz, 0.5));
         if (o.drawn.ms)
             print_power(&o.drawn, &c, b, stream);
         CUDA_MUST(cudaGraphExecDestroy(c.exec));
@@ -343,15 +390,16 @@ void measure(batch *b, const options &o)
     CUDA_MUST(cudaFree(b->d_token));
     CUDA_MUST(cudaFree(b->d_seq));
     CUDA_MUST(cudaFree(b->d_count));
-    CUDA_MUST(cudaEventDestroy(from));
-    CUDA_MUST(cudaEventDestroy(to));
+    CUDA_MUST(cudaFreeHost(at));
+    for (cudaEvent_t e : event)
+        CUDA_MUST(cudaEventDestroy(e));
     CUDA_MUST(cudaStreamDestroy(stream));
 }
 } // namespace
 
 int main(int argc, char **argv)
 {
-    options o = {NULL, "auto,fused,serial", "", 7, false, {}, NULL};
+    options o = {};
     mapped pages = {};
     int devices = 0;
     int i = 1;
@@ -364,6 +412,14 @@ int main(int argc, char **argv)
             o.policies = argv[i + 1];
         else if (!strcmp(argv[i], "--tag"))
             o.tag = argv[i + 1];
+        else if (!strcmp(argv[i], "--dim"))
+            o.dim = (uint32_t)strtoul(argv[i + 1], NULL, 10);
+        else if (!strcmp(argv[i], "--window"))
+            o.window = (uint32_t)strtoul(argv[i + 1], NULL, 10);
+        else if (!strcmp(argv[i], "--cap"))
+            o.cap = strtof(argv[i + 1], NULL);
+        else if (!strcmp(argv[i], "--rest"))
+            o.rest_ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--power"))
             o.drawn.ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--between"))
@@ -373,10 +429,12 @@ int main(int argc, char **argv)
         else
             break;
     }
-    if (i >= argc || o.rounds == 0 || !strncmp(argv[i], "--", 2)) {
+    if (i >= argc || o.rounds == 0 || o.dim == 0 || o.dim % 8 || o.dim > 256 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
-                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--power MS] [--between 1] "
-                "[--pages 1] \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
+                "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--dim D] [--window KEYS] "
+                "[--cap C] [--rest MS] [--power MS] [--between 1] [--pages 1] \"HEADS/KV_HEADS [ROWS:CONTEXT ..] "
+                "[NxCONTEXT ..]\" "
+                "...\n",
                 argv[0]);
         return 2;
     }
@@ -386,10 +444,13 @@ int main(int argc, char **argv)
     }
     if (o.drawn.ms)
         draw_start(&o.drawn);
-    printf("%-32s %-6s %-5s %-8s %8s %8s %8s TFLOP/s TB/s  limit\n", "batch", "tag", "by", "policy", "us", "p10",
+    printf("%-32s %-6s %-5s %-8s %8s %8s %8s TFLOP/s TB/s  limit    MHz\n", "batch", "tag", "by", "policy", "us", "p10",
            "p90");
     for (; i < argc; i++) {
         batch b = {};
+        b.dim = o.dim;
+        b.window = o.window;
+        b.cap = o.cap;
         if (!parse(&b, argv[i])) {
             fprintf(stderr, "%s: expected \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\"\n", argv[i]);
             return 2;
