@@ -228,6 +228,8 @@ sm90_shape shape_of(const sm90_state *s, const struct attn_gpu_step *step)
     sm90_shape a = {};
     a.group = s->cfg.heads / s->cfg.kv_heads;
     a.kv_heads = s->cfg.kv_heads;
+    a.head_dim = s->cfg.head_dim;
+    a.bent = bent(&s->cfg);
     a.window = s->cfg.window;
     a.sms = s->sms;
     a.fixed_tiles = s->cfg.fixed_split_keys / TILE_KEYS;
@@ -308,12 +310,12 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
     return a;
 }
 
-/* Decode's list, or what is left of it, with nothing beside: by the portable kernel, whose reads of whole rows reach 5 to 12 %
- * more of the memory's rate than boxes of half a row. Not under a fixed cut: bits are those of one kernel there. */
+/* Decode's list, or what is left of it. With nothing in front by the portable kernel, which begins and ends sooner; beside prefill and behind
+ * it the other is faster (attention_h200_shapes.txt), but where scores are bent. Under a fixed cut bits are those of one kernel. */
 cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
 {
     const sm90_run_args &r = a.run;
-    if (s->cfg.fixed_split_keys)
+    if (s->cfg.fixed_split_keys || (r.decode_follows && !bent(&s->cfg)))
         return launch(s, s->kernels->decode, a, 0, stream);
     cuda_run_args c = {};
     c.q = r.q;

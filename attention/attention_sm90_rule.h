@@ -54,7 +54,12 @@ enum {
     SM90_REST_COST = 6,     /* tiles: what they cost beside, if there are any */
     SM90_LONG_PREFILL = 60, /* tiles */
     /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
-    SM90_SHARE_MIN = 30
+    SM90_SHARE_MIN = 30,
+    SM90_NARROW = 64,       /* head dimension: kernels of their own */
+    SM90_SHORT = 16,        /* tiles of prefill */
+    SM90_MUCH = 7,          /* so many times prefill's tiles */
+    SM90_BENT_PREFILL = 28, /* tiles, from which on either is worth the fused kernel where scores are bent */
+    SM90_BENT_DECODE = 24
 };
 
 /* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
@@ -72,7 +77,8 @@ enum {
 
 /* What a rule depends on beside the sequences. */
 struct sm90_shape {
-    uint32_t group, kv_heads, window;
+    uint32_t group, kv_heads, head_dim, window;
+    bool bent; /* scores are, by a soft cap */
     uint32_t sms;
     uint32_t fixed_tiles; /* 0: parts by the batch */
     uint32_t max_rows, max_seq_rows, max_kv_len;
@@ -357,6 +363,15 @@ SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_to
     return (float)(share >> 16) / 16;
 }
 
+/* Narrow heads and bent scores: a tile of prefill takes longer there beside one of decodes than by the times above, which are those of D 128
+ * without, so the fused kernel wins but where there is very much to read, or hardly anything to do (attention_h200_shapes.txt). */
+SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode)
+{
+    if ((a->head_dim > SM90_NARROW && !a->bent) || (prefill >= SM90_SHORT && decode > SM90_MUCH * prefill))
+        return false;
+    return a->head_dim <= SM90_NARROW || prefill >= SM90_BENT_PREFILL || decode >= SM90_BENT_DECODE;
+}
+
 /* Which launches are the fastest for a batch. */
 SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct sm90_totals *t,
                                         unsigned long long share)
@@ -366,6 +381,8 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     const uint64_t prefill =
         sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
+    if (sm90_fused_anyway(a, prefill, decode))
+        return ATTN_WAY_FUSED;
     const bool rest = decode * SM90_PROGRESS_OF > prefill * SM90_PROGRESS + SM90_PROGRESS_OF * SM90_REST_TILES;
     const float fused = sm90_fused_time((float)prefill, (float)decode) + (rest ? SM90_REST_COST : 0);
     const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;

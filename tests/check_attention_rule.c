@@ -42,6 +42,8 @@ static void make(struct batch *b)
     b->shape = (struct sm90_shape){
         .group = groups[draw(7)],
         .kv_heads = 1 + draw(8),
+        .head_dim = 8 * (1 + draw(16)),
+        .bent = draw(3) == 0,
         .window = draw(4) ? 0 : 1 + draw(5000),
         .sms = sms[draw(4)],
         .fixed_tiles = draw(5) ? 0 : 1 + draw(32),
@@ -211,8 +213,13 @@ END_TEST
 
 START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
 {
-    const struct sm90_shape shape = {
-        .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 100, .max_seq_rows = 50, .max_kv_len = 1000};
+    const struct sm90_shape shape = {.group = 4,
+                                     .kv_heads = 8,
+                                     .head_dim = 128,
+                                     .sms = 132,
+                                     .max_rows = 100,
+                                     .max_seq_rows = 50,
+                                     .max_kv_len = 1000};
     const struct attn_seq good = {.first_row = 60, .rows = 40, .kv_len = 1000};
     ck_assert(!sm90_breaks_rule(&shape, &good));
 #define BREAKS(field, value)                                                                                           \
@@ -231,8 +238,13 @@ START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
     BREAKS(first_row, UINT32_MAX);
 #undef BREAKS
     /* A chunk beside decodes is fused; without those that break a rule it is alone. */
-    const struct sm90_shape wide = {
-        .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 600, .max_seq_rows = 512, .max_kv_len = 4096};
+    const struct sm90_shape wide = {.group = 4,
+                                    .kv_heads = 8,
+                                    .head_dim = 128,
+                                    .sms = 132,
+                                    .max_rows = 600,
+                                    .max_seq_rows = 512,
+                                    .max_kv_len = 4096};
     struct attn_seq seq[33] = {{.rows = 512, .kv_len = 4096}};
     for (uint32_t i = 1; i < 33; i++)
         seq[i] = (struct attn_seq){.first_row = 511 + i, .rows = 1, .kv_len = 1024};
@@ -243,23 +255,52 @@ START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
 }
 END_TEST
 
-/* On an H200 with Llama-3-8B's heads: what was fastest there (attention/README.md). */
+/* A rank of heads of a model on an H200, 4 to a KV head. */
+static struct sm90_shape shape_of(uint32_t kv_heads, uint32_t max_seq_rows)
+{
+    return (struct sm90_shape){.group = 4,
+                               .kv_heads = kv_heads,
+                               .head_dim = 128,
+                               .sms = 132,
+                               .max_rows = 8192,
+                               .max_seq_rows = max_seq_rows,
+                               .max_kv_len = 1 << 20};
+}
+
+/* One chunk and equal decodes: what was fastest on an H200 (attention/README.md; from the second part on attention_h200_shapes.txt). */
 START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
 {
     static const struct {
+        uint32_t kv_heads, head_dim;
+        bool bent;
         uint32_t rows, chunk_len, decodes, decode_len;
         enum attn_gpu_way way;
     } cases[] = {
-        {1024, 16384, 0, 0, ATTN_WAY_APART},      {0, 0, 64, 8192, ATTN_WAY_APART},
-        {64, 64, 8, 1024, ATTN_WAY_APART},        {256, 2048, 32, 1024, ATTN_WAY_APART},
-        {1024, 8192, 66, 8192, ATTN_WAY_APART},   {1024, 4096, 128, 512, ATTN_WAY_FUSED},
-        {512, 4096, 32, 1024, ATTN_WAY_FUSED},    {1024, 12288, 128, 2048, ATTN_WAY_FUSED},
-        {512, 131072, 5, 131072, ATTN_WAY_FUSED}, {512, 32768, 22, 32768, ATTN_WAY_FUSED_REST},
+        {8, 128, false, 1024, 16384, 0, 0, ATTN_WAY_APART},
+        {8, 128, false, 0, 0, 64, 8192, ATTN_WAY_APART},
+        {8, 128, false, 64, 64, 8, 1024, ATTN_WAY_APART},
+        {8, 128, false, 256, 2048, 32, 1024, ATTN_WAY_APART},
+        {8, 128, false, 1024, 8192, 66, 8192, ATTN_WAY_APART},
+        {8, 128, false, 1024, 4096, 128, 512, ATTN_WAY_FUSED},
+        {8, 128, false, 512, 4096, 32, 1024, ATTN_WAY_FUSED},
+        {8, 128, false, 1024, 12288, 128, 2048, ATTN_WAY_FUSED},
+        {8, 128, false, 512, 131072, 5, 131072, ATTN_WAY_FUSED},
+        {8, 128, false, 512, 32768, 22, 32768, ATTN_WAY_FUSED_REST},
+
+        {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED},   /* 40.6 us, apart 48.3 */
+        {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},   /* 11.6, 13.0 */
+        {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},   /* 152, 257 */
+        {8, 64, false, 512, 4096, 256, 8192, ATTN_WAY_APART}, /* mostly decodes */
+        {8, 96, false, 512, 4096, 32, 4096, ATTN_WAY_APART},  /* 135, fused 160 */
+        {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},  /* 179, apart 281 */
+        {2, 128, true, 512, 512, 64, 1024, ATTN_WAY_APART},   /* 29.5, fused 37.3: hardly anything to do */
+        {8, 64, false, 512, 4096, 0, 0, ATTN_WAY_APART},      /* nothing to fuse */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct attn_seq seq[MAX_SEQS];
-        const struct sm90_shape shape = {
-            .group = 4, .kv_heads = 8, .sms = 132, .max_rows = 8192, .max_seq_rows = 8192, .max_kv_len = 1 << 20};
+        struct sm90_shape shape = shape_of(cases[i].kv_heads, 8192);
+        shape.head_dim = cases[i].head_dim;
+        shape.bent = cases[i].bent;
         uint32_t n = 0;
         if (cases[i].rows)
             seq[n++] = (struct attn_seq){.rows = cases[i].rows, .kv_len = cases[i].chunk_len};
@@ -270,17 +311,6 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
     }
 }
 END_TEST
-
-/* A rank of Llama's heads on an H200. */
-static struct sm90_shape shape_of(uint32_t kv_heads, uint32_t max_seq_rows)
-{
-    return (struct sm90_shape){.group = 4,
-                               .kv_heads = kv_heads,
-                               .sms = 132,
-                               .max_rows = 8192,
-                               .max_seq_rows = max_seq_rows,
-                               .max_kv_len = 1 << 20};
-}
 
 /* Equal decodes beside one chunk, on an H200: what was fastest there, too. Heads are 4 to a KV head. */
 START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
