@@ -47,7 +47,7 @@ void check_purpose(const problem *p, const runner *r, const char *what)
         return;
     if (strstr(p->c->name, "some SMs") && (l.clusters == 0 || l.clusters >= all / 2))
         fail(p, what, "prefill is not on some of the SMs");
-    if (strstr(p->c->name, "some SMs") &&
+    if (strstr(p->c->name, "some SMs") && p->c->D > 64 && /* narrow heads take this way by being told to alone */
         attn_gpu_choose(r->attn, p->seq.data(), (uint32_t)p->seq.size()) != ATTN_WAY_APART)
         fail(p, what, "both roles are chosen to be on every SM");
     if (!strcmp(p->c->name, "three parts") && prefill != 3 * p->c->HK * 704 * (p->c->H / p->c->HK) / 256)

@@ -47,8 +47,13 @@ struct seen {
 /* The rule is asked for what the step will be, so that a rule that changes does not leave a way out in silence. */
 static enum attn_gpu_way way_of(const struct step *s, uint32_t ranks)
 {
-    const struct sm90_shape shape = {
-        .group = 4, .kv_heads = 8 / ranks, .sms = SMS, .max_rows = STEP, .max_seq_rows = STEP, .max_kv_len = 1 << 16};
+    const struct sm90_shape shape = {.group = 4,
+                                     .kv_heads = 8 / ranks,
+                                     .head_dim = 128,
+                                     .sms = SMS,
+                                     .max_rows = STEP,
+                                     .max_seq_rows = STEP,
+                                     .max_kv_len = 1 << 16};
     struct attn_seq seq[DECODES + 1];
     for (uint32_t i = 0; i < s->decodes; i++)
         seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = CONTEXT + 1};
@@ -120,19 +125,20 @@ static unsigned compare(const struct step *s, const struct seen *want, const str
     double decode = 0, row = 0;
     uint32_t flips = 0;
     unsigned failures = 0;
+    const bool scored = comm_rank(gpu_comm()) == 0; /* the others have tokens alone */
     for (uint32_t i = 0; i < s->decodes; i++) {
         const bool flip = want->fed[i] != got->fed[i];
         const double d = fabs((double)want->best[i] - got->best[i]);
         flips += flip;
-        failures +=
-            !gpu_expect(want->best[i] < 0 && got->best[i] < 0, "a decode without a score", s->name, i, got->best[i]);
+        failures += !gpu_expect((want->best[i] < 0 && got->best[i] < 0) == scored, "a decode without a score", s->name,
+                                i, got->best[i]);
         if (!flip)
             failures += !gpu_expect(d <= bound, "a decode's best log probability off", s->name, i, d);
         decode = flip || d < decode ? decode : d;
     }
     failures += !gpu_expect(flips <= FLIPS, "decodes were fed other tokens", s->name, kind, flips);
-    failures += !gpu_expect(want->rows == s->rows && got->rows == s->rows, "rows of the chunk with a score", s->name,
-                            kind, got->rows);
+    failures += !gpu_expect(want->rows == got->rows && got->rows == (scored ? s->rows : 0),
+                            "rows of the chunk with a score", s->name, kind, got->rows);
     for (uint32_t i = 0; i < want->rows && i < got->rows; i++) {
         const double d = fabs((double)want->row[i] - got->row[i]);
         failures += !gpu_expect(d <= bound, "a chunk row's log probability off", s->name, i, d);
