@@ -57,7 +57,8 @@ enum {
     SM90_SHARE_MIN = 30,
     SM90_NARROW = 64,       /* head dimension: kernels of their own */
     SM90_SHORT = 16,        /* tiles of prefill */
-    SM90_MUCH = 7,          /* so many times prefill's tiles */
+    SM90_MUCH = 7,          /* so many times prefill's tiles, */
+    SM90_MUCH_SHORT = 500,  /* or so many where that is short: twice the most that was measured */
     SM90_BENT_PREFILL = 28, /* tiles, from which on either is worth the fused kernel where scores are bent */
     SM90_BENT_DECODE = 24
 };
@@ -78,7 +79,7 @@ enum {
 /* What a rule depends on beside the sequences. */
 struct sm90_shape {
     uint32_t group, kv_heads, head_dim, window;
-    bool bent; /* scores are, by a soft cap */
+    bool bent; /* scores are, by a soft cap (or a scale that is not positive) */
     uint32_t sms;
     uint32_t fixed_tiles; /* 0: parts by the batch */
     uint32_t max_rows, max_seq_rows, max_kv_len;
@@ -367,7 +368,8 @@ SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_to
  * without, so the fused kernel wins but where there is very much to read, or hardly anything to do (attention_h200_shapes.txt). */
 SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode)
 {
-    if ((a->head_dim > SM90_NARROW && !a->bent) || (prefill >= SM90_SHORT && decode > SM90_MUCH * prefill))
+    if ((a->head_dim > SM90_NARROW && !a->bent) ||
+        decode > (prefill >= SM90_SHORT ? SM90_MUCH * prefill : (uint64_t)SM90_MUCH_SHORT))
         return false;
     return a->head_dim <= SM90_NARROW || prefill >= SM90_BENT_PREFILL || decode >= SM90_BENT_DECODE;
 }

@@ -152,8 +152,8 @@ STATUS_MUST_CHECK enum status_code kv_pool_extend(struct kv_pool *pool, uint64_t
  * says so in its account. */
 STATUS_MUST_CHECK enum status_code kv_pool_resize(struct kv_pool *pool, uint64_t pages, struct status *st);
 
-/* While it is on, the background thread begins nothing new, unless the step loop waits for it: what a step maps on its way does not take
- * turns with it in the driver. On while a step's slots are grown, off when the step is launched. */
+/* While it is on, the background thread is not told of new work, but for what the step loop waits for: what a step maps on its way does
+ * not take turns with it in the driver, unless earlier work lasts until then. On while a step's slots are grown, off when the step is launched. */
 void kv_pool_hold(struct kv_pool *pool, bool on);
 
 /* Waits until the background thread has nothing to do. */

@@ -240,10 +240,10 @@ enum status_code kv_span_clear(struct kv_pool *p, struct kv_range *r, uint32_t f
 /* --- memory_mapper.c --- */
 
 enum status_code kv_mapper_start(struct kv_pool *p, struct status *st);
-void kv_mapper_stop(struct kv_pool *p);                     /* waits for its jobs */
-void kv_mapper_reap(struct kv_pool *p);                     /* takes what is done into the accounts */
-void kv_mapper_hold(struct kv_pool *p, bool on);            /* jobs wait until it is off, or waited for */
-void kv_mapper_drain(struct kv_pool *p);                    /* waits for all jobs, and reaps */
+void kv_mapper_stop(struct kv_pool *p);          /* waits for its jobs */
+void kv_mapper_reap(struct kv_pool *p);          /* takes what is done into the accounts */
+void kv_mapper_hold(struct kv_pool *p, bool on); /* jobs posted while it is on wait until it is off, or waited for */
+void kv_mapper_drain(struct kv_pool *p);         /* waits for all jobs, and reaps */
 void kv_mapper_wait(struct kv_pool *p, struct kv_range *r); /* until the range has no job */
 /* Gives the mapper the next piece of work, if any, that makes positions below `to` ready to be taken. */
 void kv_mapper_prepare(struct kv_pool *p, struct kv_range *r, uint32_t to);

@@ -129,10 +129,20 @@ enum status_code kv_mapper_start(struct kv_pool *p, struct status *st)
 
 /* --- the step loop's side --- */
 
-static void tell(struct kv_mapper *m)
+/* The thread takes jobs in order: so many of those held back. */
+static void tell(struct kv_mapper *m, uint64_t n)
 {
-    for (; m->held; m->held--)
+    for (; n; n--, m->held--)
         sem_post(&m->todo);
+}
+
+/* Of those held back, up to the range's; 0: it is not among them. */
+static uint64_t held_up_to(const struct kv_mapper *m, const struct kv_range *r)
+{
+    for (uint64_t n = m->held; n; n--)
+        if (m->job[(m->posted - m->held + n - 1) % JOBS].range == r)
+            return n;
+    return 0;
 }
 
 static void post(struct kv_mapper *m, enum job_kind kind, struct kv_range *r, uint32_t from, uint32_t to)
@@ -144,7 +154,7 @@ static void post(struct kv_mapper *m, enum job_kind kind, struct kv_range *r, ui
     }
     m->held++;
     if (!m->holds)
-        tell(m);
+        tell(m, m->held);
 }
 
 void kv_mapper_stop(struct kv_pool *p)
@@ -209,13 +219,13 @@ void kv_mapper_hold(struct kv_pool *p, bool on)
         return;
     p->mapper->holds = on;
     if (!on)
-        tell(p->mapper);
+        tell(p->mapper, p->mapper->held);
 }
 
 void kv_mapper_drain(struct kv_pool *p)
 {
     if (p->mapper)
-        tell(p->mapper);
+        tell(p->mapper, p->mapper->held);
     while (p->mapper && p->mapper->reaped < p->mapper->posted) {
         wait_for(&p->mapper->done);
         reap_one(p);
@@ -225,7 +235,7 @@ void kv_mapper_drain(struct kv_pool *p)
 void kv_mapper_wait(struct kv_pool *p, struct kv_range *r)
 {
     if (r->job)
-        tell(p->mapper);
+        tell(p->mapper, held_up_to(p->mapper, r));
     while (r->job) {
         wait_for(&p->mapper->done);
         reap_one(p);

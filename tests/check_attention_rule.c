@@ -154,6 +154,29 @@ START_TEST(lists_have_room_for_all_parts_of_any_batch)
 }
 END_TEST
 
+/* With one role alone there is nothing to fuse; and heads that are neither narrow nor bent all go by the same times. */
+START_TEST(a_way_is_for_both_roles)
+{
+    static struct batch b;
+    state = (uint64_t)_i + 1;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        make(&b);
+        const struct sm90_totals t = totals_of(&b, b.seqs);
+        const enum attn_gpu_way way = sm90_choose(&b.shape, b.seq, b.seqs);
+        if (t.units[SM90_PREFILL] == 0 || t.units[SM90_DECODE] == 0)
+            ck_assert_int_eq(way, ATTN_WAY_APART);
+        if (b.shape.head_dim > SM90_NARROW && !b.shape.bent) {
+            b.shape.head_dim = SM90_NARROW + 8 * (1 + draw(24));
+            ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), way);
+        } else if (way == ATTN_WAY_FUSED_REST) { /* by the times, where much is to be read */
+            b.shape.bent = false;
+            b.shape.head_dim = 128;
+            ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), way);
+        }
+    }
+}
+END_TEST
+
 START_TEST(a_fixed_cut_depends_on_the_length_alone)
 {
     static struct batch b;
@@ -287,14 +310,20 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 128, false, 512, 131072, 5, 131072, ATTN_WAY_FUSED},
         {8, 128, false, 512, 32768, 22, 32768, ATTN_WAY_FUSED_REST},
 
-        {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED},   /* 40.6 us, apart 48.3 */
-        {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},   /* 11.6, 13.0 */
-        {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},   /* 152, 257 */
-        {8, 64, false, 512, 4096, 256, 8192, ATTN_WAY_APART}, /* mostly decodes */
-        {8, 96, false, 512, 4096, 32, 4096, ATTN_WAY_APART},  /* 135, fused 160 */
-        {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},  /* 179, apart 281 */
-        {2, 128, true, 512, 512, 64, 1024, ATTN_WAY_APART},   /* 29.5, fused 37.3: hardly anything to do */
-        {8, 64, false, 512, 4096, 0, 0, ATTN_WAY_APART},      /* nothing to fuse */
+        {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED}, /* 40.6 us, apart 48.3 */
+        {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED}, /* 11.6, 13.0 */
+        {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 152, 257 */
+        {8, 64, false, 512, 4096, 96, 2048, ATTN_WAY_FUSED}, /* 128.0, 129.2: 2.7 times as many tiles of decodes as of prefill */
+        {32, 64, false, 128, 4096, 32, 4096, ATTN_WAY_APART}, /* 32/32 heads, 512 rows, 7.1 times: 279.8, fused 298.1 */
+        {32, 64, false, 64, 256, 64, 1024, ATTN_WAY_FUSED}, /* 256 rows: 135.5, apart 157.1, though 25 times: prefill is short */
+        {32, 64, false, 64, 1024, 32, 2048, ATTN_WAY_APART}, /* 256 rows, 12 times: 143.2, fused 149.3 */
+        {8, 64, false, 64, 64, 256, 8192, ATTN_WAY_APART},   /* very many: not measured */
+        {8, 96, false, 512, 4096, 32, 4096, ATTN_WAY_APART}, /* 135, fused 160 */
+        {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 179, apart 281 */
+        {4, 128, true, 512, 512, 64, 1024, ATTN_WAY_FUSED},  /* 47.5, 48.2: decodes enough */
+        {2, 128, true, 512, 512, 64, 1024, ATTN_WAY_APART},  /* 29.5, fused 37.3: hardly anything to do */
+        {2, 128, true, 1024, 8192, 4, 8192, ATTN_WAY_FUSED}, /* prefill enough: not measured */
+        {8, 64, false, 512, 4096, 0, 0, ATTN_WAY_APART},     /* nothing to fuse */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct attn_seq seq[MAX_SEQS];
@@ -399,6 +428,7 @@ int main(void)
                         sizeof equal_decodes / sizeof *equal_decodes);
     tcase_add_test(core, one_long_decode_among_short_ones_is_cut);
     tcase_add_loop_test(core, a_fixed_cut_depends_on_the_length_alone, 0, 4);
+    tcase_add_loop_test(core, a_way_is_for_both_roles, 0, 4);
     suite_add_tcase(s, core);
     TCase *limits = tcase_create("limits");
     tcase_set_timeout(limits, 60);

@@ -314,6 +314,8 @@ enum status_code engine_submit(struct engine *e, const Tandem__V1__StepPlan *pla
     f->samples = b.samples;
     f->rows = b.rows;
     f->decodes = (uint32_t)plan->n_decode_slots;
+    if (e->info.depth == 1) /* the launch is the whole step */
+        kv_pool_hold(e->kv, false);
     if (rc == ST_OK)
         rc = launch(e, f, &b, st);
     kv_pool_hold(e->kv, false);

@@ -251,7 +251,8 @@ void print_power(const draw_power *p, const contender *c, const batch *b, cudaSt
     }
 }
 
-void create(contender *c, const batch *b, const attn_gpu_ops *ops, int e)
+/* False: the back end cannot do this. */
+bool create(contender *c, const batch *b, const attn_gpu_ops *ops, int e)
 {
     attn_gpu_config cfg = {};
     cfg.ops = ops;
@@ -269,13 +270,17 @@ void create(contender *c, const batch *b, const attn_gpu_ops *ops, int e)
     cfg.max_kv_len = b->max_len;
     cfg.policy = entry_policies[e];
     struct status st = STATUS_INIT;
-    if (attn_gpu_create(&c->attn, &cfg, &st) != ST_OK) {
-        fprintf(stderr, "%s, %s: %s\n", ops->name, entry_names[e], st.message);
+    const status_code rc = attn_gpu_create(&c->attn, &cfg, &st);
+    if (rc == ST_OK)
+        return true;
+    fprintf(stderr, "%s, %s: %s\n", ops->name, entry_names[e], st.message);
+    if (rc != ST_UNIMPLEMENTED)
         exit(1);
-    }
+    return false;
 }
 
-void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool between, cudaStream_t stream)
+/* False: the back end cannot do this. */
+bool capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool between, cudaStream_t stream)
 {
     attn_gpu_step step = {};
     step.seq = b->d_seq;
@@ -285,7 +290,8 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool 
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
     if (e != NONE) {
-        create(c, b, ops, e);
+        if (!create(c, b, ops, e))
+            return false;
         step.way = e == APART ? ATTN_WAY_APART : attn_gpu_choose(c->attn, b->seq.data(), step.max_seqs);
     }
     cudaGraph_t graph;
@@ -308,6 +314,7 @@ void capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool 
     CUDA_MUST(cudaGraphDestroy(graph));
     c->back_end = ops->name;
     c->policy = entry_names[e];
+    return true;
 }
 
 struct options {
@@ -328,7 +335,8 @@ std::vector<contender> contenders_of(const batch *b, const options &o, cudaStrea
                           : strstr(o.policies, entry_names[e]) &&
                                 (!o.back_end || !strcmp(o.back_end, attn_gpu_back_ends[i]->name))) {
                 all.emplace_back();
-                capture(&all.back(), b, attn_gpu_back_ends[i], e, o.between, stream);
+                if (!capture(&all.back(), b, attn_gpu_back_ends[i], e, o.between, stream))
+                    all.pop_back();
             }
     return all;
 }
