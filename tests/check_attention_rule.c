@@ -234,15 +234,23 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
 }
 END_TEST
 
+/* A rank of heads of a model on an H200, 4 to a KV head. */
+static struct sm90_shape shape_of(uint32_t kv_heads, uint32_t max_seq_rows)
+{
+    return (struct sm90_shape){.group = 4,
+                               .kv_heads = kv_heads,
+                               .head_dim = 128,
+                               .sms = 132,
+                               .max_rows = 8192,
+                               .max_seq_rows = max_seq_rows,
+                               .max_kv_len = 1 << 20};
+}
+
 START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
 {
-    const struct sm90_shape shape = {.group = 4,
-                                     .kv_heads = 8,
-                                     .head_dim = 128,
-                                     .sms = 132,
-                                     .max_rows = 100,
-                                     .max_seq_rows = 50,
-                                     .max_kv_len = 1000};
+    struct sm90_shape shape = shape_of(8, 50);
+    shape.max_rows = 100;
+    shape.max_kv_len = 1000;
     const struct attn_seq good = {.first_row = 60, .rows = 40, .kv_len = 1000};
     ck_assert(!sm90_breaks_rule(&shape, &good));
 #define BREAKS(field, value)                                                                                           \
@@ -261,13 +269,9 @@ START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
     BREAKS(first_row, UINT32_MAX);
 #undef BREAKS
     /* A chunk beside decodes is fused; without those that break a rule it is alone. */
-    const struct sm90_shape wide = {.group = 4,
-                                    .kv_heads = 8,
-                                    .head_dim = 128,
-                                    .sms = 132,
-                                    .max_rows = 600,
-                                    .max_seq_rows = 512,
-                                    .max_kv_len = 4096};
+    struct sm90_shape wide = shape_of(8, 512);
+    wide.max_rows = 600;
+    wide.max_kv_len = 4096;
     struct attn_seq seq[33] = {{.rows = 512, .kv_len = 4096}};
     for (uint32_t i = 1; i < 33; i++)
         seq[i] = (struct attn_seq){.first_row = 511 + i, .rows = 1, .kv_len = 1024};
@@ -277,18 +281,6 @@ START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
     ck_assert_int_eq(sm90_choose(&wide, seq, 33), ATTN_WAY_APART);
 }
 END_TEST
-
-/* A rank of heads of a model on an H200, 4 to a KV head. */
-static struct sm90_shape shape_of(uint32_t kv_heads, uint32_t max_seq_rows)
-{
-    return (struct sm90_shape){.group = 4,
-                               .kv_heads = kv_heads,
-                               .head_dim = 128,
-                               .sms = 132,
-                               .max_rows = 8192,
-                               .max_seq_rows = max_seq_rows,
-                               .max_kv_len = 1 << 20};
-}
 
 /* One chunk and equal decodes: what was fastest on an H200 (attention/README.md; from the second part on attention_h200_shapes.txt). */
 START_TEST(the_way_is_what_was_fastest_when_it_was_measured)

@@ -10,8 +10,8 @@
  *
  * apart is what one graph for all steps does, whatever attn_gpu_choose says: auto by ATTN_WAY_APART; plan is the plan alone, us of one.
  *
- * With --rest the GPU does nothing for so long before each replay: what it draws in the mean stays below its cap, and its clock at
- * the highest.
+ * With --rest the GPU does nothing for so long before each replay: what it draws in the mean stays below its cap. Its clock falls in a
+ * replay all the same: see the last column.
  *
  * With --between 1 a kernel stands in front of each run, as in a step, where layers of attention do not touch: it writes q, and K and
  * V of the step's own tokens, which then come from L2, and lets what is behind it begin early. It is in the times, and by itself is a contender, too ("none").
@@ -440,9 +440,8 @@ int main(int argc, char **argv)
     if (i >= argc || o.rounds == 0 || o.dim == 0 || o.dim % 8 || o.dim > 256 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
                 "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--dim D] [--window KEYS] "
-                "[--cap C] [--rest MS] [--power MS] [--between 1] [--pages 1] \"HEADS/KV_HEADS [ROWS:CONTEXT ..] "
-                "[NxCONTEXT ..]\" "
-                "...\n",
+                "[--cap C] [--rest MS] [--power MS] [--between 1] [--pages 1] "
+                "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
                 argv[0]);
         return 2;
     }
