@@ -86,37 +86,71 @@ __device__ uint32_t warp_before(uint32_t x)
     return inclusive - x;
 }
 
-/* Writes the items of sequence i: KV head h from item + h * (items of a head) on. */
-__device__ void write(const sm90_plan_args &a, const sm90_rule &r, uint32_t i, const attn_seq &s, uint32_t lane,
-                      uint32_t items, uint32_t slots, uint32_t item, uint32_t slot)
+/* Of a sequence: what its items have in common, and where they begin; those of KV head h from item + h * items on. */
+struct sequence_items {
+    attn_seq s;
+    uint32_t seq, role, items, slots;
+};
+
+/* A unit, in `parts` parts of `each` tiles. */
+struct unit_items {
+    uint32_t first, lo, hi, each, parts, item, slot;
+};
+
+__device__ __forceinline__ void write_part(const sm90_plan_args &a, const sequence_items &q, const unit_items &u,
+                                           uint32_t h, uint32_t p)
 {
-    const uint32_t role = sm90_role_of(&a.shape, &s), n = sm90_units_of(&a.shape, &s);
+    const uint32_t at = u.item + h * q.items + p;
+    if (at >= a.ws.max_items[q.role])
+        return;
+    attn_item it;
+    it.s = q.s;
+    it.seq = q.seq;
+    it.kv_head = h;
+    it.first = u.first;
+    it.key_begin = u.lo + p * u.each * TILE_KEYS;
+    it.key_end = p + 1 < u.parts ? it.key_begin + u.each * TILE_KEYS : u.hi;
+    it.part = p;
+    it.slot = u.slot + h * q.slots;
+    it.parts = u.parts == 1 || it.slot + u.parts <= a.ws.max_slots[q.role] ? u.parts : 0;
+    a.ws.items[q.role][at] = it;
+}
+
+__device__ unit_items unit_of(const sm90_plan_args &a, const sm90_rule &r, const sequence_items &q, uint32_t first)
+{
+    unit_items u = {first};
+    sm90_keys_of(&a.shape, &q.s, first, &u.lo, &u.hi);
+    const uint32_t tiles = sm90_tiles_of(u.lo, u.hi);
+    u.each = sm90_part_tiles(&r, q.role, q.seq, tiles);
+    u.parts = (tiles + u.each - 1) / u.each;
+    return u;
+}
+
+/* Writes the items of a sequence. One unit: lanes share its heads and parts; more: a lane has every 32nd, the last rows, which see
+ * most, first. */
+__device__ void write(const sm90_plan_args &a, const sm90_rule &r, const sequence_items &q, uint32_t lane,
+                      uint32_t item, uint32_t slot)
+{
+    const uint32_t n = sm90_units_of(&a.shape, &q.s);
+    if (n == 1) {
+        unit_items u = unit_of(a, r, q, 0);
+        u.item = item;
+        u.slot = slot;
+        for (uint32_t i = lane; i < a.shape.kv_heads * u.parts; i += 32)
+            write_part(a, q, u, i / u.parts, i % u.parts);
+        return;
+    }
     for (uint32_t from = 0; from < n; from += 32) {
-        uint32_t u = from + lane, lo = 0, hi = 0, each = 0, parts = 0;
-        if (u < n) { /* the last rows, which see most, first */
-            sm90_keys_of(&a.shape, &s, (n - 1 - u) * UNIT_ROWS, &lo, &hi);
-            each = sm90_part_tiles(&r, role, i, sm90_tiles_of(lo, hi));
-            parts = (sm90_tiles_of(lo, hi) + each - 1) / each;
-        }
-        uint32_t cut = parts > 1 ? parts : 0, my_item = item + warp_before(parts), my_slot = slot + warp_before(cut);
+        unit_items u = {};
+        if (from + lane < n)
+            u = unit_of(a, r, q, (n - 1 - from - lane) * UNIT_ROWS);
+        const uint32_t cut = u.parts > 1 ? u.parts : 0;
+        u.item = item + warp_before(u.parts);
+        u.slot = slot + warp_before(cut);
         for (uint32_t h = 0; h < a.shape.kv_heads; h++)
-            for (uint32_t p = 0; p < parts; p++) {
-                uint32_t at = my_item + h * items + p;
-                if (at >= a.ws.max_items[role])
-                    break;
-                attn_item it;
-                it.s = s;
-                it.seq = i;
-                it.kv_head = h;
-                it.first = (n - 1 - u) * UNIT_ROWS;
-                it.key_begin = lo + p * each * TILE_KEYS;
-                it.key_end = p + 1 < parts ? it.key_begin + each * TILE_KEYS : hi;
-                it.part = p;
-                it.parts = my_slot + h * slots + parts <= a.ws.max_slots[role] || cut == 0 ? parts : 0;
-                it.slot = my_slot + h * slots;
-                a.ws.items[role][at] = it;
-            }
-        item += warp_sum(parts);
+            for (uint32_t p = 0; p < u.parts; p++)
+                write_part(a, q, u, h, p);
+        item += warp_sum(u.parts);
         slot += warp_sum(cut);
     }
 }
@@ -125,6 +159,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
 {
     __shared__ sm90_totals t;
     __shared__ unsigned long long share;
+    __shared__ sm90_rule rule;
     __shared__ uint32_t fault;
     const uint32_t given = *a.counts, seqs = given < a.max_seqs ? given : a.max_seqs;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -139,7 +174,10 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     __syncthreads();
     atomicMin(&share, sm90_share_of(&a.shape, &t, threadIdx.x + 1)); /* of each number of clusters */
     __syncthreads();
-    const sm90_rule r = sm90_rule_of(&a.shape, &t, share, last);
+    if (threadIdx.x == 0) /* alone: by all warps at once it takes longer */
+        rule = sm90_rule_of(&a.shape, &t, share, last);
+    __syncthreads();
+    const sm90_rule r = rule;
     for (uint32_t i = warp; i < seqs; i += PLAN_WARPS) {
         const attn_seq s = a.seq[i];
         uint32_t items = 0, slots = 0;
@@ -169,9 +207,11 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
         const attn_seq s = a.seq[i];
         if (sm90_breaks_rule(&a.shape, &s))
             continue;
-        uint32_t role = sm90_role_of(&a.shape, &s), items, slots;
-        count(a, r, i, s, lane, items, slots);
-        write(a, r, i, s, lane, warp_sum(items), warp_sum(slots), a.ws.offsets[role][i], a.ws.offsets[ROLES + role][i]);
+        sequence_items q = {s, i, sm90_role_of(&a.shape, &s)};
+        count(a, r, i, s, lane, q.items, q.slots);
+        q.items = warp_sum(q.items);
+        q.slots = warp_sum(q.slots);
+        write(a, r, q, lane, a.ws.offsets[q.role][i], a.ws.offsets[ROLES + q.role][i]);
     }
     if (threadIdx.x < ROLES) {
         uint32_t n = all[threadIdx.x], most = a.ws.max_items[threadIdx.x];
