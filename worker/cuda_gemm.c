@@ -1,4 +1,4 @@
-/* cuda_gemm.c - products through cuBLASLt, or own kernels: of a few rows, and of gate and up with SwiGLU. Which one is taken is
+/* cuda_gemm.c - products through cuBLASLt, or own kernels: of a few rows, of some, and of gate and up with SwiGLU. Which one is taken is
  * up to cuda_gemm_choose.c.
  *
  * Row-major y = x W^T is to cuBLASLt, which counts columns first, y' = W' x' with W transposed: m = N, n = T, k = K.
@@ -141,6 +141,10 @@ enum status_code cuda_gemm_launch(const struct cuda_gemm *g, const struct shape 
     switch (s->way.kind) {
     case WAY_FEW:
         return launch_few(g, s, p, w, y, st);
+    case WAY_SOME:
+        return cuda_check(cuda_some_rows(g->stream, y, s->out, p->x, w, p->bias, s->t,
+                                         s->out == CUDA_OUT_SWIGLU ? s->n / 2 : s->n, s->k),
+                          st, "product of some rows");
     case WAY_GLU:
         return cuda_check(cuda_glu_run(g->stream, &g->glu, &s->way.glu, y, p->x, w, p->bias, s->t, s->n / 2, s->k), st,
                           "gate and up with SwiGLU");

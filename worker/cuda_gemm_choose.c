@@ -9,11 +9,16 @@
 #define TRIES_MAX     12  /* algorithms that are tried for a shape */
 #define GLU_TRIES_MAX 6   /* and ways of cuda_glu.cu */
 #define ALIGN_MAX     64u /* what model_weights.c and the activations keep to */
-#define OWN_WAYS      2 /* another number when own kernels have become faster or slower, so that all is measured anew */
+#define OWN_WAYS      3 /* another number when own kernels have become faster or slower, so that all is measured anew */
 
 static bool few_rows_fit(const struct cuda_product *p)
 {
     return p->rows <= CUDA_FEW_ROWS_MAX && p->w->cols % 8 == 0;
+}
+
+static bool some_rows_fit(const struct cuda_product *p)
+{
+    return p->rows > CUDA_FEW_ROWS_MAX && p->rows <= CUDA_SOME_ROWS_MAX && p->w->cols % 8 == 0;
 }
 
 static bool glu_is_for(const struct shape *s)
@@ -158,6 +163,8 @@ static bool can_go(const struct cuda_gemm *g, const struct shape *s, const struc
         return takes(g, s, &way->algo);
     case WAY_FEW:
         return few_rows_fit(p);
+    case WAY_SOME:
+        return some_rows_fit(p);
     case WAY_GLU:
         return glu_is_for(s) && cuda_glu_fits(&g->glu, &way->glu, s->t, s->n / 2, s->k);
     default:
@@ -247,6 +254,8 @@ static enum status_code try_all(struct cuda_gemm *g, struct shape *s, const stru
             rc = try_way(g, s, t, &(struct way){.algo = found[i].algo}, best, st);
     if (rc == ST_OK && few_rows_fit(t->p))
         rc = try_way(g, s, t, &(struct way){.kind = WAY_FEW}, best, st);
+    if (rc == ST_OK && some_rows_fit(t->p))
+        rc = try_way(g, s, t, &(struct way){.kind = WAY_SOME}, best, st);
     for (uint32_t i = 0; rc == ST_OK && i < glus; i++)
         rc = try_way(g, s, t, &(struct way){.glu = glu[i], .kind = WAY_GLU}, best, st);
     return rc;

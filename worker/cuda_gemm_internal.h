@@ -8,7 +8,7 @@
 #include "worker/cuda_internal.h"
 #include "worker/tuned.h"
 
-enum way_kind { WAY_LIBRARY, WAY_FEW, WAY_GLU }; /* cuBLASLt, cuda_few.cu, cuda_glu.cu */
+enum way_kind { WAY_LIBRARY, WAY_FEW, WAY_GLU, WAY_SOME }; /* cuBLASLt, cuda_few.cu, cuda_glu.cu, cuda_some.cu */
 
 /* How a shape is computed; of a shape, in the file, whose key is n, k, t, out. */
 struct way {

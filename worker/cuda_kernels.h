@@ -105,6 +105,14 @@ cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const
 cudaError_t cuda_few_rope(cudaStream_t stream, const struct cuda_rope *r, const void *x, const void *w, uint32_t t,
                           uint32_t k);
 
+/* ---- products of some rows (cuda_some.cu) ---- */
+
+#define CUDA_SOME_ROWS_MAX 16
+/* As cuda_few_rows, and with CUDA_OUT_SWIGLU as cuda_few_swiglu (N is inner then), for T up to CUDA_SOME_ROWS_MAX; bias [2 N] or NULL
+ * is for that alone. Sums do not depend on T. */
+cudaError_t cuda_some_rows(cudaStream_t stream, void *y, enum cuda_out out, const void *x, const void *w,
+                           const float *bias, uint32_t t, uint32_t n, uint32_t k);
+
 /* ---- gate and up with SwiGLU, of many rows (cuda_glu.cu): compute capability 9.0 alone ---- */
 
 #define CUDA_GLU_COLS     128 /* inner is a multiple of it, */

@@ -10,20 +10,24 @@
 
 /* ---- few rows ---- */
 
-/* Rows of W at the edges of a block's eight warps; k at those of a load of one warp, and of four in flight: 256 and 1024. */
+/* Rows of W at the edges of a block's eight warps; k at those of a load of one warp, and of four in flight: 256 and 1024. Of 4243 rows
+ * there are more blocks than SMs. */
 static const struct shape {
     uint32_t n, k;
     bool small;
 } shapes[] = {
-    {1, 8, true},      {7, 248, false},  {8, 256, true},   {9, 264, true},  {64, 64, true},      {17, 1016, true},
-    {896, 896, false}, {33, 1024, true}, {16, 1032, true}, {5, 2048, true}, {1000, 4096, false}, {4096, 896, false},
+    {1, 8, true},        {7, 248, false},    {8, 256, true},     {9, 264, true},   {64, 64, true},
+    {17, 1016, true},    {896, 896, false},  {33, 1024, true},   {16, 1032, true}, {5, 2048, true},
+    {1000, 4096, false}, {4096, 896, false}, {4243, 520, false},
 };
 
+/* t above CUDA_FEW_ROWS_MAX: by cuda_some_rows. */
 static void few(struct kg *k, const struct shape *s, uint32_t t, enum cuda_out out)
 {
     static const char *const kind[] = {"bf16", "f32", "f32, added"};
+    const bool some = t > CUDA_FEW_ROWS_MAX;
     const size_t n = (size_t)t * s->n, out_size = out == CUDA_OUT_BF16 ? sizeof(uint16_t) : sizeof(float);
-    kg_begin(k, "few_rows %u of %ux%u, %s", t, s->n, s->k, kind[out]);
+    kg_begin(k, "%s_rows %u of %ux%u, %s", some ? "some" : "few", t, s->n, s->k, kind[out]);
     uint16_t *x = kg_halves(k, (size_t)t * s->k, 1), *w = kg_halves(k, (size_t)s->n * s->k, 1);
     double *y = kg_zeros(n, sizeof *y), *size = kg_zeros(n, sizeof *size);
     float *old = kg_floats(k, n, 5);
@@ -32,7 +36,8 @@ static void few(struct kg *k, const struct shape *s, uint32_t t, enum cuda_out o
     void *d_y = out == CUDA_OUT_F32_ADD ? kg_give(k, old, n * out_size) : kg_poisoned(k, n * out_size);
     const void *d_x = kg_give(k, x, (size_t)t * s->k * sizeof *x),
                *d_w = kg_give(k, w, (size_t)s->n * s->k * sizeof *w);
-    kg_launched(k, cuda_few_rows(k->stream, d_y, out, d_x, d_w, t, s->n, s->k));
+    kg_launched(k, some ? cuda_some_rows(k->stream, d_y, out, d_x, d_w, NULL, t, s->n, s->k)
+                        : cuda_few_rows(k->stream, d_y, out, d_x, d_w, t, s->n, s->k));
     kg_take(k, got, d_y, n * out_size);
     for (size_t i = 0; i < n; i++) {
         const double want = out == CUDA_OUT_F32_ADD ? (double)old[i] + y[i] : y[i];
@@ -82,7 +87,8 @@ static void few_swiglu(struct kg *k, const struct shape *s, uint32_t t, bool bia
 {
     const uint32_t inner = s->n;
     const size_t n = (size_t)t * inner;
-    kg_begin(k, "few_swiglu %u of 2x%ux%u%s", t, inner, s->k, biased ? ", bias" : "");
+    const bool some = t > CUDA_FEW_ROWS_MAX;
+    kg_begin(k, "%s_swiglu %u of 2x%ux%u%s", some ? "some" : "few", t, inner, s->k, biased ? ", bias" : "");
     uint16_t *x = kg_halves(k, (size_t)t * s->k, 1), *w = kg_halves(k, 2 * (size_t)inner * s->k, 0.5f);
     float *bias = kg_floats(k, 2 * (size_t)inner, 2);
     double *y = kg_zeros(2 * n, sizeof *y), *off = kg_zeros(2 * n, sizeof *off);
@@ -95,7 +101,8 @@ static void few_swiglu(struct kg *k, const struct shape *s, uint32_t t, bool bia
     const void *d_x = kg_give(k, x, (size_t)t * s->k * sizeof *x);
     const void *d_w = kg_give(k, w, 2 * (size_t)inner * s->k * sizeof *w);
     const float *d_bias = biased ? kg_give(k, bias, 2 * (size_t)inner * sizeof *bias) : NULL;
-    kg_launched(k, cuda_few_swiglu(k->stream, d_act, d_x, d_w, d_bias, t, inner, s->k));
+    kg_launched(k, some ? cuda_some_rows(k->stream, d_act, CUDA_OUT_SWIGLU, d_x, d_w, d_bias, t, inner, s->k)
+                        : cuda_few_swiglu(k->stream, d_act, d_x, d_w, d_bias, t, inner, s->k));
     kg_take(k, act, d_act, n * sizeof *act);
     for (size_t i = 0; i < n; i++)
         kg_near(k, "act", i, (double)kg_float(act[i]), want.act[i], want.allowed[i]);
@@ -112,8 +119,10 @@ static void few_swiglu(struct kg *k, const struct shape *s, uint32_t t, bool bia
 void kg_few(struct kg *k)
 {
     for (uint32_t i = 0; i < KG_COUNT(shapes); i++)
-        for (uint32_t t = 1; t <= CUDA_FEW_ROWS_MAX; t++) {
+        for (uint32_t t = 1; t <= CUDA_SOME_ROWS_MAX; t++) {
             if (k->small && (!shapes[i].small || (t + i) % 2))
+                continue;
+            if (t > CUDA_FEW_ROWS_MAX && t % 4 != i % 4 && t != 8 && t != 9 && t != CUDA_SOME_ROWS_MAX)
                 continue;
             for (enum cuda_out out = CUDA_OUT_BF16; out <= CUDA_OUT_F32_ADD; out++)
                 if (!k->small || (t + i) % 6 / 2 == (uint32_t)out)

@@ -35,7 +35,7 @@ for group in "${groups[@]}"; do
     one memcheck "$group" "$bin/check_kernels_gpu" --small --bare "$group"
 done
 own=()
-for kernel in norm few swiglu sample score adjust select embed rope; do
+for kernel in norm few some swiglu sample score adjust select embed rope; do
     own+=(--kernel-name "kns=${kernel}")
 done
 for what in qwen2 windows yarn demo; do
