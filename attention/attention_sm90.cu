@@ -311,12 +311,13 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
 }
 
 /* Decode's list, or what is left of it. Alone, and under the serial policy, by the portable kernel, which begins and ends sooner; where it shares a
- * step's SMs with prefill (decode_follows, whether there is any or not) the other is faster (attention_h200_shapes.txt), but for bent scores. Under a
- * fixed cut bits are those of one kernel. */
+ * step's SMs with prefill (decode_follows, whether there is any or not) the other is faster (attention_h200_shapes.txt), but for bent scores and for
+ * heads narrower than its boxes. Under a fixed cut bits are those of one kernel. */
 cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
 {
     const sm90_run_args &r = a.run;
-    if (s->cfg.fixed_split_keys || (r.decode_follows && !bent(&s->cfg)))
+    const bool fills = s->cfg.head_dim % BOX_DIMS == 0;
+    if (s->cfg.fixed_split_keys || (r.decode_follows && fills && !bent(&s->cfg)))
         return launch(s, s->kernels->decode, a, 0, stream);
     cuda_run_args c = {};
     c.q = r.q;

@@ -8,7 +8,7 @@
  *   dimension 0: elements of a head   1: tokens, kv_len of them   2: 16-byte steps of kv_offset + kv_head * head_stride
  *
  * Dimension 2 overlaps the others on purpose: any layer and head of any layout is a coordinate. What lies behind kv_len is
- * out of bounds: never read, and zero in shared memory. Boxes are BOX_KEYS tokens of 64 elements (128 swizzled bytes).
+ * out of bounds: never read, and zero in shared memory. Boxes are BOX_KEYS tokens of BOX_DIMS elements (128 swizzled bytes).
  */
 #ifndef TANDEM_ATTENTION_SM90_CUH
 #define TANDEM_ATTENTION_SM90_CUH
@@ -21,6 +21,7 @@
 #include "attention/attention_sm90_rule.h"
 #include "attention/ptx_sm90.cuh"
 
+constexpr uint32_t BOX_DIMS = 64; /* elements of a row */
 constexpr uint32_t BOX_KEYS = 32;
 constexpr uint32_t BOX_BYTES = BOX_KEYS * 128;
 constexpr uint32_t DECODE_BLOCKS_PER_SM = SM90_DECODE_BLOCKS;

@@ -45,7 +45,7 @@ cudaError_t sm90_map_template(sm90_map *out, uint32_t head_dim, uint64_t token_s
     if (found != cudaDriverEntryPointSuccess)
         return cudaErrorNotSupported;
     const cuuint64_t dims[3] = {head_dim, 1u << 30, ANY_STEPS}, strides[2] = {token_stride, 16};
-    const cuuint32_t box[3] = {64, BOX_KEYS, 1}, every[3] = {1, 1, 1};
+    const cuuint32_t box[3] = {BOX_DIMS, BOX_KEYS, 1}, every[3] = {1, 1, 1};
     /* No promotion: by one to 256 bytes each half of a row is asked for once more, and what lies in the other half of L2 crosses the
      * fabric between them half as often again (attention_h200_binds.txt). */
     CUresult rc = ((decltype(&cuTensorMapEncodeTiled))fn)(
