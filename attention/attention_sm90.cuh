@@ -23,7 +23,8 @@
 
 constexpr uint32_t BOX_DIMS = 64; /* elements of a row */
 constexpr uint32_t BOX_KEYS = 32;
-constexpr uint32_t BOX_BYTES = BOX_KEYS * 128;
+constexpr uint32_t BOX_BYTES = BOX_KEYS * BOX_DIMS * 2;
+static_assert(BOX_DIMS * 2 == 128, "a swizzled row");
 constexpr uint32_t DECODE_BLOCKS_PER_SM = SM90_DECODE_BLOCKS;
 constexpr uint32_t CLUSTER = SM90_CLUSTER; /* blocks that work on a prefill unit: each brings half of K and V to both */
 constexpr uint32_t BLOCK_ROWS = 128;       /* of prefill: 64 per consumer warpgroup */

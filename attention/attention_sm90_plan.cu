@@ -3,7 +3,7 @@
  *   1  every sequence is looked at: faults, totals by role
  *   2  which SMs work on what, and the size of a part, follow from the totals (attention_sm90_rule.h)
  *   3  items and slots of every sequence are counted; a scan gives each its place in the lists
- *   4  items are written: a warp per sequence, a lane per block of packed rows
+ *   4  items are written: a warp per sequence, a lane per block of packed rows, or, of one block, per KV head and part
  *
  * Within a sequence items lie by KV head, then last rows first: blocks that run at the same time read the same keys, which
  * come from L2 then, and the longest items of a head begin first.

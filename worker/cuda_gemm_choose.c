@@ -261,20 +261,26 @@ static enum status_code try_all(struct cuda_gemm *g, struct shape *s, const stru
     return rc;
 }
 
-/* For tests: another one of the own ways for each number of rows. */
-static bool own_way(const struct cuda_gemm *g, struct shape *s)
+/* For tests: own kernels wherever they can be had; of gate and up another of the ways for each number of rows. */
+static bool own_way(const struct cuda_gemm *g, struct shape *s, const struct cuda_product *p)
 {
     struct cuda_glu_way glu[32];
-    const uint32_t n = g->own_first ? glu_ways(g, s, glu, sizeof glu / sizeof *glu) : 0;
+    if (!g->own_first)
+        return false;
+    const uint32_t n = glu_ways(g, s, glu, sizeof glu / sizeof *glu);
     if (n)
         s->way = (struct way){.glu = glu[s->t % n], .kind = WAY_GLU};
-    return n != 0;
+    else if (some_rows_fit(p))
+        s->way = (struct way){.kind = WAY_SOME};
+    else
+        return false;
+    return true;
 }
 
 static enum status_code choose(struct cuda_gemm *g, struct shape *s, const struct trial *t, struct status *st)
 {
     struct best best = {.ms = -1};
-    if (own_way(g, s) || recall(g, s, t->p))
+    if (own_way(g, s, t->p) || recall(g, s, t->p))
         return ST_OK;
     if (!may_try(g))
         return guess(g, s, t, st);
@@ -350,6 +356,7 @@ static enum status_code choose_one_way(const struct cuda_gemm *g, struct shape *
 enum status_code cuda_gemm_choose(struct cuda_gemm *g, struct shape *s, const struct trial *t, struct status *st)
 {
     const enum status_code rc = g->one_way ? choose_one_way(g, s, st) : choose(g, s, t, st);
-    g->counts.own += rc == ST_OK && s->way.kind == WAY_GLU;
+    g->counts.glu += rc == ST_OK && s->way.kind == WAY_GLU;
+    g->counts.some += rc == ST_OK && s->way.kind == WAY_SOME;
     return rc;
 }

@@ -62,7 +62,7 @@ STATUS_MUST_CHECK enum status_code cuda_gemm_remember(struct cuda_gemm *g, const
 void cuda_gemm_try_until(struct cuda_gemm *g, double until_us);
 struct cuda_gemm_counts {
     uint32_t measured, remembered, untried; /* shapes */
-    uint32_t own;                           /* of those, gate and up with SwiGLU in the own kernel */
+    uint32_t glu, some;                     /* of those, by cuda_glu.cu and by cuda_some.cu */
 };
 struct cuda_gemm_counts cuda_gemm_counts(const struct cuda_gemm *g);
 /* What is wrong with the file, or where it is; NULL without one. */

@@ -105,7 +105,7 @@ cudaError_t cuda_few_swiglu(cudaStream_t stream, void *act, const void *x, const
 cudaError_t cuda_few_rope(cudaStream_t stream, const struct cuda_rope *r, const void *x, const void *w, uint32_t t,
                           uint32_t k);
 
-/* ---- products of some rows (cuda_some.cu) ---- */
+/* ---- products of some rows (cuda_some.cu): compute capability 8.0 on ---- */
 
 #define CUDA_SOME_ROWS_MAX 16
 /* As cuda_few_rows, and with CUDA_OUT_SWIGLU as cuda_few_swiglu (N is inner then), for T up to CUDA_SOME_ROWS_MAX; bias [2 N] or NULL

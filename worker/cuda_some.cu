@@ -59,7 +59,8 @@ __device__ __forceinline__ void add(float (&sum)[TILES][NT][4], const piece &p, 
         const uint32_t i = from + h * 4 + w.at;
 #pragma unroll
         for (uint32_t n = 0; n < NT; n++) {
-            const uint4 b = x[n] && i < w.eights ? __ldg(x[n] + i) : make_uint4(0, 0, 0, 0);
+            const uint4 b =
+                x[n] && i < w.eights ? __ldca(x[n] + i) : make_uint4(0, 0, 0, 0); /* not __ldg: another kernel's */
 #pragma unroll
             for (uint32_t t = 0; t < TILES; t++) {
                 const uint4 a = p.w[t][0][h], c = p.w[t][1][h];

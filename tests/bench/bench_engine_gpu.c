@@ -112,39 +112,52 @@ static double device_s(const struct bench *b)
     return (t->end_us - t->begin_us) * 1e-6;
 }
 
+/* Of a step, seconds. */
+struct took {
+    double all, submit, device;
+};
+
+static void keep_least(struct took *least, struct took t)
+{
+    if (t.all < least->all)
+        *least = t;
+}
+
 /* The last chunk of `rows` of a prompt that ends at `context`, beside `batch` decodes there: from the result of the chunk before
  * it, with which it was under way; and alone on an idle device, where submitting, pages for the chunk included, comes first. */
 static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t context)
 {
-    double best = 1e9, alone = 1e9, submit = 1e9, device = 1e9;
+    const uint32_t at = context - rows;
+    struct took best = {.all = 1e9}, alone = best;
     for (uint32_t i = 0; i < batch; i++)
         fill(b, i, context);
     for (int i = 0; i < 5; i++) {
-        uint32_t at = context - 3 * rows;
         fill(b, batch, at);
         double t0 = gpu_now_s();
         gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at);
-        double t = gpu_now_s() - t0;
-        submit = t < submit ? t : submit;
+        struct took t = {.submit = gpu_now_s() - t0};
         gpu_collect(&b->run);
-        t = gpu_now_s() - t0;
-        alone = t < alone ? t : alone;
-        device = device_s(b) < device ? device_s(b) : device;
-        gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at + rows);
-        gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at + 2 * rows);
+        t.all = gpu_now_s() - t0;
+        t.device = device_s(b);
+        keep_least(&alone, t);
+        gpu_release(&b->run, batch);
+        fill(b, batch, at - rows);
+        gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at - rows);
+        gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at);
         gpu_collect(&b->run);
         t0 = gpu_now_s();
         gpu_collect(&b->run);
-        t = gpu_now_s() - t0;
-        best = t < best ? t : best;
+        t.all = gpu_now_s() - t0;
+        t.device = device_s(b);
+        keep_least(&best, t);
         gpu_release(&b->run, batch);
     }
     double limit = hybrid_limit(b, rows, batch, context);
-    say("chunk of %u at %u with %u decodes at %u: best %.3f ms; limit %.3f ms, %.1f %%; alone %.3f ms, %.3f of it "
-        "until "
-        "it is submitted, on the device %.3f, %.1f %%\n",
-        rows, context, batch, context, best * 1e3, limit * 1e3, 100 * limit / best, alone * 1e3, submit * 1e3,
-        device * 1e3, 100 * limit / device);
+    say("chunk of %u at %u with %u decodes at %u: best %.3f ms, on the device %.3f; limit %.3f ms, %.1f %%; alone %.3f "
+        "ms, "
+        "%.3f of it until it is submitted, on the device %.3f, %.1f %%\n",
+        rows, context, batch, context, best.all * 1e3, best.device * 1e3, limit * 1e3, 100 * limit / best.all,
+        alone.all * 1e3, alone.submit * 1e3, alone.device * 1e3, 100 * limit / alone.device);
     fflush(stdout);
     for (uint32_t i = 0; i < batch; i++)
         gpu_release(&b->run, i);

@@ -65,7 +65,7 @@ uint32_t kg_bits(float x);
 
 /* y[T][N] = x[T][K] W[N][K]^T in double, and size: the same of absolute values. */
 void kg_product(double *y, double *size, const uint16_t *x, const uint16_t *w, uint32_t t, uint32_t n, uint32_t k);
-/* What a sum of float32 may be off by that cuda_few.cu forms of k products. */
+/* What a sum of float32 may be off by that cuda_few.cu or cuda_some.cu forms of k products. */
 double kg_few_off(double size, uint32_t k);
 
 /* ---- groups; each one's cases ---- */

@@ -1,5 +1,5 @@
-/* kernels_products_gpu.c - of check_kernels_gpu: products of few rows (worker/cuda_few.cu); gate and up of many rows with
- * SwiGLU (worker/cuda_glu.cu). */
+/* kernels_products_gpu.c - of check_kernels_gpu: products of few rows (worker/cuda_few.cu) and of some (worker/cuda_some.cu); gate
+ * and up of many rows with SwiGLU (worker/cuda_glu.cu). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 #include "tests/gpu/kernels_gpu.h"
 #include "worker/cuda_kernels.h"
 
-/* ---- few rows ---- */
+/* ---- few rows, and some ---- */
 
 /* Rows of W at the edges of a block's eight warps; k at those of a load of one warp, and of four in flight: 256 and 1024. Of 4243 rows
  * there are more blocks than SMs. */
@@ -18,7 +18,7 @@ static const struct shape {
 } shapes[] = {
     {1, 8, true},        {7, 248, false},    {8, 256, true},     {9, 264, true},   {64, 64, true},
     {17, 1016, true},    {896, 896, false},  {33, 1024, true},   {16, 1032, true}, {5, 2048, true},
-    {1000, 4096, false}, {4096, 896, false}, {4243, 520, false},
+    {1000, 4096, false}, {4096, 896, false}, {4243, 520, false}, {4243, 64, true},
 };
 
 /* t above CUDA_FEW_ROWS_MAX: by cuda_some_rows. */
@@ -116,6 +116,30 @@ static void few_swiglu(struct kg *k, const struct shape *s, uint32_t t, bool bia
     free(x);
 }
 
+/* What a row comes to by cuda_some_rows has the same bits whatever is beside it. */
+static void some_alike(struct kg *k, const struct shape *s)
+{
+    static const uint32_t rows[] = {CUDA_SOME_ROWS_MAX, 1, 5, 8, 9};
+    const size_t n = (size_t)CUDA_SOME_ROWS_MAX * s->n;
+    kg_begin(k, "some_rows of %ux%u, bits of rows alone and beside others", s->n, s->k);
+    uint16_t *x = kg_halves(k, (size_t)CUDA_SOME_ROWS_MAX * s->k, 1), *w = kg_halves(k, (size_t)s->n * s->k, 1);
+    float *all = kg_zeros(n, sizeof *all), *got = kg_zeros(n, sizeof *got);
+    const void *d_x = kg_give(k, x, (size_t)CUDA_SOME_ROWS_MAX * s->k * sizeof *x),
+               *d_w = kg_give(k, w, (size_t)s->n * s->k * sizeof *w);
+    for (uint32_t i = 0; i < KG_COUNT(rows); i++) {
+        void *d_y = kg_poisoned(k, n * sizeof *got);
+        kg_launched(k, cuda_some_rows(k->stream, d_y, CUDA_OUT_F32, d_x, d_w, NULL, rows[i], s->n, s->k));
+        kg_take(k, i ? got : all, d_y, n * sizeof *got);
+        for (size_t j = 0; i && j < (size_t)rows[i] * s->n; j++)
+            kg_same(k, "y", j, kg_bits(got[j]), kg_bits(all[j]));
+    }
+    kg_end(k);
+    free(got);
+    free(all);
+    free(w);
+    free(x);
+}
+
 void kg_few(struct kg *k)
 {
     for (uint32_t i = 0; i < KG_COUNT(shapes); i++)
@@ -129,6 +153,9 @@ void kg_few(struct kg *k)
                     few(k, &shapes[i], t, out);
             few_swiglu(k, &shapes[i], t, (t + i) / 2 % 2);
         }
+    for (uint32_t i = 0; i < KG_COUNT(shapes); i++)
+        if (!k->small || shapes[i].small)
+            some_alike(k, &shapes[i]);
 }
 
 /* ---- gate and up of many rows ---- */
