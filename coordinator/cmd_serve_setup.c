@@ -33,6 +33,8 @@ enum {
     OPT_JSON,
     OPT_TRACE,
     OPT_TRACE_KERNELS,
+    OPT_RANDOM,
+    OPT_NO_TOKENIZER,
     OPT_FORWARD /* looked up in forwards by its name */
 };
 
@@ -40,8 +42,8 @@ static const struct cli_option own_options[] = {
     {.name = "model",
      .id = OPT_MODEL,
      .arg = "DIR",
-     .flags = CLI_FILE | CLI_REQUIRED,
-     .help = "the model: a Hugging Face folder or a GGUF file"},
+     .flags = CLI_FILE,
+     .help = "the model: a Hugging Face folder or a GGUF file; not given only with --random-weights CONFIG"},
     {.name = "tp", .id = OPT_TP, .arg = "R", .fallback = "1", .help = "tensor-parallel ranks"},
     {.name = "groups",
      .id = OPT_GROUPS,
@@ -267,11 +269,18 @@ static const struct cli_option own_options[] = {
      .fallback = "0",
      .help = "1: with --trace, every kernel and copy of the CUDA devices, too; needs CUPTI, and steps become slower"},
     {.name = "random-weights",
-     .id = OPT_FORWARD,
-     .arg = "SEED",
-     .help =
-         "not 0: weights are made of this number, and --model's folder needs none, only config.json and a tokenizer; "
-         "for benchmarks of any shape (default: the folder's)"},
+     .id = OPT_RANDOM,
+     .arg = "SEED|CONFIG",
+     .help = "weights are made, for benchmarks of any shape: of this number if it is not 0, and --model's folder needs "
+             "none; or of 1, for a config.json or its folder instead of --model. Without a tokenizer.json there "
+             "prompts are token "
+             "ids (default: the folder's)"},
+    {.name = "skip-tokenizer-init",
+     .id = OPT_NO_TOKENIZER,
+     .arg = "on|off",
+     .choices = "on|off",
+     .fallback = "off",
+     .help = "on: no tokenizer is loaded, prompts are token ids and answers have no text"},
     {.name = "tune-cache",
      .id = OPT_FORWARD,
      .arg = "DIR",
@@ -359,7 +368,6 @@ static const struct forward {
     {"all-reduce", NULL, "--all-reduce"},
     {"batch-invariant", NULL, "--batch-invariant"},
     {"eager", NULL, "--eager"},
-    {"random-weights", NULL, "--random-weights"},
     {"tune-cache", NULL, "--tune-cache"},
     {"tune-ms", NULL, "--tune-ms"},
 };
@@ -432,6 +440,15 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     case OPT_MPIRUN:
         s->mpirun_path = text;
         break;
+    case OPT_RANDOM:
+        s->random_weights = text;
+        break;
+    case OPT_NO_TOKENIZER:
+        if (strcmp(text, "on") != 0 && strcmp(text, "off") != 0)
+            return cmd_error(CMD_USAGE, where, "--skip-tokenizer-init %s: expected on or off", text), false;
+        s->tokenizer_said = true;
+        *ok = arguments_push2(&s->coordinator_extra, "--skip-tokenizer-init", text);
+        break;
     case OPT_JSON:
         s->json = true;
         break;
@@ -445,6 +462,55 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     }
     }
     return true;
+}
+
+/* The folder of a config.json, or the folder that was given. */
+static bool folder_of(char *folder, size_t cap, const char *config)
+{
+    static const char name[] = "config.json";
+    struct stat sb;
+    const char *slash = strrchr(config, '/');
+    if (stat(config, &sb) != 0)
+        return false;
+    if (S_ISDIR(sb.st_mode))
+        return snprintf(folder, cap, "%s", config) < (int)cap;
+    if (strcmp(slash ? slash + 1 : config, name) != 0)
+        return false;
+    if (!slash || slash == config)
+        return snprintf(folder, cap, "%s", slash ? "/" : ".") < (int)cap;
+    return snprintf(folder, cap, "%.*s", (int)(slash - config), config) < (int)cap;
+}
+
+/* Weights that are made: of which shape, and whether anybody can make text of their ids. */
+static int take_random_weights(struct serve_setup *s)
+{
+    char path[PATH_MAX + 32];
+    uint64_t seed = 1;
+    const char *text = s->random_weights;
+    if (!text)
+        return CMD_OK;
+    const bool number = cmd_parse_u64(text, 0, UINT32_MAX, &seed);
+    if (!number && !folder_of(s->shape, sizeof s->shape, text))
+        return cmd_error(CMD_USAGE, "serve",
+                         "--random-weights %s: expected a number, 0 to %u, or a config.json or its folder", text,
+                         UINT32_MAX);
+    if (!number && s->model)
+        return cmd_error(CMD_USAGE, "serve",
+                         "--random-weights %s: --model says another shape; expected one of them, or a number here",
+                         text);
+    if (!number)
+        s->model = s->shape;
+    bool ok = arguments_push2(&s->worker_extra, "--random-weights", number ? text : "1");
+    struct stat sb;
+    if (ok && s->model && seed && !s->tokenizer_said && stat(s->model, &sb) == 0 && S_ISDIR(sb.st_mode)) {
+        snprintf(path, sizeof path, "%s/tokenizer.json", s->model);
+        if (stat(path, &sb) != 0 && errno == ENOENT) {
+            fprintf(stderr, "tandem serve: no tokenizer.json in %s: prompts are token ids, answers have no text\n",
+                    s->model);
+            ok = arguments_push2(&s->coordinator_extra, "--skip-tokenizer-init", "on");
+        }
+    }
+    return ok ? CMD_OK : cmd_error(CMD_USAGE, "serve", "too many arguments: %d at most", SERVE_MAX_ARGS);
 }
 
 /* CMD_OK, CMD_USAGE, or -1 after --help. */
@@ -463,6 +529,8 @@ int serve_parse(int argc, char **argv, struct serve_setup *s)
     if (s->args.n_operands)
         return cmd_error(CMD_USAGE, "serve", "%s: takes no arguments, only options; see `tandem serve --help`",
                          s->args.operands[0]);
+    if ((rc = take_random_weights(s)) != CMD_OK)
+        return rc;
     if (!s->model)
         return cmd_error(CMD_USAGE, "serve", "--model DIR is missing; see `tandem serve --help`");
     if (s->trace_kernels && !s->trace)

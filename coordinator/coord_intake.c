@@ -150,6 +150,19 @@ static enum status_code check_min_tokens(const struct request *r, const Tandem__
     return ST_OK;
 }
 
+/* What is about text, where ids have none. */
+static enum status_code check_text(const struct coord *c, const Tandem__V1__GenerateRequest *m, struct status *st)
+{
+    const char *field = NULL;
+    if (!tok_has_text(c->tok) && m->stopping && m->stopping->n_stop)
+        field = "stopping.stop";
+    if (!tok_has_text(c->tok) && m->output && m->output->echo)
+        field = "output.echo";
+    return field ? status_set(st, ST_FAILED_PRECONDITION,
+                              "%s: this server has no tokenizer (--skip-tokenizer-init), answers have no text", field)
+                 : ST_OK;
+}
+
 /* What the answers begin with: the prompt as it was given, or the text of its ids. */
 static enum status_code take_echo(struct coord *c, struct request *r, const Tandem__V1__GenerateRequest *m,
                                   struct status *st)
@@ -198,8 +211,8 @@ static enum status_code validate(struct coord *c, struct request *r, Tandem__V1_
     copy_facts(c, &facts);
     enum status_code rc;
     if ((rc = take_name(c, r, &m->request_id, st)) != ST_OK || (rc = check_model(c, &m->model, st)) != ST_OK ||
-        (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = check_answers(c, r, st)) != ST_OK ||
-        (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK ||
+        (rc = take_options(r, m, &facts, st)) != ST_OK || (rc = check_text(c, m, st)) != ST_OK ||
+        (rc = check_answers(c, r, st)) != ST_OK || (rc = take_prefix_cache(c, r, m->prefix_cache, st)) != ST_OK ||
         (rc = take_scheduling(c, r, m->scheduling, st)) != ST_OK || (rc = take_keep(c, r, m->keep_ms, st)) != ST_OK)
         return rc;
     /* last, because it can take long */
@@ -220,7 +233,7 @@ enum status_code intake_restore(struct coord *c, struct request *r, struct statu
     if (!m)
         return status_set(st, ST_DATA_LOSS, "the journal's request is not a valid GenerateRequest");
     enum status_code rc = ST_OK;
-    if ((rc = take_options(r, m, &facts, st)) == ST_OK &&
+    if ((rc = take_options(r, m, &facts, st)) == ST_OK && (rc = check_text(c, m, st)) == ST_OK &&
         (rc = take_prefix_cache(c, r, m->prefix_cache, st)) == ST_OK &&
         (rc = take_scheduling(c, r, m->scheduling, st)) == ST_OK &&
         (rc = check_prompt_ids(r, "journal", r->n_prompt, &facts, st)) == ST_OK &&

@@ -119,6 +119,7 @@ struct coord_options {
     const char *tls_cert, *tls_key, *tls_client_ca, *token_file; /* of public listeners; NULL: not given */
     const char *control_tls_cert, *control_tls_key, *control_tls_client_ca, *control_token_file;
     bool reflection;
+    bool no_tokenizer;
     bool prefix_cache;
     uint32_t tbt_target_ms, min_tbt_target_ms, ttft_target_ms, short_first_us;
     bool refuse_late;

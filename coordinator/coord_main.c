@@ -172,7 +172,7 @@ static enum status_code start(struct coord *c, struct rpc_method *public_methods
     c->done_fd = eventfd(0, EFD_CLOEXEC);
     if (c->done_fd < 0)
         return status_errno(st, ST_INTERNAL, errno, "eventfd");
-    enum status_code rc = tok_load(&c->tok, c->opt.model_dir, st);
+    enum status_code rc = c->opt.no_tokenizer ? tok_create_none(&c->tok, st) : tok_load(&c->tok, c->opt.model_dir, st);
     if (rc != ST_OK)
         return status_prefix(st, "--model");
     if (chat_load(&c->chat, c->opt.model_dir, c->opt.chat_template, st) != ST_OK)

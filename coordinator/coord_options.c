@@ -26,6 +26,8 @@ static const struct option options[] = {
     {"", TEXT, 0, 0, 0, NULL, "What to serve, and where"},
     {"--model", TEXT, AT(model_dir), 0, 0, "DIR",
      "folder with tokenizer.json, or a GGUF file (the ranks read the weights)"},
+    {"--skip-tokenizer-init", SWITCH, AT(no_tokenizer), 0, 0, "on|off",
+     "no tokenizer is loaded: prompts are token ids, answers have no text; default off"},
     {"--served-name", NAME, 0, 0, 0, "NAME", "name that clients may ask for; default: the folder's name"},
     {"--chat-template", TEXT, AT(chat_template), 0, 0, "T",
      "chatml, llama2, llama3, mistral or a file; default: what the model's folder has"},

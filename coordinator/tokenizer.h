@@ -25,7 +25,11 @@ struct tokenizer;
 /* dir may be a GGUF file: its metadata then. Else reads DIR/tokenizer.json and, where it exists, DIR/tokenizer_config.json. NOT_FOUND, DATA_LOSS (broken JSON or
  * inconsistent: names file and place), UNIMPLEMENTED (names the type). */
 STATUS_MUST_CHECK enum status_code tok_load(struct tokenizer **out, const char *dir, struct status *st);
-void tok_free(struct tokenizer *t); /* NULL is fine */
+/* Without a vocabulary, for a server of token ids alone: no text can be encoded (FAILED_PRECONDITION), ids have no text
+ * (tok_decode: OUT_OF_RANGE; streams: ""), none is special. */
+STATUS_MUST_CHECK enum status_code tok_create_none(struct tokenizer **out, struct status *st);
+bool tok_has_text(const struct tokenizer *t); /* not of tok_create_none */
+void tok_free(struct tokenizer *t);           /* NULL is fine */
 
 enum tok_flags {
     TOK_ADD_SPECIAL = 1,  /* encode: run the post-processor (BOS) */

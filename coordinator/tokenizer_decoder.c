@@ -521,6 +521,8 @@ enum status_code tok_decode(const struct tokenizer *t, const uint32_t *ids, size
     struct tok_buf out = {0};
     struct tok_dec_state state = {0};
     enum status_code rc = ST_OK;
+    if (t->none)
+        return status_set(st, ST_OUT_OF_RANGE, "there is no tokenizer, ids have no text");
     for (size_t i = 0; i < n; i++) {
         if (ids[i] >= t->vocab.size || !t->vocab.flags[ids[i]]) {
             rc = status_set(st, ST_OUT_OF_RANGE, "ids[%zu]: %u is not in the vocabulary (%s %u)", i, ids[i],

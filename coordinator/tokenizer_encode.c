@@ -173,6 +173,8 @@ enum status_code tok_encode(const struct tokenizer *t, const char *text, size_t 
 {
     if (len > TOK_MAX_TEXT_BYTES)
         return status_set(st, ST_INVALID_ARGUMENT, "text: %zu bytes, expected at most %zu", len, TOK_MAX_TEXT_BYTES);
+    if (t->none)
+        return status_set(st, ST_FAILED_PRECONDITION, "there is no tokenizer, expected token ids");
     size_t good = tok_utf8_check(text, len);
     if (good < len)
         return status_set(st, ST_INVALID_ARGUMENT, "text: byte %zu (0x%02x) is not UTF-8", good,

@@ -383,6 +383,7 @@ void tok_dec_fini(struct tok_dec_state *s);
 /* --- the tokenizer itself -------------------------------------------------------------------------------------------- */
 
 struct tokenizer {
+    bool none; /* of tok_create_none */
     struct tok_vocab vocab;
     struct tok_bpe bpe;
     struct tok_norm norms[TOK_MAX_STEPS];

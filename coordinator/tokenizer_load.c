@@ -81,6 +81,21 @@ enum status_code tok_create(struct tokenizer **out, const json_t *root, struct s
     return rc;
 }
 
+enum status_code tok_create_none(struct tokenizer **out, struct status *st)
+{
+    struct tokenizer *t = calloc(1, sizeof *t);
+    if (!t)
+        return status_nomem(st, "tokenizer", sizeof *t);
+    t->none = true;
+    *out = t;
+    return ST_OK;
+}
+
+bool tok_has_text(const struct tokenizer *t)
+{
+    return !t->none;
+}
+
 static enum status_code join_path(char **out, const char *dir, const char *name, struct status *st)
 {
     if (asprintf(out, "%s/%s", dir, name) < 0) {

@@ -617,6 +617,39 @@ START_TEST(ids_outside_of_the_vocabulary)
 }
 END_TEST
 
+START_TEST(without_a_vocabulary_there_is_no_text)
+{
+    struct tokenizer *t, *whole = load(MODELS[0]);
+    struct status st = STATUS_INIT;
+    struct tok_stream *s;
+    const char *piece;
+    char *text;
+    uint32_t *ids = NULL, some[] = {0, 1, UINT32_MAX};
+    size_t n = 0, len;
+    ck_assert(tok_create_none(&t, &st) == ST_OK);
+    ck_assert(!tok_has_text(t) && tok_has_text(whole));
+    ck_assert_uint_eq(tok_vocab_size(t), 0);
+    ck_assert_uint_eq(tok_max_token_bytes(t), 0);
+    ck_assert(!tok_is_special(t, 1));
+    ck_assert_int_eq(tok_find(t, "a"), -1);
+    ck_assert_int_eq(tok_encode(t, "a", 1, TOK_ADD_SPECIAL, &ids, &n, &st), ST_FAILED_PRECONDITION);
+    ck_assert_ptr_null(ids);
+    ck_assert_int_eq(tok_decode(t, some, 3, 0, &text, &len, &st), ST_OUT_OF_RANGE);
+    ck_assert(tok_stream_create(&s, t, TOK_SKIP_SPECIAL, &st) == ST_OK);
+    tok_stream_prime(s, some, 3);
+    for (size_t i = 0; i < 3; i++) {
+        ck_assert(tok_stream_push(s, some[i], &piece, &len, &st) == ST_OK);
+        ck_assert_uint_eq(len, 0);
+        ck_assert_str_eq(piece, "");
+    }
+    ck_assert(tok_stream_flush(s, &piece, &len, &st) == ST_OK);
+    ck_assert_uint_eq(len, 0);
+    tok_stream_free(s);
+    tok_free(t);
+    tok_free(whole);
+}
+END_TEST
+
 /* --- limits ----------------------------------------------------------------------------------------------------------- */
 
 /* Text that survives the way there and back, for models that lose nothing. */
@@ -1219,6 +1252,7 @@ int main(void)
     tcase_add_test(core, ids_outside_of_the_vocabulary);
     tcase_add_loop_test(limits, a_lone_word_of_a_megabyte_and_other_monsters, 0, N_MODELS);
     tcase_add_test(limits, a_megabyte_of_marks_in_the_worst_order);
+    tcase_add_test(core, without_a_vocabulary_there_is_no_text);
     tcase_add_test(limits, texts_that_are_not_utf8_or_too_long);
     tcase_add_loop_test(limits, bytes_of_a_token_are_bounded_or_said_not_to_be, 0, sizeof BOUNDS / sizeof *BOUNDS);
     tcase_add_loop_test(limits, bounds_of_the_models, 0, N_MODELS);

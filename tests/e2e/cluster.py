@@ -122,8 +122,8 @@ class Cluster:
     def __init__(self, model=DEMO, tp=1, args=(), wait=True):
         self.address = f"127.0.0.1:{free_port()}"
         self.log_file = tempfile.NamedTemporaryFile("w+", prefix="tandem-test-", suffix=".log")
-        self.command = [TANDEM, "serve", "--model", model, "--tp", str(tp), "--listen", self.address,
-                        "--threads", "1", *map(str, args)]
+        self.command = [TANDEM, "serve", *(("--model", model) if model else ()), "--tp", str(tp), "--listen",
+                        self.address, "--threads", "1", *map(str, args)]
         self.wait = wait
         self.channels = []
 

@@ -1,11 +1,14 @@
 """`tandem bench` against a cluster: each of its modes, and that table, JSON and plot say what was done."""
 import json
 import os
+import shutil
 import tempfile
 import unittest
 import xml.etree.ElementTree as ElementTree
 
-from cluster import SLOW, Cluster, tandem
+import grpc
+
+from cluster import DEMO, SLOW, Cluster, tandem
 
 TIMES = ["ttft_s", "tbt_s", "tpot_s", "latency_s"]
 ORDER = ["p50", "p90", "p95", "p99", "p999", "max"]
@@ -126,6 +129,44 @@ class Bench(unittest.TestCase):
         code, _, errors = tandem("bench", "--address", "127.0.0.1:1", "--requests", 1, "--timeout", 5 * SLOW)
         self.assertEqual(code, 3)
         self.assertIn("127.0.0.1:1", errors)
+
+
+
+class Shape(unittest.TestCase):
+    """`tandem serve --random-weights CONFIG`: a config.json is all there is."""
+
+    def refused(self, c, field, prompt, **options):
+        with self.assertRaises(grpc.RpcError) as e:
+            c.run(prompt, max_tokens=4, **options)
+        self.assertEqual(e.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
+        self.assertTrue(e.exception.details().startswith(field + ": "), e.exception.details())
+        self.assertIn("no tokenizer", e.exception.details())
+
+    def test_without_weights_and_without_a_tokenizer(self):
+        with tempfile.TemporaryDirectory() as d:
+            config = shutil.copy(os.path.join(DEMO, "config.json"), d)
+            ids = []
+            for shape in (config, d):
+                with Cluster(model=None, args=["--random-weights", shape, "--http", "127.0.0.1:0"]) as c:
+                    rc, out, err = tandem("bench", "--address", c.address, "--requests", 3, "--input-tokens", 20,
+                                          "--output-tokens", 5)
+                    self.assertEqual(rc, 0, err)
+                    self.assertIn("3 done, 0 failed", out)
+                    self.assertIn("15 of answers", out)
+                    r = c.run([5, 6, 7], temperature=0, ignore_eos=True, max_tokens=12, n=1, logprobs=2)
+                    self.assertEqual((len(r.ids), r.text), (12, ""))
+                    ids.append(r.ids)
+                    self.refused(c, "text", "Once upon a time")
+                    self.refused(c, "stopping.stop", [5, 6, 7], stop=["."])
+                    self.refused(c, "output.echo", [5, 6, 7], echo=True)
+                    self.assertEqual(c.run([5], temperature=0, ignore_eos=True, max_tokens=1).text, "")
+                    c.wait_idle()
+                    self.assertIn("no tokenizer.json in " + d, c.log())
+            self.assertEqual(ids[0], ids[1])
+            with Cluster(args=["--random-weights", 1]) as c:  # the same weights, and there are texts
+                r = c.run([5, 6, 7], temperature=0, ignore_eos=True, max_tokens=12)
+                self.assertEqual(r.ids, ids[0])
+                self.assertNotEqual(r.text, "")
 
 
 if __name__ == "__main__":
