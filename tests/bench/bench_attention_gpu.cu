@@ -1,7 +1,7 @@
 /* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
  *
  *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams,apart,plan] [--tag TEXT]
- *                         [--dim D] [--window KEYS] [--cap C] [--rest MS] [--power MS] [--between 1] [--pages 1] BATCH ...
+ *                         [--dim D] [--window KEYS] [--cap C] [--seqs N] [--rest MS] [--power MS] [--between 1] [--pages 1] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
  * "32/8 2048:16384 48x16384". Head dimension 128 or --dim, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
@@ -9,6 +9,8 @@
  * the SMs' clock during replays, by one SM's counter, median.
  *
  * apart is what one graph for all steps does, whatever attn_gpu_choose says: auto by ATTN_WAY_APART; plan is the plan alone, us of one.
+ *
+ * --seqs: the step may have so many sequences, as one of a bucket may; without, those that it has.
  *
  * With --rest the GPU does nothing for so long before each replay: what it draws in the mean stays below its cap. Its clock falls in a
  * replay all the same: see the last column.
@@ -93,6 +95,7 @@ void unmap_pages(mapped *m)
 struct batch {
     std::string text;
     uint32_t heads, kv_heads, dim, window, layers, rows, max_seq_rows, max_len;
+    uint32_t room; /* sequences that the step may have */
     float cap;
     uint64_t tokens, bytes; /* bytes: KV of decodes, a layer */
     double flops;
@@ -179,7 +182,8 @@ void allocate(batch *b, mapped *pages)
             token.push_back((char *)s.k + (uint64_t)(s.kv_len - s.rows + r) * b->layers * 4 * b->kv_heads * b->dim);
     CUDA_MUST(cudaMalloc(&b->d_token, token.size() * sizeof(char *)));
     CUDA_MUST(cudaMemcpy(b->d_token, token.data(), token.size() * sizeof(char *), cudaMemcpyHostToDevice));
-    CUDA_MUST(cudaMalloc(&b->d_seq, n * sizeof(attn_seq)));
+    b->room = b->room > n ? b->room : n;
+    CUDA_MUST(cudaMalloc(&b->d_seq, b->room * sizeof(attn_seq)));
     CUDA_MUST(cudaMalloc(&b->d_count, sizeof n));
     CUDA_MUST(cudaMemcpy(b->d_seq, b->seq.data(), n * sizeof(attn_seq), cudaMemcpyHostToDevice));
     CUDA_MUST(cudaMemcpy(b->d_count, &n, sizeof n, cudaMemcpyHostToDevice));
@@ -265,7 +269,7 @@ bool create(contender *c, const batch *b, const attn_gpu_ops *ops, int e)
     cfg.window = b->window;
     cfg.token_stride = (uint64_t)b->layers * 4 * b->kv_heads * b->dim;
     cfg.head_stride = b->dim * 2;
-    cfg.max_seqs = (uint32_t)b->seq.size();
+    cfg.max_seqs = b->room;
     cfg.max_rows = b->rows;
     cfg.max_kv_len = b->max_len;
     cfg.policy = entry_policies[e];
@@ -285,14 +289,14 @@ bool capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool 
     attn_gpu_step step = {};
     step.seq = b->d_seq;
     step.counts = b->d_count;
-    step.max_seqs = (uint32_t)b->seq.size();
+    step.max_seqs = b->room;
     step.max_rows = b->rows;
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
     if (e != NONE) {
         if (!create(c, b, ops, e))
             return false;
-        step.way = e == APART ? ATTN_WAY_APART : attn_gpu_choose(c->attn, b->seq.data(), step.max_seqs);
+        step.way = e == APART ? ATTN_WAY_APART : attn_gpu_choose(c->attn, b->seq.data(), (uint32_t)b->seq.size());
     }
     cudaGraph_t graph;
     CUDA_MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
@@ -319,7 +323,7 @@ bool capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool 
 
 struct options {
     const char *back_end, *policies = "auto,fused,serial", *tag = "";
-    uint32_t rounds = 7, dim = 128, window, rest_ms;
+    uint32_t rounds = 7, dim = 128, window, rest_ms, seqs;
     float cap;
     bool between;
     draw_power drawn;
@@ -426,6 +430,8 @@ int main(int argc, char **argv)
             o.window = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--cap"))
             o.cap = strtof(argv[i + 1], NULL);
+        else if (!strcmp(argv[i], "--seqs"))
+            o.seqs = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--rest"))
             o.rest_ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--power"))
@@ -440,7 +446,7 @@ int main(int argc, char **argv)
     if (i >= argc || o.rounds == 0 || o.dim == 0 || o.dim % 8 || o.dim > 256 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
                 "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--dim D] [--window KEYS] "
-                "[--cap C] [--rest MS] [--power MS] [--between 1] [--pages 1] "
+                "[--cap C] [--seqs N] [--rest MS] [--power MS] [--between 1] [--pages 1] "
                 "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
                 argv[0]);
         return 2;
@@ -458,6 +464,7 @@ int main(int argc, char **argv)
         b.dim = o.dim;
         b.window = o.window;
         b.cap = o.cap;
+        b.room = o.seqs;
         if (!parse(&b, argv[i])) {
             fprintf(stderr, "%s: expected \"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\"\n", argv[i]);
             return 2;
