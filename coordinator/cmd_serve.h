@@ -28,14 +28,16 @@ void arguments_cut(struct argument_list *a, int n);
 struct serve_setup {
     struct cli_args args;
     /* from the options; they point into args */
-    const char *model, *random_weights, *control_listen, *mpirun_path, *devices, *threads, *backend, *flight, *trace;
+    const char *model; /* or shape */
+    const char *random_weights, *control_listen, *mpirun_path, *devices, *threads, *backend, *flight, *trace;
     struct argument_list coordinator_extra, worker_extra, mpi_extra;
     bool listens;    /* --listen was given */
     bool local_only; /* all ranks on this machine */
     bool json;       /* events on standard output */
     bool trace_kernels;
-    bool tokenizer_said;  /* --skip-tokenizer-init was given */
-    char shape[PATH_MAX]; /* the folder of --random-weights CONFIG */
+    enum cli_origin model_origin, random_origin;
+    char random_where[192]; /* for messages about random_weights */
+    char shape[PATH_MAX];   /* the folder of --random-weights CONFIG */
     double drain_s, launch_s;
     uint64_t tp;
     uint64_t groups;

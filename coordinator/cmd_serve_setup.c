@@ -271,6 +271,7 @@ static const struct cli_option own_options[] = {
     {.name = "random-weights",
      .id = OPT_RANDOM,
      .arg = "SEED|CONFIG",
+     .flags = CLI_FILE,
      .help = "weights are made, for benchmarks of any shape: of this number if it is not 0, and --model's folder needs "
              "none; or of 1, for a config.json or its folder instead of --model. Without a tokenizer.json there "
              "prompts are token "
@@ -379,6 +380,7 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     switch (opt) {
     case OPT_MODEL:
         s->model = text;
+        s->model_origin = s->args.values[s->args.at - 1].origin;
         break;
     case OPT_TP:
         if (!cmd_parse_u64(text, 1, MAX_RANKS, &u))
@@ -442,11 +444,12 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
         break;
     case OPT_RANDOM:
         s->random_weights = text;
+        s->random_origin = s->args.values[s->args.at - 1].origin;
+        snprintf(s->random_where, sizeof s->random_where, "%s", where);
         break;
     case OPT_NO_TOKENIZER:
         if (strcmp(text, "on") != 0 && strcmp(text, "off") != 0)
             return cmd_error(CMD_USAGE, where, "--skip-tokenizer-init %s: expected on or off", text), false;
-        s->tokenizer_said = true;
         *ok = arguments_push2(&s->coordinator_extra, "--skip-tokenizer-init", text);
         break;
     case OPT_JSON:
@@ -464,16 +467,19 @@ static bool take_option(struct serve_setup *s, int opt, bool *ok)
     return true;
 }
 
-/* The folder of a config.json, or the folder that was given. */
+/* The folder of a config.json, or a folder with one. */
 static bool folder_of(char *folder, size_t cap, const char *config)
 {
     static const char name[] = "config.json";
+    char path[PATH_MAX + 32];
     struct stat sb;
     const char *slash = strrchr(config, '/');
     if (stat(config, &sb) != 0)
         return false;
-    if (S_ISDIR(sb.st_mode))
-        return snprintf(folder, cap, "%s", config) < (int)cap;
+    if (S_ISDIR(sb.st_mode)) {
+        snprintf(path, sizeof path, "%s/%s", config, name);
+        return stat(path, &sb) == 0 && snprintf(folder, cap, "%s", config) < (int)cap;
+    }
     if (strcmp(slash ? slash + 1 : config, name) != 0)
         return false;
     if (!slash || slash == config)
@@ -481,36 +487,53 @@ static bool folder_of(char *folder, size_t cap, const char *config)
     return snprintf(folder, cap, "%.*s", (int)(slash - config), config) < (int)cap;
 }
 
-/* Weights that are made: of which shape, and whether anybody can make text of their ids. */
+static bool is_there(const struct argument_list *a, const char *text)
+{
+    int i = 0;
+    while (i < a->n && strcmp(a->v[i], text) != 0)
+        i++;
+    return i < a->n;
+}
+
+/* A folder without a tokenizer: where weights are made that is nobody's mistake. */
+static bool skip_tokenizer(struct serve_setup *s)
+{
+    static const char option[] = "--skip-tokenizer-init";
+    char path[PATH_MAX + 32];
+    struct stat sb;
+    if (!s->model || is_there(&s->coordinator_extra, option) || stat(s->model, &sb) != 0 || !S_ISDIR(sb.st_mode))
+        return true;
+    snprintf(path, sizeof path, "%s/tokenizer.json", s->model);
+    if (stat(path, &sb) == 0 || errno != ENOENT)
+        return true;
+    fprintf(stderr, "tandem serve: no tokenizer.json in %s: prompts are token ids, answers have no text\n", s->model);
+    return arguments_push2(&s->coordinator_extra, option, "on");
+}
+
+/* Weights that are made. A shape and --model exclude each other: the one of the higher origin counts. */
 static int take_random_weights(struct serve_setup *s)
 {
-    char path[PATH_MAX + 32];
     uint64_t seed = 1;
-    const char *text = s->random_weights;
+    const char *text = s->random_weights, *where = s->random_where;
     if (!text)
         return CMD_OK;
     const bool number = cmd_parse_u64(text, 0, UINT32_MAX, &seed);
-    if (!number && !folder_of(s->shape, sizeof s->shape, text))
-        return cmd_error(CMD_USAGE, "serve",
-                         "--random-weights %s: expected a number, 0 to %u, or a config.json or its folder", text,
-                         UINT32_MAX);
-    if (!number && s->model)
-        return cmd_error(CMD_USAGE, "serve",
-                         "--random-weights %s: --model says another shape; expected one of them, or a number here",
-                         text);
-    if (!number)
+    if (!number) {
+        if (s->model && s->model_origin > s->random_origin)
+            return CMD_OK;
+        if (!folder_of(s->shape, sizeof s->shape, text))
+            return cmd_error(CMD_USAGE, where,
+                             "--random-weights %s: expected a number, 0 to %u, or a config.json or its folder", text,
+                             UINT32_MAX);
+        if (s->model && s->model_origin == s->random_origin)
+            return cmd_error(CMD_USAGE, where,
+                             "--random-weights %s: --model says another shape; expected one of them, or a number here",
+                             text);
         s->model = s->shape;
-    bool ok = arguments_push2(&s->worker_extra, "--random-weights", number ? text : "1");
-    struct stat sb;
-    if (ok && s->model && seed && !s->tokenizer_said && stat(s->model, &sb) == 0 && S_ISDIR(sb.st_mode)) {
-        snprintf(path, sizeof path, "%s/tokenizer.json", s->model);
-        if (stat(path, &sb) != 0 && errno == ENOENT) {
-            fprintf(stderr, "tandem serve: no tokenizer.json in %s: prompts are token ids, answers have no text\n",
-                    s->model);
-            ok = arguments_push2(&s->coordinator_extra, "--skip-tokenizer-init", "on");
-        }
     }
-    return ok ? CMD_OK : cmd_error(CMD_USAGE, "serve", "too many arguments: %d at most", SERVE_MAX_ARGS);
+    if (!arguments_push2(&s->worker_extra, "--random-weights", number ? text : "1") || (seed && !skip_tokenizer(s)))
+        return cmd_error(CMD_USAGE, "serve", "too many arguments: %d at most", SERVE_MAX_ARGS);
+    return CMD_OK;
 }
 
 /* CMD_OK, CMD_USAGE, or -1 after --help. */

@@ -153,14 +153,22 @@ static enum status_code check_min_tokens(const struct request *r, const Tandem__
 /* What is about text, where ids have none. */
 static enum status_code check_text(const struct coord *c, const Tandem__V1__GenerateRequest *m, struct status *st)
 {
-    const char *field = NULL;
-    if (!tok_has_text(c->tok) && m->stopping && m->stopping->n_stop)
-        field = "stopping.stop";
-    if (!tok_has_text(c->tok) && m->output && m->output->echo)
-        field = "output.echo";
-    return field ? status_set(st, ST_FAILED_PRECONDITION,
-                              "%s: this server has no tokenizer (--skip-tokenizer-init), answers have no text", field)
-                 : ST_OK;
+    const struct {
+        const char *name;
+        bool given;
+    } field[] = {
+        {"text", m->prompt_case == TANDEM__V1__GENERATE_REQUEST__PROMPT_TEXT},
+        {"chat", m->prompt_case == TANDEM__V1__GENERATE_REQUEST__PROMPT_CHAT},
+        {"stopping.stop", m->stopping && m->stopping->n_stop},
+        {"output.echo", m->output && m->output->echo},
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field && !tok_has_text(c->tok); i++)
+        if (field[i].given)
+            return status_set(st, ST_FAILED_PRECONDITION,
+                              "%s: this server has no tokenizer (--skip-tokenizer-init), prompts are token ids and "
+                              "answers have no text",
+                              field[i].name);
+    return ST_OK;
 }
 
 /* What the answers begin with: the prompt as it was given, or the text of its ids. */

@@ -44,7 +44,9 @@ static void announce(const struct coord *c)
     }
     bound_address(control, sizeof control, c->opt.control.address, rpc_server_port(c->control_server, 0));
     log_line(&c->log, LOG_INFO, "serving \"%s\" on %s; ranks attach to %s", c->opt.served_name, list, control);
-    if (chat_status(c->chat)->code != ST_OK)
+    if (!tok_has_text(c->tok))
+        log_line(&c->log, LOG_INFO, "no tokenizer: prompts are token ids, answers have no text; no chats are served");
+    else if (chat_status(c->chat)->code != ST_OK)
         log_line(&c->log, LOG_INFO, "no chats are served: %s", chat_status(c->chat)->message);
     else if (chat_lacks(c->chat))
         log_line(&c->log, LOG_INFO, "chats that need this are not served: chat template: %s", chat_lacks(c->chat));

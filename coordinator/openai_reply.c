@@ -79,40 +79,56 @@ void openai_reply_destroy(struct openai_reply *r)
 
 /* ---- log probabilities ---- */
 
-/* The text that the token adds in the middle of a text; part is what *text was allocated as. */
-static bool token_text(const struct openai_reply *r, uint32_t id, char **part, const char **text, size_t *len)
+/* What a token adds in the middle of a text. A model may have more ids than its tokenizer, or there is none: such an id has a name
+ * instead, as vLLM's have. */
+struct token_text {
+    const char *text;
+    size_t len;
+    bool named;
+    char *part; /* what is allocated; free() */
+};
+
+static bool token_text(struct token_text *out, const struct openai_reply *r, uint32_t id)
 {
     uint32_t ids[2] = {(uint32_t)r->anchor, id};
-    size_t skip = r->anchor >= 0 ? r->anchor_len : 0;
     bool anchored = r->anchor >= 0;
-    *part = NULL;
-    *text = "";
-    *len = 0;
-    enum status_code rc = tok_decode(r->ctx.tok, anchored ? ids : ids + 1, anchored ? 2 : 1, 0, part, len, NULL);
-    if (rc == ST_OUT_OF_RANGE) /* a model may have more ids than its tokenizer: these have no text */
+    size_t len = 0, skip = anchored ? r->anchor_len : 0;
+    *out = (struct token_text){.text = ""};
+    enum status_code rc = tok_decode(r->ctx.tok, anchored ? ids : ids + 1, anchored ? 2 : 1, 0, &out->part, &len, NULL);
+    if (rc == ST_OUT_OF_RANGE) {
+        int n = asprintf(&out->part, "token_id:%u", id);
+        if (n < 0) {
+            out->part = NULL;
+            return false;
+        }
+        out->text = out->part;
+        out->len = (size_t)n;
+        out->named = true;
         return true;
+    }
     if (rc != ST_OK)
         return false;
-    *text = *part + (*len < skip ? *len : skip);
-    *len -= *len < skip ? *len : skip;
+    skip = len < skip ? len : skip;
+    out->text = out->part + skip;
+    out->len = len - skip;
     return true;
 }
 
-/* "token": "..", "logprob": x, "bytes": [..]: no bytes where the token is part of a character. */
-static void chat_token(struct json_text *t, double logprob, const char *text, size_t len)
+/* "token": "..", "logprob": x, "bytes": [..]: no bytes where the token is part of a character, or has no text. */
+static void chat_token(struct json_text *t, double logprob, const struct token_text *token)
 {
     json_text_put(t, "\"token\":");
-    json_text_string(t, text, len);
+    json_text_string(t, token->text, token->len);
     json_text_put(t, ",\"logprob\":");
     json_text_number(t, logprob);
     json_text_put(t, ",\"bytes\":");
-    if (memmem(text, len, "\xEF\xBF\xBD", 3)) {
+    if (token->named || memmem(token->text, token->len, "\xEF\xBF\xBD", 3)) {
         json_text_put(t, "null");
         return;
     }
     json_text_put(t, "[");
-    for (size_t i = 0; i < len; i++)
-        json_text_format(t, "%s%u", i ? "," : "", (unsigned char)text[i]);
+    for (size_t i = 0; i < token->len; i++)
+        json_text_format(t, "%s%u", i ? "," : "", (unsigned char)token->text[i]);
     json_text_put(t, "]");
 }
 
@@ -127,23 +143,21 @@ static uint64_t characters(const char *text, size_t len)
 /* One of the likeliest tokens: an entry of a list in a chat, a member of an object in a completion. */
 static bool top_token(struct openai_reply *r, struct json_text *to, uint32_t id, double logprob, bool first)
 {
-    char *part;
-    const char *text;
-    size_t len;
-    if (!token_text(r, id, &part, &text, &len))
+    struct token_text token;
+    if (!token_text(&token, r, id))
         return false;
     if (!first)
         json_text_put(to, ",");
     if (r->form.kind == OPENAI_CHAT) {
         json_text_put(to, "{");
-        chat_token(to, logprob, text, len);
+        chat_token(to, logprob, &token);
         json_text_put(to, "}");
     } else {
-        json_text_string(to, text, len);
+        json_text_string(to, token.text, token.len);
         json_text_put(to, ":");
         json_text_number(to, logprob);
     }
-    free(part);
+    free(token.part);
     return true;
 }
 
@@ -165,21 +179,19 @@ static bool add_score(struct openai_reply *r, struct answer *a, uint32_t id, con
 {
     struct score_text *s = &a->scores;
     const char *comma = s->n++ ? "," : "";
-    char *part;
-    const char *text;
-    size_t len;
+    struct token_text token;
     bool ok;
-    if (!token_text(r, id, &part, &text, &len))
+    if (!token_text(&token, r, id))
         return false;
     if (r->form.kind == OPENAI_CHAT) {
         json_text_format(&s->a, "%s{", comma);
-        chat_token(&s->a, m ? (double)m->logprob : 0, text, len);
+        chat_token(&s->a, m ? (double)m->logprob : 0, &token);
         json_text_put(&s->a, ",\"top_logprobs\":[");
         ok = !m || top_tokens(r, &s->a, m);
         json_text_put(&s->a, "]}");
     } else {
         json_text_put(&s->a, comma);
-        json_text_string(&s->a, text, len);
+        json_text_string(&s->a, token.text, token.len);
         json_text_put(&s->values, comma);
         json_text_put(&s->top, comma);
         json_text_format(&s->offsets, "%s%llu", comma, (unsigned long long)a->offset);
@@ -194,9 +206,9 @@ static bool add_score(struct openai_reply *r, struct answer *a, uint32_t id, con
         if (m)
             json_text_put(&s->top, "}");
     }
-    if (!tok_is_special(r->ctx.tok, id)) /* these have no text in an answer */
-        a->offset += characters(text, len);
-    free(part);
+    if (!token.named && !tok_is_special(r->ctx.tok, id)) /* these have no text in an answer */
+        a->offset += characters(token.text, token.len);
+    free(token.part);
     return ok && !s->a.failed && !s->values.failed && !s->top.failed && !s->offsets.failed;
 }
 
@@ -306,17 +318,18 @@ static void put_event(struct openai_reply *r, struct answer *a, enum delta what,
     scores_free(&a->scores);
 }
 
-static void add_events(struct openai_reply *r, struct answer *a, const void *text, size_t len)
+/* says: there is something new, with or without a text. */
+static void add_events(struct openai_reply *r, struct answer *a, const void *text, size_t len, bool says)
 {
     if (r->form.kind == OPENAI_COMPLETION) {
-        if (len || a->scores.n || a->finish)
+        if (says || a->scores.n || a->finish)
             put_event(r, a, DELTA_TEXT, text, len, a->finish);
         return;
     }
     if (!a->role_sent)
         put_event(r, a, DELTA_ROLE, NULL, 0, NULL);
     a->role_sent = true;
-    if (len || a->scores.n)
+    if (says || a->scores.n)
         put_event(r, a, DELTA_TEXT, text, len, NULL);
     if (a->finish)
         put_event(r, a, DELTA_END, NULL, 0, a->finish);
@@ -355,7 +368,8 @@ enum status_code openai_reply_add(struct openai_reply *r, const Tandem__V1__Gene
         }
     }
     if (r->form.stream) {
-        add_events(r, a, m->text.data, m->text.len);
+        /* Where no token has a text, an event says that there are some. */
+        add_events(r, a, m->text.data, m->text.len, m->text.len || (m->n_token_ids && !tok_has_text(r->ctx.tok)));
         return result(r, st);
     }
     json_text_add(&a->text, m->text.data, m->text.len);

@@ -261,7 +261,8 @@ static enum status_code try_all(struct cuda_gemm *g, struct shape *s, const stru
     return rc;
 }
 
-/* For tests: own kernels wherever they can be had; of gate and up another of the ways for each number of rows. */
+/* For tests: own kernels of more than a few rows wherever they can be had; of gate and up another of the ways for each number of
+ * rows. */
 static bool own_way(const struct cuda_gemm *g, struct shape *s, const struct cuda_product *p)
 {
     struct cuda_glu_way glu[32];

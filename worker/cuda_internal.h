@@ -48,7 +48,7 @@ struct cuda_gemm_config {
     /* Whatever its rows, a product with matrices of one shape goes by one algorithm that adds up k in one order, so that a row's
      * bits do not depend on the others; nothing is measured then. */
     bool one_way;
-    bool own_first; /* gate and up by the own kernel wherever it can: forward.h */
+    bool own_first; /* own kernels of more than a few rows wherever they can be had: forward.h */
 };
 STATUS_MUST_CHECK enum status_code cuda_gemm_create(struct cuda_gemm **out, const struct cuda_gemm_config *cfg,
                                                     struct status *st);
@@ -62,7 +62,7 @@ STATUS_MUST_CHECK enum status_code cuda_gemm_remember(struct cuda_gemm *g, const
 void cuda_gemm_try_until(struct cuda_gemm *g, double until_us);
 struct cuda_gemm_counts {
     uint32_t measured, remembered, untried; /* shapes */
-    uint32_t glu, some;                     /* of those, by cuda_glu.cu and by cuda_some.cu */
+    uint32_t glu, some;                     /* of all, by cuda_glu.cu and by cuda_some.cu */
 };
 struct cuda_gemm_counts cuda_gemm_counts(const struct cuda_gemm *g);
 /* What is wrong with the file, or where it is; NULL without one. */

@@ -51,7 +51,8 @@ struct engine_config {
     /* Devices: how sums over ranks go. AUTO: what is there, by measurement; PEER or NCCL alone: connect ends with
      * FAILED_PRECONDITION where it cannot be had. batch_invariant wants PEER, and takes it for AUTO. */
     enum comm_gpu_way all_reduce;
-    /* A device, for tests: gate and up of more than 4 rows go by the own kernel wherever it can, measured or not. */
+    /* A device, for tests: gate and up of more than 4 rows, and products of 5 to 16, go by own kernels wherever they can, measured or
+     * not. */
     bool own_first;
     bool timed;           /* results have a timing; a device takes about 1 us more a step */
     const char *tune_dir; /* a device: folder in which the ways of products that were measured are kept; NULL: none */

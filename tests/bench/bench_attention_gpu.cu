@@ -270,7 +270,7 @@ bool create(contender *c, const batch *b, const attn_gpu_ops *ops, int e)
     cfg.token_stride = (uint64_t)b->layers * 4 * b->kv_heads * b->dim;
     cfg.head_stride = b->dim * 2;
     cfg.max_seqs = b->room;
-    cfg.max_rows = b->rows;
+    cfg.max_rows = std::max(b->rows, b->room);
     cfg.max_kv_len = b->max_len;
     cfg.policy = entry_policies[e];
     struct status st = STATUS_INIT;
@@ -290,7 +290,7 @@ bool capture(contender *c, const batch *b, const attn_gpu_ops *ops, int e, bool 
     step.seq = b->d_seq;
     step.counts = b->d_count;
     step.max_seqs = b->room;
-    step.max_rows = b->rows;
+    step.max_rows = std::max(b->rows, b->room);
     step.max_seq_rows = b->max_seq_rows;
     step.stream = stream;
     if (e != NONE) {

@@ -4,11 +4,14 @@ import os
 import shutil
 import tempfile
 import unittest
+import unittest.mock
+import urllib.error
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 
 import grpc
 
-from cluster import DEMO, SLOW, Cluster, tandem
+from cluster import DEMO, SLOW, Cluster, free_port, inference_pb2, tandem
 
 TIMES = ["ttft_s", "tbt_s", "tpot_s", "latency_s"]
 ORDER = ["p50", "p90", "p95", "p99", "p999", "max"]
@@ -135,6 +138,8 @@ class Bench(unittest.TestCase):
 class Shape(unittest.TestCase):
     """`tandem serve --random-weights CONFIG`: a config.json is all there is."""
 
+    IDS = [5, 6, 7]
+
     def refused(self, c, field, prompt, **options):
         with self.assertRaises(grpc.RpcError) as e:
             c.run(prompt, max_tokens=4, **options)
@@ -142,31 +147,88 @@ class Shape(unittest.TestCase):
         self.assertTrue(e.exception.details().startswith(field + ": "), e.exception.details())
         self.assertIn("no tokenizer", e.exception.details())
 
+    def post(self, port, path="completions", **body):
+        to = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{path}", json.dumps(body).encode(),
+                                    {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(to, timeout=60 * SLOW) as r:
+                return r.status, r.read().decode()
+        except urllib.error.HTTPError as e:
+            return e.code, e.read().decode()
+
+    def without_text(self, c):
+        """Ids in, ids out; returns them. What is about text is refused by its name."""
+        rc, out, err = tandem("bench", "--address", c.address, "--requests", 3, "--input-tokens", 20, "--output-tokens", 5)
+        self.assertEqual(rc, 0, err)
+        self.assertIn("3 done, 0 failed", out)
+        self.assertIn("15 of answers", out)
+        scores, text, ids = [], "", []
+        for m in c.generate(self.IDS, temperature=0, ignore_eos=True, max_tokens=12, logprobs=2, prompt_logprobs=1):
+            scores += m.logprobs
+            text += m.text
+            ids += m.token_ids
+        self.assertEqual((len(ids), text), (12, ""))
+        self.assertEqual([s.token_id for s in scores], ids)
+        chat = inference_pb2.GenerateRequest()
+        chat.chat.messages.add(role="user", content="hello")
+        self.refused(c, "text", "Once upon a time")
+        self.refused(c, "chat", chat)
+        self.refused(c, "stopping.stop", self.IDS, stop=["."])
+        self.refused(c, "output.echo", self.IDS, echo=True)
+        c.wait_idle()
+        return ids
+
+    def over_http(self, port, ids):
+        ask = dict(prompt=self.IDS, temperature=0, ignore_eos=True, max_tokens=12)
+        code, body = self.post(port, **ask, logprobs=2)
+        choice = json.loads(body)["choices"][0]
+        self.assertEqual((code, choice["text"], choice["logprobs"]["tokens"]), (200, "", [f"token_id:{i}" for i in ids]))
+        self.assertEqual(set(choice["logprobs"]["text_offset"]), {0})
+        self.assertTrue(all(len(top) >= 2 for top in choice["logprobs"]["top_logprobs"]))
+        code, body = self.post(port, **ask, stream=True)
+        events = [json.loads(e[6:]) for e in body.split("\n\n") if e.startswith("data: {")]
+        self.assertGreater(len(events), 1)
+        self.assertEqual({e["choices"][0]["text"] for e in events}, {""})
+        for param, bad in (("prompt", dict(prompt="x")), ("stop", dict(prompt=self.IDS, stop=["x"])),
+                           ("echo", dict(prompt=self.IDS, echo=True))):
+            code, body = self.post(port, **bad)
+            self.assertEqual((code, json.loads(body)["error"]["param"]), (400, param))
+        code, body = self.post(port, "chat/completions", messages=[{"role": "user", "content": "x"}])
+        self.assertEqual(code, 400, body)
+
     def test_without_weights_and_without_a_tokenizer(self):
         with tempfile.TemporaryDirectory() as d:
             config = shutil.copy(os.path.join(DEMO, "config.json"), d)
-            ids = []
-            for shape in (config, d):
-                with Cluster(model=None, args=["--random-weights", shape, "--http", "127.0.0.1:0"]) as c:
-                    rc, out, err = tandem("bench", "--address", c.address, "--requests", 3, "--input-tokens", 20,
-                                          "--output-tokens", 5)
-                    self.assertEqual(rc, 0, err)
-                    self.assertIn("3 done, 0 failed", out)
-                    self.assertIn("15 of answers", out)
-                    r = c.run([5, 6, 7], temperature=0, ignore_eos=True, max_tokens=12, n=1, logprobs=2)
-                    self.assertEqual((len(r.ids), r.text), (12, ""))
-                    ids.append(r.ids)
-                    self.refused(c, "text", "Once upon a time")
-                    self.refused(c, "stopping.stop", [5, 6, 7], stop=["."])
-                    self.refused(c, "output.echo", [5, 6, 7], echo=True)
-                    self.assertEqual(c.run([5], temperature=0, ignore_eos=True, max_tokens=1).text, "")
-                    c.wait_idle()
-                    self.assertIn("no tokenizer.json in " + d, c.log())
-            self.assertEqual(ids[0], ids[1])
-            with Cluster(args=["--random-weights", 1]) as c:  # the same weights, and there are texts
-                r = c.run([5, 6, 7], temperature=0, ignore_eos=True, max_tokens=12)
-                self.assertEqual(r.ids, ids[0])
-                self.assertNotEqual(r.text, "")
+            port = free_port()
+            with Cluster(model=None, args=["--random-weights", config, "--http", f"127.0.0.1:{port}"]) as c:
+                ids = self.without_text(c)
+                self.over_http(port, ids)
+                self.assertIn("no tokenizer.json in " + d, c.log())
+                self.assertIn("no tokenizer: prompts are token ids", c.log())
+            # The folder, by the environment; the line's --model counts more, whatever shape that says.
+            with unittest.mock.patch.dict(os.environ, TANDEM_SERVE_RANDOM_WEIGHTS=d):
+                with Cluster(model=None) as c:
+                    self.assertEqual(self.without_text(c), ids)
+                with Cluster() as c:
+                    self.assertNotEqual(c.run("Once", max_tokens=4, ignore_eos=True).text, "")
+            with unittest.mock.patch.dict(os.environ, TANDEM_SERVE_MODEL="/no/such"):
+                with Cluster(model=None, args=["--random-weights", d]) as c:
+                    self.assertEqual(self.without_text(c), ids)
+            with Cluster(model=d, args=["--random-weights", 1]) as c:
+                self.assertEqual(self.without_text(c), ids)
+
+    def test_a_tokenizer_that_is_not_loaded_and_one_that_is_missing(self):
+        with Cluster(args=["--random-weights", 1]) as c:
+            r = c.run(self.IDS, temperature=0, ignore_eos=True, max_tokens=12)
+            self.assertNotEqual(r.text, "")
+        with Cluster(args=["--random-weights", 1, "--skip-tokenizer-init", "on"]) as c:
+            self.assertEqual(self.without_text(c), r.ids)
+            self.assertNotIn("no tokenizer.json", c.log())
+        with tempfile.TemporaryDirectory() as d:
+            shutil.copy(os.path.join(DEMO, "config.json"), d)
+            rc, _, err = tandem("serve", "--random-weights", d, "--skip-tokenizer-init", "off", "--listen", f"unix:{d}/s")
+            self.assertEqual(rc, 1, err)
+            self.assertIn("tokenizer.json", err)
 
 
 if __name__ == "__main__":

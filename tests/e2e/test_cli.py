@@ -96,6 +96,7 @@ class Usage(unittest.TestCase):
                      ("probe", "--wait", "-1"), ("serve",), ("serve", "--model", DEMO, "--tp", "0"),
                      ("serve", "--random-weights", "1"), ("serve", "--random-weights", "/no/such"),
                      ("serve", "--random-weights", DEMO, "--model", DEMO),
+                     ("serve", "--random-weights", "tests"), ("serve", "--random-weights", "/etc/passwd"),
                      ("serve", "--model", DEMO, "--random-weights", "-1"),
                      ("serve", "--model", DEMO, "--skip-tokenizer-init", "1"),
                      ("serve", "--model", DEMO, "--trace-kernels", "1"),
