@@ -274,8 +274,7 @@ static const struct cli_option own_options[] = {
      .flags = CLI_FILE,
      .help = "weights are made, for benchmarks of any shape: of this number if it is not 0, and --model's folder needs "
              "none; or of 1, for a config.json or its folder instead of --model. Without a tokenizer.json there "
-             "prompts are token "
-             "ids (default: the folder's)"},
+             "prompts are token ids (default: the folder's)"},
     {.name = "skip-tokenizer-init",
      .id = OPT_NO_TOKENIZER,
      .arg = "on|off",

@@ -1,9 +1,9 @@
 /* cuda_launch.cuh - launches that may begin before the kernel in front of them has ended (programmatic dependent launch,
  * compute capability 9.0 on). Prefix cuda_.
  *
- * A kernel launched by cuda_launch_early calls cuda_let_next_begin when it starts, or where the next one may, and cuda_wait_for_previous before it
- * touches what other kernels write or read: then all kernels in front have ended, as each waited for the one in front of
- * it. What it reads before can only be weights.
+ * A kernel launched by cuda_launch_early calls cuda_let_next_begin when it starts, or where the next one may, and
+ * cuda_wait_for_previous before it touches what other kernels write or read: then all kernels in front have ended, as each
+ * waited for the one in front of it. What it reads before can only be weights.
  */
 #ifndef TANDEM_CUDA_LAUNCH_CUH
 #define TANDEM_CUDA_LAUNCH_CUH

@@ -123,9 +123,8 @@ static void say(struct forward *f, double products_ms, uint32_t graphs, double g
         note(f, text);
     }
     snprintf(text, sizeof text,
-             "products: %u measured, %u from %.500s, %u as the library suggests, %u with SwiGLU in them, %u of some "
-             "rows, in "
-             "%.0f ms; %u graphs in %.0f ms",
+             "products: %u measured, %u from %.500s, %u as the library suggests, %u with SwiGLU in them, "
+             "%u of some rows, in %.0f ms; %u graphs in %.0f ms",
              c.measured, c.remembered, file ? file : "no file", c.untried, c.glu, c.some, products_ms, graphs,
              graphs_ms);
     note(f, text);

@@ -153,9 +153,8 @@ static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t cont
         gpu_release(&b->run, batch);
     }
     double limit = hybrid_limit(b, rows, batch, context);
-    say("chunk of %u at %u with %u decodes at %u: best %.3f ms, on the device %.3f; limit %.3f ms, %.1f %%; alone %.3f "
-        "ms, "
-        "%.3f of it until it is submitted, on the device %.3f, %.1f %%\n",
+    say("chunk of %u at %u with %u decodes at %u: best %.3f ms, on the device %.3f; limit %.3f ms, %.1f %%; "
+        "alone %.3f ms, %.3f of it until it is submitted, on the device %.3f, %.1f %%\n",
         rows, context, batch, context, best.all * 1e3, best.device * 1e3, limit * 1e3, 100 * limit / best.all,
         alone.all * 1e3, alone.submit * 1e3, alone.device * 1e3, 100 * limit / alone.device);
     fflush(stdout);

@@ -134,7 +134,6 @@ class Bench(unittest.TestCase):
         self.assertIn("127.0.0.1:1", errors)
 
 
-
 class Shape(unittest.TestCase):
     """`tandem serve --random-weights CONFIG`: a config.json is all there is."""
 

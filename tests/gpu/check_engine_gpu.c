@@ -279,7 +279,8 @@ static void own_kernels(const char *name, struct gpu_run *host, const struct eng
     const uint32_t hidden = r.e->model.hidden, inner = r.e->shard.inner.count;
     const bool can = gpu_capability() == 90 && hidden % 64 == 0 && inner % 128 == 0; /* CUDA_GLU_DEPTH, _COLS */
     expect((glu > 0) == can, "numbers of rows by the own kernel of gate and up", name, inner, glu);
-    /* q, k, v, what comes behind attention, down: of each number of rows from 5 to 16 that graphs are made for, of which there are two at least */
+    /* q, k, v, what comes behind attention, and down: of each number of rows that graphs are made for, of which there are two at
+     * least from 5 to 16 */
     expect(some >= 2 * 3 || hidden % 8 || inner % 8, "products of 5 to 16 rows by the own kernel", name, hidden, some);
     gpu_say("%-28s by own kernels: gate and up for %u numbers of rows, %u products of 5 to 16 rows\n", name, glu, some);
     double close = 0;
