@@ -55,8 +55,11 @@ enum {
     SM90_LONG_PREFILL = 60, /* tiles */
     /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
     SM90_SHARE_MIN = 30,
-    SM90_NARROW = 64,       /* head dimension: kernels of their own */
+    SM90_NARROW = 64,       /* head dimension: kernels of their own; and of a box */
+    SM90_SLIM = 80,         /* head dimension */
     SM90_SHORT = 16,        /* tiles of prefill */
+    SM90_BRIEF = 11,        /* tiles of prefill */
+    SM90_TURNS = 3,         /* so many times these */
     SM90_MUCH = 7,          /* so many times prefill's tiles, */
     SM90_MUCH_SHORT = 500,  /* or so many where that is short: twice the most that was measured */
     SM90_BENT_PREFILL = 28, /* tiles, from which on either is worth the fused kernel where scores are bent */
@@ -331,6 +334,23 @@ SM90_BOTH float sm90_fused_time(float prefill, float decode)
     return decode < most ? prefill + SM90_FUSED_DECODE * decode : prefill + SM90_FUSED_DECODE * most + decode - most;
 }
 
+/* Heads that do not fill boxes: their decodes are the portable kernel's, which reads and computes on what there is; the others do on whole
+ * boxes (attention_h200_narrow.txt). */
+SM90_BOTH bool sm90_fills(const struct sm90_shape *a)
+{
+    return a->head_dim % SM90_NARROW == 0;
+}
+
+/* Of such heads, and a prefill that is over at once: decodes behind it are cut as if alone, as by the serial policy. */
+SM90_BOTH bool sm90_in_turn(const struct sm90_shape *a, const struct sm90_totals *t)
+{
+    if (sm90_fills(a) || a->bent || a->head_dim > SM90_SLIM || t->units[SM90_PREFILL] == 0)
+        return false;
+    const uint64_t prefill =
+        sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
+    return prefill <= SM90_BRIEF && sm90_decode_load(a, t) >= SM90_TURNS * prefill;
+}
+
 /* Prefill on n of the clusters: the time until the step has ended, with the gain that is asked for, in 1/16 of a tile, and n in the low 16
  * bits; UINT64_MAX where it cannot be or is not worth a look. The least over all n is what `share` stands for below. */
 SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t n)
@@ -338,7 +358,7 @@ SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const str
     const uint32_t clusters = a->sms / SM90_CLUSTER, units = t->units[SM90_PREFILL] * a->kv_heads;
     const uint64_t decode = sm90_decode_load(a, t);
     if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || t->units[SM90_DECODE] == 0 || n == 0 ||
-        n >= clusters)
+        n >= clusters || sm90_in_turn(a, t))
         return UINT64_MAX;
     const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(t), n);
     const bool leaves = units * cut.parts <= n;
@@ -374,6 +394,21 @@ SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, u
     return a->head_dim <= SM90_NARROW || prefill >= SM90_BENT_PREFILL || decode >= SM90_BENT_DECODE;
 }
 
+/* Heads that do not fill boxes: the fused kernel is worth it only where prefill is as long as decodes and not short, or there is nothing that
+ * they could have beside it; and below D 64 where there are few decodes, too. */
+SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, const struct sm90_totals *t, uint64_t prefill,
+                                 uint32_t clusters)
+{
+    const uint64_t decode = sm90_decode_load(a, t);
+    if (sm90_in_turn(a, t))
+        return true;
+    if (sm90_fills(a) || a->bent)
+        return false;
+    if (a->head_dim < SM90_NARROW)
+        return decode > prefill && decode >= SM90_SHARE_MIN;
+    return clusters < a->sms / SM90_CLUSTER && (decode > prefill || prefill < SM90_SHORT);
+}
+
 /* Which launches are the fastest for a batch. */
 SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct sm90_totals *t,
                                         unsigned long long share)
@@ -383,13 +418,16 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     const uint64_t prefill =
         sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
+    uint32_t clusters;
+    const float apart = sm90_apart_time(a, t, share, &clusters);
+    if (sm90_apart_anyway(a, t, prefill, clusters))
+        return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode))
         return ATTN_WAY_FUSED;
     const bool rest = decode * SM90_PROGRESS_OF > prefill * SM90_PROGRESS + SM90_PROGRESS_OF * SM90_REST_TILES;
     const float fused = sm90_fused_time((float)prefill, (float)decode) + (rest ? SM90_REST_COST : 0);
     const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
-    uint32_t clusters;
-    if (sm90_apart_time(a, t, share, &clusters) + gain < fused)
+    if (apart + gain < fused)
         return ATTN_WAY_APART;
     return rest ? ATTN_WAY_FUSED_REST : ATTN_WAY_FUSED;
 }
@@ -424,7 +462,7 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
         mostly_alone = sm90_decode_load(a, t) * SM90_PROGRESS_OF > (uint64_t)SM90_MOSTLY * prefill * SM90_PROGRESS;
     /* Behind prefill blocks come one after the other, and a round of all of them would be two; beside it there are those of the SMs
      * that it leaves. */
-    const bool at_once = t->units[SM90_PREFILL] == 0 || a->policy == ATTN_GPU_SERIAL;
+    const bool at_once = t->units[SM90_PREFILL] == 0 || a->policy == ATTN_GPU_SERIAL || (apart && sm90_in_turn(a, t));
     const uint32_t on = at_once ? a->sms : a->sms - r.clusters * SM90_CLUSTER;
     const uint32_t blocks = on * SM90_DECODE_BLOCKS > a->sms ? on * SM90_DECODE_BLOCKS : a->sms;
     const bool beside = !at_once && blocks > a->sms;

@@ -154,7 +154,8 @@ START_TEST(lists_have_room_for_all_parts_of_any_batch)
 }
 END_TEST
 
-/* With one role alone there is nothing to fuse; and heads that are neither narrow nor bent all go by the same times. */
+/* With one role alone there is nothing to fuse; wide heads that fill boxes and are not bent all go by the same times, and those that do not
+ * are apart wherever these are. */
 START_TEST(a_way_is_for_both_roles)
 {
     static struct batch b;
@@ -166,9 +167,12 @@ START_TEST(a_way_is_for_both_roles)
         if (t.units[SM90_PREFILL] == 0 || t.units[SM90_DECODE] == 0)
             ck_assert_int_eq(way, ATTN_WAY_APART);
         if (b.shape.head_dim > SM90_NARROW && !b.shape.bent) {
-            b.shape.head_dim = SM90_NARROW + 8 * (1 + draw(24));
-            ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), way);
-        } else if (way == ATTN_WAY_FUSED_REST) { /* by the times, where much is to be read */
+            const bool fills = sm90_fills(&b.shape);
+            b.shape.head_dim = SM90_NARROW * (2 + draw(3));
+            const enum attn_gpu_way of_wide = sm90_choose(&b.shape, b.seq, b.seqs);
+            if (fills || of_wide == ATTN_WAY_APART)
+                ck_assert_int_eq(way, of_wide);
+        } else if (way == ATTN_WAY_FUSED_REST) { /* narrow or bent: by the times, where much is to be read */
             b.shape.bent = false;
             b.shape.head_dim = 128;
             ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), way);
@@ -231,6 +235,35 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
         some++;
     }
     ck_assert_msg(some > ROUNDS / 50 && all > ROUNDS / 50, "%u batches on some, %u on all", some, all);
+}
+END_TEST
+
+/* Narrow heads that do not fill boxes, and a prefill that is over at once: decodes behind it are cut as by the serial policy. */
+START_TEST(decodes_in_turn_are_cut_as_if_alone)
+{
+    static struct batch b;
+    uint32_t seen = 0;
+    state = (uint64_t)_i + 1;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        make(&b);
+        b.shape.policy = ATTN_GPU_AUTO;
+        b.shape.way = ATTN_WAY_APART;
+        b.shape.fixed_tiles = 0;
+        const struct sm90_totals t = totals_of(&b, b.seqs);
+        if (t.units[SM90_DECODE] == 0 || !sm90_in_turn(&b.shape, &t))
+            continue;
+        ck_assert(!b.shape.bent && b.shape.head_dim <= SM90_SLIM && !sm90_fills(&b.shape));
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), b.seqs);
+        ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), ATTN_WAY_APART);
+        b.shape.policy = ATTN_GPU_SERIAL;
+        const struct sm90_rule serial = sm90_rule_of(&b.shape, &t, UINT64_MAX, b.seqs);
+        ck_assert_uint_eq(r.clusters, serial.clusters);
+        ck_assert_uint_eq(r.tiles[SM90_PREFILL], serial.tiles[SM90_PREFILL]);
+        ck_assert_uint_eq(r.tiles[SM90_DECODE], serial.tiles[SM90_DECODE]);
+        ck_assert_uint_eq(r.last_tiles, serial.last_tiles);
+        seen++;
+    }
+    ck_assert_msg(seen > ROUNDS / 1000, "%u batches", seen);
 }
 END_TEST
 
@@ -305,12 +338,26 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED}, /* 40.6 us, apart 48.3 */
         {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED}, /* 11.6, 13.0 */
         {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 152, 257 */
-        {8, 64, false, 512, 4096, 96, 2048, ATTN_WAY_FUSED}, /* 128.0, 129.2: 2.7 times as many tiles of decodes as of prefill */
+        {8, 64, false, 512, 4096, 96, 2048,
+         ATTN_WAY_FUSED}, /* 128.0, 129.2: 2.7 times as many tiles of decodes as of prefill */
         {32, 64, false, 128, 4096, 32, 4096, ATTN_WAY_APART}, /* 32/32 heads, 512 rows, 7.1 times: 279.8, fused 298.1 */
-        {32, 64, false, 64, 256, 64, 1024, ATTN_WAY_FUSED}, /* 256 rows: 135.5, apart 157.1, though 25 times: prefill is short */
+        {32, 64, false, 64, 256, 64, 1024,
+         ATTN_WAY_FUSED}, /* 256 rows: 135.5, apart 157.1, though 25 times: prefill is short */
         {32, 64, false, 64, 1024, 32, 2048, ATTN_WAY_APART}, /* 256 rows, 12 times: 143.2, fused 149.3 */
         {8, 64, false, 64, 64, 256, 8192, ATTN_WAY_APART},   /* very many: not measured */
         {8, 96, false, 512, 4096, 32, 4096, ATTN_WAY_APART}, /* 135, fused 160 */
+
+        /* Heads that do not fill boxes (attention_h200_narrow.txt). */
+        {2, 80, false, 2048, 2048, 128, 2048, ATTN_WAY_APART}, /* 74.5, fused 87.6, serial 78.6 */
+        {4, 80, false, 1024, 1024, 128, 1024, ATTN_WAY_APART}, /* 64.9, 80.8, 76.0 */
+        {8, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_FUSED},  /* 357, apart 382: prefill takes as long as decodes */
+        {8, 80, false, 512, 512, 16, 1024, ATTN_WAY_FUSED},    /* 24.7, 32.8: they would wait for all of prefill */
+        {8, 80, false, 512, 512, 64, 1024, ATTN_WAY_APART},    /* 65.9, fused 69.9, serial 65.5: in turn */
+        {8, 40, false, 256, 256, 64, 1024, ATTN_WAY_APART},    /* 43.6, 50.6, 40.5: in turn */
+        {8, 40, false, 512, 8192, 96, 4096, ATTN_WAY_APART},   /* 234, 301 */
+        {8, 40, false, 1024, 4096, 64, 1024, ATTN_WAY_FUSED},  /* 111, 114 */
+        {2, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.6, 12.6: few decodes */
+
         {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 179, apart 281 */
         {4, 128, true, 512, 512, 64, 1024, ATTN_WAY_FUSED},  /* 47.5, 48.2: decodes enough */
         {2, 128, true, 512, 512, 64, 1024, ATTN_WAY_APART},  /* 29.5, fused 37.3: hardly anything to do */
@@ -425,6 +472,7 @@ int main(void)
     TCase *limits = tcase_create("limits");
     tcase_set_timeout(limits, 60);
     tcase_add_loop_test(limits, lists_have_room_for_all_parts_of_any_batch, 0, 8);
+    tcase_add_loop_test(limits, decodes_in_turn_are_cut_as_if_alone, 0, 8);
     tcase_add_loop_test(limits, prefill_is_on_some_clusters_only_where_that_ends_sooner, 0, 4);
     tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
     suite_add_tcase(s, limits);
