@@ -316,8 +316,7 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
 cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
 {
     const sm90_run_args &r = a.run;
-    const bool fills = s->cfg.head_dim % BOX_DIMS == 0;
-    if (s->cfg.fixed_split_keys || (r.decode_follows && fills && !bent(&s->cfg)))
+    if (s->cfg.fixed_split_keys || (r.decode_follows && sm90_fills(s->cfg.head_dim) && !bent(&s->cfg)))
         return launch(s, s->kernels->decode, a, 0, stream);
     cuda_run_args c = {};
     c.q = r.q;

@@ -32,7 +32,7 @@ constexpr uint32_t UNIT_ROWS = CLUSTER * BLOCK_ROWS;
 constexpr uint32_t UNIT_GROUPS = UNIT_ROWS / 64;
 static_assert(UNIT_ROWS == SM90_UNIT_ROWS && DECODE_ROWS == SM90_DECODE_ROWS && TILE_KEYS == SM90_TILE_KEYS &&
                   (uint32_t)ROLE_PREFILL == SM90_PREFILL && (uint32_t)ROLE_DECODE == SM90_DECODE &&
-                  (uint32_t)ROLES == SM90_ROLES,
+                  (uint32_t)ROLES == SM90_ROLES && BOX_DIMS == SM90_BOX,
               "the rule's are the kernels'");
 /* Numbers of arrived parts, by role: a cut unit has two slots at least, and prefill counts by group of 64 rows. */
 constexpr uint32_t ARRIVED_PER_SLOT[2] = {UNIT_GROUPS / 2, 1};

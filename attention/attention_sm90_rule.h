@@ -55,11 +55,15 @@ enum {
     SM90_LONG_PREFILL = 60, /* tiles */
     /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
     SM90_SHARE_MIN = 30,
-    SM90_NARROW = 64,       /* head dimension: kernels of their own; and of a box */
-    SM90_SLIM = 80,         /* head dimension */
-    SM90_SHORT = 16,        /* tiles of prefill */
-    SM90_BRIEF = 11,        /* tiles of prefill */
-    SM90_TURNS = 3,         /* so many times these */
+    SM90_NARROW = 64, /* head dimension: kernels of their own */
+    SM90_BOX = 64,    /* head dimension that boxes of K and V come in */
+    SM90_SHORT = 16,  /* tiles of prefill */
+    SM90_UNFILLED =
+        24, /* tiles of a prefill beside which the fused kernel does not pay for heads that do not fill boxes */
+    /* sm90_brief: the most of a head dimension, of prefill's tiles (five, and an item's ends), and decodes so many times these. */
+    SM90_BRIEF_DIM = 80,
+    SM90_BRIEF = 11,
+    SM90_BRIEF_TIMES = 3,
     SM90_MUCH = 7,          /* so many times prefill's tiles, */
     SM90_MUCH_SHORT = 500,  /* or so many where that is short: twice the most that was measured */
     SM90_BENT_PREFILL = 28, /* tiles, from which on either is worth the fused kernel where scores are bent */
@@ -334,21 +338,22 @@ SM90_BOTH float sm90_fused_time(float prefill, float decode)
     return decode < most ? prefill + SM90_FUSED_DECODE * decode : prefill + SM90_FUSED_DECODE * most + decode - most;
 }
 
-/* Heads that do not fill boxes: their decodes are the portable kernel's, which reads and computes on what there is; the others do on whole
- * boxes (attention_h200_narrow.txt). */
-SM90_BOTH bool sm90_fills(const struct sm90_shape *a)
+/* Where heads do not, decodes in a launch of their own are the portable kernel's, which reads no padding (launch_decode); those of the fused
+ * kernel come in whole boxes. */
+SM90_BOTH bool sm90_fills(uint32_t head_dim)
 {
-    return a->head_dim % SM90_NARROW == 0;
+    return head_dim % SM90_BOX == 0;
 }
 
-/* Of such heads, and a prefill that is over at once: decodes behind it are cut as if alone, as by the serial policy. */
-SM90_BOTH bool sm90_in_turn(const struct sm90_shape *a, const struct sm90_totals *t)
+/* Such heads, none of the wider ones, with much more of decodes than of prefill, which is one short item for each of some clusters: under AUTO
+ * with launches apart decodes are cut as by the serial policy, as if they had all SMs (attention_h200_narrow.txt). */
+SM90_BOTH bool sm90_brief(const struct sm90_shape *a, const struct sm90_totals *t)
 {
-    if (sm90_fills(a) || a->bent || a->head_dim > SM90_SLIM || t->units[SM90_PREFILL] == 0)
+    if (sm90_fills(a->head_dim) || a->bent || a->head_dim > SM90_BRIEF_DIM || t->units[SM90_PREFILL] == 0)
         return false;
     const uint64_t prefill =
         sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
-    return prefill <= SM90_BRIEF && sm90_decode_load(a, t) >= SM90_TURNS * prefill;
+    return prefill <= SM90_BRIEF && sm90_decode_load(a, t) >= SM90_BRIEF_TIMES * prefill;
 }
 
 /* Prefill on n of the clusters: the time until the step has ended, with the gain that is asked for, in 1/16 of a tile, and n in the low 16
@@ -358,7 +363,7 @@ SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const str
     const uint32_t clusters = a->sms / SM90_CLUSTER, units = t->units[SM90_PREFILL] * a->kv_heads;
     const uint64_t decode = sm90_decode_load(a, t);
     if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || t->units[SM90_DECODE] == 0 || n == 0 ||
-        n >= clusters || sm90_in_turn(a, t))
+        n >= clusters || sm90_brief(a, t))
         return UINT64_MAX;
     const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(t), n);
     const bool leaves = units * cut.parts <= n;
@@ -384,8 +389,9 @@ SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_to
     return (float)(share >> 16) / 16;
 }
 
-/* Narrow heads and bent scores: a tile of prefill takes longer there beside one of decodes than by the times above, which are those of D 128
- * without, so the fused kernel wins but where there is very much to read, or hardly anything to do (attention_h200_shapes.txt). */
+/* Heads of 64, what is left of narrower ones, and bent scores: a tile of prefill takes longer there beside one of decodes than by the times
+ * above, which are those of D 128 without, so the fused kernel wins but where there is very much to read, or hardly anything to do
+ * (attention_h200_shapes.txt). */
 SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode)
 {
     if ((a->head_dim > SM90_NARROW && !a->bent) ||
@@ -394,19 +400,16 @@ SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, u
     return a->head_dim <= SM90_NARROW || prefill >= SM90_BENT_PREFILL || decode >= SM90_BENT_DECODE;
 }
 
-/* Heads that do not fill boxes: the fused kernel is worth it only where prefill is as long as decodes and not short, or there is nothing that
- * they could have beside it; and below D 64 where there are few decodes, too. */
+/* Heads that do not fill boxes are apart, whatever the times say, where decodes can begin beside prefill and take longer than it, or it is
+ * short; but below D 64 not beside the shortest, where the fused kernel ends sooner (attention_h200_narrow.txt). */
 SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, const struct sm90_totals *t, uint64_t prefill,
                                  uint32_t clusters)
 {
-    const uint64_t decode = sm90_decode_load(a, t);
-    if (sm90_in_turn(a, t))
+    if (sm90_brief(a, t))
         return true;
-    if (sm90_fills(a) || a->bent)
+    if (sm90_fills(a->head_dim) || a->bent || (a->head_dim < SM90_NARROW && prefill < SM90_BRIEF))
         return false;
-    if (a->head_dim < SM90_NARROW)
-        return decode > prefill && decode >= SM90_SHARE_MIN;
-    return clusters < a->sms / SM90_CLUSTER && (decode > prefill || prefill < SM90_SHORT);
+    return clusters < a->sms / SM90_CLUSTER && (sm90_decode_load(a, t) > prefill || prefill < SM90_UNFILLED);
 }
 
 /* Which launches are the fastest for a batch. */
@@ -460,9 +463,9 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
     bool mostly_alone = apart || a->policy == ATTN_GPU_SERIAL;
     if (automatic && a->way == ATTN_WAY_FUSED_REST && t->units[SM90_PREFILL])
         mostly_alone = sm90_decode_load(a, t) * SM90_PROGRESS_OF > (uint64_t)SM90_MOSTLY * prefill * SM90_PROGRESS;
-    /* Behind prefill blocks come one after the other, and a round of all of them would be two; beside it there are those of the SMs
-     * that it leaves. */
-    const bool at_once = t->units[SM90_PREFILL] == 0 || a->policy == ATTN_GPU_SERIAL || (apart && sm90_in_turn(a, t));
+    /* Behind prefill blocks come one after the other, and a round of all of them would be two, but where it is over at once; beside it there
+     * are those of the SMs that it leaves. */
+    const bool at_once = t->units[SM90_PREFILL] == 0 || a->policy == ATTN_GPU_SERIAL || (apart && sm90_brief(a, t));
     const uint32_t on = at_once ? a->sms : a->sms - r.clusters * SM90_CLUSTER;
     const uint32_t blocks = on * SM90_DECODE_BLOCKS > a->sms ? on * SM90_DECODE_BLOCKS : a->sms;
     const bool beside = !at_once && blocks > a->sms;

@@ -167,12 +167,12 @@ START_TEST(a_way_is_for_both_roles)
         if (t.units[SM90_PREFILL] == 0 || t.units[SM90_DECODE] == 0)
             ck_assert_int_eq(way, ATTN_WAY_APART);
         if (b.shape.head_dim > SM90_NARROW && !b.shape.bent) {
-            const bool fills = sm90_fills(&b.shape);
+            const bool fills = sm90_fills(b.shape.head_dim);
             b.shape.head_dim = SM90_NARROW * (2 + draw(3));
             const enum attn_gpu_way of_wide = sm90_choose(&b.shape, b.seq, b.seqs);
             if (fills || of_wide == ATTN_WAY_APART)
                 ck_assert_int_eq(way, of_wide);
-        } else if (way == ATTN_WAY_FUSED_REST) { /* narrow or bent: by the times, where much is to be read */
+        } else if (way == ATTN_WAY_FUSED_REST) { /* heads of 64 or bent: by the times, where much is to be read */
             b.shape.bent = false;
             b.shape.head_dim = 128;
             ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), way);
@@ -238,8 +238,9 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
 }
 END_TEST
 
-/* Narrow heads that do not fill boxes, and a prefill that is over at once: decodes behind it are cut as by the serial policy. */
-START_TEST(decodes_in_turn_are_cut_as_if_alone)
+/* Where prefill is brief beside decodes of heads that do not fill boxes, these are cut as by the serial policy under AUTO with launches apart;
+ * whatever else is cut as for heads of 128. */
+START_TEST(decodes_beside_a_brief_prefill_are_cut_as_if_alone)
 {
     static struct batch b;
     uint32_t seen = 0;
@@ -250,17 +251,32 @@ START_TEST(decodes_in_turn_are_cut_as_if_alone)
         b.shape.way = ATTN_WAY_APART;
         b.shape.fixed_tiles = 0;
         const struct sm90_totals t = totals_of(&b, b.seqs);
-        if (t.units[SM90_DECODE] == 0 || !sm90_in_turn(&b.shape, &t))
+        if (t.units[SM90_DECODE] == 0 || !sm90_brief(&b.shape, &t))
             continue;
-        ck_assert(!b.shape.bent && b.shape.head_dim <= SM90_SLIM && !sm90_fills(&b.shape));
-        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), b.seqs);
+        ck_assert(!b.shape.bent && b.shape.head_dim <= SM90_BRIEF_DIM && !sm90_fills(b.shape.head_dim));
         ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), ATTN_WAY_APART);
-        b.shape.policy = ATTN_GPU_SERIAL;
-        const struct sm90_rule serial = sm90_rule_of(&b.shape, &t, UINT64_MAX, b.seqs);
-        ck_assert_uint_eq(r.clusters, serial.clusters);
-        ck_assert_uint_eq(r.tiles[SM90_PREFILL], serial.tiles[SM90_PREFILL]);
-        ck_assert_uint_eq(r.tiles[SM90_DECODE], serial.tiles[SM90_DECODE]);
-        ck_assert_uint_eq(r.last_tiles, serial.last_tiles);
+        struct sm90_shape other = b.shape;
+        other.policy = ATTN_GPU_SERIAL;
+        struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), b.seqs),
+                         like = sm90_rule_of(&other, &t, UINT64_MAX, b.seqs);
+        ck_assert(memcmp(&r, &like, sizeof r) == 0);
+        static const struct {
+            enum attn_gpu_policy policy;
+            enum attn_gpu_way way;
+        } others[] = {{ATTN_GPU_AUTO, ATTN_WAY_FUSED},
+                      {ATTN_GPU_AUTO, ATTN_WAY_FUSED_REST},
+                      {ATTN_GPU_FUSED, ATTN_WAY_APART},
+                      {ATTN_GPU_STREAMS, ATTN_WAY_APART}};
+        for (size_t k = 0; k < sizeof others / sizeof *others; k++) {
+            struct sm90_shape narrow = b.shape;
+            narrow.policy = others[k].policy;
+            narrow.way = others[k].way;
+            struct sm90_shape wide = narrow;
+            wide.head_dim = 128;
+            r = sm90_rule_of(&narrow, &t, UINT64_MAX, b.seqs);
+            like = sm90_rule_of(&wide, &t, UINT64_MAX, b.seqs);
+            ck_assert(memcmp(&r, &like, sizeof r) == 0);
+        }
         seen++;
     }
     ck_assert_msg(seen > ROUNDS / 1000, "%u batches", seen);
@@ -278,6 +294,41 @@ static struct sm90_shape shape_of(uint32_t kv_heads, uint32_t max_seq_rows)
                                .max_seq_rows = max_seq_rows,
                                .max_kv_len = 1 << 20};
 }
+
+/* One chunk, if it has rows, and equal decodes. Returns the number of sequences. */
+static uint32_t chunk_and_decodes(struct attn_seq *seq, uint32_t rows, uint32_t chunk_len, uint32_t decodes,
+                                  uint32_t decode_len)
+{
+    uint32_t n = 0;
+    if (rows)
+        seq[n++] = (struct attn_seq){.rows = rows, .kv_len = chunk_len};
+    for (uint32_t d = 0; d < decodes; d++)
+        seq[n++] = (struct attn_seq){.first_row = 4096 + d, .rows = 1, .kv_len = decode_len};
+    return n;
+}
+
+START_TEST(what_is_brief)
+{
+    static const struct {
+        uint32_t kv_heads, head_dim, rows, decodes, decode_len;
+        bool brief;
+    } cases[] = {
+        {8, 80, 512, 64, 1024, true},  {8, 88, 512, 64, 1024, false}, /* wider */
+        {8, 64, 512, 64, 1024, false},                                /* fills its box */
+        {4, 40, 256, 64, 1024, true},  {8, 40, 512, 16, 1024, false}, /* decodes as long as prefill */
+        {8, 40, 512, 32, 1024, false},                                /* less than three times as long */
+        {8, 40, 640, 64, 2048, false},                                /* prefill of 13 tiles */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        static struct batch b;
+        b = (struct batch){.shape = shape_of(cases[i].kv_heads, 8192)};
+        b.shape.head_dim = cases[i].head_dim;
+        b.seqs = chunk_and_decodes(b.seq, cases[i].rows, cases[i].rows, cases[i].decodes, cases[i].decode_len);
+        const struct sm90_totals t = totals_of(&b, b.seqs);
+        ck_assert_msg(sm90_brief(&b.shape, &t) == cases[i].brief, "case %zu", i);
+    }
+}
+END_TEST
 
 START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
 {
@@ -348,15 +399,21 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 96, false, 512, 4096, 32, 4096, ATTN_WAY_APART}, /* 135, fused 160 */
 
         /* Heads that do not fill boxes (attention_h200_narrow.txt). */
-        {2, 80, false, 2048, 2048, 128, 2048, ATTN_WAY_APART}, /* 74.5, fused 87.6, serial 78.6 */
-        {4, 80, false, 1024, 1024, 128, 1024, ATTN_WAY_APART}, /* 64.9, 80.8, 76.0 */
-        {8, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_FUSED},  /* 357, apart 382: prefill takes as long as decodes */
-        {8, 80, false, 512, 512, 16, 1024, ATTN_WAY_FUSED},    /* 24.7, 32.8: they would wait for all of prefill */
-        {8, 80, false, 512, 512, 64, 1024, ATTN_WAY_APART},    /* 65.9, fused 69.9, serial 65.5: in turn */
-        {8, 40, false, 256, 256, 64, 1024, ATTN_WAY_APART},    /* 43.6, 50.6, 40.5: in turn */
+        {2, 80, false, 2048, 2048, 128, 2048, ATTN_WAY_APART}, /* 74.9, fused 87.8 */
+        {4, 80, false, 1024, 1024, 128, 1024, ATTN_WAY_APART}, /* 65.3, 80.6 */
+        {4, 80, false, 64, 64, 8, 1024, ATTN_WAY_APART},       /* 11.9, 12.5: prefill is short */
+        {8, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_FUSED},  /* 347, apart 377: prefill takes as long as decodes */
+        {2, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_FUSED},  /* 104, 134 */
+        {8, 80, false, 512, 512, 16, 1024, ATTN_WAY_FUSED},    /* 24.7, 32.7: nothing is left beside it */
+        {8, 80, false, 512, 512, 64, 1024, ATTN_WAY_APART},    /* 64.1, fused 70.5: brief */
+        {8, 80, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},    /* a cap: not measured */
+        {8, 40, false, 256, 256, 64, 1024, ATTN_WAY_APART},    /* 38.9, 51.4: brief */
         {8, 40, false, 512, 8192, 96, 4096, ATTN_WAY_APART},   /* 234, 301 */
-        {8, 40, false, 1024, 4096, 64, 1024, ATTN_WAY_FUSED},  /* 111, 114 */
-        {2, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.6, 12.6: few decodes */
+        {2, 40, false, 512, 4096, 32, 4096, ATTN_WAY_APART},   /* 33.8, 39.4 */
+        {2, 40, false, 256, 1024, 32, 2048, ATTN_WAY_APART},   /* 18.2, 23.1: fewer decodes, but prefill is short */
+        {8, 40, false, 1024, 4096, 64, 1024, ATTN_WAY_FUSED},  /* 112, apart 115 */
+        {4, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 15.5, 17.5: prefill is shortest */
+        {2, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.7, 12.7 */
 
         {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 179, apart 281 */
         {4, 128, true, 512, 512, 64, 1024, ATTN_WAY_FUSED},  /* 47.5, 48.2: decodes enough */
@@ -369,11 +426,8 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         struct sm90_shape shape = shape_of(cases[i].kv_heads, 8192);
         shape.head_dim = cases[i].head_dim;
         shape.bent = cases[i].bent;
-        uint32_t n = 0;
-        if (cases[i].rows)
-            seq[n++] = (struct attn_seq){.rows = cases[i].rows, .kv_len = cases[i].chunk_len};
-        for (uint32_t d = 0; d < cases[i].decodes; d++, n++)
-            seq[n] = (struct attn_seq){.first_row = 4096 + d, .rows = 1, .kv_len = cases[i].decode_len};
+        const uint32_t n =
+            chunk_and_decodes(seq, cases[i].rows, cases[i].chunk_len, cases[i].decodes, cases[i].decode_len);
         ck_assert_msg(sm90_choose(&shape, seq, n) == cases[i].way, "case %zu: way %d, expected %d", i,
                       (int)sm90_choose(&shape, seq, n), (int)cases[i].way);
     }
@@ -461,6 +515,7 @@ int main(void)
 {
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
+    tcase_add_test(core, what_is_brief);
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
@@ -472,7 +527,7 @@ int main(void)
     TCase *limits = tcase_create("limits");
     tcase_set_timeout(limits, 60);
     tcase_add_loop_test(limits, lists_have_room_for_all_parts_of_any_batch, 0, 8);
-    tcase_add_loop_test(limits, decodes_in_turn_are_cut_as_if_alone, 0, 8);
+    tcase_add_loop_test(limits, decodes_beside_a_brief_prefill_are_cut_as_if_alone, 0, 8);
     tcase_add_loop_test(limits, prefill_is_on_some_clusters_only_where_that_ends_sooner, 0, 4);
     tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
     suite_add_tcase(s, limits);

@@ -1,7 +1,7 @@
 /* bench_attention_gpu.cu - back ends and policies of attention/ on a GPU against each other, without PyTorch.
  *
  *     bench_attention_gpu [--rounds N] [--back-end NAME] [--policies auto,fused,serial,streams,apart,plan] [--tag TEXT]
- *                         [--dim D] [--window KEYS] [--cap C] [--seqs N] [--rest MS] [--power MS] [--between 1] [--pages 1] BATCH ...
+ *                         [--dim D] [--window KEYS] [--cap C] [--seqs N] [--rest MS] [--power MS] [--between 1] [--pages 1|2] BATCH ...
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
  * "32/8 2048:16384 48x16384". Head dimension 128 or --dim, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
@@ -22,7 +22,8 @@
  * of samples), and the energy of a layer; and again as it is timed above, each when the one before has ended (the pauses are in its us).
  * First of all what it draws while one thread alone runs.
  *
- * With --pages 1 KV is 2 MiB pages that are mapped in random order, as a pool has them that has served for a while; else one piece.
+ * With --pages 1 KV is 2 MiB pages that are mapped in random order, as a pool has them that has served for a while, with 2 such pages in the
+ * order in which they were made; else one piece.
  */
 #include <cmath>
 #include <random>
@@ -63,6 +64,7 @@ struct mapped {
     vmm driver;
     CUdeviceptr at;
     uint64_t bytes;
+    bool in_order;
     std::vector<vmm_page> page;
 };
 
@@ -75,7 +77,8 @@ char *map_pages(mapped *m, uint64_t bytes)
     m->page.resize(n);
     for (vmm_page &p : m->page)
         VMM_MUST(m->driver.create(&p, PAGE_BYTES, &m->driver.prop, 0));
-    std::shuffle(m->page.begin(), m->page.end(), std::mt19937_64(n));
+    if (!m->in_order)
+        std::shuffle(m->page.begin(), m->page.end(), std::mt19937_64(n));
     VMM_MUST(m->driver.reserve(&m->at, m->bytes, 0, 0, 0));
     for (uint64_t i = 0; i < n; i++)
         VMM_MUST(m->driver.map(m->at + i * PAGE_BYTES, PAGE_BYTES, 0, m->page[i], 0));
@@ -438,15 +441,16 @@ int main(int argc, char **argv)
             o.drawn.ms = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--between"))
             o.between = strtoul(argv[i + 1], NULL, 10) != 0;
-        else if (!strcmp(argv[i], "--pages"))
+        else if (!strcmp(argv[i], "--pages")) {
+            pages.in_order = strtoul(argv[i + 1], NULL, 10) == 2;
             o.pages = strtoul(argv[i + 1], NULL, 10) ? &pages : NULL;
-        else
+        } else
             break;
     }
     if (i >= argc || o.rounds == 0 || o.dim == 0 || o.dim % 8 || o.dim > 256 || !strncmp(argv[i], "--", 2)) {
         fprintf(stderr,
                 "usage: %s [--rounds N] [--back-end NAME] [--policies NAME,..] [--tag TEXT] [--dim D] [--window KEYS] "
-                "[--cap C] [--seqs N] [--rest MS] [--power MS] [--between 1] [--pages 1] "
+                "[--cap C] [--seqs N] [--rest MS] [--power MS] [--between 1] [--pages 1|2] "
                 "\"HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]\" ...\n",
                 argv[0]);
         return 2;
