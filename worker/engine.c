@@ -74,6 +74,8 @@ static enum status_code read_limits(struct engine *e, const struct engine_config
 #define DEFAULT_MEMORY_FRACTION 0.9
 /* For what a driver takes as kernels are loaded, and for its own granularity. */
 #define DEVICE_SPARE_BYTES (256ull << 20)
+/* More with several ranks: what NCCL takes, and the driver for ranks that reach each other. Two H200s had 265 MiB too much in use without. */
+#define DEVICE_RANKS_BYTES (384ull << 20)
 
 /* A quarter of the machine, or of what is left of it: other programs, a container's limit. */
 static uint64_t host_share(const struct engine_config *cfg)
@@ -97,15 +99,14 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
     uint64_t workspace;
     if ((rc = e->ops->bytes(&workspace, forward, st)) != ST_OK)
         return rc;
-    workspace += DEVICE_SPARE_BYTES;
+    workspace += DEVICE_SPARE_BYTES + (comm_size(cfg->comm) > 1 ? DEVICE_RANKS_BYTES : 0);
     uint64_t need = used + weight_bytes + workspace + cfg->kv_bytes;
     if (need >= budget)
         return status_set(
             st, ST_RESOURCE_EXHAUSTED,
             "%s: %.4g of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
-            "%u samples %llu, KV cache %llu: together %llu MiB, %llu too many. Less is needed with more ranks, fewer "
-            "rows a "
-            "step or a smaller KV cache",
+            "%u samples %llu, KV cache %llu: together %llu MiB, %llu too many. Less is needed with more ranks, "
+            "fewer rows a step or a smaller KV cache",
             e->parts->text, fraction, (unsigned long long)(m.total_bytes >> 20), (unsigned long long)(budget >> 20),
             (unsigned long long)(used >> 20), (unsigned long long)(weight_bytes >> 20), forward->max_rows,
             forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(cfg->kv_bytes >> 20),

@@ -8,8 +8,8 @@
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
- * was measured at (--rate GB/s, default 4300: H200). That of a step with a chunk is its products, and then the longer one of
- * attention's arithmetic and its reading; arithmetic at --flops TFLOP/s, default 790. Times are from result to result, host
+ * was measured at (--rate GB/s, default 4300: H200). That of a step with a chunk is its products, of which the head's are
+ * of sampled rows alone, and then the longer one of attention's arithmetic and its reading; arithmetic at --flops TFLOP/s, default 790. Times are from result to result, host
  * work included, two steps being under way as in the worker; prefill is one step alone.
  */
 #include <stdio.h>
@@ -28,7 +28,8 @@
 struct bench {
     struct gpu_run run;
     uint32_t *ids, slots[MAX_BATCH];
-    double rate, flops, weight_bytes, token_bytes;
+    double rate, flops, token_bytes;
+    double weight_bytes, head_bytes; /* that a step reads, of 2 bytes each, and those of the head among them */
     bool one_at_a_time;
     uint32_t wanted, batch[MAX_WANTED], context[MAX_WANTED];
 };
@@ -80,6 +81,12 @@ static void decode(struct bench *b, uint32_t batch, uint32_t context)
         gpu_release(&b->run, i);
 }
 
+/* Of a weight of 2 bytes and a row: a product and a sum. */
+static double product_flop(const struct bench *b, uint32_t rows, uint32_t sampled)
+{
+    return (b->weight_bytes - b->head_bytes) * rows + b->head_bytes * sampled;
+}
+
 static void prefill(struct bench *b, uint32_t tokens)
 {
     double best = 1e9;
@@ -91,7 +98,7 @@ static void prefill(struct bench *b, uint32_t tokens)
         gpu_release(&b->run, 0);
     }
     say("prefill of %5u:          best %7.3f ms; %8.0f tokens/s; %.0f TFLOP/s in products\n", tokens, best * 1e3,
-        tokens / best, b->weight_bytes * tokens / best / 1e12);
+        tokens / best, product_flop(b, tokens, 1) / best / 1e12);
     fflush(stdout);
 }
 
@@ -102,7 +109,9 @@ static double hybrid_limit(const struct bench *b, uint32_t rows, uint32_t batch,
     double keys = (double)rows * (context - (rows - 1) / 2.0) + (double)batch * context;
     double attention = 4 * keys * m->heads * m->head_dim * m->layers / comm_size(gpu_comm()) / b->flops;
     double reading = (double)(batch + 1) * context * b->token_bytes / b->rate;
-    return b->weight_bytes * (rows + batch) / b->flops + (attention > reading ? attention : reading);
+    double body = product_flop(b, rows + batch, 0) / b->flops, head = product_flop(b, 0, batch + 1) / b->flops;
+    double head_reading = b->head_bytes / b->rate;
+    return body + (head > head_reading ? head : head_reading) + (attention > reading ? attention : reading);
 }
 
 /* What the device worked on the step that was collected last, seconds. */
@@ -240,6 +249,7 @@ int main(int argc, char **argv)
     b.weight_bytes = (double)info.weight_bytes;
     if (w->embed.data != w->head.data)
         b.weight_bytes -= 2.0 * w->embed.rows * w->embed.cols;
+    b.head_bytes = 2.0 * w->head.rows * w->head.cols;
     b.token_bytes = (double)info.kv.token_bytes;
     say("%s, %s: %u layers, hidden %u; a step reads %.2f GB of weights; KV cache %.1f GiB; ready in %.2f s\n",
         info.device, cfg.eager ? "launched one by one" : "graphs", info.layers, info.hidden, b.weight_bytes / 1e9,
