@@ -55,12 +55,12 @@ enum {
     SM90_LONG_PREFILL = 60, /* tiles */
     /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
     SM90_SHARE_MIN = 30,
-    SM90_NARROW = 64, /* head dimension: kernels of their own */
-    SM90_BOX = 64,    /* head dimension that boxes of K and V come in */
-    SM90_SHORT = 16,  /* tiles of prefill */
-    SM90_UNFILLED =
-        24, /* tiles of a prefill beside which the fused kernel does not pay for heads that do not fill boxes */
-    /* sm90_brief: the most of a head dimension, of prefill's tiles (five, and an item's ends), and decodes so many times these. */
+    SM90_NARROW = 64,       /* head dimension: kernels of their own */
+    SM90_BOX = 64,          /* head dimension that boxes of K and V come in */
+    SM90_SHORT = 16,        /* tiles of prefill */
+    SM90_SHORT_NARROW = 24, /* the same where heads are below a box */
+    /* sm90_brief: the most of a head dimension, of prefill's tiles (five, and an item's ends), and decodes so many times these. Where heads
+     * are below a box, decodes beside a prefill of fewer tiles that is not brief are in the fused kernel. */
     SM90_BRIEF_DIM = 80,
     SM90_BRIEF = 11,
     SM90_BRIEF_TIMES = 3,
@@ -338,15 +338,15 @@ SM90_BOTH float sm90_fused_time(float prefill, float decode)
     return decode < most ? prefill + SM90_FUSED_DECODE * decode : prefill + SM90_FUSED_DECODE * most + decode - most;
 }
 
-/* Where heads do not, decodes in a launch of their own are the portable kernel's, which reads no padding (launch_decode); those of the fused
- * kernel come in whole boxes. */
+/* Where heads do not, decodes in a launch of their own are the portable kernel's, which reads no padding, but under a fixed cut (launch_decode);
+ * those of the fused kernel come in whole boxes. */
 SM90_BOTH bool sm90_fills(uint32_t head_dim)
 {
     return head_dim % SM90_BOX == 0;
 }
 
-/* Such heads, none of the wider ones, with much more of decodes than of prefill, which is one short item for each of some clusters: under AUTO
- * with launches apart decodes are cut as by the serial policy, as if they had all SMs (attention_h200_narrow.txt). */
+/* Such heads, none of the wider ones, with much more of decodes than of prefill, which is an item for each of some clusters, short by the mean
+ * of its units: under AUTO with launches apart decodes are cut as by the serial policy, as if they had all SMs (attention_h200_narrow.txt). */
 SM90_BOTH bool sm90_brief(const struct sm90_shape *a, const struct sm90_totals *t)
 {
     if (sm90_fills(a->head_dim) || a->bent || a->head_dim > SM90_BRIEF_DIM || t->units[SM90_PREFILL] == 0)
@@ -401,7 +401,7 @@ SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, u
 }
 
 /* Heads that do not fill boxes are apart, whatever the times say, where decodes can begin beside prefill and take longer than it, or it is
- * short; but below D 64 not beside the shortest, where the fused kernel ends sooner (attention_h200_narrow.txt). */
+ * short; but below D 64 not beside the shortest, where the fused kernel mostly ends sooner (attention_h200_narrow.txt). */
 SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, const struct sm90_totals *t, uint64_t prefill,
                                  uint32_t clusters)
 {
@@ -409,7 +409,8 @@ SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, const struct sm90_t
         return true;
     if (sm90_fills(a->head_dim) || a->bent || (a->head_dim < SM90_NARROW && prefill < SM90_BRIEF))
         return false;
-    return clusters < a->sms / SM90_CLUSTER && (sm90_decode_load(a, t) > prefill || prefill < SM90_UNFILLED);
+    const uint32_t few = a->head_dim < SM90_NARROW ? SM90_SHORT_NARROW : SM90_SHORT;
+    return clusters < a->sms / SM90_CLUSTER && (sm90_decode_load(a, t) > prefill || prefill < few);
 }
 
 /* Which launches are the fastest for a batch. */

@@ -317,7 +317,9 @@ START_TEST(what_is_brief)
         {8, 64, 512, 64, 1024, false},                                /* fills its box */
         {4, 40, 256, 64, 1024, true},  {8, 40, 512, 16, 1024, false}, /* decodes as long as prefill */
         {8, 40, 512, 32, 1024, false},                                /* less than three times as long */
-        {8, 40, 640, 64, 2048, false},                                /* prefill of 13 tiles */
+        {8, 40, 640, 64, 2048, false},                                /* prefill of 24 tiles, two waves */
+        {4, 40, 384, 64, 8192, true},  {4, 40, 512, 64, 8192, true},  /* of 10 and 11 */
+        {4, 40, 513, 64, 8192, false},                                /* of 12 */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         static struct batch b;
@@ -414,6 +416,12 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 40, false, 1024, 4096, 64, 1024, ATTN_WAY_FUSED},  /* 112, apart 115 */
         {4, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 15.5, 17.5: prefill is shortest */
         {2, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.7, 12.7 */
+        {2, 40, false, 256, 256, 64, 1024, ATTN_WAY_FUSED},    /* 16.6, 17.6: prefill of 9 tiles */
+        {1, 40, false, 512, 512, 64, 1024, ATTN_WAY_APART},    /* 12.8, 14.2: of 11 */
+        {1, 40, false, 1024, 1024, 128, 1024, ATTN_WAY_APART}, /* 18.4, 23.2: of 15 */
+        {2, 40, false, 512, 2560, 32, 1024, ATTN_WAY_APART},   /* of 22: not measured */
+        {2, 40, false, 512, 3072, 32, 1024, ATTN_WAY_FUSED},   /* of 24: not measured */
+        {1, 80, false, 512, 4096, 32, 4096, ATTN_WAY_FUSED},   /* 39.7, apart 40.0: of 20 */
 
         {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 179, apart 281 */
         {4, 128, true, 512, 512, 64, 1024, ATTN_WAY_FUSED},  /* 47.5, 48.2: decodes enough */

@@ -245,6 +245,11 @@ START_TEST(a_device_that_is_too_small_is_said_with_the_arithmetic)
                       strstr(st.message, "workspace of 512 rows and 4 samples 259, KV cache 0: together 96") &&
                       strstr(st.message, " too many. Less is needed with more ranks"),
                   "%s", st.message);
+    device_init(&d, 1000, 700); /* enough for one rank; two want 384 more */
+    ck_assert_int_eq(group_create(&g, &cfg, 2, &st), ST_RESOURCE_EXHAUSTED);
+    ck_assert_msg(strstr(st.message, "in use already 300, weights ") &&
+                      strstr(st.message, "workspace of 512 rows and 4 samples 643, KV cache 0: together 94"),
+                  "%s", st.message);
     ck_assert_uint_eq(d.allocs, 0); /* before anything is read */
     device_init(&d, 1000, 900);
     cfg.kv_bytes = 900 << 20;

@@ -8,8 +8,9 @@
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
- * was measured at (--rate GB/s, default 4300: H200). That of a step with a chunk is its products, of which the head's are
- * of sampled rows alone, and then the longer one of attention's arithmetic and its reading; arithmetic at --flops TFLOP/s, default 790. Times are from result to result, host
+ * was measured at (--rate GB/s, default 4300: H200). That of a step with a chunk is its products, those
+ * of the head, of sampled rows alone, or the reading of it if that takes longer, and then the longer one of attention's arithmetic and
+ * its reading; arithmetic at --flops TFLOP/s, default 790. Times are from result to result, host
  * work included, two steps being under way as in the worker; prefill is one step alone.
  */
 #include <stdio.h>
