@@ -307,7 +307,7 @@ static uint32_t chunk_and_decodes(struct attn_seq *seq, uint32_t rows, uint32_t 
     return n;
 }
 
-START_TEST(what_is_brief)
+START_TEST(prefill_is_brief_up_to_eleven_tiles_beside_three_times_the_decodes)
 {
     static const struct {
         uint32_t kv_heads, head_dim, rows, decodes, decode_len;
@@ -523,7 +523,7 @@ int main(void)
 {
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
-    tcase_add_test(core, what_is_brief);
+    tcase_add_test(core, prefill_is_brief_up_to_eleven_tiles_beside_three_times_the_decodes);
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,

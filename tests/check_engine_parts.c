@@ -242,13 +242,14 @@ START_TEST(a_device_that_is_too_small_is_said_with_the_arithmetic)
     struct engine_config cfg = {.model_dir = DEMO, .parts = &d.parts, .max_slots = 4};
     ck_assert_int_eq(group_create(&g, &cfg, 1, &st), ST_RESOURCE_EXHAUSTED);
     ck_assert_msg(strstr(st.message, "fake:0: 0.9 of 1000 MiB is 900 MiB; in use already 700, weights ") &&
-                      strstr(st.message, "workspace of 512 rows and 4 samples 259, KV cache 0: together 96") &&
-                      strstr(st.message, " too many. Less is needed with more ranks"),
+                      strstr(st.message, "workspace of 512 rows and 4 samples 259 (256 of it for the driver), KV "
+                                         "cache 0: together 96") &&
+                      strstr(st.message, " too many. Less is needed with fewer rows a step"),
                   "%s", st.message);
     device_init(&d, 1000, 700); /* enough for one rank; two want 384 more */
     ck_assert_int_eq(group_create(&g, &cfg, 2, &st), ST_RESOURCE_EXHAUSTED);
     ck_assert_msg(strstr(st.message, "in use already 300, weights ") &&
-                      strstr(st.message, "workspace of 512 rows and 4 samples 643, KV cache 0: together 94"),
+                      strstr(st.message, "samples 643 (640 of it for the driver and NCCL), KV cache 0: together 94"),
                   "%s", st.message);
     ck_assert_uint_eq(d.allocs, 0); /* before anything is read */
     device_init(&d, 1000, 900);

@@ -99,17 +99,19 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
     uint64_t workspace;
     if ((rc = e->ops->bytes(&workspace, forward, st)) != ST_OK)
         return rc;
-    workspace += DEVICE_SPARE_BYTES + (comm_size(cfg->comm) > 1 ? DEVICE_RANKS_BYTES : 0);
+    const uint64_t spare = DEVICE_SPARE_BYTES + (comm_size(cfg->comm) > 1 ? DEVICE_RANKS_BYTES : 0);
+    workspace += spare;
     uint64_t need = used + weight_bytes + workspace + cfg->kv_bytes;
     if (need >= budget)
         return status_set(
             st, ST_RESOURCE_EXHAUSTED,
             "%s: %.4g of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
-            "%u samples %llu, KV cache %llu: together %llu MiB, %llu too many. Less is needed with more ranks, "
-            "fewer rows a step or a smaller KV cache",
+            "%u samples %llu (%llu of it for the driver%s), KV cache %llu: together %llu MiB, %llu too many. "
+            "Less is needed with fewer rows a step, a smaller KV cache or more ranks to share the weights",
             e->parts->text, fraction, (unsigned long long)(m.total_bytes >> 20), (unsigned long long)(budget >> 20),
             (unsigned long long)(used >> 20), (unsigned long long)(weight_bytes >> 20), forward->max_rows,
-            forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(cfg->kv_bytes >> 20),
+            forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(spare >> 20),
+            comm_size(cfg->comm) > 1 ? " and NCCL" : "", (unsigned long long)(cfg->kv_bytes >> 20),
             (unsigned long long)(need >> 20), (unsigned long long)((need - budget) >> 20));
     *out = budget - need + cfg->kv_bytes;
     return ST_OK;
