@@ -69,6 +69,15 @@ static void make(struct batch *b)
     b->cfg.fixed_split_keys = b->shape.fixed_tiles * SM90_TILE_KEYS;
 }
 
+/* The same, where AUTO has launches apart. */
+static void make_apart(struct batch *b)
+{
+    make(b);
+    b->shape.policy = ATTN_GPU_AUTO;
+    b->shape.way = ATTN_WAY_APART;
+    b->shape.fixed_tiles = 0;
+}
+
 static struct sm90_totals totals_of(const struct batch *b, uint32_t last)
 {
     struct sm90_totals t = {{0, 0}, 0, {0, 0}, {0, 0}};
@@ -209,10 +218,7 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
     uint32_t some = 0, all = 0;
     state = (uint64_t)_i + 1;
     for (uint32_t round = 0; round < ROUNDS; round++) {
-        make(&b);
-        b.shape.policy = ATTN_GPU_AUTO;
-        b.shape.way = ATTN_WAY_APART;
-        b.shape.fixed_tiles = 0;
+        make_apart(&b);
         const struct sm90_totals t = totals_of(&b, b.seqs);
         const unsigned long long share = share_of(&b.shape, &t);
         const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share, b.seqs);
@@ -246,10 +252,7 @@ START_TEST(decodes_beside_a_brief_prefill_are_cut_as_if_alone)
     uint32_t seen = 0;
     state = (uint64_t)_i + 1;
     for (uint32_t round = 0; round < ROUNDS; round++) {
-        make(&b);
-        b.shape.policy = ATTN_GPU_AUTO;
-        b.shape.way = ATTN_WAY_APART;
-        b.shape.fixed_tiles = 0;
+        make_apart(&b);
         const struct sm90_totals t = totals_of(&b, b.seqs);
         if (t.units[SM90_DECODE] == 0 || !sm90_brief(&b.shape, &t))
             continue;
