@@ -55,10 +55,10 @@ enum {
     SM90_LONG_PREFILL = 60, /* tiles */
     /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
     SM90_SHARE_MIN = 30,
-    SM90_NARROW = 64,       /* head dimension: kernels of their own */
-    SM90_BOX = 64,          /* head dimension that boxes of K and V come in */
-    SM90_SHORT = 16,        /* tiles of prefill */
-    SM90_SHORT_NARROW = 24, /* the same where heads are below a box */
+    SM90_NARROW = 64,      /* head dimension: kernels of their own */
+    SM90_BOX = 64,         /* head dimension that boxes of K and V come in */
+    SM90_SHORT = 16,       /* tiles of prefill */
+    SM90_SHORT_BELOW = 24, /* the same where heads are below a box */
     /* sm90_brief: the most of a head dimension, of prefill's tiles (five, and an item's ends), and decodes so many times these. Where heads
      * are below a box, decodes beside a prefill of fewer tiles that is not brief are in the fused kernel. */
     SM90_BRIEF_DIM = 80,
@@ -338,14 +338,14 @@ SM90_BOTH float sm90_fused_time(float prefill, float decode)
     return decode < most ? prefill + SM90_FUSED_DECODE * decode : prefill + SM90_FUSED_DECODE * most + decode - most;
 }
 
-/* Where heads do not, decodes in a launch of their own are the portable kernel's, which reads no padding, but under a fixed cut (launch_decode);
- * those of the fused kernel come in whole boxes. */
+/* Heads fill boxes of K and V. Where they do not, decodes in a launch of their own are the portable kernel's, which reads no padding, but
+ * under a fixed cut (launch_decode); those of the fused kernel come in whole boxes. */
 SM90_BOTH bool sm90_fills(uint32_t head_dim)
 {
     return head_dim % SM90_BOX == 0;
 }
 
-/* Such heads, none of the wider ones, with much more of decodes than of prefill, which is an item for each of some clusters, short by the mean
+/* Heads that do not, none of the wider ones, with much more of decodes than of prefill, which is an item for each of some clusters, short by the mean
  * of its units: under AUTO with launches apart decodes are cut as by the serial policy, as if they had all SMs (attention_h200_narrow.txt). */
 SM90_BOTH bool sm90_brief(const struct sm90_shape *a, const struct sm90_totals *t)
 {
@@ -407,9 +407,9 @@ SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, const struct sm90_t
 {
     if (sm90_brief(a, t))
         return true;
-    if (sm90_fills(a->head_dim) || a->bent || (a->head_dim < SM90_NARROW && prefill < SM90_BRIEF))
+    if (sm90_fills(a->head_dim) || a->bent || (a->head_dim < SM90_BOX && prefill < SM90_BRIEF))
         return false;
-    const uint32_t few = a->head_dim < SM90_NARROW ? SM90_SHORT_NARROW : SM90_SHORT;
+    const uint32_t few = a->head_dim < SM90_BOX ? SM90_SHORT_BELOW : SM90_SHORT;
     return clusters < a->sms / SM90_CLUSTER && (sm90_decode_load(a, t) > prefill || prefill < few);
 }
 
