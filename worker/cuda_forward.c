@@ -259,22 +259,12 @@ static enum status_code forward_bytes(uint64_t *out, const struct forward_config
 
 /* ---- create ---- */
 
-/* Rows of a bucket after one of `rows`. Few rows: two in each octave, since a product of few rows takes as long as the reading
- * of its weights, whatever the rows. From 128 on rows cost time, so four, then eight, until graphs would become too many. */
-static uint32_t next_rows(uint32_t rows)
-{
-    uint32_t octave = 1, parts = rows < 128 || rows >= 8192 ? 2 : rows < 1024 ? 4 : 8;
-    while (octave <= rows / 2)
-        octave *= 2;
-    return rows + (octave / parts ? octave / parts : 1);
-}
-
-/* 1, 2, 3, 4, 6, 8, 12 ... 128, 160, 192 ... 1024, 1152, 1280 ... and the largest batch. */
 static void make_buckets(struct forward *f)
 {
-    for (uint32_t rows = 1; rows < f->cfg.max_rows; rows = next_rows(rows))
-        f->bucket[f->n_buckets++].rows = rows;
-    f->bucket[f->n_buckets++].rows = f->cfg.max_rows;
+    uint32_t rows[CUDA_BUCKETS_MAX];
+    f->n_buckets = cuda_bucket_list(f->cfg.max_rows, rows);
+    for (uint32_t i = 0; i < f->n_buckets; i++)
+        f->bucket[i].rows = rows[i];
 }
 
 static enum status_code allocate_flight(struct cuda_flight *l, const struct forward_config *c, uint64_t step_bytes,

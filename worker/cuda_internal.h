@@ -13,6 +13,7 @@
 
 #include "attention/attention.h"
 #include "comm/comm.h"
+#include "worker/cuda_buckets.h"
 #include "worker/cuda_kernels.h"
 #include "worker/forward.h"
 
@@ -82,8 +83,6 @@ bool cuda_gemm_is_few(const struct cuda_gemm *g, const struct cuda_product *p);
 STATUS_MUST_CHECK enum status_code cuda_gemm_run(struct cuda_gemm *g, const struct cuda_product *p, struct status *st);
 
 /* ---- the pass ---- */
-
-#define CUDA_BUCKETS_MAX 72 /* 64 of 2^20 rows */
 
 /* Kinds of steps: with chunks, by attn_gpu_way, each of which is right for any; and of decodes alone. */
 enum { CUDA_DECODES = ATTN_GPU_WAYS, CUDA_KINDS };
