@@ -1,4 +1,4 @@
-/* check_buckets.c - for how many rows launches are made, for every largest step up to a million rows. */
+/* check_buckets.c - for how many rows launches are made, for largest steps up to a million rows. */
 #include <check.h>
 #include <stdlib.h>
 
@@ -41,7 +41,7 @@ START_TEST(padding_is_bounded)
 }
 END_TEST
 
-/* Chunks with decodes beside them, as the figures of tests/bench/README.md have them. */
+/* Decodes, chunks, and chunks of 512 and 1024 with 32 or 64 decodes beside them. */
 START_TEST(what_is_measured_runs_unpadded)
 {
     static const uint32_t rows[] = {1, 8, 64, 256, 512, 544, 1024, 1056, 1088, 2048};

@@ -1,12 +1,13 @@
 /* cuda_buckets.h - for how many rows the launches of a step are made. Prefix cuda_bucket_.
  *
  * A step of n rows runs the launches of the first bucket with n rows or more; what is over is padding, computed for nobody. Each
- * bucket costs up to four graphs, 0.9 MiB and 4 ms each (Llama-3-8B's shape, H200), and products that are measured once per GPU.
+ * bucket costs up to four graphs, about 0.9 MiB and 3 to 6 ms each (Llama-3-8B's shape, H200), and products that are measured once for a
+ * kind of device, driver and cuBLASLt.
  *
  *     rows           buckets in an octave    padding at most
  *     1 to 127       2                       half as many: a product takes as long as the reading of its weights
  *     128 to 511     4                       a quarter; from here on rows cost time
- *     512 to 2047    32                      a thirty-second: chunks of a power of two with some decodes beside them
+ *     512 to 2047    32                      a thirty-second: chunks of 512 and 1024 with some decodes beside them
  *     2048 to 8191   8                       an eighth
  *     8192 on        2                       half: graphs would become too many
  *

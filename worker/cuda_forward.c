@@ -225,7 +225,8 @@ static enum status_code forward_connect(struct forward *f, struct status *st)
     return rc == ST_OK && !f->warm ? cuda_forward_warm(f, st) : rc;
 }
 
-/* What the driver takes for a layer of a graph: 168 MiB for 184 graphs of 32 layers, 29 KiB (H200, driver 580). */
+/* What the driver takes for a layer of a graph: with 184 graphs more of 32 layers 154 to 172 MiB were in use, 27 to 30 KiB (H200;
+ * h200_2026-11-30_late.txt and _buckets.txt). */
 #define GRAPH_LAYER_BYTES (32u << 10)
 
 /* Of each kind and bucket, though not all are made: of decodes alone up to the slots, of one way where attention has one. */
