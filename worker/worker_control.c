@@ -355,7 +355,7 @@ static enum worker_event next(struct worker_control *c, bool wait, Tandem__V1__C
         }
         if (ending) {
             if (c->draining && wait)
-                worker_control_await_sender(c, 0);
+                worker_control_finish(c);
             event = WORKER_EXIT;
             break;
         }

@@ -51,7 +51,7 @@ enum worker_exit {
 #define WORKER_RELAUNCH_DELAY_MS 250   /* mpirun reports the first rank that exits: let the faulty one be it */
 #define WORKER_SEND_TIMEOUT_MS   5000  /* a coordinator that does not read for so long is gone */
 #define WORKER_FAULT_SEND_MS     1000  /* to write a Fault */
-#define WORKER_FAULT_WAIT_MS     500   /* for the coordinator to have taken it */
+#define WORKER_FINISH_MS         500   /* for the coordinator to have taken all, when this rank ends */
 #define WORKER_WELCOME_MS        10000 /* from Hello to Welcome */
 #define WORKER_PROGRESS_MS       200   /* between Loading messages */
 #define WORKER_KERNELS_END_MS    700   /* for a traced device's last records; EXIT_GRACE less RELAUNCH_DELAY is 750 */
@@ -220,7 +220,8 @@ struct worker_control {
     bool flushing;                                  /* the main thread waits for the sender */
     uint32_t in_step;                               /* plans given to the main thread whose step is not over */
     bool draining;                                  /* Shutdown without relaunch: end after the queue */
-    bool closing;                                   /* a Fault was sent: no more heartbeats */
+    bool sending;                                   /* the sender writes, without the lock */
+    bool closing;                                   /* nothing follows what is queued: no more heartbeats */
 
     /* of one attachment: written by the main thread while the other threads of it do not run */
     struct rpc_channel *channel;
@@ -259,11 +260,13 @@ void worker_control_result(struct worker_control *c, uint64_t step, uint64_t com
                            const struct engine_result *result);
 /* Sends Fault and waits, with bounds, until the coordinator took it. */
 void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent);
-/* Between worker_control.c and worker_send.c. wait and await_sender are called with the lock.
+/* Between worker_control.c and worker_send.c. wait, await_sender and finish are called with the lock.
  * wait: until then; false when the time is over. await_sender: until at most `most` results are left; false when the link
- * is not up. break: the stream is of no use any more; any thread of the link. sender: the thread. */
+ * is not up. finish: nothing more will be sent; waits, with a bound, until the coordinator took what was. break: the stream
+ * is of no use any more; any thread of the link. sender: the thread. */
 bool worker_control_wait(struct worker_control *c, pthread_cond_t *cond, int64_t until_us);
 bool worker_control_await_sender(struct worker_control *c, uint32_t most);
+void worker_control_finish(struct worker_control *c);
 void worker_control_break(struct worker_control *c, const struct status *why);
 void *worker_control_sender(void *control);
 /* Wakes the main thread in attach or next: it looks at the guard's exit code. Any thread. */

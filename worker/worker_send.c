@@ -111,6 +111,7 @@ void *worker_control_sender(void *arg)
             continue;
         }
         const struct worker_result *result = c->result_count ? &c->results[c->result_head] : NULL;
+        c->sending = true;
         pthread_mutex_unlock(&c->lock);
         if (beat) {
             beat_us = now_us + (int64_t)c->heartbeat_ms * 1000;
@@ -119,6 +120,7 @@ void *worker_control_sender(void *arg)
         if (result)
             send_result(c, result);
         pthread_mutex_lock(&c->lock);
+        c->sending = false;
         if (result) {
             c->result_head = (c->result_head + 1) % WORKER_QUEUE_MAX;
             c->result_count--;
@@ -133,7 +135,7 @@ void *worker_control_sender(void *arg)
 bool worker_control_await_sender(struct worker_control *c, uint32_t most)
 {
     c->flushing = true;
-    while (c->link == WORKER_LINK_UP && c->result_count > most)
+    while (c->link == WORKER_LINK_UP && (c->result_count > most || (c->closing && c->sending)))
         pthread_cond_wait(&c->changed, &c->lock);
     c->flushing = false;
     return c->link == WORKER_LINK_UP;
@@ -208,11 +210,41 @@ void worker_control_result(struct worker_control *c, uint64_t step, uint64_t com
         send_result(c, &r);
 }
 
+/* No heartbeats behind a half-close: the first would fail, and cancel the stream. Called with the lock; false: the link is
+ * not up. */
+static bool stop_sender(struct worker_control *c)
+{
+    c->closing = true;
+    return worker_control_await_sender(c, 0);
+}
+
+/* To exit or to cancel the stream can lose what was just sent: the peer drops what it has not read when a stream breaks.
+ * So the stream is half-closed, and the coordinator's answer, the stream's end or Shutdown, says that all has arrived.
+ * Called with the lock, which it gives up meanwhile. */
+static enum status_code finish_stream(struct worker_control *c, struct status *st)
+{
+    const int asked = worker_guard_exit_code(c->guard);
+    pthread_mutex_unlock(&c->lock);
+    enum status_code rc = rpc_stream_half_close(c->stream, st);
+    int64_t until_us = worker_now_us() + WORKER_FINISH_MS * 1000;
+    pthread_mutex_lock(&c->lock);
+    while (rc == ST_OK && c->link == WORKER_LINK_UP && worker_guard_exit_code(c->guard) == asked &&
+           worker_control_wait(c, &c->changed, until_us))
+        ;
+    return rc;
+}
+
+void worker_control_finish(struct worker_control *c)
+{
+    struct status st = STATUS_INIT;
+    if (stop_sender(c) && finish_stream(c, &st) != ST_OK)
+        worker_log(c->log, WORKER_LOG_DEBUG, "the coordinator did not take the stream's end: %s", st.message);
+}
+
 void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent)
 {
     pthread_mutex_lock(&c->lock);
-    bool up = worker_control_await_sender(c, 0);
-    c->closing = true; /* a heartbeat that fails would cancel the stream, and with it what was sent */
+    bool up = stop_sender(c);
     pthread_mutex_unlock(&c->lock);
     if (!up)
         return;
@@ -225,16 +257,11 @@ void worker_control_fault(struct worker_control *c, const struct status *why, bo
     m.body_case = TANDEM__V1__RANK_MESSAGE__BODY_FAULT;
     m.fault = &f;
     struct status st = STATUS_INIT;
-    if (rpc_stream_send(c->stream, &m.base, WORKER_FAULT_SEND_MS, &st) != ST_OK ||
-        rpc_stream_half_close(c->stream, &st) != ST_OK) {
-        worker_log(c->log, WORKER_LOG_WARNING, "the coordinator did not take the fault: %s", st.message);
-        return;
-    }
-    /* Its answer, Shutdown or the end of the stream, says that the Fault has arrived: to exit before could lose it. */
-    int64_t until_us = worker_now_us() + WORKER_FAULT_WAIT_MS * 1000;
+    enum status_code rc = rpc_stream_send(c->stream, &m.base, WORKER_FAULT_SEND_MS, &st);
     pthread_mutex_lock(&c->lock);
-    while (c->link == WORKER_LINK_UP && worker_guard_exit_code(c->guard) < 0 &&
-           worker_control_wait(c, &c->changed, until_us))
-        ;
+    if (rc == ST_OK)
+        rc = finish_stream(c, &st);
     pthread_mutex_unlock(&c->lock);
+    if (rc != ST_OK)
+        worker_log(c->log, WORKER_LOG_WARNING, "the coordinator did not take the fault: %s", st.message);
 }
