@@ -3,7 +3,7 @@
 #include "attention/attention_sm90_kernels.cuh"
 
 template <typename T>
-constexpr sm90_kernels KERNELS = sm90_kernels_of<prefill_shape<128, 128, 2, T>, prefill_shape<128, 96, 2, T>,
+constexpr sm90_kernels KERNELS = sm90_kernels_of<prefill_shape<128, 128, 3, T>, prefill_shape<128, 96, 2, T>,
                                                  decode_shape<128, 3, T>, decode_shape<128, 2, T>>();
 
 extern const sm90_kernels sm90_kernels_128[2][2] = {{KERNELS<sm90_type<true, false>>, KERNELS<sm90_type<false, false>>},

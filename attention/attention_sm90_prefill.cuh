@@ -25,8 +25,9 @@ struct prefill_shape {
     static constexpr uint32_t TILE_BYTES = KEYS * D * 2;
     static constexpr uint32_t K_AT = Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES;
     static constexpr uint32_t BYTES = V_AT + STAGES * TILE_BYTES;
-    static constexpr uint32_t CHAINS = KEYS >= 128 ? 4 : 1; /* of maxima and sums: latency, where registers allow it */
-    static constexpr uint32_t BLOCK = KEYS * 128;           /* bytes of 64 columns of a tile */
+    static constexpr uint32_t CHAINS = KEYS >= 128 ? 4 : 1; /* of maxima: latency, where registers allow it */
+    static constexpr bool BY_SUMS = STAGES >= 3;  /* see prefill_rows; K is held for longer, which takes a slot more */
+    static constexpr uint32_t BLOCK = KEYS * 128; /* bytes of 64 columns of a tile */
     static_assert(KEYS % BOX_KEYS == 0 && D % 64 == 0, "whole boxes");
 };
 
@@ -50,7 +51,7 @@ template <typename C> __device__ void prefill_init(prefill_bars *b)
     }
     for (uint32_t i = 0; i < PREFILL_ITEMS; i++) {
         sm90_mbar_init(sm90_shared(&b->item_full[i]), 1);
-        sm90_mbar_init(sm90_shared(&b->item_empty[i]), 2);
+        sm90_mbar_init(sm90_shared(&b->item_empty[i]), 2 * GROUP_THREADS);
     }
     sm90_mbar_init(sm90_shared(&b->mail_full), 1);
     sm90_mbar_init(sm90_shared(&b->mail_empty), CLUSTER - 1);
@@ -184,36 +185,41 @@ __device__ __forceinline__ void prefill_load_q(const sm90_args &a, const sm90_un
     }
 }
 
-template <typename C>
-__device__ __forceinline__ void prefill_qk(float (&s)[C::KEYS / 2], uint32_t q_shared, uint32_t k_shared)
+template <typename C> __device__ __forceinline__ void prefill_qk(float (&s)[C::KEYS / 2], uint32_t q, uint32_t key)
 {
 #pragma unroll
     for (uint32_t k = 0; k < C::D / 16; k++) {
         uint32_t in_block = (k % 4) * 32, block = k / 4;
-        sm90_wgmma_ss<C::BF16>(s, sm90_desc(q_shared + block * BLOCK_ROWS * 128 + in_block, 16),
-                               sm90_desc(k_shared + block * C::BLOCK + in_block, 16), k > 0);
+        sm90_wgmma_ss<C::BF16>(s, sm90_desc_at(q, block * BLOCK_ROWS * 128 + in_block),
+                               sm90_desc_at(key, block * C::BLOCK + in_block), k > 0);
     }
 }
 
 template <typename C>
-__device__ __forceinline__ void prefill_pv(float (&o)[C::D / 2], const uint32_t (&p)[C::KEYS / 4], uint32_t v_shared)
+__device__ __forceinline__ void prefill_pv(float (&o)[C::D / 2], const uint32_t (&p)[C::KEYS / 4], uint32_t value)
 {
 #pragma unroll
     for (uint32_t k = 0; k < C::KEYS / 16; k++)
-        sm90_wgmma_rs<C::BF16>(o, p + k * 4, sm90_desc(v_shared + k * 16 * 128, C::BLOCK), 1);
+        sm90_wgmma_rs<C::BF16>(o, p + k * 4, sm90_desc_at(value, k * 16 * 128), 1);
 }
 
-/* What a thread knows of its two rows. Powers are relative to 2^base: the maximum as it was when a score last stood more than
- * GROWTH above it. `sum` is of the thread's own columns, in two chains. */
+/* What a thread knows of its two rows. Powers are relative to 2^base, the largest score as it was when weights last became too large:
+ *
+ *   by maxima   a score stands more than GROWTH above base, which is known before powers are taken of it
+ *   by sums     a tile's weights add up to more than MOST_SUM in one of a thread's chains, of KEYS / 8 each; its scores are computed
+ *               once more then, as the weights may be infinite. Takes 70 instructions less of a tile's 440
+ *
+ * `sum` is of the thread's own columns, in two chains. */
 struct prefill_rows {
     uint32_t limit[2], first[2];
-    float base[2], most[2]; /* most: the score up to which base may stay */
+    float base[2];
     float sum[2][2];
 };
 
-/* Weights are 2^4 at most: nothing to float, nor to 16-bit weights, rounded relatively. A row's largest weight is exact
- * where base is its maximum, else off by up to half a unit: the less growth passes, the more rows are exact in it. */
-constexpr float GROWTH = 4;
+/* Weights are 2^5 at most: nothing to float, nor to 16-bit weights, rounded relatively. A row's largest weight is exact where base
+ * is its maximum, else off by up to half a unit: the less growth passes, the more rows are exact in it. Scores that are nearly
+ * all the same make a chain of 16 weights of about 1, far enough from MOST_SUM. */
+constexpr float GROWTH = 4, MOST_SUM = 32;
 constexpr float LOW_BASE = -1e30f; /* of a row that has seen nothing: less than any score, and no infinity */
 
 template <typename C>
@@ -228,57 +234,59 @@ __device__ __forceinline__ void prefill_mask(float (&s)[C::KEYS / 2], const pref
     }
 }
 
-/* Where a row of this warp has a score far above its base, all its rows get a new base, and what was summed so far is to be
- * multiplied with by[]: true then. Rare after the first tiles, so that the four threads of a row seldom exchange their
- * maxima, and O is seldom touched. */
-template <typename C>
-__device__ __forceinline__ bool prefill_rebase(const float (&s)[C::KEYS / 2], prefill_rows &r, float scale,
-                                               float (&by)[2])
+/* The largest of a thread's scores, of each of its two rows. */
+template <typename C> __device__ __forceinline__ void prefill_most(const float (&s)[C::KEYS / 2], float (&most)[2])
 {
-    float most[2][C::CHAINS];
 #pragma unroll
     for (uint32_t row = 0; row < 2; row++) {
+        float m[C::CHAINS];
 #pragma unroll
         for (uint32_t i = 0; i < C::CHAINS; i++)
-            most[row][i] = fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]);
+            m[i] = fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]);
 #pragma unroll
         for (uint32_t i = C::CHAINS; i < C::KEYS / 8; i++)
-            most[row][i % C::CHAINS] =
-                fmaxf(most[row][i % C::CHAINS], fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
+            m[i % C::CHAINS] = fmaxf(m[i % C::CHAINS], fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
 #pragma unroll
         for (uint32_t i = 1; i < C::CHAINS; i++)
-            most[row][0] = fmaxf(most[row][0], most[row][i]);
+            m[0] = fmaxf(m[0], m[i]);
+        most[row] = m[0];
     }
-    if (!__any_sync(0xffffffff, most[0][0] > r.most[0] || most[1][0] > r.most[1]))
-        return false;
+}
+
+/* Whether a score of this warp's stands far above its row's base. */
+__device__ __forceinline__ bool prefill_above(const float (&most)[2], const prefill_rows &r, float scale)
+{
+    return __any_sync(0xffffffff, most[0] * scale - r.base[0] > GROWTH || most[1] * scale - r.base[1] > GROWTH);
+}
+
+/* All rows of this warp get a new base, and what was summed so far is to be multiplied with by[]. */
+__device__ __forceinline__ void prefill_rebase(const float (&most)[2], prefill_rows &r, float scale, float (&by)[2])
+{
 #pragma unroll
     for (uint32_t row = 0; row < 2; row++) {
-        float m = most[row][0];
+        float m = most[row];
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
-        float base = fmaxf(r.base[row], m * scale);
+        const float base = fmaxf(r.base[row], m * scale);
         by[row] = sm90_exp2(r.base[row] - base);
         r.base[row] = base;
-        r.most[row] = (base + GROWTH) / scale;
         r.sum[row][0] *= by[row];
         r.sum[row][1] *= by[row];
     }
-    return true;
 }
 
-/* Scores become weights. */
+/* Scores become weights, which are added up; the largest of the sums. */
 template <typename C>
-__device__ __forceinline__ void prefill_weigh(float (&s)[C::KEYS / 2], prefill_rows &r, float scale)
+__device__ __forceinline__ float prefill_weigh(float (&s)[C::KEYS / 2], const prefill_rows &r, float scale,
+                                               float (&sum)[2][2])
 {
 #pragma unroll
     for (uint32_t i = 0; i < C::KEYS / 2; i++) {
         const uint32_t row = i / 2 % 2;
         s[i] = sm90_exp2(s[i] * scale - r.base[row]);
-        r.sum[row][i % 2] += s[i];
+        sum[row][i % 2] = i < 4 ? s[i] : sum[row][i % 2] + s[i];
     }
-    /* The assembler would leave the sums for later, when the products are waited for, and it is the next ones' turn. */
-    sm90_need(r.sum[0][0], r.sum[0][1]);
-    sm90_need(r.sum[1][0], r.sum[1][1]);
+    return fmaxf(fmaxf(sum[0][0], sum[0][1]), fmaxf(sum[1][0], sum[1][1]));
 }
 
 template <typename C>
@@ -429,7 +437,11 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
 {
     const uint32_t tid = threadIdx.x % GROUP_THREADS, rank = sm90_cluster_rank();
     const float scale = a.run.score_scale;
-    const uint32_t q_shared = shared + group * 64 * 128;
+    const uint32_t q = sm90_desc_low(shared + group * 64 * 128, 16);
+    const uint32_t keys = sm90_desc_low(shared + C::K_AT, 16), values = sm90_desc_low(shared + C::V_AT, C::BLOCK);
+    auto in_slot = [](uint32_t low, uint32_t slot) {
+        return __shfl_sync(0xffffffff, low + slot * (C::TILE_BYTES / 16), 0);
+    };
     sm90_ring_at<C::STAGES> k_at, v_at;
     sm90_ring_at<PREFILL_ITEMS> at;
     if (group == 1)
@@ -442,9 +454,8 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         const uint32_t first = it.first + rank * BLOCK_ROWS + group * 64; /* packed row of this warpgroup */
         const uint32_t tiles = (it.key_end - it.key_begin + C::KEYS - 1) / C::KEYS;
         const sm90_unit u = sm90_unit_of(a, it);
-        sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the item, and the last output from Q's place */
-        if (tid == 0)
-            sm90_mbar_arrive(sm90_shared(&b->item_empty[at.slot]));
+        sm90_mbar_arrive(sm90_shared(&b->item_empty[at.slot]));
+        sm90_bar_sync(BAR_ROWS + group, GROUP_THREADS); /* all have read the last output from Q's place */
         if (it.first + rank * BLOCK_ROWS >= u.packed) { /* no rows for this block: it only keeps step */
             for (uint32_t i = 0; i < tiles; i++) {
                 /* Who waits gives back, and nobody else waits: a warp that is late would not know one phase from the next but one. */
@@ -470,7 +481,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             rows.limit[i] = sm90_limit(a, u, row + i * 8);
             rows.first[i] = sm90_first(a, rows.limit[i]);
             rows.limit[i] = rows.limit[i] < it.key_end ? rows.limit[i] : it.key_end;
-            rows.base[i] = rows.most[i] = LOW_BASE;
+            rows.base[i] = LOW_BASE;
             rows.sum[i][0] = rows.sum[i][1] = 0;
         }
         uint32_t all_see_to = sm90_limit(a, u, first), all_see_from;
@@ -484,7 +495,9 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         for (uint32_t i = 0; i < C::D / 2; i++)
             o[i] = 0;
 
-        auto weigh = [&]() -> bool {
+        float sum[2][2], most_sum; /* of this tile */
+        /* Scores become weights; whether by a new base, which `anew` asks for. */
+        auto weigh = [&](bool anew) -> bool {
             if constexpr (C::BENT) {
 #pragma unroll
                 for (uint32_t i = 0; i < C::KEYS / 2; i++)
@@ -492,43 +505,82 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
             }
             if (key + C::KEYS > all_see_to || key < all_see_from)
                 prefill_mask<C>(s, rows, key);
-            bool grown = prefill_rebase<C>(s, rows, scale, by);
-            prefill_weigh<C>(s, rows, scale);
-            return grown;
+            if (!C::BY_SUMS || anew) {
+                float most[2];
+                prefill_most<C>(s, most);
+                if (!C::BY_SUMS)
+                    anew = prefill_above(most, rows, scale);
+                if (anew)
+                    prefill_rebase(most, rows, scale, by);
+            }
+            most_sum = prefill_weigh<C>(s, rows, scale, sum);
+            return anew;
+        };
+        auto add = [&] {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+                rows.sum[i / 2][i % 2] += sum[i / 2][i % 2];
         };
 
         sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
         sm90_wgmma_fence();
-        prefill_qk<C>(s, q_shared, shared + C::K_AT + k_at.slot * C::TILE_BYTES);
+        prefill_qk<C>(s, q, in_slot(keys, k_at.slot));
         sm90_wgmma_commit();
         sm90_wgmma_wait<0>();
         sm90_pin(s);
         prefill_release(&b->k_empty[k_at.slot], tid);
         k_at.next();
-        weigh();
+        weigh(true);
+        add();
         prefill_pack<C>(p, s);
         if (tiles > 1)
             sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
 
         for (uint32_t i = 1; i < tiles; i++) {
+            const bool after_edge = key + C::KEYS > all_see_to; /* few keys of the tile before were seen by all */
             key -= C::KEYS;
+            const uint32_t k_now = in_slot(keys, k_at.slot), v_now = in_slot(values, v_at.slot);
+            uint32_t q_now = q;
+            asm volatile("" : "+r"(q_now));
+            q_now = __shfl_sync(0xffffffff, q_now, 0);
             sm90_bar_sync(BAR_TURN + group, 2 * GROUP_THREADS);
             sm90_pin(s);
             sm90_pin(o);
             sm90_pin(p);
             sm90_wgmma_fence();
-            prefill_qk<C>(s, q_shared, shared + C::K_AT + k_at.slot * C::TILE_BYTES);
+            prefill_qk<C>(s, q_now, k_now);
             sm90_wgmma_commit();
             sm90_mbar_wait(sm90_shared(&b->v_full[v_at.slot]), v_at.parity);
             sm90_wgmma_fence();
-            prefill_pv<C>(o, p, shared + C::V_AT + v_at.slot * C::TILE_BYTES);
+            prefill_pv<C>(o, p, v_now);
             sm90_wgmma_commit();
             sm90_bar_arrive(BAR_TURN + (group ^ 1), 2 * GROUP_THREADS);
             sm90_wgmma_wait<1>();
-            sm90_pin(s);
-            prefill_release(&b->k_empty[k_at.slot], tid);
+            bool grown = after_edge;
+            if constexpr (C::BY_SUMS) {
+                for (;; grown = true) {
+                    sm90_pin(s);
+                    asm volatile("" : "+r"(key)); /* what is masked is not worked out ahead, under the products */
+                    weigh(grown);
+                    /* All warps of the group come here, and so are done with K. */
+                    if (!sm90_bar_any(BAR_ROWS + group, GROUP_THREADS, most_sum > MOST_SUM && !grown))
+                        break;
+                    sm90_wgmma_fence();
+                    prefill_qk<C>(s, q_now, k_now);
+                    sm90_wgmma_commit();
+                    sm90_wgmma_wait<0>();
+                }
+                prefill_release(&b->k_empty[k_at.slot], tid);
+            } else {
+                sm90_pin(s);
+                prefill_release(&b->k_empty[k_at.slot], tid);
+                grown = weigh(false);
+            }
+            add();
+            /* The assembler would leave the sums for later, when the products are waited for, and it is the next ones' turn. */
+            if constexpr (!C::BY_SUMS)
+                sm90_need(fminf(rows.sum[0][0], rows.sum[0][1]), fminf(rows.sum[1][0], rows.sum[1][1]));
             k_at.next();
-            const bool grown = weigh();
             sm90_pin(s);
             if (i + 1 < tiles)
                 sm90_mbar_wait(sm90_shared(&b->k_full[k_at.slot]), k_at.parity);
@@ -544,7 +596,7 @@ __device__ __forceinline__ void prefill_consume(const sm90_args &a, prefill_bars
         sm90_pin(o);
         sm90_pin(p);
         sm90_wgmma_fence();
-        prefill_pv<C>(o, p, shared + C::V_AT + v_at.slot * C::TILE_BYTES);
+        prefill_pv<C>(o, p, in_slot(values, v_at.slot));
         sm90_wgmma_commit();
         sm90_wgmma_wait<0>();
         sm90_pin(o);

@@ -70,14 +70,14 @@ enum {
     SM90_BENT_DECODE = 24
 };
 
-/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 206 batches, each
- * with seven or eight numbers of clusters (NOTES.md). */
+/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 224 batches, each
+ * with nine numbers of clusters (NOTES.md). */
 #define SM90_DECODE_RATE     0.9f  /* most of decodes' rate while prefill works */
 #define SM90_DECODE_BY_SHARE 2     /* of that rate, by their share of the SMs */
-#define SM90_TILE_ALONE      0.85f /* of prefill, without decodes */
-#define SM90_TILE_BESIDE     0.2f  /* more, beside decodes at their full rate */
-#define SM90_FUSED_DECODE    0.4f  /* what a tile of decodes costs in the fused kernel, beside prefill's */
-#define SM90_FUSED_RATE      0.72f /* tiles of decodes that come on there in one of prefill's */
+#define SM90_TILE_ALONE      0.79f /* of prefill, without decodes */
+#define SM90_TILE_BESIDE     0.19f /* more, beside decodes at their full rate */
+#define SM90_FUSED_DECODE    0.27f /* what a tile of decodes costs in the fused kernel, beside prefill's */
+#define SM90_FUSED_RATE      0.51f /* tiles of decodes that come on there in one of prefill's */
 /* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more; and, of a long prefill's time, this part. */
 #define SM90_GAIN      2
 #define SM90_GAIN_CUT  5

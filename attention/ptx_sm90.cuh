@@ -130,6 +130,22 @@ __device__ __forceinline__ void sm90_bar_arrive(uint32_t id, uint32_t threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/* As sm90_bar_sync; whether `on` holds for any of the threads. */
+__device__ __forceinline__ bool sm90_bar_any(uint32_t id, uint32_t threads, bool on)
+{
+    uint32_t any;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.u32 p, %3, 0;\n"
+                 "bar.red.or.pred p, %1, %2, p;\n"
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}\n"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"((uint32_t)on)
+                 : "memory");
+    return any;
+}
+
 /* Ordinary stores to shared memory become visible to wgmma and the copy engine; by each thread, before the barrier. */
 __device__ __forceinline__ void sm90_async_fence()
 {
@@ -269,6 +285,21 @@ __device__ __forceinline__ uint64_t sm90_desc(uint32_t addr, uint32_t wide)
 {
     return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(wide >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
            (uint64_t)1 << 62;
+}
+
+/* The low word of a descriptor, the same in all lanes: so the compiler keeps it, and what is added to it (bytes / 16), in uniform
+ * registers, where wgmma wants it. */
+__device__ __forceinline__ uint32_t sm90_desc_low(uint32_t addr, uint32_t wide)
+{
+    return __shfl_sync(0xffffffff, (uint32_t)sm90_desc(addr, wide), 0);
+}
+
+__device__ __forceinline__ uint64_t sm90_desc_at(uint32_t low, uint32_t bytes)
+{
+    constexpr uint32_t HIGH = 1024 >> 4 | 1u << 30;
+    uint64_t d;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low + (bytes >> 4)), "n"(HIGH));
+    return d;
 }
 
 __device__ __forceinline__ void sm90_wgmma_fence()

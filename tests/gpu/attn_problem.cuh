@@ -15,6 +15,7 @@ namespace
 constexpr uint32_t LAYERS = 2, DEEP_LAYERS = 48;
 constexpr uint32_t SPARE_ROWS = 2; /* in front and behind, of no sequence */
 constexpr uint64_t Q_SEED = 77;
+constexpr float STEEP_MOST = 6;   /* keys are up to 64 times as large as the last one */
 constexpr uint32_t REF_ROWS = 48; /* of a long chunk: every so-manieth row is compared */
 
 vmm driver;
@@ -82,7 +83,7 @@ struct batch_fill {
     char *q;
     uint32_t q_rows, q_run;
     uint64_t q_row_stride, q_seed;
-    float q_size;
+    float q_size, steep;
     int f16;
     uint32_t parts;   /* PART_ bits */
     uint32_t poison;  /* not 0: these 16 bits everywhere, instead of what stands there at last */
@@ -93,14 +94,17 @@ constexpr uint32_t PART_NEW = 1;  /* K and V of each sequence's last `rows` toke
 constexpr uint32_t PART_PAST = 2; /* of those before */
 constexpr uint32_t PART_Q = 4;
 
-/* n pieces of `run` elements, each `stride` bytes behind the last; of the noise, `seed_step` between them. */
+/* n pieces of `run` elements, each `stride` bytes behind the last; of the noise, `seed_step` between them. The first is 2^`log`
+ * times as large as `size`, each one behind it smaller by `less` of a power of two. */
 __device__ void fill_pieces(const batch_fill &a, char *at, uint64_t n, uint64_t stride, uint32_t run, float size,
-                            uint64_t seed, uint32_t seed_step)
+                            uint64_t seed, uint32_t seed_step, float log = 0, float less = 0)
 {
     for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n * run;
-         i += (uint64_t)gridDim.x * blockDim.x)
+         i += (uint64_t)gridDim.x * blockDim.x) {
+        const float times = exp2f(fminf(log - less * (float)(i / run), STEEP_MOST));
         ((uint16_t *)(at + i / run * stride))[i % run] =
-            a.poison ? (uint16_t)a.poison : narrow(size * noise(seed + i / run * seed_step + i % run), a.f16);
+            a.poison ? (uint16_t)a.poison : narrow(times * size * noise(seed + i / run * seed_step + i % run), a.f16);
+    }
 }
 
 __device__ __forceinline__ uint64_t nanoseconds()
@@ -126,7 +130,8 @@ __global__ void fill(const __grid_constant__ batch_fill a)
         const uint32_t from = a.parts & PART_PAST ? lo : context, to = a.parts & PART_NEW ? s.kv_len : context;
         const uint64_t at = a.kv_offset + from * a.token_stride;
         const uint64_t seed = 1000003ull * i + lo + (uint64_t)(from - lo) * 2 * a.side;
-        fill_pieces(a, (char *)s.k + at, to - from, a.token_stride, a.side, 1, seed, 2 * a.side);
+        fill_pieces(a, (char *)s.k + at, to - from, a.token_stride, a.side, 1, seed, 2 * a.side,
+                    a.steep * (float)(s.kv_len - 1 - from), a.steep);
         fill_pieces(a, (char *)s.v + at, to - from, a.token_stride, a.side, 1, seed + a.side, 2 * a.side);
     }
     if (a.parts & PART_Q)
@@ -152,6 +157,7 @@ constexpr uint32_t layers_of(kv_place place)
 struct problem {
     const attn_case *c;
     attn_dtype dtype;
+    float steep; /* each key is larger than the one behind it by so much of a power of two */
     std::vector<attn_seq> seq;
     uint32_t rows;   /* with spare ones */
     uint64_t tokens; /* of KV */
@@ -221,6 +227,7 @@ batch_fill fill_of(const problem *p, uint32_t parts)
     a.q_row_stride = p->io.q_row_stride;
     a.q_seed = Q_SEED;
     a.q_size = q_size(c);
+    a.steep = p->steep;
     a.f16 = p->dtype == ATTN_F16;
     a.parts = parts;
     return a;
@@ -256,10 +263,11 @@ void take_kv(problem *p)
         s.k = (const char *)p->kv[0].at + (p->kv[0].pages * PAGE_BYTES - bytes) + (uintptr_t)s.k;
 }
 
-void make(problem *p, const attn_case *c, attn_dtype dtype, kv_place place = TOGETHER)
+void make(problem *p, const attn_case *c, attn_dtype dtype, kv_place place = TOGETHER, float steep = 0)
 {
     *p = problem();
     p->c = c;
+    p->steep = steep;
     p->dtype = dtype;
     p->place = place;
     const uint64_t head = c->D * 2, side = c->HK * head;

@@ -158,7 +158,7 @@ void compare_spare(const problem *p, const std::vector<uint16_t> &out, const cha
 double allowed(const problem *p, double want)
 {
     const double unit = p->dtype == ATTN_F16 ? 0x1p-12 : 0x1p-9;
-    return 1.05 * unit * (q_size(p->c) > 2 ? 2 : 1) * (1 + fabs(want)) + 1e-5;
+    return 1.05 * unit * (q_size(p->c) > 2 || p->steep > 0 ? 2 : 1) * (1 + fabs(want)) + 1e-5;
 }
 
 /* One row of the reference; returns the largest error, in units of what is allowed. */

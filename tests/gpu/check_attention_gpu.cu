@@ -16,8 +16,8 @@
  * of |v| by a row's weights, an element may be off by u * (A + |element|), A <= 1. Allowed is half of that for A = 1, and a little
  * for sums in float: errors of many weights cancel out, and one weight above all others is exact where it is the maximum
  * that powers are relative to. A kernel that is further off has rounded that one as well. Where scores are tens (soft caps
- * of 30 and 50, scores up to 60 before them) few keys have nearly all the weight, nothing cancels out, and Hopper's prefill does
- * round the largest: the whole is allowed.
+ * of 30 and 50, scores up to 60 before them) or hundreds ("steep") few keys have nearly all the weight, nothing cancels out, and
+ * Hopper's prefill does round the largest: the whole is allowed.
  */
 #include <cstddef>
 
@@ -104,10 +104,10 @@ void check_replays(const problem *p, const attn_gpu_ops *ops, const options &o)
 }
 
 void check_case(const attn_case *c, attn_dtype dtype, const attn_gpu_ops *ops, const options &o, depth d,
-                kv_place place = TOGETHER)
+                kv_place place = TOGETHER, float steep = 0)
 {
     problem p;
-    make(&p, c, dtype, place);
+    make(&p, c, dtype, place, steep);
     compute_reference(&p);
     double worst = 0;
     bool did = false;
@@ -184,6 +184,27 @@ void check_strides(const attn_gpu_ops *ops, const options &o)
     }
 }
 
+/* Scores that grow towards the first keys, which prefill of Hopper comes to last: from tile to tile by as little as asks for no new
+ * base, by more, and so far that powers of them are infinite. */
+void check_steep(const attn_gpu_ops *ops, const options &o)
+{
+    static const attn_span chunks[] = {{1, 40, 40}, {1, 200, 900}, {1, 1, 700}, {1, 64, 3000}, {2, 1, 2000}, {0, 0, 0}};
+    static const struct {
+        uint32_t H, HK, D, window;
+        float steep;
+    } shapes[] = {{8, 2, 128, 0, 1 / 1024.f}, {8, 2, 128, 0, 1 / 256.f}, {8, 2, 128, 0, 1 / 64.f},
+                  {32, 8, 128, 0, 1 / 64.f},  {4, 4, 64, 0, 1 / 256.f},  {8, 2, 64, 0, 1 / 64.f},
+                  {6, 2, 96, 0, 1 / 64.f},    {4, 1, 256, 0, 1 / 64.f},  {8, 2, 128, 500, 1 / 64.f},
+                  {16, 1, 128, 0, 1 / 128.f}};
+    for (const auto &s : shapes) {
+        char name[40];
+        snprintf(name, sizeof name, "steep %g%s", s.steep, s.window ? ", window" : "");
+        const attn_case c = {name, s.H, s.HK, s.D, s.window, 0, 0, chunks};
+        if (wanted(o, name))
+            check_case(&c, o.f16 ? ATTN_F16 : ATTN_BF16, ops, o, NO_REPLAY, TOGETHER, s.steep);
+    }
+}
+
 void check_back_end(const attn_gpu_ops *ops, const options &o)
 {
     for (uint32_t i = 0; i < ATTN_CASES; i++) {
@@ -195,6 +216,7 @@ void check_back_end(const attn_gpu_ops *ops, const options &o)
         if (!o.quick || o.f16)
             check_case(c, ATTN_F16, ops, o, ALL);
     }
+    check_steep(ops, o);
     check_pages(ops, o);
     check_strides(ops, o);
     check_early(ops, o);
