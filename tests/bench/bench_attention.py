@@ -1,12 +1,27 @@
 #!/usr/bin/env python3
 """Attention of hybrid batches on a GPU: ours, by every policy, against PyTorch's FlashAttention and cuDNN.
 
-    tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--lib FILE] [--build FILE]
+    tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--case REGEX] [--only REGEX] [--rounds N]
+                                   [--one-piece] [--power MS] [--once] [--lib FILE] [--build FILE]
 
 Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph over as many
 layers as make 2 GB of distinct KV or more, on the same random token-major KV: 32 layers side by side, or as many as memory
 allows, in as many buffers as that takes (a chunk of 128: 128 buffers); dense is one layer, likewise. Replays take turns.
-Prints a table; writes attention.csv and attention.svg to DIR. Needs PyTorch; needs no model and no network.
+Prints a table; writes attention.csv and attention.svg to DIR. Needs PyTorch with NumPy; needs no model and no network.
+
+KV is in pages, as tandem's pool has it: 2 MiB each, made one by one and mapped in that order into one range. The range is kept
+and only grows; a batch takes its front. With --one-piece KV is what torch.empty returns.
+
+--case measures only cases whose name has a match, --only only contenders whose name has one ("sm90 prefill", "sm90 serial",
+"fa2 decode"). What needs a contender that is left out is left out, too: the best pair, a comparison of results.
+
+With --power each contender is then replayed without a pause for MS, and a line says what it draws; also in power.csv: us and mJ
+per layer, watts, the SMs' clock, and in what share of the clock's samples which reason held the clock down. Watts are by NVML's
+energy counter, from one of its steps to another, 20 to 100 ms apart: take 1000 or more. The clock is what the driver says, each
+10 ms. The first fifth of MS is left out, in which the clock settles.
+
+With --once nothing is timed: each contender runs layer 0 once to warm up, then once between cudaProfilerStart and
+cudaProfilerStop, without a graph (ncu --profile-from-start off).
 
 The best serial pair is of the fastest prefill and the fastest decode of all contenders that compute what is asked: cuDNN has no
 causal mask at the lower right here, so its prefill counts only where each chunk is its whole context ("no mask" else).
@@ -16,8 +31,10 @@ paper (C0 to C2, Table 8 and Figure 6 of POD-Attention), mixed (FlashInfer's mix
 chunks and contexts). limit is max(FLOP / 790e12, bytes of KV / 4.3e12).
 """
 import argparse
+import collections
 import csv
 import ctypes
+import math
 import os
 import random
 import re
@@ -25,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 D = 128
@@ -35,6 +53,9 @@ MODELS = {  # query heads, KV heads of a rank
 }
 KV_BYTES = 100 << 30  # what a measurement may take
 DISTINCT = 2 << 30
+PAGE = 2 << 20
+QUEUED_MS = 30  # of replays that wait while power is measured: asking the driver makes no pause
+SAMPLE_MS = 10
 
 
 # ---- the library ----
@@ -140,6 +161,143 @@ class Library:
             raise RuntimeError(st.message.decode())
 
 
+# ---- the driver ----
+
+class Location(ctypes.Structure):  # this and the next three as in cuda.h
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class AllocFlags(ctypes.Structure):
+    _fields_ = [("compression_type", ctypes.c_ubyte), ("gpu_direct_rdma_capable", ctypes.c_ubyte),
+                ("usage", ctypes.c_ushort), ("reserved", ctypes.c_ubyte * 4)]
+
+
+class AllocationProp(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("requested_handle_types", ctypes.c_int), ("location", Location),
+                ("win32_handle_meta_data", ctypes.c_void_p), ("alloc_flags", AllocFlags)]
+
+
+class AccessDesc(ctypes.Structure):
+    _fields_ = [("location", Location), ("flags", ctypes.c_int)]
+
+
+ADDRESS, INT, U64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
+CUDA_CALLS = {
+    "cuCtxGetDevice": [ADDRESS], "cuDeviceGetPCIBusId": [ADDRESS, INT, INT],
+    "cuMemGetAllocationGranularity": [ADDRESS, ADDRESS, INT], "cuMemAddressReserve": [ADDRESS, U64, U64, U64, U64],
+    "cuMemCreate": [ADDRESS, U64, ADDRESS, U64], "cuMemRelease": [U64], "cuMemMap": [U64, U64, U64, U64, U64],
+    "cuMemUnmap": [U64, U64], "cuMemSetAccess": [U64, U64, ADDRESS, U64],
+}
+NVML_CALLS = {
+    "nvmlInit_v2": [], "nvmlDeviceGetHandleByPciBusId_v2": [ADDRESS, ADDRESS],
+    "nvmlDeviceGetTotalEnergyConsumption": [ADDRESS, ADDRESS], "nvmlDeviceGetClockInfo": [ADDRESS, INT, ADDRESS],
+}
+REASON_CALLS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+REASONS = {0x1: "idle", 0x2: "applications clocks", 0x4: "sw power cap", 0x8: "hw slowdown", 0x20: "sw thermal",
+           0x40: "hw thermal", 0x80: "hw power brake"}
+
+
+class Driver:
+    """A library of the driver. A call that fails raises an error that names it."""
+
+    def __init__(self, file, calls):
+        self.c = ctypes.CDLL(file)
+        for name, arguments in calls.items():
+            getattr(self.c, name).argtypes = arguments
+
+    def must(self, name, *args):
+        rc = getattr(self.c, name)(*args)
+        if rc:
+            raise RuntimeError(f"{name} failed: {rc}")
+
+
+class Cuda(Driver):
+    def __init__(self, torch):
+        super().__init__("libcuda.so.1", CUDA_CALLS)
+        torch.cuda.init()
+        torch.cuda.synchronize()  # the primary context is there, and current
+        device = INT()
+        self.must("cuCtxGetDevice", ctypes.byref(device))
+        self.device = device.value
+
+
+class Pages:
+    """Memory as tandem's pool has it. It only grows; tensors are its front."""
+
+    def __init__(self, torch, cuda):
+        self.torch, self.cuda = torch, cuda
+        here = Location(1, cuda.device)  # CU_MEM_LOCATION_TYPE_DEVICE
+        self.prop = AllocationProp(type=1, location=here)  # CU_MEM_ALLOCATION_TYPE_PINNED
+        self.access = AccessDesc(here, 3)  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        least, at = ctypes.c_size_t(), U64()
+        cuda.must("cuMemGetAllocationGranularity", ctypes.byref(least), ctypes.byref(self.prop), 0)
+        if least.value != PAGE:
+            raise RuntimeError(f"least page of this driver: {least.value} bytes, expected {PAGE}")
+        self.room = -(-(KV_BYTES + 2 * DISTINCT) // PAGE) * PAGE
+        cuda.must("cuMemAddressReserve", ctypes.byref(at), self.room, PAGE, 0, 0)
+        self.at, self.mapped = at.value, 0
+
+    def grow(self, size):
+        end, page = self.mapped, U64()
+        try:
+            while end < size:
+                self.cuda.must("cuMemCreate", ctypes.byref(page), PAGE, ctypes.byref(self.prop), 0)
+                try:
+                    self.cuda.must("cuMemMap", self.at + end, PAGE, 0, page, 0)
+                finally:
+                    self.cuda.must("cuMemRelease", page)  # mapped, it lives on
+                end += PAGE
+            if end > self.mapped:
+                self.cuda.must("cuMemSetAccess", self.at + self.mapped, end - self.mapped, ctypes.byref(self.access), 1)
+        except RuntimeError:
+            if end > self.mapped:
+                self.cuda.must("cuMemUnmap", self.at + self.mapped, end - self.mapped)
+            raise
+        self.mapped = end
+
+    def tensor(self, shape):
+        size = math.prod(shape) * 2
+        if size > self.room:
+            raise RuntimeError(f"KV of {size} bytes: {self.room} are reserved")
+        self.grow(size)
+        front = types.SimpleNamespace(__cuda_array_interface__={
+            "shape": shape, "typestr": "<i2", "data": (self.at, False), "version": 3})
+        return self.torch.as_tensor(front, device=f"cuda:{self.cuda.device}").view(self.torch.bfloat16)
+
+
+class Meter:
+    """NVML, of the GPU that PyTorch runs on."""
+
+    def __init__(self, cuda):
+        self.nvml, self.device = Driver("libnvidia-ml.so.1", NVML_CALLS), ADDRESS()
+        bus_id = ctypes.create_string_buffer(32)
+        cuda.must("cuDeviceGetPCIBusId", bus_id, len(bus_id), cuda.device)
+        self.nvml.must("nvmlInit_v2")
+        self.nvml.must("nvmlDeviceGetHandleByPciBusId_v2", bus_id, ctypes.byref(self.device))
+        self.energy_mj()
+        self.sm_mhz()
+        self.reasons_call = next((getattr(self.nvml.c, n) for n in REASON_CALLS if hasattr(self.nvml.c, n)), None)
+        if self.reasons_call:
+            self.reasons_call.argtypes = [ADDRESS, ADDRESS]
+
+    def energy_mj(self):
+        mj = U64()
+        self.nvml.must("nvmlDeviceGetTotalEnergyConsumption", self.device, ctypes.byref(mj))
+        return mj.value
+
+    def sm_mhz(self):
+        mhz = ctypes.c_uint()
+        self.nvml.must("nvmlDeviceGetClockInfo", self.device, 1, ctypes.byref(mhz))  # NVML_CLOCK_SM
+        return mhz.value
+
+    def reasons(self):
+        """A mask, None where the driver does not say."""
+        mask = U64()
+        if not self.reasons_call or self.reasons_call(self.device, ctypes.byref(mask)):
+            return None
+        return mask.value
+
+
 # ---- a batch ----
 
 def layers_of(tokens, kv_heads, layers):
@@ -153,13 +311,14 @@ def layers_of(tokens, kv_heads, layers):
 class Batch:
     """chunks: (rows, context) of prefills; decodes: lengths. KV token-major, `layers` side by side in each buffer."""
 
-    def __init__(self, torch, heads, kv_heads, chunks, decodes, layers=0):
+    def __init__(self, torch, heads, kv_heads, chunks, decodes, layers=0, pages=None):
         self.torch, self.heads, self.kv_heads = torch, heads, kv_heads
         self.chunks, self.decodes = chunks, decodes
         lengths = [context for _, context in chunks] + list(decodes)
         self.tokens = sum(lengths)
         self.layers, buffers, self.used = layers_of(self.tokens, kv_heads, layers)
-        self.kv = torch.empty(buffers, self.tokens, self.layers, 2, kv_heads, D, dtype=torch.bfloat16, device="cuda")
+        shape = (buffers, self.tokens, self.layers, 2, kv_heads, D)
+        self.kv = pages.tensor(shape) if pages else torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         self.kv.normal_()
         self.rows = sum(r for r, _ in chunks) + len(decodes)
         self.q = torch.randn(self.rows, heads, D, dtype=torch.bfloat16, device="cuda")
@@ -293,9 +452,9 @@ def share_of(sorted_times, share):
     return sorted_times[min(len(sorted_times) - 1, int(share * (len(sorted_times) - 1) + 0.5))]
 
 
-def measure(torch, lib, batch, rounds):
-    """{name: (median, p10, p90)} in us per layer; names "<contender> <prefill|decode|both>"."""
-    contenders, graphs, times = {}, {}, {}
+def contenders_of(lib, batch, only):
+    """{name: what makes it}; names "<back end> <policy>" and "<contender> <side>"."""
+    contenders = {}
     for name, ops in lib.back_ends:
         if len(batch.sides()) == 2:
             for policy in ("auto", "fused", "serial", "streams"):
@@ -305,8 +464,113 @@ def measure(torch, lib, batch, rounds):
     for kind in ("fa2", "cudnn"):
         for side in batch.sides():
             contenders[f"{kind} {side}"] = lambda k=kind, s=side: Torch(batch, k, s)
-    alive, plain = [], {}
+    return {n: make for n, make in contenders.items() if only.search(n)}
+
+
+def once(torch, contenders):
     for name, make in contenders.items():
+        try:
+            x = make()
+            if isinstance(x, Ours):
+                x.plan()
+            x.layer(0)
+            torch.cuda.synchronize()
+            print(f"  {name}", flush=True)
+            torch.cuda.profiler.start()
+            try:
+                x.layer(0)
+                torch.cuda.synchronize()
+            finally:
+                torch.cuda.profiler.stop()
+            x.close()
+        except RuntimeError as e:
+            print(f"  {name}: {str(e).splitlines()[0][:110]}", flush=True)
+
+
+def reasons_of(masks):
+    """Each reason with the share of masks that have it."""
+    masks = [m for m in masks if m is not None]
+    if not masks:
+        return "not known"
+    shares = [(bit, sum(bool(m & bit) for m in masks) / len(masks)) for bit in (1 << i for i in range(64))]
+    return "; ".join(f"{REASONS.get(bit, hex(bit))} {share * 100:.0f}%" for bit, share in shares if share) or "none"
+
+
+def draw(torch, meter, graph, ms, us, layers):
+    """us per layer, watts, MHz, mJ per layer, samples of the clock, reasons. us: what a layer takes, about."""
+    depth = max(2, math.ceil(QUEUED_MS * 1e3 / (us * layers)))
+    queue, first, last, replays = collections.deque(), None, None, 0
+    steps, mj, clocks, masks = [], None, [], []
+    begin = time.monotonic()
+    settled, end = begin + 0.2 * ms * 1e-3, begin + ms * 1e-3
+    sample = settled
+    while True:
+        while len(queue) < depth:
+            graph.replay()
+            queue.append(torch.cuda.Event(enable_timing=True))
+            queue[-1].record()
+        now = time.monotonic()
+        if now >= end and replays:
+            break
+        while queue and queue[0].query():
+            event = queue.popleft()
+            if now < settled:
+                continue
+            if first is None:
+                first = event
+            else:
+                last, replays = event, replays + 1
+        if now >= settled:
+            was, mj = mj, meter.energy_mj()
+            if was is not None and was != mj:
+                steps.append((time.monotonic(), mj))
+        if now >= sample:
+            clocks.append(meter.sm_mhz())
+            masks.append(meter.reasons())
+            sample = now + SAMPLE_MS * 1e-3
+        time.sleep(5e-4)
+    torch.cuda.synchronize()
+    us = first.elapsed_time(last) * 1e3 / (replays * layers)
+    watts = None
+    if len(steps) > 1:
+        watts = (steps[-1][1] - steps[0][1]) * 1e-3 / (steps[-1][0] - steps[0][0])
+    return us, watts, sum(clocks) / len(clocks), watts and watts * us * 1e-3, len(clocks), reasons_of(masks)
+
+
+def computing(ours, first, end):
+    """The first of ours that computes these rows, or None."""
+    return next((x for x in ours if x.rows.start <= first and end <= x.rows.stop), None)
+
+
+def compare(lib, plain):
+    """They all compute the same."""
+    ours = [plain[f"{n} {p}"] for n, _ in lib.back_ends for p in ("fused", "auto", "serial", "streams", "prefill", "decode")
+            if f"{n} {p}" in plain]
+    for name, x in plain.items():
+        if isinstance(x, Torch) and x.right:
+            row, rows, o = x.result()
+            ref = computing(ours, row, row + rows)
+            if not ref:
+                continue
+            a, b = ref.out[row:row + rows].float(), o.float()
+            error = float((a - b).norm() / b.norm())
+            if not error < 1e-2:
+                print(f"  {name}: differs from ours by {error:.3g}", flush=True)
+    for name, x in plain.items():
+        if isinstance(x, Ours):
+            ref = computing(ours, x.rows.start, x.rows.stop)
+            if ref is x:
+                continue
+            a, b = x.out[x.rows].float(), ref.out[x.rows].float()
+            error = float((a - b).norm() / b.norm())
+            if not error < 1e-2:
+                sys.exit(f"{name}: differs from another of ours by {error:.3g}")
+
+
+def measure(torch, lib, batch, only, rounds, meter, power_ms):
+    """{name: (median, p10, p90, whether it computes what is asked)} in us per layer, and {name: draw's} with a meter."""
+    graphs, times, alive, plain = {}, {}, [], {}
+    for name, make in contenders_of(lib, batch, only).items():
         try:
             x = make()
             alive.append(x)
@@ -318,21 +582,7 @@ def measure(torch, lib, batch, rounds):
             plain[name] = x
         except RuntimeError as e:
             print(f"  {name}: {str(e).splitlines()[0][:110]}", flush=True)
-    ours = next((plain[f"{n} {p}"] for n, _ in lib.back_ends for p in ("fused", "prefill", "decode")
-                 if f"{n} {p}" in plain), None)
-    for name, x in plain.items():  # they all compute the same
-        if isinstance(x, Torch) and x.right and ours:
-            row, rows, o = x.result()
-            a, b = ours.out[row:row + rows].float(), o.float()
-            error = float((a - b).norm() / b.norm())
-            if not error < 1e-2:
-                print(f"  {name}: differs from ours by {error:.3g}", flush=True)
-    for name, x in plain.items():
-        if isinstance(x, Ours) and x is not ours:
-            a, b = x.out[x.rows].float(), ours.out[x.rows].float()
-            error = float((a - b).norm() / b.norm())
-            if not error < 1e-2:
-                sys.exit(f"{name}: differs from another of ours by {error:.3g}")
+    compare(lib, plain)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     turns = list(graphs)
     for r in range(rounds + 2):
@@ -344,13 +594,15 @@ def measure(torch, lib, batch, rounds):
             events[1].synchronize()
             if r >= 2:
                 times.setdefault(name, []).append(events[0].elapsed_time(events[1]) * 1e3 / batch.used)
+    for t in times.values():
+        t.sort()
+    drawn = {n: draw(torch, meter, graphs[n], power_ms, share_of(t, 0.5), batch.used)
+             for n, t in times.items()} if meter else {}
     graphs.clear()
     for x in alive:
         x.close()
-    for t in times.values():
-        t.sort()
     right = {n: not isinstance(x, Torch) or x.right for n, x in plain.items()}
-    return {n: (share_of(t, 0.5), share_of(t, 0.1), share_of(t, 0.9), right[n]) for n, t in times.items()}
+    return {n: (share_of(t, 0.5), share_of(t, 0.1), share_of(t, 0.9), right[n]) for n, t in times.items()}, drawn
 
 
 def balance(heads, kv_heads, chunk):
@@ -408,6 +660,27 @@ def cases(wanted):
 
 HEAD = ["set", "case", "contender", "us", "p10", "p90", "TFLOP/s", "TB/s", "of limit", "over our serial",
         "over best serial"]
+POWER_HEAD = ["set", "case", "contender", "us", "W", "SM MHz", "mJ", "samples", "reasons"]
+
+
+class Table:
+    """A csv file, on disk row by row."""
+
+    def __init__(self, folder, name, head):
+        self.csv = csv.writer(open(os.path.join(folder, name), "w", 1, encoding="utf-8", newline=""), lineterminator="\n")
+        self.add(head)
+
+    def add(self, row):
+        self.csv.writerow(["" if x is None else x if isinstance(x, str) else f"{x:.4g}" for x in row])
+
+
+def best_of(got, side):
+    """us of the fastest contender of a side that computes what is asked, or None."""
+    return min((t[0] for n, t in got.items() if n.endswith(side) and t[3]), default=None)
+
+
+def shown(name, right):
+    return name + ("" if right else " (no mask)")
 
 
 def rows_of(batch, got, back_ends):
@@ -415,7 +688,8 @@ def rows_of(batch, got, back_ends):
     both = len(batch.sides()) == 2
     pair = None
     if both:
-        pair = sum(min(t[0] for n, t in got.items() if n.endswith(side) and t[3]) for side in batch.sides())
+        sides = [best_of(got, side) for side in batch.sides()]
+        pair = None if None in sides else sum(sides)
     out = []
     for name, (us, p10, p90, right) in got.items():
         whole = not both or name.split()[1] not in ("prefill", "decode")
@@ -423,9 +697,9 @@ def rows_of(batch, got, back_ends):
         size = batch.bytes if whole or name.endswith("decode") else 0
         of = limit if whole else max(flops / PEAK_FLOPS, size / PEAK_BYTES) * 1e6
         serial = got.get(f"{name.split()[0]} serial")
-        out.append([name + ("" if right else " (no mask)"), us, p10, p90, flops / us * 1e-6, size / us * 1e-6, of / us,
+        out.append([shown(name, right), us, p10, p90, flops / us * 1e-6, size / us * 1e-6, of / us,
                     serial[0] / us if both and whole and serial else None,
-                    pair / us if both and whole else None])
+                    pair / us if pair and whole else None])
     return out, pair
 
 
@@ -457,6 +731,11 @@ def main():
     ap.add_argument("--seconds", type=float, default=600, help="no new case after that")
     ap.add_argument("--set", default=",".join(SETS))
     ap.add_argument("--rounds", type=int, default=9)
+    ap.add_argument("--case", type=re.compile, default="", metavar="REGEX", help="only cases whose name has a match")
+    ap.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="only contenders whose name has a match")
+    ap.add_argument("--one-piece", action="store_true", help="KV of torch.empty, not of pages")
+    ap.add_argument("--power", type=float, default=0, metavar="MS", help="then replay each for so long: watts, clock, energy")
+    ap.add_argument("--once", action="store_true", help="time nothing, run each once, for a profiler")
     ap.add_argument("--lib", help="a library made with --build")
     ap.add_argument("--build", help="only build, to this file")
     ap.add_argument("--check", action="store_true", help="only compare the structures with attention.h, and add up KV")
@@ -475,48 +754,63 @@ def main():
         build(path)
     import torch
     lib = Library(path)
+    cuda = Cuda(torch)
+    pages = None if args.one_piece else Pages(torch, cuda)
+    meter = Meter(cuda) if args.power and not args.once else None
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, back ends: "
-          f"{', '.join(n for n, _ in lib.back_ends)}", flush=True)
-    print(f"{'case':52} {'contender':22} {'us':>9} {'p10':>9} {'p90':>9} TFLOP/s  TB/s  limit  serial  best")
+          f"{', '.join(n for n, _ in lib.back_ends)}; KV in {'pages' if pages else 'one piece'}", flush=True)
+    if not args.once:
+        print(f"{'case':52} {'contender':22} {'us':>9} {'p10':>9} {'p90':>9} TFLOP/s  TB/s  limit  serial  best")
+        table = Table(args.out, "attention.csv", HEAD)
+    power = Table(args.out, "power.csv", POWER_HEAD) if meter else None
     points, filtered, skipped = [], [], 0
-    with open(os.path.join(args.out, "attention.csv"), "w", newline="", encoding="utf-8") as f:
-        table = csv.writer(f, lineterminator="\n")
-        table.writerow(HEAD)
-        for group, name, h, hk, chunks, decodes, layers in cases(args.set.split(",")):
-            if time.monotonic() - begin > args.seconds:
-                skipped += 1
+    for group, name, h, hk, chunks, decodes, layers in cases(args.set.split(",")):
+        if not args.case.search(name):
+            continue
+        if time.monotonic() - begin > args.seconds:
+            skipped += 1
+            continue
+        batch = None
+        torch.cuda.empty_cache()
+        try:
+            batch = Batch(torch, h, hk, chunks, decodes, layers, pages)
+            if args.once:
+                print(name, flush=True)
+                once(torch, contenders_of(lib, batch, args.only))
                 continue
-            try:
-                batch = Batch(torch, h, hk, chunks, decodes, layers)
-                got = measure(torch, lib, batch, args.rounds)
-                rows, pair = rows_of(batch, got, lib.back_ends)
-            except (torch.OutOfMemoryError, RuntimeError, ValueError) as e:
-                print(f"{name}: {str(e).splitlines()[0][:120]}", flush=True)
-                batch = None
-                torch.cuda.empty_cache()
-                continue
-            for r in rows:
-                table.writerow([group, name] + ["" if x is None else x if isinstance(x, str) else f"{x:.4g}" for x in r])
-                if group != "sweep" or r[0].endswith(" auto"):
-                    more = "".join(f"{x:7.2f}" if x else "      -" for x in r[7:])
-                    print(f"{name:52} {r[0]:22} {r[1]:9.1f} {r[2]:9.1f} {r[3]:9.1f} {r[4]:7.0f} {r[5]:5.2f} {r[6]:6.2f}"
-                          f"{more}", flush=True)
-            f.flush()
-            if pair:
-                ours = {p: got[f"{lib.back_ends[0][0]} {p}"][0] for p in OURS}  # of the back end that is picked
-                limit = max(batch.flops / PEAK_FLOPS, batch.bytes / PEAK_BYTES) * 1e6
-                sides = [min(t[0] for n, t in got.items() if n.endswith(s) and t[3]) for s in batch.sides()]
+            got, drawn = measure(torch, lib, batch, args.only, args.rounds, meter, args.power)
+            rows, pair = rows_of(batch, got, lib.back_ends)
+        except (torch.OutOfMemoryError, RuntimeError, ValueError) as e:
+            print(f"{name}: {str(e).splitlines()[0][:120]}", flush=True)
+            continue
+        for r in rows:
+            table.add([group, name] + r)
+            if group != "sweep" or r[0].endswith(" auto"):
+                more = "".join(f"{x:7.2f}" if x else "      -" for x in r[7:])
+                print(f"{name:52} {r[0]:22} {r[1]:9.1f} {r[2]:9.1f} {r[3]:9.1f} {r[4]:7.0f} {r[5]:5.2f} {r[6]:6.2f}"
+                      f"{more}", flush=True)
+        for n, (us, watts, mhz, mj, samples, reasons) in drawn.items():
+            n = shown(n, got[n][3])
+            power.add([group, name, n, us, watts, mhz, mj, samples, reasons])
+            energy = f"{watts:5.0f} W, {mj:8.1f} mJ" if watts else "    - W,        - mJ"
+            print(f"{name:52} {n:22} {us:9.1f} us, {energy}, {mhz:5.0f} MHz; {reasons}", flush=True)
+        if pair:
+            first = lib.back_ends[0][0]  # the back end that is picked
+            ours = {p: got[f"{first} {p}"][0] for p in OURS if f"{first} {p}" in got}
+            limit = max(batch.flops / PEAK_FLOPS, batch.bytes / PEAK_BYTES) * 1e6
+            if "auto" in ours:
                 points.append((name, pair / limit, pair / ours["auto"]))
-                if group in ("sweep", "paper") and min(sides) >= 0.2 * pair:
-                    filtered.append({p: (pair / us, limit / us) for p, us in ours.items()})
-            batch = None
-            torch.cuda.empty_cache()
-    plot(points, os.path.join(args.out, "attention.svg"))
-    for policy in OURS if filtered else ():
-        gains = sorted(f[policy][0] for f in filtered)
-        print(f"{policy} over the best serial pair, {len(gains)} batches with each side 20 % or more of serial: "
-              f"mean {sum(gains) / len(gains):.2f}, best {gains[-1]:.2f}, worst {gains[0]:.2f}; "
-              f"share of the limit: mean {sum(f[policy][1] for f in filtered) / len(gains):.2f}")
+            if group in ("sweep", "paper") and min(best_of(got, s) for s in batch.sides()) >= 0.2 * pair:
+                filtered.append({p: (pair / us, limit / us) for p, us in ours.items()})
+    if not args.once:
+        plot(points, os.path.join(args.out, "attention.svg"))
+    for policy in OURS:
+        of = [f[policy] for f in filtered if policy in f]
+        gains = sorted(gain for gain, _ in of)
+        if gains:
+            print(f"{policy} over the best serial pair, {len(gains)} batches with each side 20 % or more of serial: "
+                  f"mean {sum(gains) / len(gains):.2f}, best {gains[-1]:.2f}, worst {gains[0]:.2f}; "
+                  f"share of the limit: mean {sum(share for _, share in of) / len(of):.2f}")
     if skipped:
         print(f"{skipped} cases left out: time was up")
 
