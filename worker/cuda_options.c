@@ -12,7 +12,7 @@
 
 #include "worker/cuda_internal.h"
 
-#define TABLE_BYTES (128u << 20) /* of all: 249 tables of a vocabulary of 128256 */
+#define TABLE_BYTES (640u << 20) /* of all: 1246 tables of a vocabulary of 128256 */
 
 /* In units of 4 bytes. */
 static uint32_t allowed_words(uint32_t vocab)
