@@ -1,7 +1,7 @@
 /* attention_sm90_prefill.cuh - the compute-bound role: one producer warp, two consumer warpgroups of 64 packed rows each; two
  * such blocks, a cluster, work on a unit.
  *
- *   producer   takes items (block 0 for both), copies half of each K and V tile of KEYS keys, last keys first, into two slots
+ *   producer   takes items (block 0 for both), copies half of each K and V tile of KEYS keys, last keys first, into STAGES slots
  *              each of both blocks: what comes from L2 is half, and so is what that costs in energy
  *   consumer   S' = Q K' of the next tile is issued before O += P V of this one, so that softmax of S' runs under PV; the
  *              two warpgroups take turns at issuing (named barriers), so that one's softmax runs under the other's products
@@ -29,6 +29,7 @@ struct prefill_shape {
     static constexpr bool BY_SUMS = STAGES >= 3;  /* see prefill_rows; K is held for longer, which takes a slot more */
     static constexpr uint32_t BLOCK = KEYS * 128; /* bytes of 64 columns of a tile */
     static_assert(KEYS % BOX_KEYS == 0 && D % 64 == 0, "whole boxes");
+    static_assert(STAGES <= 4, "barriers of prefill_bars");
 };
 
 constexpr uint32_t PREFILL_ITEMS = 2; /* taken ahead */

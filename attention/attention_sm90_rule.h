@@ -44,7 +44,7 @@ enum {
     /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
     SM90_ENDS_ALONE = 1,
     SM90_ENDS_BESIDE = 2,
-    /* In the fused kernel decodes come on by 7/10 of prefill's tiles; alone tiles of both take as long. */
+    /* In the fused kernel decodes come on by 7/10 of prefill's tiles (what REST_TILES was measured with; for times: FUSED_RATE). */
     SM90_PROGRESS = 7,
     SM90_PROGRESS_OF = 10,
     /* So many tiles of decodes left when prefill ends are worth a launch of their own, which costs half a part and a start, and is a

@@ -391,6 +391,14 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 128, false, 512, 131072, 2, 131072, ATTN_WAY_APART}, /* 1820 us, fused 2058 */
         {8, 128, false, 512, 32768, 22, 32768, ATTN_WAY_APART},  /* 808, 946 */
 
+        /* The steps of check_engine_gpu (engine_ways_gpu.c), one rank and two. */
+        {8, 128, false, 64, 64, 45, 4097, ATTN_WAY_APART},
+        {8, 128, false, 512, 8192, 12, 4097, ATTN_WAY_FUSED},
+        {8, 128, false, 512, 8192, 45, 4097, ATTN_WAY_APART},
+        {4, 128, false, 64, 64, 45, 4097, ATTN_WAY_APART},
+        {4, 128, false, 512, 8192, 12, 4097, ATTN_WAY_FUSED},
+        {4, 128, false, 512, 14336, 90, 4097, ATTN_WAY_APART},
+
         {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED}, /* 40.6 us, apart 48.3 */
         {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED}, /* 11.6, 13.0 */
         {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 152, 257 */

@@ -309,6 +309,31 @@ START_TEST(plans_before_a_shutdown_are_run)
 }
 END_TEST
 
+/* What the ranks have sent when they end is still on its way: they must not end before it has arrived. */
+START_TEST(results_arrive_at_a_coordinator_that_is_slow)
+{
+    struct ids prompt, want;
+    load_case(0, &prompt, &want);
+    start_group(2);
+    struct plan p;
+    plan_init(&p, 1);
+    plan_prefill(&p, 0, &prompt, 0, prompt.n);
+    pthread_mutex_lock(&stub.lock);
+    stub.slow_us = 40000;
+    pthread_mutex_unlock(&stub.lock);
+    plan_send(&p, 2);
+    for (uint64_t step = 2; step <= 4; step++) {
+        plan_init(&p, step);
+        plan_decode(&p, 0);
+        plan_send(&p, 2);
+    }
+    stub_shutdown(&stub, 2, false);
+    ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_OK);
+    for (uint32_t rank = 0; rank < 2; rank++)
+        ck_assert_uint_eq(stub_rank(&stub, rank).n_results, 4);
+}
+END_TEST
+
 START_TEST(waits_for_a_coordinator_that_starts_late)
 {
     char address[128];
@@ -703,6 +728,7 @@ int main(void)
     tcase_add_test(core, a_timeline_has_every_step);
     tcase_add_test(core, shutdown_with_relaunch_ends_with_75);
     tcase_add_test(core, plans_before_a_shutdown_are_run);
+    tcase_add_test(core, results_arrive_at_a_coordinator_that_is_slow);
     tcase_add_test(core, waits_for_a_coordinator_that_starts_late);
     tcase_add_test(core, attaches_again_after_the_stream_broke);
     tcase_add_test(core, attaches_to_a_new_coordinator);

@@ -95,6 +95,11 @@ static void on_message(struct rpc_call *call, const void *data, size_t len, void
     if (!m)
         return;
     pthread_mutex_lock(&s->lock);
+    const uint32_t slow_us = s->slow_us;
+    pthread_mutex_unlock(&s->lock);
+    if (slow_us)
+        usleep(slow_us);
+    pthread_mutex_lock(&s->lock);
     struct stub_rank *r = rank_of(s, call);
     if (m->body_case == TANDEM__V1__RANK_MESSAGE__BODY_HELLO) {
         on_hello(s, call, m->hello);

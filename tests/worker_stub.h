@@ -51,6 +51,7 @@ struct stub {
     /* guarded by lock */
     uint64_t epoch;     /* of the next Welcome; 0: no Welcome is sent */
     struct status deny; /* code not OK: a Hello is answered so */
+    uint32_t slow_us;   /* what it takes over each message before the next one is read */
     struct stub_rank ranks[STUB_RANKS];
 };
 

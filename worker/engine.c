@@ -107,7 +107,7 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
             st, ST_RESOURCE_EXHAUSTED,
             "%s: %.4g of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
             "%u samples %llu (%llu of it for the driver%s), KV cache %llu: together %llu MiB, %llu too many. "
-            "Less is needed with fewer rows a step, a smaller KV cache or more ranks to share the weights",
+            "Less is needed with fewer slots or rows a step, a smaller KV cache or more ranks to share the weights",
             e->parts->text, fraction, (unsigned long long)(m.total_bytes >> 20), (unsigned long long)(budget >> 20),
             (unsigned long long)(used >> 20), (unsigned long long)(weight_bytes >> 20), forward->max_rows,
             forward->max_samples, (unsigned long long)(workspace >> 20), (unsigned long long)(spare >> 20),

@@ -135,7 +135,7 @@ void *worker_control_sender(void *arg)
 bool worker_control_await_sender(struct worker_control *c, uint32_t most)
 {
     c->flushing = true;
-    while (c->link == WORKER_LINK_UP && (c->result_count > most || (c->closing && c->sending)))
+    while (c->link == WORKER_LINK_UP && c->result_count > most)
         pthread_cond_wait(&c->changed, &c->lock);
     c->flushing = false;
     return c->link == WORKER_LINK_UP;
@@ -211,19 +211,28 @@ void worker_control_result(struct worker_control *c, uint64_t step, uint64_t com
 }
 
 /* No heartbeats behind a half-close: the first would fail, and cancel the stream. Called with the lock; false: the link is
- * not up. */
-static bool stop_sender(struct worker_control *c)
+ * not up, or one is still being written then. */
+static bool stop_sender(struct worker_control *c, uint32_t wait_ms)
 {
     c->closing = true;
-    return worker_control_await_sender(c, 0);
+    if (!worker_control_await_sender(c, 0))
+        return false;
+    const int64_t until_us = worker_now_us() + (int64_t)wait_ms * 1000;
+    c->flushing = true;
+    while (c->link == WORKER_LINK_UP && c->sending && worker_control_wait(c, &c->changed, until_us))
+        ;
+    c->flushing = false;
+    return c->link == WORKER_LINK_UP && !c->sending;
 }
 
 /* To exit or to cancel the stream can lose what was just sent: the peer drops what it has not read when a stream breaks.
- * So the stream is half-closed, and the coordinator's answer, the stream's end or Shutdown, says that all has arrived.
+ * So the stream is half-closed, and the coordinator's answer says that all has arrived: the stream's end, or Shutdown, an exit
+ * that was not asked for before (`asked`). Its own ends the stream right behind Shutdown, and drops what comes after it.
  * Called with the lock, which it gives up meanwhile. */
-static enum status_code finish_stream(struct worker_control *c, struct status *st)
+static enum status_code finish_stream(struct worker_control *c, int asked, struct status *st)
 {
-    const int asked = worker_guard_exit_code(c->guard);
+    if (c->link != WORKER_LINK_UP || worker_guard_exit_code(c->guard) != asked)
+        return ST_OK; /* answered already */
     pthread_mutex_unlock(&c->lock);
     enum status_code rc = rpc_stream_half_close(c->stream, st);
     int64_t until_us = worker_now_us() + WORKER_FINISH_MS * 1000;
@@ -237,14 +246,16 @@ static enum status_code finish_stream(struct worker_control *c, struct status *s
 void worker_control_finish(struct worker_control *c)
 {
     struct status st = STATUS_INIT;
-    if (stop_sender(c) && finish_stream(c, &st) != ST_OK)
+    if (stop_sender(c, WORKER_FINISH_MS) && finish_stream(c, worker_guard_exit_code(c->guard), &st) != ST_OK)
         worker_log(c->log, WORKER_LOG_DEBUG, "the coordinator did not take the stream's end: %s", st.message);
 }
 
 void worker_control_fault(struct worker_control *c, const struct status *why, bool permanent)
 {
+    const int asked = worker_guard_exit_code(c->guard);
     pthread_mutex_lock(&c->lock);
-    bool up = stop_sender(c);
+    stop_sender(c, WORKER_FINISH_MS);
+    bool up = c->link == WORKER_LINK_UP;
     pthread_mutex_unlock(&c->lock);
     if (!up)
         return;
@@ -260,7 +271,7 @@ void worker_control_fault(struct worker_control *c, const struct status *why, bo
     enum status_code rc = rpc_stream_send(c->stream, &m.base, WORKER_FAULT_SEND_MS, &st);
     pthread_mutex_lock(&c->lock);
     if (rc == ST_OK)
-        rc = finish_stream(c, &st);
+        rc = finish_stream(c, asked, &st);
     pthread_mutex_unlock(&c->lock);
     if (rc != ST_OK)
         worker_log(c->log, WORKER_LOG_WARNING, "the coordinator did not take the fault: %s", st.message);

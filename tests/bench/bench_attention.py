@@ -13,7 +13,7 @@ KV is in pages, as tandem's pool has it: 2 MiB each, made one by one and mapped 
 and only grows; a batch takes its front. With --one-piece KV is what torch.empty returns.
 
 --case measures only cases whose name has a match, --only only contenders whose name has one ("sm90 prefill", "sm90 serial",
-"fa2 decode"). What needs a contender that is left out is left out, too: the best pair, a comparison of results.
+"fa2 decode"). The best pair is of those that are left then, and none where a side has none; a comparison of results needs both.
 
 With --power each contender is then replayed without a pause for MS, and a line says what it draws; also in power.csv: us and mJ
 per layer, watts, the SMs' clock, and in what share of the clock's samples which reason held the clock down. Watts are by NVML's
@@ -725,14 +725,21 @@ def plot(points, path):
         f.write("\n".join(svg) + "\n")
 
 
+def regex(text):
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", default=".")
     ap.add_argument("--seconds", type=float, default=600, help="no new case after that")
     ap.add_argument("--set", default=",".join(SETS))
     ap.add_argument("--rounds", type=int, default=9)
-    ap.add_argument("--case", type=re.compile, default="", metavar="REGEX", help="only cases whose name has a match")
-    ap.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="only contenders whose name has a match")
+    ap.add_argument("--case", type=regex, default="", metavar="REGEX", help="only cases whose name has a match")
+    ap.add_argument("--only", type=regex, default="", metavar="REGEX", help="only contenders whose name has a match")
     ap.add_argument("--one-piece", action="store_true", help="KV of torch.empty, not of pages")
     ap.add_argument("--power", type=float, default=0, metavar="MS", help="then replay each for so long: watts, clock, energy")
     ap.add_argument("--once", action="store_true", help="time nothing, run each once, for a profiler")
@@ -747,6 +754,8 @@ def main():
     if args.build:
         build(args.build)
         return
+    if not any(args.case.search(name) for _, name, *_ in cases(args.set.split(","))):
+        sys.exit("bench_attention.py: no case of --set has a match of --case")
     begin = time.monotonic()
     os.makedirs(args.out, exist_ok=True)
     path = args.lib or os.path.join(args.out, "libtandem_attention_bench.so")
