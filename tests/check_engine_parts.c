@@ -244,7 +244,7 @@ START_TEST(a_device_that_is_too_small_is_said_with_the_arithmetic)
     ck_assert_msg(strstr(st.message, "fake:0: 0.9 of 1000 MiB is 900 MiB; in use already 700, weights ") &&
                       strstr(st.message, "workspace of 512 rows and 4 samples 259 (256 of it for the driver), KV "
                                          "cache 0: together 96") &&
-                      strstr(st.message, " too many. Less is needed with fewer rows a step"),
+                      strstr(st.message, " too many. Less is needed with fewer slots or rows a step"),
                   "%s", st.message);
     device_init(&d, 1000, 700); /* enough for one rank; two want 384 more */
     ck_assert_int_eq(group_create(&g, &cfg, 2, &st), ST_RESOURCE_EXHAUSTED);

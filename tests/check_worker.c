@@ -287,14 +287,12 @@ START_TEST(shutdown_with_relaunch_ends_with_75)
 }
 END_TEST
 
-START_TEST(plans_before_a_shutdown_are_run)
+/* All plans and the Shutdown are sent before the first result is there. */
+static void run_four_steps_and_stop(const struct ids *prompt)
 {
-    struct ids prompt, want;
-    load_case(0, &prompt, &want);
-    start_group(2);
     struct plan p;
     plan_init(&p, 1);
-    plan_prefill(&p, 0, &prompt, 0, prompt.n);
+    plan_prefill(&p, 0, prompt, 0, prompt->n);
     plan_send(&p, 2);
     for (uint64_t step = 2; step <= 4; step++) {
         plan_init(&p, step);
@@ -303,6 +301,14 @@ START_TEST(plans_before_a_shutdown_are_run)
     }
     stub_shutdown(&stub, 2, false);
     ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_OK);
+}
+
+START_TEST(plans_before_a_shutdown_are_run)
+{
+    struct ids prompt, want;
+    load_case(0, &prompt, &want);
+    start_group(2);
+    run_four_steps_and_stop(&prompt);
     ck_assert_uint_eq(stub_rank(&stub, 0).n_results, 4);
     for (uint32_t i = 0; i < 4; i++)
         ck_assert_uint_eq(stub_result(&stub, 0, i).tokens[0], want.id[i]);
@@ -315,20 +321,10 @@ START_TEST(results_arrive_at_a_coordinator_that_is_slow)
     struct ids prompt, want;
     load_case(0, &prompt, &want);
     start_group(2);
-    struct plan p;
-    plan_init(&p, 1);
-    plan_prefill(&p, 0, &prompt, 0, prompt.n);
     pthread_mutex_lock(&stub.lock);
     stub.slow_us = 40000;
     pthread_mutex_unlock(&stub.lock);
-    plan_send(&p, 2);
-    for (uint64_t step = 2; step <= 4; step++) {
-        plan_init(&p, step);
-        plan_decode(&p, 0);
-        plan_send(&p, 2);
-    }
-    stub_shutdown(&stub, 2, false);
-    ck_assert_int_eq(job_wait(&job, EXIT_MS), WORKER_EXIT_OK);
+    run_four_steps_and_stop(&prompt);
     for (uint32_t rank = 0; rank < 2; rank++)
         ck_assert_uint_eq(stub_rank(&stub, rank).n_results, 4);
 }
