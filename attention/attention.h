@@ -135,10 +135,10 @@ enum attn_gpu_policy {
 
 /* The launches of a run under ATTN_GPU_AUTO. Each is right for any batch; which is fastest attn_gpu_choose says. */
 enum attn_gpu_way {
-    ATTN_WAY_APART = 0,  /* prefill's kernel, and decode's, which begins on the SMs that the plan leaves to it */
-    ATTN_WAY_FUSED,      /* one kernel in which both live on every SM */
-    ATTN_WAY_FUSED_REST, /* the same until prefill has ended, then decode's */
-    ATTN_GPU_WAYS        /* their number */
+    ATTN_WAY_APART = 0, /* prefill's kernel, and decode's, which begins on the SMs that the plan leaves to it */
+    ATTN_WAY_FUSED,     /* one kernel in which both live on every SM */
+    ATTN_WAY_SERIAL,    /* prefill's kernel on all SMs, then decode's, as by ATTN_GPU_SERIAL */
+    ATTN_GPU_WAYS       /* their number */
 };
 
 struct attn_gpu_ops;

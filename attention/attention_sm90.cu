@@ -347,32 +347,36 @@ cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
     return cuda_launch_decode(c, s->cfg.dtype, (cudaStream_t)stream);
 }
 
-/* AUTO: both roles on every SM, then what is left of decode, or prefill's kernel and decode's beside it or behind it. Under a fixed cut
- * prefill has one kernel, for the bits. */
+cudaError_t launch_serial(const sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step)
+{
+    const cudaError_t err = launch(s, s->kernels->prefill, a, 0, step->stream);
+    return err == cudaSuccess ? launch_decode(s, a, step->stream) : err;
+}
+
+/* AUTO: by the step's way. Under a fixed cut prefill has one kernel, the fused one, for the bits, and decode's takes what that leaves. */
 cudaError_t launch_auto(const sm90_state *s, sm90_args a, const struct attn_gpu_step *step)
 {
-    const bool fixed = s->cfg.fixed_split_keys != 0, fused = fixed || step->way != ATTN_WAY_APART;
+    const bool fixed = s->cfg.fixed_split_keys != 0, fused = fixed || step->way == ATTN_WAY_FUSED;
     if (one_chunk(s, step))
         return launch(s, s->kernels->prefill, a, 0, step->stream);
-    a.run.decode_follows = step->max_seqs > 1 && (fixed || step->way != ATTN_WAY_FUSED);
+    if (!fixed && step->way == ATTN_WAY_SERIAL)
+        return launch_serial(s, a, step);
+    a.run.decode_follows = step->max_seqs > 1 && (fixed || !fused);
     cudaError_t err = launch(s, fused ? s->kernels->fused : s->kernels->prefill, a, 0, step->stream);
     return err == cudaSuccess && a.run.decode_follows ? launch_decode(s, a, step->stream) : err;
 }
 
 cudaError_t launch_roles(const sm90_state *s, const sm90_args &a, const struct attn_gpu_step *step)
 {
-    const sm90_kernels *k = s->kernels;
-    cudaError_t err = cudaSuccess;
     if (decodes_only(s, step))
         return launch_decode(s, a, step->stream);
     switch (s->cfg.policy) {
     case ATTN_GPU_AUTO:
         return launch_auto(s, a, step);
     case ATTN_GPU_FUSED:
-        return launch(s, k->fused, a, 0, step->stream);
+        return launch(s, s->kernels->fused, a, 0, step->stream);
     case ATTN_GPU_SERIAL:
-        err = launch(s, k->prefill, a, 0, step->stream);
-        return err == cudaSuccess ? launch_decode(s, a, step->stream) : err;
+        return launch_serial(s, a, step);
     case ATTN_GPU_STREAMS:
         return launch_on_two(s, a, step->stream);
     }

@@ -44,14 +44,6 @@ enum {
     /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
     SM90_ENDS_ALONE = 1,
     SM90_ENDS_BESIDE = 2,
-    /* In the fused kernel decodes come on by 7/10 of prefill's tiles (what REST_TILES was measured with; for times: FUSED_RATE). */
-    SM90_PROGRESS = 7,
-    SM90_PROGRESS_OF = 10,
-    /* So many tiles of decodes left when prefill ends are worth a launch of their own, which costs half a part and a start, and is a
-     * fifth faster: about as many microseconds at D 128. */
-    SM90_REST_TILES = 80,
-    SM90_MOSTLY = 4,        /* so many times what comes on beside prefill: decodes are cut as if alone */
-    SM90_REST_COST = 6,     /* tiles: what they cost beside, if there are any */
     SM90_LONG_PREFILL = 60, /* tiles */
     /* Less decodes than this are not worth that prefill waits for SMs of theirs, in tiles of one SM. */
     SM90_SHARE_MIN = 30,
@@ -59,15 +51,36 @@ enum {
     SM90_BOX = 64,         /* head dimension that boxes of K and V come in */
     SM90_SHORT = 16,       /* tiles of prefill */
     SM90_SHORT_BELOW = 24, /* the same where heads are below a box */
-    /* sm90_brief: the most of a head dimension, of prefill's tiles (five, and an item's ends), and decodes so many times these. Where heads
-     * are below a box, decodes beside a prefill of fewer tiles that is not brief are in the fused kernel. */
-    SM90_BRIEF_DIM = 80,
+    /* sm90_serial_anyway: rounds of decode's blocks are full where they take 4/3 of what all SMs would take at best. */
+    SM90_FULL = 4,
+    SM90_FULL_OF = 3,
+    SM90_ONE_TILE = 7,      /* an item of prefill of a tile, with its ends */
+    SM90_ONE_CLUSTERS = 32, /* so many of them, half as many of narrow heads, and of decodes so many times the tiles */
+    SM90_ONE_TIMES = 4,
+    /* Prefill that is brief, in tiles (five, and an item's ends), and decodes so many times (or tenths) of it, by the head dimension. Where heads are below
+     * a box, decodes beside a prefill of fewer tiles are else in the fused kernel. */
     SM90_BRIEF = 11,
+    SM90_BRIEF_DIM = 80,
     SM90_BRIEF_TIMES = 3,
-    SM90_MUCH = 7,          /* so many times prefill's tiles, */
+    SM90_BRIEFEST = 8,
+    SM90_BRIEFEST_TENTHS = 18,
+    SM90_BRIEF_WIDE = 9,
+    SM90_WIDE_DIM = 112,
+    SM90_BRIEF_MOST = 5,
+    SM90_THIN_DIM = 32, /* up to here beside any prefill */
+    SM90_THIN_TENTHS = 26,
+    /* Long prefill with few decodes, a fourth of it in tiles. */
+    SM90_FEW_LEAST = 70,
+    SM90_FEW_MOST = 300,
+    SM90_FEW_PART = 4,
+    SM90_SMALL = 8,         /* tiles of prefill: no more of decodes are apart where heads are wide */
+    SM90_MUCH = 2,          /* so many times prefill's tiles, */
+    SM90_MUCH_BENT = 7,     /* where scores are bent, */
     SM90_MUCH_SHORT = 500,  /* or so many where that is short: twice the most that was measured */
     SM90_BENT_PREFILL = 28, /* tiles, from which on either is worth the fused kernel where scores are bent */
-    SM90_BENT_DECODE = 24
+    SM90_BENT_DECODE = 24,
+    SM90_BENT_LONG = 44, /* but from here on decodes must be half of it */
+    SM90_BENT_PART = 2
 };
 
 /* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 224 batches, each
@@ -78,6 +91,7 @@ enum {
 #define SM90_TILE_BESIDE     0.19f /* more, beside decodes at their full rate */
 #define SM90_FUSED_DECODE    0.27f /* what a tile of decodes costs in the fused kernel, beside prefill's */
 #define SM90_FUSED_RATE      0.51f /* tiles of decodes that come on there in one of prefill's */
+#define SM90_FUSED_ALONE     1.05f /* what one costs there when prefill has ended */
 /* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more; and, of a long prefill's time, this part. */
 #define SM90_GAIN      2
 #define SM90_GAIN_CUT  5
@@ -330,12 +344,13 @@ SM90_BOTH float sm90_shared_time(float prefill, float decode, float n, float all
     return decode / rate + (prefill - decode / rate / tile) * SM90_TILE_ALONE;
 }
 
-/* The same of the fused kernel, and decode's behind it. */
+/* The same of the fused kernel. */
 SM90_BOTH float sm90_fused_time(float prefill, float decode)
 {
     const float most =
         SM90_FUSED_RATE * prefill / (1 - SM90_FUSED_RATE * SM90_FUSED_DECODE); /* that can come on beside */
-    return decode < most ? prefill + SM90_FUSED_DECODE * decode : prefill + SM90_FUSED_DECODE * most + decode - most;
+    return decode < most ? prefill + SM90_FUSED_DECODE * decode
+                         : prefill + SM90_FUSED_DECODE * most + SM90_FUSED_ALONE * (decode - most);
 }
 
 /* Heads fill boxes of K and V. Where they do not, decodes in a launch of their own are the portable kernel's, which reads no padding, but
@@ -345,17 +360,6 @@ SM90_BOTH bool sm90_fills(uint32_t head_dim)
     return head_dim % SM90_BOX == 0;
 }
 
-/* Heads that do not, none of the wider ones, with much more of decodes than of prefill, which is an item for each of some clusters, short by the mean
- * of its units: under AUTO with launches apart decodes are cut as by the serial policy, as if they had all SMs (attention_h200_narrow.txt). */
-SM90_BOTH bool sm90_brief(const struct sm90_shape *a, const struct sm90_totals *t)
-{
-    if (sm90_fills(a->head_dim) || a->bent || a->head_dim > SM90_BRIEF_DIM || t->units[SM90_PREFILL] == 0)
-        return false;
-    const uint64_t prefill =
-        sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
-    return prefill <= SM90_BRIEF && sm90_decode_load(a, t) >= SM90_BRIEF_TIMES * prefill;
-}
-
 /* Prefill on n of the clusters: the time until the step has ended, with the gain that is asked for, in 1/16 of a tile, and n in the low 16
  * bits; UINT64_MAX where it cannot be or is not worth a look. The least over all n is what `share` stands for below. */
 SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t n)
@@ -363,7 +367,7 @@ SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const str
     const uint32_t clusters = a->sms / SM90_CLUSTER, units = t->units[SM90_PREFILL] * a->kv_heads;
     const uint64_t decode = sm90_decode_load(a, t);
     if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || t->units[SM90_DECODE] == 0 || n == 0 ||
-        n >= clusters || sm90_brief(a, t))
+        n >= clusters)
         return UINT64_MAX;
     const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(t), n);
     const bool leaves = units * cut.parts <= n;
@@ -389,28 +393,77 @@ SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_to
     return (float)(share >> 16) / 16;
 }
 
+SM90_BOTH bool sm90_is_long_with_few(uint64_t prefill, uint64_t decode)
+{
+    return prefill >= SM90_FEW_LEAST && prefill <= SM90_FEW_MOST && SM90_FEW_PART * decode <= prefill;
+}
+
+/* Where the serial pair has been the fastest, by tiles of prefill and of decodes (attention_h200_serial.txt). Its decodes have all SMs, if late: so they
+ * must fill the rounds of their blocks, two per SM. Then, where each query head has a KV head, beside a tile's prefill on many clusters, whole units
+ * that are a round; and, of heads that do not fill boxes, whose decodes in a launch of their own are the portable kernel's and come on badly beside
+ * prefill, brief prefill with many decodes, and long prefill with few. */
+SM90_BOTH bool sm90_serial_anyway(const struct sm90_shape *a, const struct sm90_totals *t, uint64_t prefill)
+{
+    const uint32_t dim = a->head_dim, blocks = SM90_DECODE_BLOCKS * a->sms, longest = t->longest[SM90_DECODE],
+                   clusters = t->units[SM90_PREFILL] * a->kv_heads;
+    const uint64_t decode = sm90_decode_load(a, t), units = (uint64_t)t->units[SM90_DECODE] * a->kv_heads;
+    if (a->bent && dim > SM90_NARROW)
+        return false;
+    const struct sm90_decode_cut cut =
+        sm90_cut_decodes(blocks, units, t->tiles[SM90_DECODE] * a->kv_heads, longest, SM90_ENDS_ALONE, true);
+    if (SM90_FULL_OF * SM90_DECODE_BLOCKS * cut.cost > SM90_FULL * decode)
+        return false;
+    if (a->group == 1 && prefill <= SM90_ONE_TILE &&
+        clusters >= (dim <= SM90_NARROW ? SM90_ONE_CLUSTERS / 2 : SM90_ONE_CLUSTERS) && units <= blocks &&
+        cut.tiles == longest && decode >= SM90_ONE_TIMES * prefill)
+        return true;
+    if (a->bent || sm90_fills(dim))
+        return false;
+    if (dim <= SM90_THIN_DIM)
+        return 10 * decode >= SM90_THIN_TENTHS * prefill || sm90_is_long_with_few(prefill, decode);
+    if (dim < SM90_BOX)
+        return prefill <= SM90_BRIEF && 10 * decode >= SM90_THIN_TENTHS * prefill;
+    const bool brief = dim <= SM90_BRIEF_DIM
+                           ? prefill <= SM90_BRIEF && SM90_BRIEF_TIMES * prefill <= decode
+                           : dim <= SM90_WIDE_DIM && prefill <= SM90_BRIEF_WIDE &&
+                                 SM90_BRIEF_TIMES * prefill <= decode && decode <= SM90_BRIEF_MOST * prefill;
+    const bool briefest =
+        dim <= SM90_BRIEF_DIM && prefill <= SM90_BRIEFEST && 10 * decode >= SM90_BRIEFEST_TENTHS * prefill;
+    return brief || briefest || sm90_is_long_with_few(prefill, decode);
+}
+
 /* Heads of 64, what is left of narrower ones, and bent scores: a tile of prefill takes longer there beside one of decodes than by the times
- * above, which are those of D 128 without, so the fused kernel wins but where there is very much to read, or hardly anything to do
- * (attention_h200_shapes.txt). */
+ * above, which are those of D 128 without, so the fused kernel wins but where there is much to read, or hardly anything to do, or, of bent ones, little to
+ * read beside a long prefill (attention_h200_shapes.txt, attention_h200_sums.txt). */
 SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode)
 {
-    if ((a->head_dim > SM90_NARROW && !a->bent) ||
-        decode > (prefill >= SM90_SHORT ? SM90_MUCH * prefill : (uint64_t)SM90_MUCH_SHORT))
+    const uint64_t much = (a->bent ? SM90_MUCH_BENT : SM90_MUCH) * prefill;
+    if ((a->head_dim > SM90_NARROW && !a->bent) || decode > (prefill >= SM90_SHORT ? much : (uint64_t)SM90_MUCH_SHORT))
         return false;
     return a->head_dim <= SM90_NARROW || prefill >= SM90_BENT_PREFILL || decode >= SM90_BENT_DECODE;
 }
 
-/* Heads that do not fill boxes are apart, whatever the times say, where decodes can begin beside prefill and take longer than it, or it is
- * short; but below D 64 not beside the shortest, where the fused kernel mostly ends sooner (attention_h200_narrow.txt). */
-SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, const struct sm90_totals *t, uint64_t prefill,
-                                 uint32_t clusters)
+/* Whatever the times say, apart: wide heads with hardly anything to do; bent scores with few decodes beside a long prefill; heads that do not fill
+ * boxes where decodes can begin beside prefill and take longer than it, or it is short; but below D 64 not beside the shortest, where the fused kernel
+ * mostly ends sooner, unless there is less of decodes and prefill has more than a tile or two (attention_h200_narrow.txt, _serial.txt). */
+SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode, uint32_t clusters)
 {
-    if (sm90_brief(a, t))
+    const bool below = a->head_dim < SM90_BOX;
+    if (a->head_dim > SM90_NARROW && prefill <= SM90_SMALL && decode <= prefill)
         return true;
-    if (sm90_fills(a->head_dim) || a->bent || (a->head_dim < SM90_BOX && prefill < SM90_BRIEF))
+    if (a->bent)
+        return prefill >= SM90_BENT_LONG && SM90_BENT_PART * decode < prefill;
+    if (sm90_fills(a->head_dim) || (below && prefill < SM90_BRIEF && (prefill <= SM90_SMALL || decode > prefill)))
         return false;
-    const uint32_t few = a->head_dim < SM90_BOX ? SM90_SHORT_BELOW : SM90_SHORT;
-    return clusters < a->sms / SM90_CLUSTER && (sm90_decode_load(a, t) > prefill || prefill < few);
+    const uint32_t few = below ? SM90_SHORT_BELOW : SM90_SHORT;
+    return clusters < a->sms / SM90_CLUSTER && (decode > prefill || prefill < few);
+}
+
+/* The portable kernel's decodes, half of prefill and more, would have less than a third of the SMs. */
+SM90_BOTH bool sm90_too_few_left(const struct sm90_shape *a, uint64_t prefill, uint64_t decode, uint32_t clusters)
+{
+    const uint32_t all = a->sms / SM90_CLUSTER;
+    return !sm90_fills(a->head_dim) && !a->bent && clusters < all && 3 * clusters > 2 * all && 2 * decode > prefill;
 }
 
 /* Which launches are the fastest for a batch. */
@@ -424,16 +477,14 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
     uint32_t clusters;
     const float apart = sm90_apart_time(a, t, share, &clusters);
-    if (sm90_apart_anyway(a, t, prefill, clusters))
+    if (sm90_serial_anyway(a, t, prefill))
+        return ATTN_WAY_SERIAL;
+    if (sm90_apart_anyway(a, prefill, decode, clusters))
         return ATTN_WAY_APART;
-    if (sm90_fused_anyway(a, prefill, decode))
+    if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
-    const bool rest = decode * SM90_PROGRESS_OF > prefill * SM90_PROGRESS + SM90_PROGRESS_OF * SM90_REST_TILES;
-    const float fused = sm90_fused_time((float)prefill, (float)decode) + (rest ? SM90_REST_COST : 0);
     const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
-    if (apart + gain < fused)
-        return ATTN_WAY_APART;
-    return rest ? ATTN_WAY_FUSED_REST : ATTN_WAY_FUSED;
+    return apart + gain < sm90_fused_time((float)prefill, (float)decode) ? ATTN_WAY_APART : ATTN_WAY_FUSED;
 }
 
 /* Where prefill's units are cut, for so many clusters. Returns the tiles until prefill has ended. */
@@ -461,12 +512,10 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
     const uint32_t prefill = t->units[SM90_PREFILL] ? sm90_rule_of_prefill(a, t, &r) : 0;
     if (t->units[SM90_DECODE] == 0)
         return r;
-    bool mostly_alone = apart || a->policy == ATTN_GPU_SERIAL;
-    if (automatic && a->way == ATTN_WAY_FUSED_REST && t->units[SM90_PREFILL])
-        mostly_alone = sm90_decode_load(a, t) * SM90_PROGRESS_OF > (uint64_t)SM90_MOSTLY * prefill * SM90_PROGRESS;
-    /* Behind prefill blocks come one after the other, and a round of all of them would be two, but where it is over at once; beside it there
-     * are those of the SMs that it leaves. */
-    const bool at_once = t->units[SM90_PREFILL] == 0 || a->policy == ATTN_GPU_SERIAL || (apart && sm90_brief(a, t));
+    /* Behind prefill blocks come one after the other, and a round of all of them would be two; beside it there are those of the SMs that it
+     * leaves. */
+    const bool serial = a->policy == ATTN_GPU_SERIAL || (automatic && a->way == ATTN_WAY_SERIAL);
+    const bool at_once = t->units[SM90_PREFILL] == 0 || serial;
     const uint32_t on = at_once ? a->sms : a->sms - r.clusters * SM90_CLUSTER;
     const uint32_t blocks = on * SM90_DECODE_BLOCKS > a->sms ? on * SM90_DECODE_BLOCKS : a->sms;
     const bool beside = !at_once && blocks > a->sms;
@@ -477,7 +526,7 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,
                               t->longest[SM90_DECODE], &cut);
-    if (at_once || (mostly_alone && cut.tiles <= SM90_SHORT_PART)) {
+    if (at_once || (apart && cut.tiles <= SM90_SHORT_PART)) {
         r.tiles[SM90_DECODE] = cut.tiles;
         r.last_tiles = cut.last_tiles;
     } else {

@@ -852,7 +852,7 @@ static const uint32_t *count_fault(const void *state)
 static enum attn_gpu_way count_choose(const void *state, const struct attn_seq *seq, uint32_t seqs)
 {
     ck_assert_ptr_eq(state, &counted);
-    return seqs == 2 && seq[1].kv_len == 7 ? ATTN_WAY_FUSED_REST : ATTN_WAY_FUSED;
+    return seqs == 2 && seq[1].kv_len == 7 ? ATTN_WAY_SERIAL : ATTN_WAY_FUSED;
 }
 
 static enum status_code count_plan(void *state, const struct attn_gpu_step *step, struct status *st)
@@ -946,7 +946,7 @@ START_TEST(ways_are_chosen_by_the_back_end_under_auto)
     counted = (struct counted){0};
     ck_assert_int_eq(attn_gpu_create(&a, &gpu_good, NULL), ST_OK);
     ck_assert_uint_eq(attn_gpu_ways(a), ATTN_GPU_WAYS);
-    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_FUSED_REST);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_SERIAL);
     ck_assert_int_eq(attn_gpu_choose(a, seq, 1), ATTN_WAY_FUSED);
     for (int w = 0; w < ATTN_GPU_WAYS; w++) {
         const struct attn_gpu_step step = {.seq = seq,

@@ -164,10 +164,11 @@ START_TEST(lists_have_room_for_all_parts_of_any_batch)
 END_TEST
 
 /* With one role alone there is nothing to fuse; wide heads that fill boxes and are not bent all go by the same times, and those that do not
- * are apart wherever these are. */
+ * are never in the fused kernel where these are apart, but where few SMs are left to decodes. */
 START_TEST(a_way_is_for_both_roles)
 {
     static struct batch b;
+    uint32_t few_left = 0;
     state = (uint64_t)_i + 1;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         make(&b);
@@ -176,17 +177,16 @@ START_TEST(a_way_is_for_both_roles)
         if (t.units[SM90_PREFILL] == 0 || t.units[SM90_DECODE] == 0)
             ck_assert_int_eq(way, ATTN_WAY_APART);
         if (b.shape.head_dim > SM90_NARROW && !b.shape.bent) {
-            const bool fills = sm90_fills(b.shape.head_dim);
+            const struct sm90_shape own = b.shape;
             b.shape.head_dim = SM90_NARROW * (2 + draw(3));
             const enum attn_gpu_way of_wide = sm90_choose(&b.shape, b.seq, b.seqs);
-            if (fills || of_wide == ATTN_WAY_APART)
+            if (sm90_fills(own.head_dim))
                 ck_assert_int_eq(way, of_wide);
-        } else if (way == ATTN_WAY_FUSED_REST) { /* heads of 64 or bent: by the times, where much is to be read */
-            b.shape.bent = false;
-            b.shape.head_dim = 128;
-            ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), way);
+            else if (way == ATTN_WAY_FUSED && of_wide != way)
+                few_left++;
         }
     }
+    ck_assert_msg(few_left < ROUNDS / 100, "%u batches", few_left);
 }
 END_TEST
 
@@ -244,45 +244,29 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
 }
 END_TEST
 
-/* Where prefill is brief beside decodes of heads that do not fill boxes, these are cut as by the serial policy under AUTO with launches apart;
- * whatever else is cut as for heads of 128. */
-START_TEST(decodes_beside_a_brief_prefill_are_cut_as_if_alone)
+/* AUTO's third way is the serial policy, to the last part; the other ways' cuts do not know of it. */
+START_TEST(the_serial_way_is_cut_as_the_serial_policy)
 {
     static struct batch b;
-    uint32_t seen = 0;
+    uint32_t chosen = 0;
     state = (uint64_t)_i + 1;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         make_apart(&b);
-        const struct sm90_totals t = totals_of(&b, b.seqs);
-        if (t.units[SM90_DECODE] == 0 || !sm90_brief(&b.shape, &t))
-            continue;
-        ck_assert(!b.shape.bent && b.shape.head_dim <= SM90_BRIEF_DIM && !sm90_fills(b.shape.head_dim));
-        ck_assert_int_eq(sm90_choose(&b.shape, b.seq, b.seqs), ATTN_WAY_APART);
+        const uint32_t last = b.seqs - b.seqs / 4;
+        const struct sm90_totals t = totals_of(&b, last);
         struct sm90_shape other = b.shape;
+        b.shape.way = ATTN_WAY_SERIAL;
         other.policy = ATTN_GPU_SERIAL;
-        struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), b.seqs),
-                         like = sm90_rule_of(&other, &t, UINT64_MAX, b.seqs);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last),
+                               like = sm90_rule_of(&other, &t, share_of(&other, &t), last);
         ck_assert(memcmp(&r, &like, sizeof r) == 0);
-        static const struct {
-            enum attn_gpu_policy policy;
-            enum attn_gpu_way way;
-        } others[] = {{ATTN_GPU_AUTO, ATTN_WAY_FUSED},
-                      {ATTN_GPU_AUTO, ATTN_WAY_FUSED_REST},
-                      {ATTN_GPU_FUSED, ATTN_WAY_APART},
-                      {ATTN_GPU_STREAMS, ATTN_WAY_APART}};
-        for (size_t k = 0; k < sizeof others / sizeof *others; k++) {
-            struct sm90_shape narrow = b.shape;
-            narrow.policy = others[k].policy;
-            narrow.way = others[k].way;
-            struct sm90_shape wide = narrow;
-            wide.head_dim = 128;
-            r = sm90_rule_of(&narrow, &t, UINT64_MAX, b.seqs);
-            like = sm90_rule_of(&wide, &t, UINT64_MAX, b.seqs);
-            ck_assert(memcmp(&r, &like, sizeof r) == 0);
-        }
-        seen++;
+        if (sm90_choose(&b.shape, b.seq, b.seqs) != ATTN_WAY_SERIAL)
+            continue;
+        ck_assert(t.units[SM90_PREFILL] > 0 && t.units[SM90_DECODE] > 0);
+        ck_assert(!b.shape.bent || b.shape.head_dim <= SM90_NARROW);
+        chosen++;
     }
-    ck_assert_msg(seen > ROUNDS / 1000, "%u batches", seen);
+    ck_assert_msg(chosen > ROUNDS / 100 && chosen < ROUNDS / 4, "%u batches", chosen);
 }
 END_TEST
 
@@ -310,27 +294,66 @@ static uint32_t chunk_and_decodes(struct attn_seq *seq, uint32_t rows, uint32_t 
     return n;
 }
 
-START_TEST(prefill_is_brief_up_to_eleven_tiles_beside_three_times_the_decodes)
+/* At the edges of what the serial pair is for: prefill's clusters and tiles; equal decodes, of which 264 blocks work on 2 * tiles for each SM where they
+ * are a round. */
+START_TEST(serial_is_for_brief_and_for_lonely_prefill)
 {
     static const struct {
-        uint32_t kv_heads, head_dim, rows, decodes, decode_len;
-        bool brief;
+        uint32_t head_dim;
+        bool bent;
+        uint32_t clusters, prefill, decodes, tiles;
+        bool serial;
     } cases[] = {
-        {8, 80, 512, 64, 1024, true},  {8, 88, 512, 64, 1024, false}, /* wider */
-        {8, 64, 512, 64, 1024, false},                                /* fills its box */
-        {4, 40, 256, 64, 1024, true},  {8, 40, 512, 16, 1024, false}, /* decodes as long as prefill */
-        {8, 40, 512, 32, 1024, false},                                /* less than three times as long */
-        {8, 40, 640, 64, 2048, false},                                /* prefill of 24 tiles, two waves */
-        {4, 40, 384, 64, 8192, true},  {4, 40, 512, 64, 8192, true},  /* of 10 and 11 */
-        {4, 40, 513, 64, 8192, false},                                /* of 12 */
+        /* One tile on many clusters, a round of whole decodes, four times as long and more. */
+        {128, false, 32, 7, 256, 16, true},
+        {128, false, 31, 7, 256, 16, false},
+        {128, false, 32, 8, 256, 16, false},
+        {128, false, 32, 7, 320, 16, false}, /* a second round, hardly begun */
+        {128, false, 32, 7, 128, 32, false}, /* cut */
+        {128, false, 32, 7, 256, 14, false},
+        {64, true, 16, 7, 256, 16, true},
+        {64, false, 15, 7, 256, 16, false},
+        {72, true, 32, 7, 256, 16, false},
+        /* Heads that do not fill boxes. */
+        {80, false, 16, 11, 264, 17, true},
+        {80, false, 16, 11, 264, 16, false},
+        {80, false, 16, 12, 264, 64, false},
+        {80, true, 16, 11, 264, 64, false},
+        {80, false, 16, 8, 264, 8, true},
+        {80, false, 16, 8, 264, 7, false},
+        {80, false, 16, 9, 264, 9, false},
+        {40, false, 16, 11, 264, 15, true},
+        {40, false, 16, 11, 264, 14, false},
+        {40, false, 16, 12, 264, 64, false},
+        {88, false, 16, 9, 264, 14, true},
+        {88, false, 16, 9, 264, 13, false},
+        {88, false, 16, 9, 264, 22, true},
+        {88, false, 16, 9, 264, 23, false},
+        {88, false, 16, 10, 264, 20, false},
+        {112, false, 16, 9, 264, 14, true},
+        {120, false, 16, 9, 264, 14, false},
+        {32, false, 128, 268, 2640, 64, true},
+        {32, false, 16, 100, 264, 130, true},
+        {32, false, 16, 100, 264, 129, false},
+        {80, false, 64, 72, 264, 9, true}, /* few beside a long one */
+        {80, false, 64, 69, 264, 8, false},
+        {80, false, 64, 71, 264, 9, false},
+        {80, false, 64, 300, 264, 37, true},
+        {80, false, 64, 301, 264, 37, false},
+        {56, false, 64, 100, 264, 10, false},
+        {24, false, 64, 100, 264, 10, true},
+        {128, false, 64, 100, 264, 10, false},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        static struct batch b;
-        b = (struct batch){.shape = shape_of(cases[i].kv_heads, 8192)};
-        b.shape.head_dim = cases[i].head_dim;
-        b.seqs = chunk_and_decodes(b.seq, cases[i].rows, cases[i].rows, cases[i].decodes, cases[i].decode_len);
-        const struct sm90_totals t = totals_of(&b, b.seqs);
-        ck_assert_msg(sm90_brief(&b.shape, &t) == cases[i].brief, "case %zu", i);
+        struct sm90_shape shape = {
+            .group = 1, .head_dim = cases[i].head_dim, .bent = cases[i].bent, .kv_heads = 1, .sms = 132};
+        const struct sm90_totals t = {.tiles = {0, (unsigned long long)cases[i].decodes * cases[i].tiles},
+                                      .units = {cases[i].clusters, cases[i].decodes},
+                                      .longest = {0, cases[i].tiles}};
+        ck_assert_msg(sm90_serial_anyway(&shape, &t, cases[i].prefill) == cases[i].serial, "case %zu", i);
+        shape.group = 4;
+        const bool of_heads = cases[i].head_dim % SM90_BOX != 0 && !cases[i].bent;
+        ck_assert_msg(sm90_serial_anyway(&shape, &t, cases[i].prefill) == (cases[i].serial && of_heads), "case %zu", i);
     }
 }
 END_TEST
@@ -371,7 +394,7 @@ START_TEST(a_sequence_that_breaks_a_rule_is_left_out)
 }
 END_TEST
 
-/* One chunk and equal decodes: what was fastest on an H200 (attention/README.md; from the second part on attention_h200_shapes.txt). */
+/* One chunk and equal decodes: what was fastest on an H200 (attention/README.md; from the second part on attention_h200_shapes.txt and _serial.txt). */
 START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
 {
     static const struct {
@@ -399,11 +422,12 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {4, 128, false, 512, 8192, 12, 4097, ATTN_WAY_FUSED},
         {4, 128, false, 512, 14336, 90, 4097, ATTN_WAY_APART},
 
-        {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED}, /* 40.6 us, apart 48.3 */
-        {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED}, /* 11.6, 13.0 */
-        {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 152, 257 */
-        {8, 64, false, 512, 4096, 96, 2048,
-         ATTN_WAY_FUSED}, /* 128.0, 129.2: 2.7 times as many tiles of decodes as of prefill */
+        {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED},    /* 40.6 us, apart 48.3 */
+        {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.6, 13.0 */
+        {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},    /* 152, 257 */
+        {8, 64, false, 512, 4096, 96, 2048, ATTN_WAY_APART},   /* 112.8, fused 124.7, serial 147.1 */
+        {2, 64, false, 2048, 2048, 128, 2048, ATTN_WAY_APART}, /* 45.8, fused 52.1 */
+        {8, 64, true, 1024, 8192, 8, 8192, ATTN_WAY_APART},    /* 505, fused 520: few decodes */
         {32, 64, false, 128, 4096, 32, 4096, ATTN_WAY_APART}, /* 32/32 heads, 512 rows, 7.1 times: 279.8, fused 298.1 */
         {32, 64, false, 64, 256, 64, 1024,
          ATTN_WAY_FUSED}, /* 256 rows: 135.5, apart 157.1, though 25 times: prefill is short */
@@ -411,16 +435,20 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 64, false, 64, 64, 256, 8192, ATTN_WAY_APART},   /* very many: not measured */
         {8, 96, false, 512, 4096, 32, 4096, ATTN_WAY_APART}, /* 135, fused 160 */
 
-        /* Heads that do not fill boxes (attention_h200_narrow.txt). */
+        /* Heads that do not fill boxes (attention_h200_narrow.txt, _serial.txt). */
         {2, 80, false, 2048, 2048, 128, 2048, ATTN_WAY_APART}, /* 74.9, fused 87.8 */
         {4, 80, false, 1024, 1024, 128, 1024, ATTN_WAY_APART}, /* 65.3, 80.6 */
         {4, 80, false, 64, 64, 8, 1024, ATTN_WAY_APART},       /* 11.9, 12.5: prefill is short */
         {8, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_APART},  /* 337, 346: prefill takes as long as decodes */
         {2, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_FUSED},  /* 104, 134 */
         {8, 80, false, 512, 512, 16, 1024, ATTN_WAY_FUSED},    /* 24.7, 32.7: nothing is left beside it */
-        {8, 80, false, 512, 512, 64, 1024, ATTN_WAY_APART},    /* 64.1, fused 70.5: brief */
+        {8, 80, false, 512, 512, 64, 1024, ATTN_WAY_SERIAL},   /* 64.5, fused 71.3: brief */
+        {8, 80, false, 128, 128, 32, 1024, ATTN_WAY_SERIAL},   /* 32.7, apart 33.6, fused 39.1 */
+        {4, 80, false, 128, 128, 32, 1024, ATTN_WAY_SERIAL},   /* 22.6, 23.4, 25.5 */
+        {8, 80, false, 1024, 8192, 8, 8192, ATTN_WAY_SERIAL},  /* 257, 267, 264: few decodes */
+        {1, 80, false, 1024, 8192, 32, 8192, ATTN_WAY_FUSED},  /* 65.2, apart 72.2: too few SMs left */
         {8, 80, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},    /* a cap: not measured */
-        {8, 40, false, 256, 256, 64, 1024, ATTN_WAY_APART},    /* 38.9, 51.4: brief */
+        {8, 40, false, 256, 256, 64, 1024, ATTN_WAY_SERIAL},   /* 40.9, apart 43.4, fused 50.8: brief */
         {8, 40, false, 512, 8192, 96, 4096, ATTN_WAY_APART},   /* 234, 301 */
         {2, 40, false, 512, 4096, 32, 4096, ATTN_WAY_APART},   /* 33.8, 39.4 */
         {2, 40, false, 256, 1024, 32, 2048, ATTN_WAY_APART},   /* 18.2, 23.1: fewer decodes, but prefill is short */
@@ -428,6 +456,7 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {4, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 15.5, 17.5: prefill is shortest */
         {2, 40, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.7, 12.7 */
         {2, 40, false, 256, 256, 64, 1024, ATTN_WAY_FUSED},    /* 16.6, 17.6: prefill of 9 tiles */
+        {1, 40, false, 256, 256, 64, 1024, ATTN_WAY_APART},    /* 13.0, 13.7: of 9, and fewer of decodes */
         {1, 40, false, 512, 512, 64, 1024, ATTN_WAY_APART},    /* 12.8, 14.2: of 11 */
         {1, 40, false, 1024, 1024, 128, 1024, ATTN_WAY_APART}, /* 18.4, 23.2: of 15 */
         {2, 40, false, 512, 2560, 32, 1024, ATTN_WAY_APART},   /* of 22: not measured */
@@ -437,7 +466,9 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 128, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED}, /* 179, apart 281 */
         {4, 128, true, 512, 512, 64, 1024, ATTN_WAY_FUSED},  /* 47.5, 48.2: decodes enough */
         {2, 128, true, 512, 512, 64, 1024, ATTN_WAY_APART},  /* 29.5, fused 37.3: hardly anything to do */
-        {2, 128, true, 1024, 8192, 4, 8192, ATTN_WAY_FUSED}, /* prefill enough: not measured */
+        {2, 128, true, 1024, 8192, 4, 8192, ATTN_WAY_APART}, /* few decodes beside a long prefill: not measured */
+        {2, 128, true, 512, 4096, 12, 4096, ATTN_WAY_FUSED}, /* prefill enough: not measured */
+        {1, 128, true, 128, 128, 32, 1024, ATTN_WAY_APART},  /* 15.2, fused 17.7 */
         {8, 64, false, 512, 4096, 0, 0, ATTN_WAY_APART},     /* nothing to fuse */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -534,7 +565,7 @@ int main(void)
 {
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
-    tcase_add_test(core, prefill_is_brief_up_to_eleven_tiles_beside_three_times_the_decodes);
+    tcase_add_test(core, serial_is_for_brief_and_for_lonely_prefill);
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
@@ -546,7 +577,7 @@ int main(void)
     TCase *limits = tcase_create("limits");
     tcase_set_timeout(limits, 60);
     tcase_add_loop_test(limits, lists_have_room_for_all_parts_of_any_batch, 0, 8);
-    tcase_add_loop_test(limits, decodes_beside_a_brief_prefill_are_cut_as_if_alone, 0, 8);
+    tcase_add_loop_test(limits, the_serial_way_is_cut_as_the_serial_policy, 0, 8);
     tcase_add_loop_test(limits, prefill_is_on_some_clusters_only_where_that_ends_sooner, 0, 4);
     tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
     suite_add_tcase(s, limits);

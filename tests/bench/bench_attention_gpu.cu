@@ -5,7 +5,8 @@
  *
  * A batch is one argument: "HEADS/KV_HEADS [ROWS:CONTEXT ..] [NxCONTEXT ..]": prefill chunks and decodes, for example
  * "32/8 2048:16384 48x16384". Head dimension 128 or --dim, bf16, KV token-major. Each contender is a CUDA graph of a plan and one run per layer
- * over as many layers (8 to 64) as make 2 GB of KV; replays take turns. us per layer, with its share of the plan: median, p10, p90; and
+ * over as many layers (8 to 64) as make 2 GB of KV; replays take turns, in another order in each round: what ran before is worth up to
+ * 5 % of a small batch. us per layer, with its share of the plan: median, p10, p90; and
  * the SMs' clock during replays, by one SM's counter, median.
  *
  * apart is what one graph for all steps does, whatever attn_gpu_choose says: auto by ATTN_WAY_APART; plan is the plan alone, us of one.
@@ -25,6 +26,7 @@
  * With --pages 1 KV is 2 MiB pages that are mapped in random order, as a pool has them that has served for a while, with 2 such pages in the
  * order in which they were made; else one piece.
  */
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <string>
@@ -380,9 +382,15 @@ void measure(batch *b, const options &o)
         CUDA_MUST(cudaEventCreate(&e));
     CUDA_MUST(cudaMallocHost(&at, 2 * sizeof *at));
     std::vector<contender> all = contenders_of(b, o, stream);
-    for (uint32_t r = 0; r < o.rounds + WARM_ROUNDS; r++)
-        for (contender &c : all)
-            replay(&c, b, stream, event, at, o.rest_ms, r >= WARM_ROUNDS);
+    std::vector<contender *> turn;
+    for (contender &c : all)
+        turn.push_back(&c);
+    std::mt19937 order(1);
+    for (uint32_t r = 0; r < o.rounds + WARM_ROUNDS; r++) {
+        std::shuffle(turn.begin(), turn.end(), order);
+        for (contender *c : turn)
+            replay(c, b, stream, event, at, o.rest_ms, r >= WARM_ROUNDS);
+    }
     double limit = std::max(b->flops / PEAK_FLOPS, (double)b->bytes / PEAK_BYTES) * 1e6;
     for (contender &c : all) {
         double us = sample_at(&c.times, 0.5);

@@ -5,6 +5,8 @@
  *                  [--tune-cache DIR]                           where measured products are kept; default: nowhere
  *                  [--tune-ms MS]                                how long products are measured at the start; default: 500
  *                  [--decode BATCH:CONTEXT] ...                 these decodes alone, up to 8
+ *                  [--hybrid ROWS:BATCH:CONTEXT]                this chunk beside these decodes alone
+ *                  [--attention auto|fused|serial|streams]      how both share the device
  *     mpirun -np 2 bench_engine_gpu ...                         two ranks, a device each; bytes are those of one rank
  *
  * The limit of a decode step is what it must read, weights and KV, at the rate that a copy within the device's memory
@@ -33,6 +35,7 @@ struct bench {
     double weight_bytes, head_bytes; /* that a step reads, of 2 bytes each, and those of the head among them */
     bool one_at_a_time;
     uint32_t wanted, batch[MAX_WANTED], context[MAX_WANTED];
+    uint32_t rows, beside, at; /* of --hybrid */
 };
 
 /* Of several ranks the first. */
@@ -186,6 +189,30 @@ static void read_wanted(struct bench *b, const char *text)
     b->context[b->wanted++] = context;
 }
 
+/* "ROWS:BATCH:CONTEXT" */
+static void read_hybrid(struct bench *b, const char *text)
+{
+    if (sscanf(text, "%u:%u:%u", &b->rows, &b->beside, &b->at) != 3 || b->rows == 0 || b->rows > STEP_ROWS ||
+        b->beside >= MAX_BATCH || b->beside + b->rows > STEP_ROWS || b->at < 2 * b->rows) {
+        fprintf(
+            stderr,
+            "--hybrid %s: expected ROWS:BATCH:CONTEXT, rows of both up to %d, batches below %d, contexts of two chunks "
+            "and more\n",
+            text, STEP_ROWS, MAX_BATCH);
+        exit(2);
+    }
+}
+
+static enum attn_gpu_policy read_policy(const char *text)
+{
+    static const char *const names[] = {"auto", "fused", "serial", "streams"}; /* enum attn_gpu_policy */
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(text, names[i]))
+            return (enum attn_gpu_policy)i;
+    fprintf(stderr, "--attention %s: expected auto, fused, serial or streams\n", text);
+    exit(2);
+}
+
 static void all(struct bench *b, uint32_t max_context)
 {
     decode(b, 1, 128);
@@ -229,12 +256,17 @@ int main(int argc, char **argv)
             cfg.tune_ms = (uint32_t)atoi(argv[++i]);
         else if (!strcmp(argv[i], "--decode") && i + 1 < argc)
             read_wanted(&b, argv[++i]);
+        else if (!strcmp(argv[i], "--hybrid") && i + 1 < argc)
+            read_hybrid(&b, argv[++i]);
+        else if (!strcmp(argv[i], "--attention") && i + 1 < argc)
+            cfg.attention = read_policy(argv[++i]);
         else
             cfg.model_dir = argv[i];
     }
     if (!cfg.model_dir) {
         fprintf(stderr, "usage: bench_engine_gpu CONFIG_DIR [--eager] [--plugin PATH] [--rate GB/s] [--flops TFLOP/s] "
-                        "[--one-at-a-time] [--tune-cache DIR] [--tune-ms MS] [--decode BATCH:CONTEXT]\n");
+                        "[--one-at-a-time] [--tune-cache DIR] [--tune-ms MS] [--decode BATCH:CONTEXT] "
+                        "[--hybrid ROWS:BATCH:CONTEXT] [--attention auto|fused|serial|streams]\n");
         return 2;
     }
     cfg.parts = gpu_parts(plugin);
@@ -262,7 +294,11 @@ int main(int argc, char **argv)
         b.slots[i] = i;
     for (uint32_t i = 0; i < b.wanted; i++)
         decode(&b, b.batch[i], b.context[i]);
-    if (!b.wanted)
+    if (b.rows && b.at > info.max_context)
+        fprintf(stderr, "--hybrid: context %u, the model has %u\n", b.at, info.max_context);
+    else if (b.rows)
+        hybrid(&b, b.rows, b.beside, b.at);
+    else if (!b.wanted)
         all(&b, info.max_context);
     free(b.ids);
     gpu_destroy(&b.run);

@@ -263,9 +263,12 @@ void take_kv(problem *p)
         s.k = (const char *)p->kv[0].at + (p->kv[0].pages * PAGE_BYTES - bytes) + (uintptr_t)s.k;
 }
 
+unsigned problems_made;
+
 void make(problem *p, const attn_case *c, attn_dtype dtype, kv_place place = TOGETHER, float steep = 0)
 {
     *p = problem();
+    problems_made++;
     p->c = c;
     p->steep = steep;
     p->dtype = dtype;

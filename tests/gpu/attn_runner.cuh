@@ -29,9 +29,8 @@ struct launches {
     }
     const char *name() const
     {
-        const char *const policies[] = {"auto", "fused", "serial", "streams"}, *const ways[] = {"auto apart",
-                                                                                                "auto fused",
-                                                                                                "auto fused, rest"};
+        const char *const policies[] = {"auto", "fused", "serial", "streams"};
+        const char *const ways[] = {"auto apart", "auto fused", "auto serial"};
         return policy == ATTN_GPU_AUTO ? ways[way] : policies[policy];
     }
 };

@@ -200,8 +200,12 @@ void check_steep(const attn_gpu_ops *ops, const options &o)
         char name[40];
         snprintf(name, sizeof name, "steep %g%s", s.steep, s.window ? ", window" : "");
         const attn_case c = {name, s.H, s.HK, s.D, s.window, 0, 0, chunks};
-        if (wanted(o, name))
-            check_case(&c, o.f16 ? ATTN_F16 : ATTN_BF16, ops, o, NO_REPLAY, TOGETHER, s.steep);
+        if (!wanted(o, name))
+            continue;
+        if (!o.f16)
+            check_case(&c, ATTN_BF16, ops, o, NO_REPLAY, TOGETHER, s.steep);
+        if (!o.quick || o.f16)
+            check_case(&c, ATTN_F16, ops, o, NO_REPLAY, TOGETHER, s.steep);
     }
 }
 
@@ -280,6 +284,10 @@ int main(int argc, char **argv)
     }
     if (!checked) {
         fprintf(stderr, "no back end is named %s\n", o.back_end);
+        return 2;
+    }
+    if (!problems_made) {
+        fprintf(stderr, "no case has %s in its name\n", o.only);
         return 2;
     }
     printf("%s: %u failures\n", failures ? "FAILED" : "ok", failures);

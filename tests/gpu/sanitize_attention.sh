@@ -19,10 +19,12 @@ for tool in memcheck synccheck; do
     one "$tool" "f16" --f16 --case "few D"
     one "$tool" "graphs and layers" --replay --case "few D"
 done
-for what in "few D" "one decode" "short decodes" "mixed D 40" "mixed 8/2" "soft cap" "cap 50 D 64" "some SMs D 64"; do
+for what in "few D" "one decode" "short decodes" "mixed D 40" "mixed 8/2" "soft cap" "cap 50 D 64" "some SMs D 64" \
+            "steep 0.0156"; do
     one racecheck "$what" --case "$what"
 done
 one racecheck "f16" --f16 --case "few D 128"
+one racecheck "steep, f16" --f16 --case "steep 0.0039"
 one racecheck "graphs and layers, D 128" --replay --case "few D 128"
 one racecheck "graphs and layers, D 64" --replay --case "few D 64"
 one racecheck "early reads, D 128" --replay --case "early decodes D 128"
