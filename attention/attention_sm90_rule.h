@@ -344,13 +344,13 @@ SM90_BOTH float sm90_shared_time(float prefill, float decode, float n, float all
     return decode / rate + (prefill - decode / rate / tile) * SM90_TILE_ALONE;
 }
 
-/* The same of the fused kernel. */
-SM90_BOTH float sm90_fused_time(float prefill, float decode)
+/* The same of the fused kernel, where a tile of decodes costs so much when prefill has ended. */
+SM90_BOTH float sm90_fused_time(float prefill, float decode, float alone)
 {
     const float most =
         SM90_FUSED_RATE * prefill / (1 - SM90_FUSED_RATE * SM90_FUSED_DECODE); /* that can come on beside */
-    return decode < most ? prefill + SM90_FUSED_DECODE * decode
-                         : prefill + SM90_FUSED_DECODE * most + SM90_FUSED_ALONE * (decode - most);
+    const float beside = decode < most ? decode : most;
+    return prefill + SM90_FUSED_DECODE * beside + alone * (decode - beside);
 }
 
 /* Heads fill boxes of K and V. Where they do not, decodes in a launch of their own are the portable kernel's, which reads no padding, but
@@ -483,8 +483,12 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
+    /* Few units in long parts, beside a brief prefill of several rounds, leave the blocks that come late with nothing to do: no handicap for the fused kernel. */
+    const bool few =
+        prefill <= SM90_BRIEF && 16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
+    const float fused = sm90_fused_time((float)prefill, (float)decode, few ? 1 : SM90_FUSED_ALONE);
     const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
-    return apart + gain < sm90_fused_time((float)prefill, (float)decode) ? ATTN_WAY_APART : ATTN_WAY_FUSED;
+    return apart + gain < fused ? ATTN_WAY_APART : ATTN_WAY_FUSED;
 }
 
 /* Where prefill's units are cut, for so many clusters. Returns the tiles until prefill has ended. */

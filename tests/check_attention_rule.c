@@ -409,6 +409,10 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 128, false, 256, 2048, 32, 1024, ATTN_WAY_APART},
         {8, 128, false, 1024, 8192, 66, 8192, ATTN_WAY_APART},
         {8, 128, false, 1024, 4096, 128, 512, ATTN_WAY_FUSED},
+        {8, 128, false, 512, 512, 32, 1024,
+         ATTN_WAY_APART}, /* 43.0, fused 44.7; with a kernel between layers 47.4, 49.5 */
+        {8, 128, false, 512, 512, 8, 4096, ATTN_WAY_FUSED}, /* 44.3, apart 43.0; but with a kernel between 49.1, 55.8 */
+        {8, 128, false, 1024, 1024, 8, 4096, ATTN_WAY_APART}, /* 51.2, fused 60.4; 55.6, 62.7 */
         {8, 128, false, 512, 4096, 32, 1024, ATTN_WAY_FUSED},
         {8, 128, false, 1024, 12288, 128, 2048, ATTN_WAY_FUSED},
         {8, 128, false, 512, 131072, 2, 131072, ATTN_WAY_APART}, /* 1820 us, fused 2058 */
