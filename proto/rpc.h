@@ -204,7 +204,8 @@ STATUS_MUST_CHECK enum status_code rpc_stream_open(struct rpc_stream **out, stru
  * (DEADLINE_EXCEEDED: the stream is of no use then). UNAVAILABLE or the call's status when the stream has ended. */
 STATUS_MUST_CHECK enum status_code rpc_stream_send(struct rpc_stream *s, const ProtobufCMessage *m, uint32_t timeout_ms,
                                                    struct status *st);
-STATUS_MUST_CHECK enum status_code rpc_stream_half_close(struct rpc_stream *s, struct status *st);
+/* Likewise: behind a message that is being written, timeout_ms at most. */
+STATUS_MUST_CHECK enum status_code rpc_stream_half_close(struct rpc_stream *s, uint32_t timeout_ms, struct status *st);
 /* One thread. *msg: the next message (valid until the next recv), NULL at the end of the stream with status OK. Another
  * end is returned as its status. timeout_ms 0: no bound but the call's own. DEADLINE_EXCEEDED with *timed_out set: nothing
  * came in time, the stream is intact. timed_out may be NULL. */

@@ -193,9 +193,9 @@ enum status_code rpc_stream_send(struct rpc_stream *s, const ProtobufCMessage *m
     return send_op(s, &op, deadline, st);
 }
 
-enum status_code rpc_stream_half_close(struct rpc_stream *s, struct status *st)
+enum status_code rpc_stream_half_close(struct rpc_stream *s, uint32_t timeout_ms, struct status *st)
 {
-    gpr_timespec deadline = rpc_after_ms(DEFAULT_SEND_TIMEOUT_MS);
+    gpr_timespec deadline = rpc_after_ms(timeout_ms ? timeout_ms : DEFAULT_SEND_TIMEOUT_MS);
     enum status_code rc = send_begin(s, deadline, st);
     if (rc != ST_OK)
         return rc;

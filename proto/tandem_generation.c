@@ -108,7 +108,7 @@ enum status_code tandem_generation_open(struct tandem_generation **out, struct t
 static void send_request(struct rpc_stream *s, const ProtobufCMessage *request, uint32_t timeout_ms)
 {
     /* A server that refuses at once ends the call before all was sent: an error here is not the reason, recv tells it. */
-    if (rpc_stream_send(s, request, timeout_ms, NULL) == ST_OK && rpc_stream_half_close(s, NULL) != ST_OK)
+    if (rpc_stream_send(s, request, timeout_ms, NULL) == ST_OK && rpc_stream_half_close(s, timeout_ms, NULL) != ST_OK)
         rpc_stream_cancel(s);
 }
 

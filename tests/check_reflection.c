@@ -90,7 +90,7 @@ static void stop(void)
 {
     const void *msg;
     size_t len;
-    OK(rpc_stream_half_close(stream, st));
+    OK(rpc_stream_half_close(stream, PATIENCE_MS, st));
     OK(rpc_stream_recv(stream, &msg, &len, PATIENCE_MS, NULL, st));
     ck_assert_ptr_null(msg); /* the stream ends as it should */
     rpc_stream_close(stream);

@@ -50,7 +50,7 @@ static void *send_all(void *arg)
     m.token_ids = &id;
     for (id = 0; id < 3000; id++)
         OK(rpc_stream_send(s, &m.base, PATIENCE_MS, st));
-    OK(rpc_stream_half_close(s, st));
+    OK(rpc_stream_half_close(s, PATIENCE_MS, st));
     return NULL;
 }
 
@@ -103,7 +103,7 @@ START_TEST(several_threads_may_send_on_a_stream)
         ck_assert_int_eq(next_id(s), 7);
     for (int i = 0; i < 4; i++)
         pthread_join(senders[i], NULL);
-    OK(rpc_stream_half_close(s, st));
+    OK(rpc_stream_half_close(s, PATIENCE_MS, st));
     ck_assert_int_eq(next_id(s), -1);
     rpc_stream_close(s);
     rpc_channel_destroy(ch);
@@ -164,7 +164,7 @@ START_TEST(error_carries_message_and_trailer)
     m.text = (ProtobufCBinaryData){.data = (uint8_t *)"busy", .len = 4};
     OK(rpc_stream_open(&s, ch, "/test.T/Echo", 0, st));
     OK(rpc_stream_send(s, &m.base, PATIENCE_MS, st));
-    OK(rpc_stream_half_close(s, st));
+    OK(rpc_stream_half_close(s, PATIENCE_MS, st));
     ck_assert_ptr_null(rpc_stream_trailer(s, "retry-after-ms"));
     ck_assert_int_eq(drain(s, &got), ST_UNAVAILABLE);
     ck_assert_ptr_nonnull(strstr(got.message, "busy, come again: é"));
@@ -301,7 +301,7 @@ static struct rpc_stream *watch(struct rpc_channel *ch, const char *service)
     r.service = (char *)service;
     OK(rpc_stream_open(&s, ch, "/grpc.health.v1.Health/Watch", 0, st));
     OK(rpc_stream_send(s, &r.base, PATIENCE_MS, st));
-    OK(rpc_stream_half_close(s, st));
+    OK(rpc_stream_half_close(s, PATIENCE_MS, st));
     return s;
 }
 

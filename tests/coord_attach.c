@@ -19,7 +19,7 @@ static struct rpc_stream *attach(struct proc *p, const char *name, const struct 
     m.n_offsets = 1;
     ck_assert_int_eq(rpc_stream_open(&s, p->ch, "/tandem.v1.Inference/Attach", 0, NULL), ST_OK);
     if (rpc_stream_send(s, &m.base, 20000, NULL) == ST_OK)
-        (void)!rpc_stream_half_close(s, NULL);
+        (void)!rpc_stream_half_close(s, 0, NULL);
     return s;
 }
 

@@ -168,7 +168,7 @@ struct rpc_stream *proc_open(struct proc *p, const Tandem__V1__GenerateRequest *
         abort();
     /* an early refusal shows in proc_read */
     if (rpc_stream_send(s, &req->base, 20000, NULL) == ST_OK)
-        (void)!rpc_stream_half_close(s, NULL);
+        (void)!rpc_stream_half_close(s, 0, NULL);
     return s;
 }
 

@@ -47,7 +47,7 @@ START_TEST(malformed_or_missing_request_is_refused)
     const char *paths[] = {"/test.T/Echo", "/test.T/Count"};
     for (int i = 0; i < 2; i++) {
         OK(rpc_stream_open(&s, ch, paths[i], 0, st));
-        OK(rpc_stream_half_close(s, st));
+        OK(rpc_stream_half_close(s, PATIENCE_MS, st));
         ck_assert_int_eq(drain(s, &got), ST_INVALID_ARGUMENT);
         ck_assert_ptr_nonnull(strstr(got.message, paths[i]));
         rpc_stream_close(s);
@@ -392,6 +392,54 @@ static void *cancel_later(void *arg)
     return NULL;
 }
 
+struct stuck_send {
+    struct rpc_stream *stream;
+    const Msg *message;
+    atomic_uint sent;
+    enum status_code rc;
+};
+
+static void *send_until_it_fails(void *arg)
+{
+    struct stuck_send *k = arg;
+    while ((k->rc = rpc_stream_send(k->stream, &k->message->base, PATIENCE_MS, NULL)) == ST_OK)
+        atomic_fetch_add(&k->sent, 1);
+    return NULL;
+}
+
+/* A message that is being written is not overtaken, and not waited for longer than one asked. */
+START_TEST(half_close_behind_a_stuck_message_has_a_bound)
+{
+    struct status got = STATUS_INIT;
+    pthread_t sender;
+    server_start("127.0.0.1:0", NO_EXTRAS);
+    struct rpc_channel *ch = connect_to(srv.address);
+    uint8_t *payload = calloc(1, 1 << 20);
+    Msg m = MSG_INIT;
+    m.text = (ProtobufCBinaryData){.data = payload, .len = 1 << 20};
+    struct stuck_send k = {.message = &m};
+    OK(rpc_stream_open(&k.stream, ch, "/test.T/Hold", 0, st)); /* takes one message and reads no other */
+    pthread_create(&sender, NULL, send_until_it_fails, &k);
+    unsigned before;
+    do {
+        before = atomic_load(&k.sent);
+        sleep_ms(300 * SLOW);
+    } while (before == 0 || atomic_load(&k.sent) != before);
+    int64_t t = now_us();
+    ck_assert_int_eq(rpc_stream_half_close(k.stream, 100, &got), ST_DEADLINE_EXCEEDED);
+    int64_t took = now_us() - t;
+    ck_assert_int_ge(took, 95000);
+    ck_assert_int_lt(took, 3000000 * SLOW);
+    rpc_stream_cancel(k.stream);
+    pthread_join(sender, NULL);
+    ck_assert_int_eq(k.rc, ST_CANCELLED);
+    rpc_stream_close(k.stream);
+    rpc_channel_destroy(ch);
+    server_stop(0);
+    free(payload);
+}
+END_TEST
+
 START_TEST(recv_and_send_under_way_end_with_cancelled)
 {
     struct status got = STATUS_INIT;
@@ -482,7 +530,7 @@ static void *hammer(void *arg)
         OK(rpc_stream_open(&s, ch, paths[r % 4], r % 7 == 0 ? 1 + r % 20 : 0, st));
         enum status_code rc = rpc_stream_send(s, &m.base, PATIENCE_MS, &got);
         if (rc == ST_OK && r % 3)
-            rc = rpc_stream_half_close(s, &got);
+            rc = rpc_stream_half_close(s, PATIENCE_MS, &got);
         const void *msg;
         size_t len;
         for (unsigned k = 0; k < r % 11 && rc == ST_OK; k++)
@@ -552,6 +600,7 @@ void rpc_faults_tests(TCase *c)
     tcase_add_test(c, shutdown_returns_when_the_last_call_has_ended);
     tcase_add_test(c, cancelled_bidi_call_is_not_half_closed);
     tcase_add_test(c, recv_and_send_under_way_end_with_cancelled);
+    tcase_add_test(c, half_close_behind_a_stuck_message_has_a_bound);
     tcase_add_test(c, garbage_on_the_socket_is_survived);
     tcase_add_test(c, random_ends_leave_nothing_behind);
     tcase_add_test(c, signals_go_to_the_program_and_not_to_poll_threads);

@@ -270,7 +270,7 @@ struct rpc_stream *open_with(struct rpc_channel *ch, const char *path, uint64_t 
     m.token_ids = numbers;
     OK(rpc_stream_open(&s, ch, path, deadline_ms, st));
     OK(rpc_stream_send(s, &m.base, PATIENCE_MS, st));
-    OK(rpc_stream_half_close(s, st));
+    OK(rpc_stream_half_close(s, PATIENCE_MS, st));
     return s;
 }
 

@@ -234,8 +234,8 @@ static enum status_code finish_stream(struct worker_control *c, int asked, struc
     if (c->link != WORKER_LINK_UP || worker_guard_exit_code(c->guard) != asked)
         return ST_OK; /* answered already */
     pthread_mutex_unlock(&c->lock);
-    enum status_code rc = rpc_stream_half_close(c->stream, st);
     int64_t until_us = worker_now_us() + WORKER_FINISH_MS * 1000;
+    enum status_code rc = rpc_stream_half_close(c->stream, WORKER_FINISH_MS, st);
     pthread_mutex_lock(&c->lock);
     while (rc == ST_OK && c->link == WORKER_LINK_UP && worker_guard_exit_code(c->guard) == asked &&
            worker_control_wait(c, &c->changed, until_us))
