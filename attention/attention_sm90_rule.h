@@ -483,9 +483,9 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
-    /* Few units in long parts, beside a brief prefill of several rounds, leave the blocks that come late with nothing to do: no handicap for the fused kernel. */
-    const bool few =
-        prefill <= SM90_BRIEF && 16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
+    /* Few units in long parts, beside a brief prefill, leave the blocks that come late with nothing to do: no handicap for the fused kernel. */
+    const bool few = prefill <= SM90_BRIEF && decode <= SM90_BRIEF_TIMES * prefill &&
+                     16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
     const float fused = sm90_fused_time((float)prefill, (float)decode, few ? 1 : SM90_FUSED_ALONE);
     const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
     return apart + gain < fused ? ATTN_WAY_APART : ATTN_WAY_FUSED;

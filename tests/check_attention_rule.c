@@ -429,7 +429,7 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 64, false, 256, 256, 64, 1024, ATTN_WAY_FUSED},    /* 40.6 us, apart 48.3 */
         {2, 64, false, 128, 128, 32, 1024, ATTN_WAY_FUSED},    /* 11.6, 13.0 */
         {8, 64, true, 512, 4096, 32, 4096, ATTN_WAY_FUSED},    /* 152, 257 */
-        {8, 64, false, 512, 4096, 96, 2048, ATTN_WAY_APART},   /* 112.8, fused 124.7, serial 147.1 */
+        {8, 64, false, 512, 4096, 96, 2048, ATTN_WAY_APART},   /* 113.3, fused 125.0, serial 147.5 */
         {2, 64, false, 2048, 2048, 128, 2048, ATTN_WAY_APART}, /* 45.8, fused 52.1 */
         {8, 64, true, 1024, 8192, 8, 8192, ATTN_WAY_APART},    /* 505, fused 520: few decodes */
         {32, 64, false, 128, 4096, 32, 4096, ATTN_WAY_APART}, /* 32/32 heads, 512 rows, 7.1 times: 279.8, fused 298.1 */
@@ -485,6 +485,17 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         ck_assert_msg(sm90_choose(&shape, seq, n) == cases[i].way, "case %zu: way %d, expected %d", i,
                       (int)sm90_choose(&shape, seq, n), (int)cases[i].way);
     }
+}
+END_TEST
+
+/* Figure 6's first chunks (attention_h200_sets.csv): 419.6 and 438.0 us, fused 450.8 and 459.0, serial 444.9 and 446.3. */
+START_TEST(many_tiles_of_decodes_beside_a_brief_prefill_are_apart)
+{
+    struct attn_seq seq[MAX_SEQS];
+    struct sm90_shape shape = shape_of(4, 8192);
+    shape.group = 8;
+    for (uint32_t decodes = 54; decodes < 56; decodes++)
+        ck_assert_int_eq(sm90_choose(&shape, seq, chunk_and_decodes(seq, 512, 512, decodes, 16384)), ATTN_WAY_APART);
 }
 END_TEST
 
@@ -571,6 +582,7 @@ int main(void)
     TCase *core = tcase_create("core");
     tcase_add_test(core, serial_is_for_brief_and_for_lonely_prefill);
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
+    tcase_add_test(core, many_tiles_of_decodes_beside_a_brief_prefill_are_apart);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
                         sizeof equal_decodes / sizeof *equal_decodes);
