@@ -50,7 +50,8 @@ struct cuda_run_args {
     uint32_t roles;        /* bit per role: the lists to work on */
     uint32_t taken[ROLES]; /* items that blocks begin with: block i of a role with item i */
     uint32_t sms;
-    uint32_t follows;  /* 1: an earlier launch has taken items of these lists, and left its counters as they were */
+    uint32_t
+        follows; /* 1: Hopper's prefill, beside which this one begins, stands in front, and left the counters as they were */
     float score_scale; /* scores times this are powers of 2; 1 where they are bent first; positive */
     uint32_t bent;     /* scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
     float bend_in, bend_out;

@@ -310,9 +310,9 @@ sm90_args run_args(const sm90_state *s, const struct attn_gpu_io *io)
     return a;
 }
 
-/* Decode's list, or what is left of it. Alone, and behind prefill as by the serial policy, by the portable kernel, which begins and ends sooner; where it shares a
- * step's SMs with prefill (decode_follows, whether there is any or not) the other is faster (attention_h200_shapes.txt), but for bent scores and for
- * heads that do not fill its boxes. Under a fixed cut bits are those of one kernel. */
+/* Decode's list, or what is left of it. Alone, and behind prefill as by the serial policy, by the portable kernel, which begins and ends
+ * sooner; where it shares a step's SMs with prefill (decode_follows, whether there is any or not) the other is faster
+ * (attention_h200_shapes.txt), but for bent scores and for heads that do not fill its boxes. Under a fixed cut bits are those of one kernel. */
 cudaError_t launch_decode(const sm90_state *s, const sm90_args &a, void *stream)
 {
     const sm90_run_args &r = a.run;

@@ -79,7 +79,7 @@ struct sm90_run_args {
     uint64_t q_row_stride, out_row_stride, kv_offset, head_stride;
     uint32_t group, head_dim, window;
     uint32_t group_inverse;  /* 2^32 / group, rounded up */
-    uint32_t decode_follows; /* 1: a launch of decode's kernel stands behind, and sets the counters back */
+    uint32_t decode_follows; /* 1: decode's kernel stands behind, takes what there is, and sets the counters back */
     float score_scale;       /* scores times this are powers of 2; 1 where they are bent first; positive */
     float bend_in, bend_out; /* bent scores s become bend_out * tanh(bend_in * s), or bend_out * s where bend_in is 0 */
     attn_counters *counters;

@@ -5,7 +5,8 @@
  *   fused    1 block per SM:  producer | consumer | consumer | decode, both roles with barriers and memory of their own
  *
  * Blocks with the prefill role come in clusters of two. Blocks stay until the lists are empty, but those of prefill's kernel that the plan
- * has no work for: decode's gets their SMs. The last to leave sets the counters back, where decode's kernel follows the last of its blocks.
+ * has no work for, whose SMs decode's gets, and decode's role of the fused one under a fixed cut, which ends with prefill: decode's kernel
+ * takes the rest. The last to leave sets the counters back, where decode's kernel follows the last of its blocks.
  */
 #ifndef TANDEM_ATTENTION_SM90_KERNELS_CUH
 #define TANDEM_ATTENTION_SM90_KERNELS_CUH

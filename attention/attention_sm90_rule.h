@@ -57,8 +57,8 @@ enum {
     SM90_ONE_TILE = 7,      /* an item of prefill of a tile, with its ends */
     SM90_ONE_CLUSTERS = 32, /* so many of them, half as many of narrow heads, and of decodes so many times the tiles */
     SM90_ONE_TIMES = 4,
-    /* Prefill that is brief, in tiles (five, and an item's ends), and decodes so many times (or tenths) of it, by the head dimension. Where heads are below
-     * a box, decodes beside a prefill of fewer tiles are else in the fused kernel. */
+    /* Prefill that is brief, in tiles (five, and an item's ends), and decodes so many times (or tenths) of it, by the head dimension. Where
+     * heads are below a box, decodes beside a prefill of fewer tiles are else in the fused kernel. */
     SM90_BRIEF = 11,
     SM90_BRIEF_DIM = 80,
     SM90_BRIEF_TIMES = 3,
@@ -398,10 +398,10 @@ SM90_BOTH bool sm90_is_long_with_few(uint64_t prefill, uint64_t decode)
     return prefill >= SM90_FEW_LEAST && prefill <= SM90_FEW_MOST && SM90_FEW_PART * decode <= prefill;
 }
 
-/* Where the serial pair has been the fastest, by tiles of prefill and of decodes (attention_h200_serial.txt). Its decodes have all SMs, if late: so they
- * must fill the rounds of their blocks, two per SM. Then, where each query head has a KV head, beside a tile's prefill on many clusters, whole units
- * that are a round; and, of heads that do not fill boxes, whose decodes in a launch of their own are the portable kernel's and come on badly beside
- * prefill, brief prefill with many decodes, and long prefill with few. */
+/* Where the serial pair has been the fastest, by tiles of prefill and of decodes (attention_h200_serial.txt). Its decodes have all SMs, if
+ * late: so they must fill the rounds of their blocks, two per SM. Then, where each query head has a KV head, beside a tile's prefill on
+ * many clusters, whole units that are a round; and, of heads that do not fill boxes, whose decodes in a launch of their own are the
+ * portable kernel's and come on badly beside prefill, brief prefill with many decodes, and long prefill with few. */
 SM90_BOTH bool sm90_serial_anyway(const struct sm90_shape *a, const struct sm90_totals *t, uint64_t prefill)
 {
     const uint32_t dim = a->head_dim, blocks = SM90_DECODE_BLOCKS * a->sms, longest = t->longest[SM90_DECODE],
@@ -433,8 +433,8 @@ SM90_BOTH bool sm90_serial_anyway(const struct sm90_shape *a, const struct sm90_
 }
 
 /* Heads of 64, what is left of narrower ones, and bent scores: a tile of prefill takes longer there beside one of decodes than by the times
- * above, which are those of D 128 without, so the fused kernel wins but where there is much to read, or hardly anything to do, or, of bent ones, little to
- * read beside a long prefill (attention_h200_shapes.txt, attention_h200_sums.txt). */
+ * above, which are those of D 128 without, so the fused kernel wins but where there is much to read, or hardly anything to do, or, of bent
+ * ones, little to read beside a long prefill (attention_h200_shapes.txt, attention_h200_sums.txt). */
 SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode)
 {
     const uint64_t much = (a->bent ? SM90_MUCH_BENT : SM90_MUCH) * prefill;
@@ -443,9 +443,10 @@ SM90_BOTH bool sm90_fused_anyway(const struct sm90_shape *a, uint64_t prefill, u
     return a->head_dim <= SM90_NARROW || prefill >= SM90_BENT_PREFILL || decode >= SM90_BENT_DECODE;
 }
 
-/* Whatever the times say, apart: wide heads with hardly anything to do; bent scores with few decodes beside a long prefill; heads that do not fill
- * boxes where decodes can begin beside prefill and take longer than it, or it is short; but below D 64 not beside the shortest, where the fused kernel
- * mostly ends sooner, unless there is less of decodes and prefill has more than a tile or two (attention_h200_narrow.txt, _serial.txt). */
+/* Whatever the times say, apart: wide heads with hardly anything to do; bent scores with few decodes beside a long prefill; heads that do
+ * not fill boxes where decodes can begin beside prefill and take longer than it, or it is short; but below D 64 not beside the shortest,
+ * where the fused kernel mostly ends sooner, unless there is less of decodes and prefill has more than a tile or two
+ * (attention_h200_narrow.txt, _serial.txt). */
 SM90_BOTH bool sm90_apart_anyway(const struct sm90_shape *a, uint64_t prefill, uint64_t decode, uint32_t clusters)
 {
     const bool below = a->head_dim < SM90_BOX;
@@ -483,7 +484,7 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
-    /* Few units in long parts, beside a brief prefill, leave the blocks that come late with nothing to do: no handicap for the fused kernel. */
+    /* Few units, in parts, beside a brief prefill leave the blocks that come late with little to do: no handicap for the fused kernel. */
     const bool few = prefill <= SM90_BRIEF && decode <= SM90_BRIEF_TIMES * prefill &&
                      16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
     const float fused = sm90_fused_time((float)prefill, (float)decode, few ? 1 : SM90_FUSED_ALONE);

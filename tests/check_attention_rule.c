@@ -182,11 +182,19 @@ START_TEST(a_way_is_for_both_roles)
             const enum attn_gpu_way of_wide = sm90_choose(&b.shape, b.seq, b.seqs);
             if (sm90_fills(own.head_dim))
                 ck_assert_int_eq(way, of_wide);
-            else if (way == ATTN_WAY_FUSED && of_wide != way)
+            else if (way == ATTN_WAY_FUSED && of_wide != way) {
+                const uint32_t all = own.sms / SM90_CLUSTER;
+                const uint64_t prefill =
+                    sm90_cut_prefill(t.units[SM90_PREFILL] * own.kv_heads, sm90_mean_unit(&t), all).cost;
+                uint32_t clusters;
+                sm90_apart_time(&own, &t, share_of(&own, &t), &clusters);
+                ck_assert(sm90_too_few_left(&own, prefill, sm90_decode_load(&own, &t), clusters));
+                ck_assert(3 * clusters > 2 * all && clusters < all);
                 few_left++;
+            }
         }
     }
-    ck_assert_msg(few_left < ROUNDS / 100, "%u batches", few_left);
+    ck_assert_uint_gt(few_left, 0);
 }
 END_TEST
 
@@ -244,8 +252,8 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
 }
 END_TEST
 
-/* AUTO's third way is the serial policy, to the last part; the other ways' cuts do not know of it. */
-START_TEST(the_serial_way_is_cut_as_the_serial_policy)
+/* AUTO's third way is the serial policy, to the last part, and the second the fused one. */
+START_TEST(a_way_is_cut_as_its_policy)
 {
     static struct batch b;
     uint32_t chosen = 0;
@@ -260,6 +268,12 @@ START_TEST(the_serial_way_is_cut_as_the_serial_policy)
         const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last),
                                like = sm90_rule_of(&other, &t, share_of(&other, &t), last);
         ck_assert(memcmp(&r, &like, sizeof r) == 0);
+        struct sm90_shape fused = b.shape;
+        fused.way = ATTN_WAY_FUSED;
+        other.policy = ATTN_GPU_FUSED;
+        const struct sm90_rule f = sm90_rule_of(&fused, &t, share_of(&fused, &t), last),
+                               like_f = sm90_rule_of(&other, &t, share_of(&other, &t), last);
+        ck_assert(memcmp(&f, &like_f, sizeof f) == 0);
         if (sm90_choose(&b.shape, b.seq, b.seqs) != ATTN_WAY_SERIAL)
             continue;
         ck_assert(t.units[SM90_PREFILL] > 0 && t.units[SM90_DECODE] > 0);
@@ -307,7 +321,7 @@ START_TEST(serial_is_for_brief_and_for_lonely_prefill)
         /* One tile on many clusters, a round of whole decodes, four times as long and more. */
         {128, false, 32, 7, 256, 16, true},
         {128, false, 31, 7, 256, 16, false},
-        {128, false, 32, 8, 256, 16, false},
+        {128, false, 32, 8, 256, 32, false}, /* two tiles */
         {128, false, 32, 7, 320, 16, false}, /* a second round, hardly begun */
         {128, false, 32, 7, 128, 32, false}, /* cut */
         {128, false, 32, 7, 256, 14, false},
@@ -318,6 +332,7 @@ START_TEST(serial_is_for_brief_and_for_lonely_prefill)
         {80, false, 16, 11, 264, 17, true},
         {80, false, 16, 11, 264, 16, false},
         {80, false, 16, 12, 264, 64, false},
+        {80, false, 16, 11, 275, 64, false}, /* a second round, hardly begun */
         {80, true, 16, 11, 264, 64, false},
         {80, false, 16, 8, 264, 8, true},
         {80, false, 16, 8, 264, 7, false},
@@ -330,12 +345,14 @@ START_TEST(serial_is_for_brief_and_for_lonely_prefill)
         {88, false, 16, 9, 264, 22, true},
         {88, false, 16, 9, 264, 23, false},
         {88, false, 16, 10, 264, 20, false},
+        {88, false, 16, 8, 264, 8, false},
         {112, false, 16, 9, 264, 14, true},
         {120, false, 16, 9, 264, 14, false},
         {32, false, 128, 268, 2640, 64, true},
         {32, false, 16, 100, 264, 130, true},
         {32, false, 16, 100, 264, 129, false},
         {80, false, 64, 72, 264, 9, true}, /* few beside a long one */
+        {80, false, 64, 70, 264, 8, true},
         {80, false, 64, 69, 264, 8, false},
         {80, false, 64, 71, 264, 9, false},
         {80, false, 64, 300, 264, 37, true},
@@ -593,7 +610,7 @@ int main(void)
     TCase *limits = tcase_create("limits");
     tcase_set_timeout(limits, 60);
     tcase_add_loop_test(limits, lists_have_room_for_all_parts_of_any_batch, 0, 8);
-    tcase_add_loop_test(limits, the_serial_way_is_cut_as_the_serial_policy, 0, 8);
+    tcase_add_loop_test(limits, a_way_is_cut_as_its_policy, 0, 8);
     tcase_add_loop_test(limits, prefill_is_on_some_clusters_only_where_that_ends_sooner, 0, 4);
     tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
     suite_add_tcase(s, limits);

@@ -22,11 +22,13 @@
 #include "tests/gpu/gpu_parts.h"
 #include "worker/engine_internal.h"
 
-#define STEP_ROWS  2048
-#define STEPS      40
-#define WARM_UP    4
-#define MAX_BATCH  512
-#define MAX_WANTED 8
+#define STEP_ROWS    2048
+#define STEPS        40
+#define WARM_UP      4
+#define MAX_BATCH    512
+#define MAX_WANTED   8
+#define HYBRIDS      5             /* a hybrid step alone and behind another one, so many times */
+#define HYBRID_STEPS (3 * HYBRIDS) /* of its decodes */
 
 struct bench {
     struct gpu_run run;
@@ -144,7 +146,7 @@ static void hybrid(struct bench *b, uint32_t rows, uint32_t batch, uint32_t cont
     struct took best = {.all = 1e9}, alone = best;
     for (uint32_t i = 0; i < batch; i++)
         fill(b, i, context);
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < HYBRIDS; i++) {
         fill(b, batch, at);
         double t0 = gpu_now_s();
         gpu_hybrid_ahead(&b->run, b->slots, batch, batch, b->ids, rows, at);
@@ -192,13 +194,14 @@ static void read_wanted(struct bench *b, const char *text)
 /* "ROWS:BATCH:CONTEXT" */
 static void read_hybrid(struct bench *b, const char *text)
 {
-    if (sscanf(text, "%u:%u:%u", &b->rows, &b->beside, &b->at) != 3 || b->rows == 0 || b->rows > STEP_ROWS ||
-        b->beside >= MAX_BATCH || b->beside + b->rows > STEP_ROWS || b->at < 2 * b->rows) {
-        fprintf(
-            stderr,
-            "--hybrid %s: expected ROWS:BATCH:CONTEXT, rows of both up to %d, batches below %d, contexts of two chunks "
-            "and more\n",
-            text, STEP_ROWS, MAX_BATCH);
+    int end = 0;
+    if (b->rows || sscanf(text, "%u:%u:%u%n", &b->rows, &b->beside, &b->at, &end) != 3 || text[end] || b->rows == 0 ||
+        b->rows > STEP_ROWS || b->beside == 0 || b->beside >= MAX_BATCH || b->beside + b->rows > STEP_ROWS ||
+        b->at < 2 * b->rows) {
+        fprintf(stderr,
+                "--hybrid %s: expected ROWS:BATCH:CONTEXT, once, rows of both up to %d, batches below %d, contexts of "
+                "two chunks and more\n",
+                text, STEP_ROWS, MAX_BATCH);
         exit(2);
     }
 }
@@ -287,6 +290,12 @@ int main(int argc, char **argv)
     say("%s, %s: %u layers, hidden %u; a step reads %.2f GB of weights; KV cache %.1f GiB; ready in %.2f s\n",
         info.device, cfg.eager ? "launched one by one" : "graphs", info.layers, info.hidden, b.weight_bytes / 1e9,
         (double)(info.kv.total_pages * info.kv.page_bytes) / 0x1p30, load_s);
+    if (b.rows && b.at + HYBRID_STEPS > info.max_context) {
+        say("--hybrid: context %u, expected at most %u\n", b.at, info.max_context - HYBRID_STEPS);
+        gpu_destroy(&b.run);
+        comm_destroy(gpu_comm());
+        return 2;
+    }
     b.ids = malloc(info.max_context * sizeof *b.ids);
     for (uint32_t i = 0; i < info.max_context; i++)
         b.ids[i] = (i * 7919u + 3) % info.vocab_size;
@@ -294,9 +303,7 @@ int main(int argc, char **argv)
         b.slots[i] = i;
     for (uint32_t i = 0; i < b.wanted; i++)
         decode(&b, b.batch[i], b.context[i]);
-    if (b.rows && b.at > info.max_context)
-        fprintf(stderr, "--hybrid: context %u, the model has %u\n", b.at, info.max_context);
-    else if (b.rows)
+    if (b.rows)
         hybrid(&b, b.rows, b.beside, b.at);
     else if (!b.wanted)
         all(&b, info.max_context);

@@ -1,5 +1,5 @@
 /* engine_ways_gpu.c - hybrid steps that are large enough for attention's ways (attn_gpu_way), against the serial policy. The way that
- * is that policy's is not among them: these heads take it for few batches, and check_attention_gpu has it. */
+ * is that policy's is not among them: these heads take it for no batch, and check_attention_gpu has it. */
 #include "tests/gpu/engine_ways_gpu.h"
 
 #include <math.h>
