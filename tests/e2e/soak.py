@@ -7,7 +7,7 @@ First some requests, greedy and sampled, short and long, run one at a time: thei
 keeps --concurrency requests of random lengths under way, while --clients clients send those requests again and again, some of
 which they leave in the middle. Every 5 s the resident memory of all processes and, where there is nvidia-smi, the memory in use
 on the devices are noted; a fifth of the time into the load, in its middle and at its end they are compared: the second half may
-add a tenth of what all may. Each minute says how it stands, so that a run which is cut off has said something; SIGTERM ends it
+add a tenth of what all may, and what is mapped where it grew is said. Each minute says how it stands, so that a run which is cut off has said something; SIGTERM ends it
 before its time. Answers are the same to the bit where the server's are by construction: --batch-invariant 1 on CUDA; else the
 difference is a number and no failure (--differ).
 """
@@ -33,6 +33,22 @@ def resident(pid):
             return next((int(line.split()[1]) * 1024 for line in f if line.startswith("VmRSS")), 0)
     except OSError:
         return 0
+
+
+def mappings(pid):
+    """{what is mapped: resident bytes}, by /proc/PID/smaps; empty when that cannot be read."""
+    of, what = {}, None
+    try:
+        with open(f"/proc/{pid}/smaps", errors="replace") as f:
+            for line in f:
+                word = line.split()
+                if not word[0].endswith(":"):
+                    what = word[5] if len(word) > 5 else "anonymous"
+                elif word[0] == "Rss:":
+                    of[what] = of.get(what, 0) + int(word[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return {}
+    return of
 
 
 def device_bytes():
@@ -63,6 +79,7 @@ class Soak:
         self.lock = threading.Lock()
         self.checked = self.differ = self.left = self.load_requests = 0
         self.failures, self.samples = [], []
+        self.mapped = {}  # of the middle and the end: {pid: mappings}
         self.end = 0
 
     def quiet(self, requests):
@@ -115,6 +132,8 @@ class Soak:
         while time.monotonic() < self.end:
             pids = [p for p in [self.c.process.pid] + children(self.c.process.pid) if process_name(p) in NAMES]
             self.samples.append((time.monotonic() - start, {p: resident(p) for p in pids}, device_bytes()))
+            if "middle" not in self.mapped and time.monotonic() > (start + self.end) / 2:
+                self.mapped["middle"] = {p: mappings(p) for p in pids}
             if time.monotonic() >= said + 60:
                 said = time.monotonic()
                 self.say(*self.samples[-1])
@@ -137,6 +156,18 @@ class Soak:
         for t in threads:
             t.join()
         self.seconds = time.monotonic() - start
+        if self.samples:
+            self.mapped["end"] = {p: mappings(p) for p in self.samples[-1][1]}
+
+    def grown_mappings(self):
+        """Lines: what of each process became larger in the second half, the three that did most."""
+        for pid, end in self.mapped.get("end", {}).items():
+            middle = self.mapped.get("middle", {}).get(pid)
+            if not middle:
+                continue
+            more = sorted(((b - middle.get(what, 0), what) for what, b in end.items()), reverse=True)
+            if more and more[0][0] > 0:
+                yield f"{process_name(pid)} {pid}, second half: " + ", ".join(f"{b / 2**10:+.0f} KiB {what}" for b, what in more[:3] if b > 0)
 
     def growth(self):
         """[(what, [bytes a fifth into the load, in the middle, at the end])]: the median of three samples each."""
@@ -175,6 +206,8 @@ def main():
         soak.run()
         c.wait_idle(30)
         rows, load = soak.growth(), c.load()
+        for line in soak.grown_mappings():
+            print(line)
     bad = list(soak.failures)
     for what, (a, middle, b) in rows:
         print(f"{what:32} {a / 2**20:10.1f} MiB  {middle / 2**20:10.1f} MiB  {b / 2**20:10.1f} MiB")

@@ -366,6 +366,12 @@ static const struct {
      "\"vocab_size\":8192,\"max_position_embeddings\":16384,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
      "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
      WAYS},
+    {"ways, D 80",
+     "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":2560,\"intermediate_size\":6912,"
+     "\"num_hidden_layers\":2,\"num_attention_heads\":32,\"num_key_value_heads\":8,\"head_dim\":80,"
+     "\"vocab_size\":8192,\"max_position_embeddings\":16384,\"rms_norm_eps\":1e-5,\"rope_theta\":500000.0,"
+     "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"torch_dtype\":\"bfloat16\"",
+     WAYS},
 };
 
 /* ---- measured products are kept ---- */
