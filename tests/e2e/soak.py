@@ -7,9 +7,9 @@ First some requests, greedy and sampled, short and long, run one at a time: thei
 keeps --concurrency requests of random lengths under way, while --clients clients send those requests again and again, some of
 which they leave in the middle. Every 5 s the resident memory of all processes and, where there is nvidia-smi, the memory in use
 on the devices are noted; a fifth of the time into the load, in its middle and at its end they are compared: the second half may
-add a tenth of what all may, and what is mapped where it grew is said. Each minute says how it stands, so that a run which is cut off has said something; SIGTERM ends it
-before its time. Answers are the same to the bit where the server's are by construction: --batch-invariant 1 on CUDA; else the
-difference is a number and no failure (--differ).
+add a tenth of what all may, and what is mapped where it grew is said. Each minute says how it stands, so that a run which is cut
+off has said something; SIGTERM ends it before its time. Answers are the same to the bit where the server's are by construction:
+--batch-invariant 1 on CUDA; else the difference is a number and no failure (--differ).
 """
 import argparse
 import json
@@ -167,7 +167,8 @@ class Soak:
                 continue
             more = sorted(((b - middle.get(what, 0), what) for what, b in end.items()), reverse=True)
             if more and more[0][0] > 0:
-                yield f"{process_name(pid)} {pid}, second half: " + ", ".join(f"{b / 2**10:+.0f} KiB {what}" for b, what in more[:3] if b > 0)
+                grown = ", ".join(f"{b / 2**10:+.0f} KiB {what}" for b, what in more[:3] if b > 0)
+                yield f"{process_name(pid)} {pid}, second half: {grown}"
 
     def growth(self):
         """[(what, [bytes a fifth into the load, in the middle, at the end])]: the median of three samples each."""

@@ -166,17 +166,14 @@ unsigned engine_ways_gpu(const char *dir, const char *tune_dir, const struct bac
                                 .parts = parts};
     static struct seen want[N_STEPS], got;
     const uint32_t ranks = comm_size(gpu_comm());
-    const struct step *steps = NULL;
-    uint32_t n = 0, head_dim = 0;
     unsigned failures = 0;
     struct gpu_run r;
     for (uint32_t kind = 0; kind < 3; kind++) { /* serial; by graphs; launched one by one */
         cfg.attention = kind ? ATTN_GPU_AUTO : ATTN_GPU_SERIAL;
         cfg.eager = kind == 2;
         gpu_create(&r, &cfg);
-        head_dim = r.e->model.head_dim;
-        steps = sm90_fills(head_dim) ? steps_of[ranks - 1] : &narrow;
-        n = sm90_fills(head_dim) ? N_STEPS : 1;
+        const uint32_t head_dim = r.e->model.head_dim, n = sm90_fills(head_dim) ? N_STEPS : 1;
+        const struct step *steps = sm90_fills(head_dim) ? steps_of[ranks - 1] : &narrow;
         for (uint32_t i = 0; i < n; i++) {
             run_step(kind ? &got : &want[i], &r, &steps[i]);
             if (kind == 0)

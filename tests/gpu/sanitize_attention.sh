@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # check_attention_gpu under compute-sanitizer, on a machine with a GPU: sanitize_attention.sh [DIR of the programs]
 # memcheck and synccheck over every small shape, and over f16, graphs and layers; racecheck, which is slow, over the shapes
-# that take every path, a cap, f16, graphs and layers, and tokens that are written late. Each policy, each way and the fixed cut once; the
+# that take every path, a cap, scores that grow, f16, graphs and layers, and tokens that are written late. Each policy, each way and the fixed cut once; the
 # reference is not looked at.
 set -uo pipefail
 bin=${1:-build/release/bin}
