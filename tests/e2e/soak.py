@@ -5,8 +5,8 @@
 
 First some requests, greedy and sampled, short and long, run one at a time: their ids are what is expected. Then `tandem bench`
 keeps --concurrency requests of random lengths under way, while --clients clients send those requests again and again, some of
-which they leave in the middle. Every 5 s the resident memory of all processes and, where there is nvidia-smi, the memory in use
-on the devices are noted; a fifth of the time into the load, in its middle and at its end they are compared: the second half may
+which they leave in the middle. Every 5 s the resident memory of all processes and, where there is nvidia-smi, what they have of the devices' memory
+(all that is in use, where it cannot tell) are noted; a fifth of the time into the load, in its middle and at its end they are compared: the second half may
 add a tenth of what all may, and what is mapped where it grew is said. Each minute says how it stands, so that a run which is cut
 off has said something; SIGTERM ends it before its time. Answers are the same to the bit where the server's are by construction:
 --batch-invariant 1 on CUDA; else the difference is a number and no failure (--differ).
@@ -51,13 +51,31 @@ def mappings(pid):
     return of
 
 
-def device_bytes():
+def nvidia_smi(query):
+    """Rows of fields; none where there is no nvidia-smi or it does not know."""
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], timeout=10,
+        out = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], timeout=10,
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout.decode()
-        return [int(n) << 20 for n in out.split()]
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError):
         return []
+    return [[field.strip() for field in line.split(",")] for line in out.splitlines() if line.strip()]
+
+
+def device_bytes(pids):
+    """{device: bytes}: of these processes alone, where the driver tells them apart, else of whole devices."""
+    of = {}
+    try:
+        for uuid, pid, mib in nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory"):
+            if int(pid) in pids:
+                of[f"of {uuid[:12]}"] = of.get(f"of {uuid[:12]}", 0) + (int(mib) << 20)
+    except ValueError:
+        of = {}
+    if of:
+        return of
+    try:
+        return {index: int(mib) << 20 for index, mib in nvidia_smi("--query-gpu=index,memory.used")}
+    except ValueError:
+        return {}
 
 
 def make_requests(count, vocab, longest, rng):
@@ -131,7 +149,7 @@ class Soak:
         start = said = time.monotonic()
         while time.monotonic() < self.end:
             pids = [p for p in [self.c.process.pid] + children(self.c.process.pid) if process_name(p) in NAMES]
-            self.samples.append((time.monotonic() - start, {p: resident(p) for p in pids}, device_bytes()))
+            self.samples.append((time.monotonic() - start, {p: resident(p) for p in pids}, device_bytes(pids)))
             if "middle" not in self.mapped and time.monotonic() > (start + self.end) / 2:
                 self.mapped["middle"] = {p: mappings(p) for p in pids}
             if time.monotonic() >= said + 60:
@@ -143,7 +161,7 @@ class Soak:
         with self.lock:
             print(f"{seconds:5.0f} s: {self.checked} checked, {self.differ} differ, {self.left} left, {self.load_requests} of load, "
                   f"{len(self.failures)} failures; processes {', '.join(f'{b / 2**20:.1f}' for b in processes.values())} MiB, "
-                  f"devices {', '.join(f'{b / 2**20:.0f}' for b in devices)} MiB", flush=True)
+                  f"devices {', '.join(f'{b / 2**20:.0f}' for b in devices.values())} MiB", flush=True)
 
     def run(self):
         self.end = time.monotonic() + 60 * self.args.minutes
@@ -177,8 +195,8 @@ class Soak:
         rows = []
         for pid in self.samples[-1][1]:
             rows.append((f"{process_name(pid) or 'process'} {pid}", [statistics.median_high(s[1].get(pid, 0) for s in part) for part in parts]))
-        for i in range(len(self.samples[-1][2])):
-            rows.append((f"device {i}", [statistics.median_high(s[2][i] for s in part) for part in parts]))
+        for device in self.samples[-1][2]:
+            rows.append((f"device {device}", [statistics.median_high(s[2].get(device, 0) for s in part) for part in parts]))
         return rows
 
 
