@@ -223,8 +223,9 @@ const uint32_t *attn_gpu_fault(const struct attn_gpu *a);
 STATUS_MUST_CHECK enum status_code attn_gpu_fault_status(const struct attn_gpu *a, uint32_t fault, struct status *st);
 
 /* The fastest way for a step of these sequences (host memory; k and v are not looked at): where lengths are known on the host before a
- * step, it may keep a graph of each way for a bucket. Any thread. attn_gpu_ways: how many there are, ATTN_GPU_WAYS, or 1,
- * ATTN_WAY_APART, where a policy or a fixed cut is given or the back end knows one only. */
+ * step, it may keep a graph of each way for a bucket. Any thread. attn_gpu_ways: how many of them it ever says, the first so many: all, fewer
+ * where heads are such that the last ones are never the fastest, or 1, ATTN_WAY_APART, where a policy or a fixed cut is given or the back
+ * end knows one only. */
 uint32_t attn_gpu_ways(const struct attn_gpu *a);
 enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_seq *seq, uint32_t seqs);
 

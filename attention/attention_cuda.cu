@@ -315,5 +315,5 @@ cudaError_t cuda_launch_decode(cuda_run_args a, attn_dtype dtype, cudaStream_t s
 }
 
 extern const struct attn_gpu_ops attn_gpu_ops_cuda = {
-    "cuda", query, create, destroy, workspace_bytes, fault, NULL, plan, run,
+    "cuda", query, create, destroy, workspace_bytes, fault, NULL, NULL, plan, run,
 };

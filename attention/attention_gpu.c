@@ -158,7 +158,7 @@ static enum status_code check_step(const struct attn_gpu *a, const struct attn_g
 uint32_t attn_gpu_ways(const struct attn_gpu *a)
 {
     const struct attn_gpu_config *c = &a->cfg;
-    return c->policy == ATTN_GPU_AUTO && !c->fixed_split_keys && c->ops->choose ? ATTN_GPU_WAYS : 1;
+    return c->policy == ATTN_GPU_AUTO && !c->fixed_split_keys && c->ops->ways ? c->ops->ways(a->state) : 1;
 }
 
 enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_seq *seq, uint32_t seqs)

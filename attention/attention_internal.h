@@ -41,7 +41,8 @@ struct attn_gpu_ops {
     void (*destroy)(void *state); /* NULL is fine */
     uint64_t (*workspace_bytes)(const void *state);
     const uint32_t *(*fault)(const void *state);
-    enum attn_gpu_way (*choose)(const void *state, const struct attn_seq *seq, uint32_t seqs); /* NULL: one way */
+    uint32_t (*ways)(const void *state); /* NULL: one; else of choose, which gives those below it */
+    enum attn_gpu_way (*choose)(const void *state, const struct attn_seq *seq, uint32_t seqs);
     enum status_code (*plan)(void *state, const struct attn_gpu_step *step, struct status *st);
     enum status_code (*run)(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io,
                             struct status *st);

@@ -253,6 +253,13 @@ enum status_code plan(void *state, const struct attn_gpu_step *step, struct stat
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention plan");
 }
 
+uint32_t ways(const void *state)
+{
+    const struct attn_gpu_step none = {};
+    const sm90_shape shape = shape_of((const sm90_state *)state, &none);
+    return sm90_ways(&shape);
+}
+
 enum attn_gpu_way choose(const void *state, const struct attn_seq *seq, uint32_t seqs)
 {
     const sm90_state *s = (const sm90_state *)state;
@@ -396,5 +403,5 @@ enum status_code run(void *state, const struct attn_gpu_step *step, const struct
 } // namespace
 
 extern const struct attn_gpu_ops attn_gpu_ops_sm90 = {
-    "sm90", query, create, destroy, workspace_bytes, fault, choose, plan, run,
+    "sm90", query, create, destroy, workspace_bytes, fault, ways, choose, plan, run,
 };

@@ -393,6 +393,12 @@ SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_to
     return (float)(share >> 16) / 16;
 }
 
+/* Whether there is a batch for which sm90_serial_anyway is. */
+SM90_BOTH bool sm90_may_be_serial(const struct sm90_shape *a)
+{
+    return (!a->bent || a->head_dim <= SM90_NARROW) && (a->group == 1 || (!a->bent && !sm90_fills(a->head_dim)));
+}
+
 SM90_BOTH bool sm90_is_long_with_few(uint64_t prefill, uint64_t decode)
 {
     return prefill >= SM90_FEW_LEAST && prefill <= SM90_FEW_MOST && SM90_FEW_PART * decode <= prefill;
@@ -407,7 +413,7 @@ SM90_BOTH bool sm90_serial_anyway(const struct sm90_shape *a, const struct sm90_
     const uint32_t dim = a->head_dim, blocks = SM90_DECODE_BLOCKS * a->sms, longest = t->longest[SM90_DECODE],
                    clusters = t->units[SM90_PREFILL] * a->kv_heads;
     const uint64_t decode = sm90_decode_load(a, t), units = (uint64_t)t->units[SM90_DECODE] * a->kv_heads;
-    if (a->bent && dim > SM90_NARROW)
+    if (!sm90_may_be_serial(a))
         return false;
     const struct sm90_decode_cut cut =
         sm90_cut_decodes(blocks, units, t->tiles[SM90_DECODE] * a->kv_heads, longest, SM90_ENDS_ALONE, true);
@@ -538,6 +544,12 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
         sm90_cut_beside(a, t, &r);
     }
     return r;
+}
+
+/* How many ways there are batches for. */
+static inline uint32_t sm90_ways(const struct sm90_shape *a)
+{
+    return sm90_may_be_serial(a) ? ATTN_GPU_WAYS : ATTN_WAY_SERIAL;
 }
 
 /* On the host: the way of a batch. */

@@ -813,6 +813,7 @@ END_TEST
 struct counted {
     uint32_t creates, plans, runs;
     enum attn_gpu_way way; /* of the last plan */
+    uint32_t ways;         /* that it says it has */
     struct attn_gpu_config cfg;
 };
 static struct counted counted;
@@ -848,6 +849,12 @@ static const uint32_t *count_fault(const void *state)
     return &((const struct counted *)state)->plans;
 }
 
+static uint32_t count_ways(const void *state)
+{
+    ck_assert_ptr_eq(state, &counted);
+    return counted.ways;
+}
+
 /* By the number of sequences, so that a test sees that they come through. */
 static enum attn_gpu_way count_choose(const void *state, const struct attn_seq *seq, uint32_t seqs)
 {
@@ -879,6 +886,7 @@ static const struct attn_gpu_ops count_ops = {.name = "count",
                                               .destroy = count_destroy,
                                               .workspace_bytes = count_bytes,
                                               .fault = count_fault,
+                                              .ways = count_ways,
                                               .choose = count_choose,
                                               .plan = count_plan,
                                               .run = count_run};
@@ -943,8 +951,10 @@ START_TEST(ways_are_chosen_by_the_back_end_under_auto)
     static const struct attn_seq seq[2] = {{.rows = 1, .kv_len = 3}, {.rows = 2, .kv_len = 7}};
     static const uint32_t counts;
     struct attn_gpu *a = NULL;
-    counted = (struct counted){0};
+    counted = (struct counted){.ways = 2};
     ck_assert_int_eq(attn_gpu_create(&a, &gpu_good, NULL), ST_OK);
+    ck_assert_uint_eq(attn_gpu_ways(a), 2);
+    counted.ways = ATTN_GPU_WAYS;
     ck_assert_uint_eq(attn_gpu_ways(a), ATTN_GPU_WAYS);
     ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_SERIAL);
     ck_assert_int_eq(attn_gpu_choose(a, seq, 1), ATTN_WAY_FUSED);
@@ -961,7 +971,7 @@ START_TEST(ways_are_chosen_by_the_back_end_under_auto)
     attn_gpu_destroy(a);
     struct attn_gpu_ops one_way = count_ops;
     struct attn_gpu_config cfg = gpu_good;
-    one_way.choose = NULL;
+    one_way.ways = NULL;
     cfg.ops = &one_way;
     ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), ST_OK);
     ck_assert_uint_eq(attn_gpu_ways(a), 1);

@@ -174,6 +174,7 @@ START_TEST(a_way_is_for_both_roles)
         make(&b);
         const struct sm90_totals t = totals_of(&b, b.seqs);
         const enum attn_gpu_way way = sm90_choose(&b.shape, b.seq, b.seqs);
+        ck_assert_int_lt((int)way, (int)sm90_ways(&b.shape));
         if (t.units[SM90_PREFILL] == 0 || t.units[SM90_DECODE] == 0)
             ck_assert_int_eq(way, ATTN_WAY_APART);
         if (b.shape.head_dim > SM90_NARROW && !b.shape.bent) {
@@ -195,6 +196,24 @@ START_TEST(a_way_is_for_both_roles)
         }
     }
     ck_assert_uint_gt(few_left, 0);
+}
+END_TEST
+
+/* Of others a server would capture graphs that no step takes. */
+START_TEST(only_heads_that_can_be_serial_have_that_way)
+{
+    static const struct {
+        uint32_t head_dim, group;
+        bool bent, serial;
+    } heads[] = {{128, 4, false, false}, {64, 8, false, false}, {128, 1, false, true}, {64, 1, false, true},
+                 {80, 4, false, true},   {24, 4, false, true},  {80, 4, true, false},  {128, 1, true, false},
+                 {64, 1, true, true},    {64, 4, true, false}};
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+        const struct sm90_shape a = {
+            .head_dim = heads[i].head_dim, .group = heads[i].group, .bent = heads[i].bent, .kv_heads = 8, .sms = 132};
+        ck_assert_msg(sm90_ways(&a) == (heads[i].serial ? ATTN_GPU_WAYS : ATTN_WAY_SERIAL), "case %zu: %u ways", i,
+                      sm90_ways(&a));
+    }
 }
 END_TEST
 
@@ -598,6 +617,7 @@ int main(void)
     Suite *s = suite_create("attention_rule");
     TCase *core = tcase_create("core");
     tcase_add_test(core, serial_is_for_brief_and_for_lonely_prefill);
+    tcase_add_test(core, only_heads_that_can_be_serial_have_that_way);
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, many_tiles_of_decodes_beside_a_brief_prefill_are_apart);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);

@@ -63,9 +63,13 @@ static enum status_code choose_products(struct forward *f, struct status *st)
 static enum status_code agree_on_ways(const struct forward *f, uint32_t *ways, struct status *st)
 {
     const struct attn_gpu *attn = cuda_forward_chooser(f);
-    float several = attn && attn_gpu_ways(attn) > 1;
-    enum status_code rc = comm_size(f->cfg.comm) > 1 ? comm_all_reduce(f->cfg.comm, &several, 1, st) : ST_OK;
-    *ways = several > 0 ? ATTN_GPU_WAYS : 1;
+    const uint32_t own = attn ? attn_gpu_ways(attn) : 1;
+    float ranks[ATTN_GPU_WAYS] = {0}; /* that have way number i */
+    for (uint32_t i = 0; i < own; i++)
+        ranks[i] = 1;
+    enum status_code rc = comm_size(f->cfg.comm) > 1 ? comm_all_reduce(f->cfg.comm, ranks, ATTN_GPU_WAYS, st) : ST_OK;
+    for (*ways = 1; *ways < ATTN_GPU_WAYS && ranks[*ways] > 0;)
+        ++*ways;
     return rc;
 }
 
