@@ -39,6 +39,8 @@ enum {
     SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
     SM90_TINY_PART = 3,         /* tiles */
+    SM90_FEW_LONG = 32,         /* tiles, at least, of the longest of few units, */
+    SM90_FEW_PART_LEAST = 8,    /* and of their parts */
     SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
     SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
     /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
@@ -263,6 +265,20 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
         best->last_tiles = best->tiles;
     else if (2 * from < 3 * unit && best->last_tiles > level)
         best->last_tiles = level;
+}
+
+/* Few and long ones, half as many units as there are blocks or less, beside a prefill that is over soon: parts that are nearly one round
+ * (15/16) of all blocks, early and late. As many as the early ones alone could take leave SMs with one block or none, and memory idle, for up
+ * to a fifth of the time (attention_h200_few.txt). As far as it was measured: heads of 128, no cap, units of 32 tiles and more, parts of 8.
+ * Returns the tiles of a part; 0: cut by the other rules. */
+SM90_BOTH uint32_t sm90_cut_few(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t prefill)
+{
+    const uint64_t all = SM90_DECODE_BLOCKS * a->sms, units = (uint64_t)t->units[SM90_DECODE] * a->kv_heads;
+    const uint64_t part = (16 * t->tiles[SM90_DECODE] * a->kv_heads + 15 * all - 1) / (15 * all);
+    if (a->head_dim != 2 * SM90_BOX || a->bent || prefill > SM90_BRIEF || 2 * units > all ||
+        t->longest[SM90_DECODE] < SM90_FEW_LONG || part < SM90_FEW_PART_LEAST)
+        return 0;
+    return (uint32_t)part;
 }
 
 /* Beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to balance. The last
@@ -537,6 +553,9 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,
                               t->longest[SM90_DECODE], &cut);
+    const uint32_t few = beside && apart ? sm90_cut_few(a, t, prefill) : 0;
+    if (few)
+        cut.tiles = cut.last_tiles = few;
     if (at_once || (apart && cut.tiles <= SM90_SHORT_PART)) {
         r.tiles[SM90_DECODE] = cut.tiles;
         r.last_tiles = cut.last_tiles;

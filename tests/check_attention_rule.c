@@ -542,9 +542,21 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
         uint32_t kv_heads, rows, chunk_len, decodes, decode_len, tiles, most, least; /* of the last ones' parts */
     } cases[] = {
         {2, 512, 4096, 128, 2048, 32, 8, 1}, /* late blocks would take all that is left, whole */
-        {2, 128, 4096, 128, 2048, 32, 8, 1}, {4, 128, 4096, 64, 2048, 32, 8, 1},
+        {2, 128, 4096, 128, 2048, 32, 8, 1},
+        {4, 128, 4096, 64, 2048, 32, 8, 1},
         {8, 128, 128, 32, 1024, 16, 16, 16}, /* all blocks are there soon, and whole units fill a round */
-        {4, 128, 128, 64, 2048, 32, 32, 32}, {8, 1024, 1024, 128, 512, 8, 8, 8}, /* short ones, many */
+        {4, 128, 128, 64, 2048, 32, 32, 32},
+        {8, 1024, 1024, 128, 512, 8, 8, 8}, /* short ones, many */
+        {8, 64, 64, 8, 4096, 17, 17, 17},   /* few long ones: a round of all blocks */
+        {8, 256, 256, 4, 16384, 34, 34, 34},
+        {4, 512, 512, 16, 4096, 17, 17, 17},
+        {8, 64, 64, 16, 2048, 17, 17, 17},
+        {8, 64, 64, 17, 2048, 11, 11,
+         11}, /* one sequence more are not few, 64 keys less not long, 64 rows more not brief: by the early ones */
+        {8, 64, 64, 8, 1985, 9, 9, 9},
+        {8, 64, 64, 8, 1984, 11, 11, 11},
+        {4, 576, 576, 16, 4096, 32, 32, 32},
+        {2, 128, 128, 8, 4096, 5, 5, 5}, /* nor parts of less than 8 tiles */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct batch b = {.seqs = cases[i].decodes + 1};
@@ -557,6 +569,32 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
         const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
         ck_assert_msg(r.tiles[SM90_DECODE] == cases[i].tiles && r.last_tiles <= cases[i].most &&
                           r.last_tiles >= cases[i].least,
+                      "case %zu: parts of %u, the last ones' of %u", i, r.tiles[SM90_DECODE], r.last_tiles);
+    }
+}
+END_TEST
+
+/* For other heads, and with a cap, that was not measured. */
+START_TEST(few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measured)
+{
+    static const struct {
+        uint32_t head_dim, group;
+        bool bent, round;
+    } heads[] = {{128, 4, false, true},
+                 {128, 1, false, true},
+                 {64, 4, false, false},
+                 {120, 4, false, false},
+                 {128, 4, true, false}};
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+        struct batch b = {.seqs = 9};
+        b.shape = shape_of(8, 8192);
+        b.shape.head_dim = heads[i].head_dim;
+        b.shape.group = heads[i].group;
+        b.shape.bent = heads[i].bent;
+        chunk_and_decodes(b.seq, 64, 64, 8, 4096);
+        const struct sm90_totals t = totals_of(&b, 7);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), 7);
+        ck_assert_msg((r.tiles[SM90_DECODE] == 17 && r.last_tiles == 17) == heads[i].round,
                       "case %zu: parts of %u, the last ones' of %u", i, r.tiles[SM90_DECODE], r.last_tiles);
     }
 }
@@ -621,6 +659,7 @@ int main(void)
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, many_tiles_of_decodes_beside_a_brief_prefill_are_apart);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
+    tcase_add_test(core, few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measured);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
                         sizeof equal_decodes / sizeof *equal_decodes);
     tcase_add_test(core, one_long_decode_among_short_ones_is_cut);
