@@ -229,7 +229,7 @@ static enum status_code forward_connect(struct forward *f, struct status *st)
  * h200_2026-11-30_late.txt and _buckets.txt). */
 #define GRAPH_LAYER_BYTES (32u << 10)
 
-/* Of each kind and bucket, though not all are made: of decodes alone up to the slots, of one way where attention has one. */
+/* Of each kind and bucket, though not all are made: of decodes alone up to the slots, of as many ways as attention has. */
 static uint64_t graph_bytes(const struct forward_config *cfg)
 {
     uint32_t rows[CUDA_BUCKETS_MAX];
