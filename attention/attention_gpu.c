@@ -163,7 +163,9 @@ uint32_t attn_gpu_ways(const struct attn_gpu *a)
 
 enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_seq *seq, uint32_t seqs)
 {
-    return attn_gpu_ways(a) > 1 ? a->cfg.ops->choose(a->state, seq, seqs) : ATTN_WAY_APART;
+    const uint32_t ways = attn_gpu_ways(a);
+    const enum attn_gpu_way way = ways > 1 ? a->cfg.ops->choose(a->state, seq, seqs) : ATTN_WAY_APART;
+    return (uint32_t)way < ways ? way : ATTN_WAY_APART; /* there is a graph of it */
 }
 
 enum status_code attn_gpu_plan(struct attn_gpu *a, const struct attn_gpu_step *step, struct status *st)

@@ -253,6 +253,8 @@ enum status_code plan(void *state, const struct attn_gpu_step *step, struct stat
     return err == cudaSuccess ? ST_OK : failed(st, ST_INTERNAL, err, "attention plan");
 }
 
+static_assert(ATTN_WAY_SERIAL + 1 == ATTN_GPU_WAYS, "the way that some heads never take is the last");
+
 uint32_t ways(const void *state)
 {
     const struct attn_gpu_step none = {};

@@ -267,16 +267,21 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
         best->last_tiles = level;
 }
 
-/* Few and long ones, half as many units as there are blocks or less, beside a prefill that is over soon: parts that are nearly one round
- * (15/16) of all blocks, early and late. As many as the early ones alone could take leave SMs with one block or none, and memory idle, for up
- * to a fifth of the time (attention_h200_few.txt). As far as it was measured: heads of 128, no cap, units of 32 tiles and more, parts of 8.
- * Returns the tiles of a part; 0: cut by the other rules. */
+/* Few and long ones, half as many units as there are blocks or less, beside a prefill that is over soon: parts that are a round of all blocks, early
+ * and late, or nearly one (15/16), never more. As many as the early ones alone could take leave SMs with one block or none, and memory idle,
+ * for up to a fifth of the time (attention_h200_few.txt); a few more than a round would be another one. As far as it was measured: heads of
+ * 128, no cap, no window, equal units of 32 tiles and more, parts of 8 to 64. Returns the tiles of a part; 0: cut by the other rules. */
 SM90_BOTH uint32_t sm90_cut_few(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t prefill)
 {
     const uint64_t all = SM90_DECODE_BLOCKS * a->sms, units = (uint64_t)t->units[SM90_DECODE] * a->kv_heads;
-    const uint64_t part = (16 * t->tiles[SM90_DECODE] * a->kv_heads + 15 * all - 1) / (15 * all);
-    if (a->head_dim != 2 * SM90_BOX || a->bent || prefill > SM90_BRIEF || 2 * units > all ||
-        t->longest[SM90_DECODE] < SM90_FEW_LONG || part < SM90_FEW_PART_LEAST)
+    const uint64_t tiles = t->tiles[SM90_DECODE] * a->kv_heads, part = (16 * tiles + 15 * all - 1) / (15 * all);
+    const uint32_t longest = t->longest[SM90_DECODE];
+    if (a->head_dim != 2 * SM90_BOX || a->bent || a->window || prefill > SM90_BRIEF || 2 * units > all ||
+        longest < SM90_FEW_LONG || 16 * tiles < 15 * units * longest || part < SM90_FEW_PART_LEAST ||
+        part > SM90_SHORT_PART)
+        return 0;
+    const uint64_t items = units * ((longest + part - 1) / part);
+    if (16 * items < 15 * all || items > all)
         return 0;
     return (uint32_t)part;
 }
@@ -506,7 +511,8 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
-    /* Few units, in parts, beside a brief prefill leave the blocks that come late with little to do: no handicap for the fused kernel. */
+    /* Few units, in parts, beside a brief prefill leave the blocks that come late with little to do, where they are not cut for them
+     * (sm90_cut_few): no handicap for the fused kernel. */
     const bool few = prefill <= SM90_BRIEF && decode <= SM90_BRIEF_TIMES * prefill &&
                      16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
     const float fused = sm90_fused_time((float)prefill, (float)decode, few ? 1 : SM90_FUSED_ALONE);
@@ -595,7 +601,7 @@ static inline enum attn_gpu_way sm90_choose(const struct sm90_shape *a, const st
 
 /* Places for parts of units that are cut: prefill's units are cut only where there are at most two per cluster, into at most four parts per
  * cluster plus one each. Decode: four parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are
- * cut finer; or eight parts per unit of the last quarter alone, or two and, of that quarter, four. Under a fixed cut, by tokens. */
+ * cut finer; or eight parts per unit of the last quarter alone, or two and, of that quarter, four; or a round of all blocks. Under a fixed cut, by tokens. */
 SM90_BOTH void sm90_slots(const struct attn_gpu_config *c, uint32_t sms, uint64_t slots[SM90_ROLES])
 {
     const uint64_t fixed = c->fixed_split_keys, seqs = (uint64_t)c->kv_heads * c->max_seqs;

@@ -57,6 +57,8 @@ static const struct attn_span attn_window_cut[] = {{1, 64, 3000}, {1, 1, 2500}, 
 static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
 static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
+/* sm90: a few long decodes' parts are a round of all blocks. */
+static const struct attn_span attn_few_long[] = {{1, 64, 64}, {8, 1, 4096}, {0, 0, 0}};
 /* Few, but cut and whole units of both roles. */
 static const struct attn_span attn_few[] = {{1, 1, 70}, {1, 40, 1100}, {1, 1, 600}, {1, 70, 130}, {0, 0, 0}};
 static const struct attn_span attn_speculation[] = {{30, 5, 4000}, {10, 2, 3000}, {10, 1, 1000}, {0, 0, 0}};
@@ -109,6 +111,7 @@ static const struct attn_case attn_cases[] = {
     {"few D 256, window", 2, 1, 256, 300, 20, 0, attn_few},
     {"some SMs D 128", 8, 2, 128, 0, 0, 0, attn_some_sms},
     {"some SMs D 64", 8, 2, 64, 0, 0, 0, attn_some_sms},
+    {"few long decodes", 32, 8, 128, 0, 0, 0, attn_few_long},
     {"three parts", 8, 2, 64, 0, 0, 0, attn_three_parts},
     {"window, cut", 8, 2, 128, 2000, 0, 0, attn_window_cut},
     {"256 decodes of 2K, a chunk", 32, 8, 128, 0, 0, 1, attn_full_decodes},

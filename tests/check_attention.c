@@ -954,6 +954,8 @@ START_TEST(ways_are_chosen_by_the_back_end_under_auto)
     counted = (struct counted){.ways = 2};
     ck_assert_int_eq(attn_gpu_create(&a, &gpu_good, NULL), ST_OK);
     ck_assert_uint_eq(attn_gpu_ways(a), 2);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 1), ATTN_WAY_FUSED);
+    ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_APART); /* none that it has not */
     counted.ways = ATTN_GPU_WAYS;
     ck_assert_uint_eq(attn_gpu_ways(a), ATTN_GPU_WAYS);
     ck_assert_int_eq(attn_gpu_choose(a, seq, 2), ATTN_WAY_SERIAL);

@@ -556,7 +556,8 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
         {8, 64, 64, 8, 1985, 9, 9, 9},
         {8, 64, 64, 8, 1984, 11, 11, 11},
         {4, 576, 576, 16, 4096, 32, 32, 32},
-        {2, 128, 128, 8, 4096, 5, 5, 5}, /* nor parts of less than 8 tiles */
+        {2, 64, 64, 45, 4096, 13, 13, 13}, /* three parts each would be 270 on 264 blocks */
+        {2, 128, 128, 8, 4096, 5, 5, 5},   /* nor parts of less than 8 tiles */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct batch b = {.seqs = cases[i].decodes + 1};
@@ -574,22 +575,61 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
 }
 END_TEST
 
-/* For other heads, and with a cap, that was not measured. */
+/* By the rule of few long decodes parts are nearly a round of all blocks, and never more, whatever the numbers of them. */
+START_TEST(few_long_decodes_are_one_round)
+{
+    static struct batch b;
+    uint32_t cut = 0;
+    state = (uint64_t)_i + 1;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        make_apart(&b);
+        const uint32_t decodes = 1 + draw(MAX_SEQS / 4), len = 2048 + draw(20000), rows = 17 + draw(300);
+        b.shape.head_dim = 128;
+        b.shape.bent = false;
+        b.shape.window = 0;
+        b.shape.prefill_only = false;
+        b.shape.max_kv_len = len;
+        b.shape.max_rows = b.shape.max_seq_rows = 4096 + MAX_SEQS;
+        b.shape.kv_heads = 1 + draw(draw(2) ? 8 : 32);
+        b.seqs = chunk_and_decodes(b.seq, rows, rows + draw(300), decodes, len);
+        const uint32_t last = b.seqs - b.seqs / 4;
+        const struct sm90_totals t = totals_of(&b, last);
+        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        if (t.units[SM90_PREFILL] == 0 || r.clusters == b.shape.sms / SM90_CLUSTER)
+            continue; /* decodes alone, or behind prefill */
+        const uint32_t prefill =
+            sm90_cut_prefill(t.units[SM90_PREFILL] * b.shape.kv_heads, sm90_mean_unit(&t), r.clusters).cost;
+        const uint32_t few = sm90_cut_few(&b.shape, &t, prefill);
+        if (few == 0 || (b.shape.sms - r.clusters * SM90_CLUSTER) * SM90_DECODE_BLOCKS <= b.shape.sms)
+            continue; /* cut by another rule, or for no more early blocks than SMs */
+        uint64_t items[SM90_ROLES] = {0, 0}, used[SM90_ROLES] = {0, 0};
+        char text[400];
+        describe(&b, &r, text, sizeof text);
+        ck_assert_msg(r.tiles[SM90_DECODE] == few && r.last_tiles == few, "%s", text);
+        count(&b, &r, items, used);
+        ck_assert_msg(items[SM90_DECODE] <= SM90_DECODE_BLOCKS * b.shape.sms &&
+                          16 * items[SM90_DECODE] >= 15 * SM90_DECODE_BLOCKS * b.shape.sms,
+                      "%llu parts: %s", (unsigned long long)items[SM90_DECODE], text);
+        cut++;
+    }
+    ck_assert_msg(cut > ROUNDS / 100, "%u of %d", cut, ROUNDS);
+}
+END_TEST
+
+/* For other heads, with a cap or a window, that was not measured. */
 START_TEST(few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measured)
 {
     static const struct {
-        uint32_t head_dim, group;
+        uint32_t head_dim, group, window;
         bool bent, round;
-    } heads[] = {{128, 4, false, true},
-                 {128, 1, false, true},
-                 {64, 4, false, false},
-                 {120, 4, false, false},
-                 {128, 4, true, false}};
+    } heads[] = {{128, 4, 0, false, true},  {128, 1, 0, false, true}, {64, 4, 0, false, false},
+                 {120, 4, 0, false, false}, {128, 4, 0, true, false}, {128, 4, 5000, false, false}};
     for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
         struct batch b = {.seqs = 9};
         b.shape = shape_of(8, 8192);
         b.shape.head_dim = heads[i].head_dim;
         b.shape.group = heads[i].group;
+        b.shape.window = heads[i].window;
         b.shape.bent = heads[i].bent;
         chunk_and_decodes(b.seq, 64, 64, 8, 4096);
         const struct sm90_totals t = totals_of(&b, 7);
@@ -659,6 +699,7 @@ int main(void)
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, many_tiles_of_decodes_beside_a_brief_prefill_are_apart);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
+    tcase_add_loop_test(core, few_long_decodes_are_one_round, 0, 4);
     tcase_add_test(core, few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measured);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
                         sizeof equal_decodes / sizeof *equal_decodes);

@@ -735,7 +735,7 @@ def regex(text):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", default=".")
-    ap.add_argument("--seconds", type=float, default=600, help="no new case after that")
+    ap.add_argument("--seconds", type=float, default=600, help="no new case after that; those left out make the exit status 1")
     ap.add_argument("--set", default=",".join(SETS))
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--case", type=regex, default="", metavar="REGEX", help="only cases whose name has a match")
@@ -772,7 +772,7 @@ def main():
         print(f"{'case':52} {'contender':22} {'us':>9} {'p10':>9} {'p90':>9} TFLOP/s  TB/s  limit  serial  best")
         table = Table(args.out, "attention.csv", HEAD)
     power = Table(args.out, "power.csv", POWER_HEAD) if meter else None
-    points, filtered, skipped = [], [], 0
+    points, filtered, skipped, failed = [], [], 0, 0
     for group, name, h, hk, chunks, decodes, layers in cases(args.set.split(",")):
         if not args.case.search(name):
             continue
@@ -791,6 +791,7 @@ def main():
             rows, pair = rows_of(batch, got, lib.back_ends)
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as e:
             print(f"{name}: {str(e).splitlines()[0][:120]}", flush=True)
+            failed += 1
             continue
         for r in rows:
             table.add([group, name] + r)
@@ -820,8 +821,8 @@ def main():
             print(f"{policy} over the best serial pair, {len(gains)} batches with each side 20 % or more of serial: "
                   f"mean {sum(gains) / len(gains):.2f}, best {gains[-1]:.2f}, worst {gains[0]:.2f}; "
                   f"share of the limit: mean {sum(share for _, share in of) / len(of):.2f}")
-    if skipped:
-        print(f"{skipped} cases left out: time was up")
+    if skipped or failed:
+        sys.exit(f"bench_attention.py: {skipped} cases left out as time was up (--seconds), {failed} could not be run: see above")
 
 
 if __name__ == "__main__":

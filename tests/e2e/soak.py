@@ -61,21 +61,26 @@ def nvidia_smi(query):
     return [[field.strip() for field in line.split(",")] for line in out.splitlines() if line.strip()]
 
 
-def device_bytes(pids):
-    """{device: bytes}: of these processes alone, where the driver tells them apart, else of whole devices."""
-    of = {}
-    try:
-        for uuid, pid, mib in nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory"):
-            if int(pid) in pids:
-                of[f"of {uuid[:12]}"] = of.get(f"of {uuid[:12]}", 0) + (int(mib) << 20)
-    except ValueError:
+class Devices:
+    """Memory of devices in use: {device: bytes}, of some processes alone where the driver tells them apart, which the first look
+    decides, else of whole devices. None when a look fails."""
+
+    def __init__(self, pids):
+        self.own = True
+        self.own = bool(self.look(pids))
+        self.seen = self.look(pids) or {}
+
+    def look(self, pids):
         of = {}
-    if of:
-        return of
-    try:
-        return {index: int(mib) << 20 for index, mib in nvidia_smi("--query-gpu=index,memory.used")}
-    except ValueError:
-        return {}
+        try:
+            if not self.own:
+                return {index: int(mib) << 20 for index, mib in nvidia_smi("--query-gpu=index,memory.used")} or None
+            for uuid, pid, mib in nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory"):
+                if int(pid) in pids:
+                    of[uuid[:12]] = of.get(uuid[:12], 0) + (int(mib) << 20)
+        except ValueError:
+            return None
+        return of or None
 
 
 def make_requests(count, vocab, longest, rng):
@@ -97,6 +102,7 @@ class Soak:
         self.lock = threading.Lock()
         self.checked = self.differ = self.left = self.load_requests = 0
         self.failures, self.samples = [], []
+        self.devices = None
         self.mapped = {}  # of the middle and the end: {pid: mappings}
         self.end = 0
 
@@ -149,7 +155,8 @@ class Soak:
         start = said = time.monotonic()
         while time.monotonic() < self.end:
             pids = [p for p in [self.c.process.pid] + children(self.c.process.pid) if process_name(p) in NAMES]
-            self.samples.append((time.monotonic() - start, {p: resident(p) for p in pids}, device_bytes(pids)))
+            self.devices = self.devices or Devices(pids)
+            self.samples.append((time.monotonic() - start, {p: resident(p) for p in pids}, self.devices.look(pids)))
             if "middle" not in self.mapped and time.monotonic() > (start + self.end) / 2:
                 self.mapped["middle"] = {p: mappings(p) for p in pids}
             if time.monotonic() >= said + 60:
@@ -161,7 +168,7 @@ class Soak:
         with self.lock:
             print(f"{seconds:5.0f} s: {self.checked} checked, {self.differ} differ, {self.left} left, {self.load_requests} of load, "
                   f"{len(self.failures)} failures; processes {', '.join(f'{b / 2**20:.1f}' for b in processes.values())} MiB, "
-                  f"devices {', '.join(f'{b / 2**20:.0f}' for b in devices.values())} MiB", flush=True)
+                  f"devices {', '.join(f'{b / 2**20:.0f}' for b in (devices or {}).values())} MiB", flush=True)
 
     def run(self):
         self.end = time.monotonic() + 60 * self.args.minutes
@@ -195,8 +202,12 @@ class Soak:
         rows = []
         for pid in self.samples[-1][1]:
             rows.append((f"{process_name(pid) or 'process'} {pid}", [statistics.median_high(s[1].get(pid, 0) for s in part) for part in parts]))
-        for device in self.samples[-1][2]:
-            rows.append((f"device {device}", [statistics.median_high(s[2].get(device, 0) for s in part) for part in parts]))
+        for device in self.devices.seen:
+            looks = [[s[2][device] for s in part if s[2] and device in s[2]] for part in parts]
+            if not all(looks):
+                self.fail(f"device {device}: nothing was told of its memory a fifth into the load, in the middle or at the end")
+                continue
+            rows.append((f"device {device}", [statistics.median_high(x) for x in looks]))
         return rows
 
 
