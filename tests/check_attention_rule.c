@@ -103,6 +103,14 @@ static unsigned long long share_of(const struct sm90_shape *shape, const struct 
     return best;
 }
 
+/* As the plan has it: the last quarter of the sequences is cut by itself. */
+static struct sm90_rule rule_of(const struct batch *b)
+{
+    const uint32_t last = b->seqs - b->seqs / 4;
+    const struct sm90_totals t = totals_of(b, last);
+    return sm90_rule_of(&b->shape, &t, share_of(&b->shape, &t), last);
+}
+
 /* As the plan counts: items and places for parts of both roles, over all KV heads. */
 static void count(const struct batch *b, const struct sm90_rule *r, uint64_t items[SM90_ROLES],
                   uint64_t slots[SM90_ROLES])
@@ -141,9 +149,7 @@ START_TEST(lists_have_room_for_all_parts_of_any_batch)
     state = (uint64_t)_i + 1;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         make(&b);
-        const uint32_t last = b.seqs - b.seqs / 4;
-        const struct sm90_totals t = totals_of(&b, last);
-        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        const struct sm90_rule r = rule_of(&b);
         uint64_t items[SM90_ROLES] = {0, 0}, used[SM90_ROLES] = {0, 0}, slots[SM90_ROLES], units[SM90_ROLES];
         char text[400];
         describe(&b, &r, text, sizeof text);
@@ -224,9 +230,7 @@ START_TEST(a_fixed_cut_depends_on_the_length_alone)
     for (uint32_t round = 0; round < ROUNDS / 10; round++) {
         make(&b);
         b.shape.fixed_tiles = 1 + draw(32);
-        const uint32_t last = b.seqs - b.seqs / 4;
-        const struct sm90_totals t = totals_of(&b, last);
-        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        const struct sm90_rule r = rule_of(&b);
         for (uint32_t i = 0; i < b.seqs; i++) {
             const uint32_t tiles = 1 + draw(3000), fixed = b.shape.fixed_tiles;
             uint32_t parts = (tiles + fixed - 1) / fixed;
@@ -562,12 +566,8 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct batch b = {.seqs = cases[i].decodes + 1};
         b.shape = shape_of(cases[i].kv_heads, 8192);
-        b.seq[0] = (struct attn_seq){.rows = cases[i].rows, .kv_len = cases[i].chunk_len};
-        for (uint32_t d = 0; d < cases[i].decodes; d++)
-            b.seq[d + 1] = (struct attn_seq){.first_row = 4096 + d, .rows = 1, .kv_len = cases[i].decode_len};
-        const uint32_t last = b.seqs - cases[i].decodes / 4;
-        const struct sm90_totals t = totals_of(&b, last);
-        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        chunk_and_decodes(b.seq, cases[i].rows, cases[i].chunk_len, cases[i].decodes, cases[i].decode_len);
+        const struct sm90_rule r = rule_of(&b);
         ck_assert_msg(r.tiles[SM90_DECODE] == cases[i].tiles && r.last_tiles <= cases[i].most &&
                           r.last_tiles >= cases[i].least,
                       "case %zu: parts of %u, the last ones' of %u", i, r.tiles[SM90_DECODE], r.last_tiles);
@@ -592,9 +592,8 @@ START_TEST(few_long_decodes_are_one_round)
         b.shape.max_rows = b.shape.max_seq_rows = 4096 + MAX_SEQS;
         b.shape.kv_heads = 1 + draw(draw(2) ? 8 : 32);
         b.seqs = chunk_and_decodes(b.seq, rows, rows + draw(300), decodes, len);
-        const uint32_t last = b.seqs - b.seqs / 4;
-        const struct sm90_totals t = totals_of(&b, last);
-        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), last);
+        const struct sm90_totals t = totals_of(&b, b.seqs);
+        const struct sm90_rule r = rule_of(&b);
         if (t.units[SM90_PREFILL] == 0 || r.clusters == b.shape.sms / SM90_CLUSTER)
             continue; /* decodes alone, or behind prefill */
         const uint32_t prefill =
@@ -632,8 +631,7 @@ START_TEST(few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measur
         b.shape.window = heads[i].window;
         b.shape.bent = heads[i].bent;
         chunk_and_decodes(b.seq, 64, 64, 8, 4096);
-        const struct sm90_totals t = totals_of(&b, 7);
-        const struct sm90_rule r = sm90_rule_of(&b.shape, &t, share_of(&b.shape, &t), 7);
+        const struct sm90_rule r = rule_of(&b);
         ck_assert_msg((r.tiles[SM90_DECODE] == 17 && r.last_tiles == 17) == heads[i].round,
                       "case %zu: parts of %u, the last ones' of %u", i, r.tiles[SM90_DECODE], r.last_tiles);
     }
@@ -657,20 +655,13 @@ static const struct {
     {8, 33, 16384, 256} /* 264, whole */
 };
 
-static struct sm90_rule rule_of_decodes(struct batch *b)
-{
-    const uint32_t last = b->seqs - b->seqs / 4;
-    struct sm90_totals t = totals_of(b, last);
-    return sm90_rule_of(&b->shape, &t, UINT64_MAX, last);
-}
-
 START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
 {
     struct batch b = {.seqs = equal_decodes[_i].seqs};
     b.shape = shape_of(equal_decodes[_i].kv_heads, 1);
     for (uint32_t i = 0; i < b.seqs; i++)
         b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = equal_decodes[_i].kv_len};
-    const struct sm90_rule r = rule_of_decodes(&b);
+    const struct sm90_rule r = rule_of(&b);
     const uint32_t whole = equal_decodes[_i].kv_len / 64, part = r.tiles[SM90_DECODE];
     ck_assert_uint_eq(r.last_tiles, part);
     ck_assert_msg((part < whole ? part : whole) == equal_decodes[_i].part,
@@ -685,7 +676,7 @@ START_TEST(one_long_decode_among_short_ones_is_cut)
     b.shape = shape_of(8, 1);
     for (uint32_t i = 0; i < b.seqs; i++)
         b.seq[i] = (struct attn_seq){.first_row = i, .rows = 1, .kv_len = i == 17 ? 131072 : 128};
-    const struct sm90_rule r = rule_of_decodes(&b);
+    const struct sm90_rule r = rule_of(&b);
     ck_assert_msg(r.tiles[SM90_DECODE] <= 2048 / 16, "one of 2048 tiles in parts of %u", r.tiles[SM90_DECODE]);
 }
 END_TEST

@@ -14,6 +14,7 @@ off has said something; SIGTERM ends it before its time. Answers are the same to
 import argparse
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ def nvidia_smi(query):
 
 class Devices:
     """Memory of devices in use: {device: bytes}, of some processes alone where the driver tells them apart, which the first look
-    decides, else of whole devices. None when a look fails."""
+    decides, else of whole devices. None when a look fails; `seen` is what the first one told, nothing where there is no nvidia-smi."""
 
     def __init__(self, pids):
         self.own = True
@@ -202,6 +203,8 @@ class Soak:
         rows = []
         for pid in self.samples[-1][1]:
             rows.append((f"{process_name(pid) or 'process'} {pid}", [statistics.median_high(s[1].get(pid, 0) for s in part) for part in parts]))
+        if self.args.backend == "cuda" and shutil.which("nvidia-smi") and not self.devices.seen:
+            self.fail("nvidia-smi told nothing of any device's memory")
         for device in self.devices.seen:
             looks = [[s[2][device] for s in part if s[2] and device in s[2]] for part in parts]
             if not all(looks):
