@@ -32,6 +32,7 @@ enum {
     SM90_MIN_PREFILL_TILES = 8, /* 512 keys */
     SM90_MIN_DECODE_TILES = 2,  /* a tile of 32 keys for each warp */
     SM90_UNIT_COST = 6,         /* start and end of a prefill item, in tiles */
+    SM90_PREFILL_WAVES = 4,     /* of all clusters, that its parts may be at most */
     SM90_DECODE_WAVES = 6,      /* of parts, beside prefill, where these are long enough */
     SM90_LAST_WAVES = 8,        /* of the parts of the last decodes */
     SM90_MAX_LAST_PARTS = 8,    /* of a unit of theirs, where the others' are whole */
@@ -39,8 +40,10 @@ enum {
     SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
     SM90_TINY_PART = 3,         /* tiles */
-    SM90_FEW_LONG = 32,         /* tiles, at least, of the longest of few units, */
-    SM90_FEW_PART_LEAST = 8,    /* and of their parts */
+    SM90_LEVEL_LEAST = 15,      /* half tiles of decodes for each block, from which on parts are level, */
+    SM90_LEVEL_MOST = 32,       /* tiles up to which they are, */
+    SM90_LEVEL_WHOLE = 160,     /* where units would be whole, */
+    SM90_LEVEL_PART_LEAST = 8,  /* and of a part */
     SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
     SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
     /* What a whole unit of decode costs beside its tiles, and a part twice. More where prefill is beside: its reads are waited for, too. */
@@ -85,19 +88,21 @@ enum {
     SM90_BENT_PART = 2
 };
 
-/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 224 batches, each
- * with nine numbers of clusters (NOTES.md). */
-#define SM90_DECODE_RATE     0.9f  /* most of decodes' rate while prefill works */
-#define SM90_DECODE_BY_SHARE 2     /* of that rate, by their share of the SMs */
-#define SM90_TILE_ALONE      0.79f /* of prefill, without decodes */
-#define SM90_TILE_BESIDE     0.19f /* more, beside decodes at their full rate */
-#define SM90_FUSED_DECODE    0.27f /* what a tile of decodes costs in the fused kernel, beside prefill's */
-#define SM90_FUSED_RATE      0.51f /* tiles of decodes that come on there in one of prefill's */
-#define SM90_FUSED_ALONE     1.05f /* what one costs there when prefill has ended */
-/* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more; and, of a long prefill's time, this part. */
+/* What a step takes where prefill has some of the clusters for itself and decodes the other SMs, in tiles. Fitted to 64 batches of
+ * POD-Attention's sweep, each with seven numbers of clusters (NOTES.md, attention_h200_level.txt). */
+#define SM90_SHARE_HALF   0.27f /* of the SMs: decodes there have 0.635 of the rate that they have on all, 1.27 / 2 */
+#define SM90_SHARE_MOST   3     /* times its share of that rate is the most that an SM does */
+#define SM90_DECODE_RATE  0.84f /* and this the most of it while prefill works */
+#define SM90_TILE         0.86f /* of prefill */
+#define SM90_FUSED_DECODE 0.42f /* what a tile of decodes costs in the fused kernel, beside prefill's */
+#define SM90_FUSED_RATE   0.52f /* tiles of decodes that come on there in one of prefill's */
+#define SM90_FUSED_ALONE  1.07f /* what one costs there when prefill has ended */
+/* Less gain is not worth it: where prefill leaves SMs in any case; where it would have more; and, of a long prefill's time without a window,
+ * this part. */
 #define SM90_GAIN      2
 #define SM90_GAIN_CUT  5
-#define SM90_GAIN_PART 0.025f
+#define SM90_GAIN_PART 0.05f
+#define SM90_RISK      1.08f /* times what prefill takes, as it may */
 
 /* What a rule depends on beside the sequences. */
 struct sm90_shape {
@@ -267,23 +272,24 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
         best->last_tiles = level;
 }
 
-/* Few and long ones, half as many units as there are blocks or less, beside a prefill that is over soon: parts that are a round of all blocks, early
- * and late, or nearly one (15/16), never more. As many as the early ones alone could take leave SMs with one block or none, and memory idle,
- * for up to a fifth of the time (attention_h200_few.txt); a few more than a round would be another one. As far as it was measured: heads of
- * 128, no cap, no window, equal units of 32 tiles and more, parts of 8 to 64. Returns the tiles of a part; 0: cut by the other rules. */
-SM90_BOTH uint32_t sm90_cut_few(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t prefill)
+/* Beside prefill, where each of all blocks, early and late, has 7.5 to 32 tiles to do: equal parts, about two for each block and of 8 tiles at
+ * least, so that whoever is free takes the next one. A part more costs half a tile, much less than it costs where a block has fewer
+ * (SM90_ENDS_BESIDE), and how many units there are does not matter; but whole units that are a round are faster still. Where blocks have more,
+ * up to 160 tiles, and units of 33 to 64 would be whole to the last, parts of a fourth of that and 16 tiles at least. As far as it was measured
+ * (attention_h200_level.txt): heads of 128, no cap, no window. Returns the tiles of a part; 0: cut by the other rules. */
+SM90_BOTH uint32_t sm90_cut_level(const struct sm90_shape *a, const struct sm90_totals *t, bool whole)
 {
-    const uint64_t all = SM90_DECODE_BLOCKS * a->sms, units = (uint64_t)t->units[SM90_DECODE] * a->kv_heads;
-    const uint64_t tiles = t->tiles[SM90_DECODE] * a->kv_heads, part = (16 * tiles + 15 * all - 1) / (15 * all);
-    const uint32_t longest = t->longest[SM90_DECODE];
-    if (a->head_dim != 2 * SM90_BOX || a->bent || a->window || prefill > SM90_BRIEF || 2 * units > all ||
-        longest < SM90_FEW_LONG || 16 * tiles < 15 * units * longest || part < SM90_FEW_PART_LEAST ||
-        part > SM90_SHORT_PART)
+    const uint64_t all = SM90_DECODE_BLOCKS * a->sms, units = (uint64_t)t->units[SM90_DECODE] * a->kv_heads,
+                   tiles = t->tiles[SM90_DECODE] * a->kv_heads, most = whole ? SM90_LEVEL_WHOLE : SM90_LEVEL_MOST;
+    if (a->head_dim != 2 * SM90_BOX || a->bent || a->window || 2 * tiles < SM90_LEVEL_LEAST * all ||
+        tiles >= most * all)
         return 0;
-    const uint64_t items = units * ((longest + part - 1) / part);
-    if (16 * items < 15 * all || items > all)
+    const bool few = tiles < SM90_LEVEL_MOST * all, equal = 16 * tiles >= 15 * units * t->longest[SM90_DECODE];
+    if (few && equal && units <= all && 16 * units >= 15 * all)
         return 0;
-    return (uint32_t)part;
+    const uint64_t parts = (few ? 2 : 4) * all, part = (tiles + parts - 1) / parts,
+                   least = few ? SM90_LEVEL_PART_LEAST : 2 * SM90_LEVEL_PART_LEAST;
+    return (uint32_t)(part > least ? part : least);
 }
 
 /* Beside prefill: few as if alone, by one warpgroup per SM; else about a wave of parts, more where there is more to balance. The last
@@ -322,12 +328,13 @@ struct sm90_prefill_cut {
 
 /* As many parts per unit as make the waves of clusters cheapest. Slots are enough by construction (sm90_slots): units are cut into few
  * parts where there are many, and a sum of quotients rounded up is less than the quotient of the sum and their number. */
-SM90_BOTH struct sm90_prefill_cut sm90_cut_prefill(uint32_t units, uint32_t mean, uint32_t clusters)
+SM90_BOTH struct sm90_prefill_cut sm90_cut_prefill(const struct sm90_shape *a, uint32_t units, uint32_t mean,
+                                                   uint32_t clusters)
 {
+    const uint32_t most = SM90_PREFILL_WAVES * (a->sms / SM90_CLUSTER);
     struct sm90_prefill_cut best = {1, UINT32_MAX};
     for (uint32_t s = 1;
-         s <= SM90_MAX_PREFILL_PARTS && (s == 1 || (mean / s >= SM90_MIN_PREFILL_TILES && units * s <= 4 * clusters));
-         s++) {
+         s <= SM90_MAX_PREFILL_PARTS && (s == 1 || (mean / s >= SM90_MIN_PREFILL_TILES && units * s <= most)); s++) {
         const uint64_t waves = ((uint64_t)units * s + clusters - 1) / clusters;
         const uint64_t cost = waves * ((mean + s - 1) / s + SM90_UNIT_COST + (s > 1 ? SM90_UNIT_COST : 0));
         if (cost < best.cost) {
@@ -357,12 +364,11 @@ SM90_BOTH uint64_t sm90_decode_load(const struct sm90_shape *a, const struct sm9
 /* Tiles until a step has ended whose prefill, of so many tiles on n of all clusters, leaves the other SMs to decodes. */
 SM90_BOTH float sm90_shared_time(float prefill, float decode, float n, float all)
 {
-    const float by_share = SM90_DECODE_BY_SHARE * (1 - n / all),
-                rate = by_share < SM90_DECODE_RATE ? by_share : SM90_DECODE_RATE;
-    const float tile = SM90_TILE_ALONE + SM90_TILE_BESIDE * rate, both = prefill * tile;
-    if (rate * both < decode)
-        return both + decode - rate * both;
-    return decode / rate + (prefill - decode / rate / tile) * SM90_TILE_ALONE;
+    const float share = 1 - n / all, by_share = share * (1 + SM90_SHARE_HALF) / (share + SM90_SHARE_HALF);
+    float rate = SM90_SHARE_MOST * share < SM90_DECODE_RATE ? SM90_SHARE_MOST * share : SM90_DECODE_RATE;
+    rate = by_share < rate ? by_share : rate;
+    const float both = prefill * SM90_TILE;
+    return rate * both < decode ? both + decode - rate * both : both;
 }
 
 /* The same of the fused kernel, where a tile of decodes costs so much when prefill has ended. */
@@ -381,21 +387,39 @@ SM90_BOTH bool sm90_fills(uint32_t head_dim)
     return head_dim % SM90_BOX == 0;
 }
 
-/* Prefill on n of the clusters: the time until the step has ended, with the gain that is asked for, in 1/16 of a tile, and n in the low 16
- * bits; UINT64_MAX where it cannot be or is not worth a look. The least over all n is what `share` stands for below. */
+/* Prefill on n of the clusters. */
+struct sm90_on {
+    float time;    /* until the step has ended, with the gain that is asked for */
+    float prefill; /* until prefill has ended */
+    bool leaves;   /* SMs by itself */
+};
+
+SM90_BOTH struct sm90_on sm90_on_clusters(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t n)
+{
+    const uint32_t units = t->units[SM90_PREFILL] * a->kv_heads;
+    const struct sm90_prefill_cut cut = sm90_cut_prefill(a, units, sm90_mean_unit(t), n);
+    struct sm90_on on = {0, SM90_TILE * (float)cut.cost, units * cut.parts <= n};
+    on.time =
+        sm90_shared_time((float)cut.cost, (float)sm90_decode_load(a, t), (float)n, (float)(a->sms / SM90_CLUSTER)) +
+        (on.leaves ? SM90_GAIN : SM90_GAIN_CUT);
+    return on;
+}
+
+/* How good n clusters are for prefill: the time, in 1/16 of a tile, and n in the low 16 bits; UINT64_MAX where it cannot be or is not worth
+ * a look. The least over all n is what `share` stands for below. Where decodes take longer than prefill would on all clusters, one that ends
+ * with the step lets all wait when it takes longer than was thought, one that ends before does not: SM90_RISK (not measured where heads do
+ * not fill boxes). */
 SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const struct sm90_totals *t, uint32_t n)
 {
-    const uint32_t clusters = a->sms / SM90_CLUSTER, units = t->units[SM90_PREFILL] * a->kv_heads;
-    const uint64_t decode = sm90_decode_load(a, t);
-    if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || units == 0 || t->units[SM90_DECODE] == 0 || n == 0 ||
-        n >= clusters)
+    if (a->policy != ATTN_GPU_AUTO || a->fixed_tiles || t->units[SM90_PREFILL] == 0 || t->units[SM90_DECODE] == 0 ||
+        n == 0 || n >= a->sms / SM90_CLUSTER)
         return UINT64_MAX;
-    const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(t), n);
-    const bool leaves = units * cut.parts <= n;
-    if (!leaves && decode < SM90_SHARE_MIN)
+    const struct sm90_on on = sm90_on_clusters(a, t, n);
+    if (!on.leaves && sm90_decode_load(a, t) < SM90_SHARE_MIN)
         return UINT64_MAX;
-    const float time = sm90_shared_time((float)cut.cost, (float)decode, (float)n, (float)clusters);
-    return (unsigned long long)((time + (leaves ? SM90_GAIN : SM90_GAIN_CUT)) * 16) << 16 | n;
+    const bool after = sm90_decode_load(a, t) > sm90_on_clusters(a, t, a->sms / SM90_CLUSTER).prefill;
+    const float late = after && sm90_fills(a->head_dim) ? SM90_RISK * on.prefill : 0;
+    return (unsigned long long)((on.time > late ? on.time : late) * 16) << 16 | n;
 }
 
 /* Tiles until a step has ended with a kernel for each role, and on how many clusters prefill is then: on those of the share, or on all with
@@ -403,15 +427,18 @@ SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const str
 SM90_BOTH float sm90_apart_time(const struct sm90_shape *a, const struct sm90_totals *t, unsigned long long share,
                                 uint32_t *clusters)
 {
+    const uint32_t n = (uint32_t)(share & 0xffff);
     *clusters = a->sms / SM90_CLUSTER;
     if (t->units[SM90_PREFILL] == 0)
         return (float)sm90_decode_load(a, t);
-    const uint32_t prefill = sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), *clusters).cost;
-    const float in_turn = SM90_TILE_ALONE * (float)prefill + (float)sm90_decode_load(a, t);
-    if (share == UINT64_MAX || (float)(share >> 16) / 16 >= in_turn)
+    const float in_turn = sm90_on_clusters(a, t, *clusters).prefill + (float)sm90_decode_load(a, t);
+    if (share == UINT64_MAX)
         return in_turn;
-    *clusters = (uint32_t)(share & 0xffff);
-    return (float)(share >> 16) / 16;
+    const float time = sm90_on_clusters(a, t, n).time;
+    if (time >= in_turn)
+        return in_turn;
+    *clusters = n;
+    return time;
 }
 
 /* Whether there is a batch for which sm90_serial_anyway is. */
@@ -502,7 +529,7 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
     if (t->units[SM90_PREFILL] == 0 || t->units[SM90_DECODE] == 0)
         return ATTN_WAY_APART;
     const uint64_t prefill =
-        sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
+        sm90_cut_prefill(a, t->units[SM90_PREFILL] * a->kv_heads, sm90_mean_unit(t), a->sms / SM90_CLUSTER).cost;
     uint32_t clusters;
     const float apart = sm90_apart_time(a, t, share, &clusters);
     if (sm90_serial_anyway(a, t, prefill))
@@ -511,12 +538,11 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
-    /* Few units, in parts, beside a brief prefill leave the blocks that come late with little to do, where they are not cut for them
-     * (sm90_cut_few): no handicap for the fused kernel. */
+    /* Beside a brief prefill that leaves no SMs by itself few units are no handicap of the fused kernel (attention_h200_level.txt). */
     const bool few = prefill <= SM90_BRIEF && decode <= SM90_BRIEF_TIMES * prefill &&
                      16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
     const float fused = sm90_fused_time((float)prefill, (float)decode, few ? 1 : SM90_FUSED_ALONE);
-    const float gain = prefill > SM90_LONG_PREFILL ? SM90_GAIN_PART * (float)prefill : 0;
+    const float gain = prefill > SM90_LONG_PREFILL && !a->window ? SM90_GAIN_PART * (float)prefill : 0;
     return apart + gain < fused ? ATTN_WAY_APART : ATTN_WAY_FUSED;
 }
 
@@ -524,7 +550,7 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
 SM90_BOTH uint32_t sm90_rule_of_prefill(const struct sm90_shape *a, const struct sm90_totals *t, struct sm90_rule *r)
 {
     const uint32_t mean = sm90_mean_unit(t);
-    const struct sm90_prefill_cut cut = sm90_cut_prefill(t->units[SM90_PREFILL] * a->kv_heads, mean, r->clusters);
+    const struct sm90_prefill_cut cut = sm90_cut_prefill(a, t->units[SM90_PREFILL] * a->kv_heads, mean, r->clusters);
     const uint64_t each = t->tiles[SM90_PREFILL] * a->kv_heads / r->clusters;
     const uint32_t whole = mean + mean / 2 > each ? mean + mean / 2 : (uint32_t)each;
     const uint32_t tiles = cut.parts > 1 ? (mean + cut.parts - 1) / cut.parts : whole;
@@ -559,9 +585,12 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,
                               t->longest[SM90_DECODE], &cut);
-    const uint32_t few = beside && apart ? sm90_cut_few(a, t, prefill) : 0;
-    if (few)
-        cut.tiles = cut.last_tiles = few;
+    const uint32_t longest = t->longest[SM90_DECODE];
+    const bool whole = beside && 2 * longest > SM90_SHORT_PART && longest <= SM90_SHORT_PART && cut.tiles >= longest &&
+                       cut.last_tiles >= longest;
+    const uint32_t level = apart && !at_once && on > 0 ? sm90_cut_level(a, t, whole) : 0;
+    if (level)
+        cut.tiles = cut.last_tiles = level;
     if (at_once || (apart && cut.tiles <= SM90_SHORT_PART)) {
         r.tiles[SM90_DECODE] = cut.tiles;
         r.last_tiles = cut.last_tiles;

@@ -192,7 +192,7 @@ START_TEST(a_way_is_for_both_roles)
             else if (way == ATTN_WAY_FUSED && of_wide != way) {
                 const uint32_t all = own.sms / SM90_CLUSTER;
                 const uint64_t prefill =
-                    sm90_cut_prefill(t.units[SM90_PREFILL] * own.kv_heads, sm90_mean_unit(&t), all).cost;
+                    sm90_cut_prefill(&own, t.units[SM90_PREFILL] * own.kv_heads, sm90_mean_unit(&t), all).cost;
                 uint32_t clusters;
                 sm90_apart_time(&own, &t, share_of(&own, &t), &clusters);
                 ck_assert(sm90_too_few_left(&own, prefill, sm90_decode_load(&own, &t), clusters));
@@ -259,14 +259,15 @@ START_TEST(prefill_is_on_some_clusters_only_where_that_ends_sooner)
             ck_assert_uint_eq(r.clusters, clusters);
             continue;
         }
-        const struct sm90_prefill_cut on_all = sm90_cut_prefill(units, sm90_mean_unit(&t), clusters);
-        const float in_turn = SM90_TILE_ALONE * (float)on_all.cost + (float)sm90_decode_load(&b.shape, &t);
+        const struct sm90_prefill_cut on_all = sm90_cut_prefill(&b.shape, units, sm90_mean_unit(&t), clusters);
+        const float in_turn = SM90_TILE * (float)on_all.cost + (float)sm90_decode_load(&b.shape, &t);
         if (r.clusters == clusters) {
-            ck_assert(share == UINT64_MAX || (float)(share >> 16) / 16 >= in_turn);
+            ck_assert(share == UINT64_MAX ||
+                      sm90_on_clusters(&b.shape, &t, (uint32_t)(share & 0xffff)).time >= in_turn);
             all++;
             continue;
         }
-        const struct sm90_prefill_cut cut = sm90_cut_prefill(units, sm90_mean_unit(&t), r.clusters);
+        const struct sm90_prefill_cut cut = sm90_cut_prefill(&b.shape, units, sm90_mean_unit(&t), r.clusters);
         ck_assert(sm90_shared_time((float)cut.cost, (float)sm90_decode_load(&b.shape, &t), (float)r.clusters,
                                    (float)clusters) < in_turn);
         some++;
@@ -454,7 +455,9 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         {8, 128, false, 512, 512, 8, 4096, ATTN_WAY_FUSED}, /* 44.3, apart 43.0; but with a kernel between 49.1, 55.8 */
         {8, 128, false, 1024, 1024, 8, 4096, ATTN_WAY_APART}, /* 51.2, fused 60.4; 55.6, 62.7 */
         {8, 128, false, 512, 4096, 32, 1024, ATTN_WAY_FUSED},
-        {8, 128, false, 1024, 12288, 128, 2048, ATTN_WAY_FUSED},
+        {8, 128, false, 1024, 12288, 128, 2048, ATTN_WAY_APART}, /* 479, fused 495 */
+        {8, 128, false, 1024, 32768, 22, 32768, ATTN_WAY_APART}, /* 1084, 1196 */
+        {4, 128, false, 1024, 4096, 22, 4096, ATTN_WAY_FUSED},   /* 82, 91 */
         {8, 128, false, 512, 131072, 2, 131072, ATTN_WAY_APART}, /* 1820 us, fused 2058 */
         {8, 128, false, 512, 32768, 22, 32768, ATTN_WAY_APART},  /* 808, 946 */
 
@@ -522,7 +525,9 @@ START_TEST(the_way_is_what_was_fastest_when_it_was_measured)
         shape.bent = cases[i].bent;
         const uint32_t n =
             chunk_and_decodes(seq, cases[i].rows, cases[i].chunk_len, cases[i].decodes, cases[i].decode_len);
-        ck_assert_msg(sm90_choose(&shape, seq, n) == cases[i].way, "case %zu: way %d, expected %d", i,
+        ck_assert_msg(sm90_choose(&shape, seq, n) == cases[i].way,
+                      "case %zu (%u heads of %u, %u of %u, %u x %u): way %d, expected %d", i, cases[i].kv_heads,
+                      cases[i].head_dim, cases[i].rows, cases[i].chunk_len, cases[i].decodes, cases[i].decode_len,
                       (int)sm90_choose(&shape, seq, n), (int)cases[i].way);
     }
 }
@@ -546,22 +551,16 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
         uint32_t kv_heads, rows, chunk_len, decodes, decode_len, tiles, most, least; /* of the last ones' parts */
     } cases[] = {
         {2, 512, 4096, 128, 2048, 32, 8, 1}, /* late blocks would take all that is left, whole */
-        {2, 128, 4096, 128, 2048, 32, 8, 1},
-        {4, 128, 4096, 64, 2048, 32, 8, 1},
+        {2, 128, 4096, 128, 2048, 32, 8, 1},  {4, 128, 4096, 64, 2048, 32, 8, 1},
         {8, 128, 128, 32, 1024, 16, 16, 16}, /* all blocks are there soon, and whole units fill a round */
-        {4, 128, 128, 64, 2048, 32, 32, 32},
-        {8, 1024, 1024, 128, 512, 8, 8, 8}, /* short ones, many */
-        {8, 64, 64, 8, 4096, 17, 17, 17},   /* few long ones: a round of all blocks */
-        {8, 256, 256, 4, 16384, 34, 34, 34},
-        {4, 512, 512, 16, 4096, 17, 17, 17},
-        {8, 64, 64, 16, 2048, 17, 17, 17},
-        {8, 64, 64, 17, 2048, 11, 11,
-         11}, /* one sequence more are not few, 64 keys less not long, 64 rows more not brief: by the early ones */
-        {8, 64, 64, 8, 1985, 9, 9, 9},
-        {8, 64, 64, 8, 1984, 11, 11, 11},
-        {4, 576, 576, 16, 4096, 32, 32, 32},
-        {2, 64, 64, 45, 4096, 13, 13, 13}, /* three parts each would be 270 on 264 blocks */
-        {2, 128, 128, 8, 4096, 5, 5, 5},   /* nor parts of less than 8 tiles */
+        {4, 128, 128, 64, 2048, 32, 32, 32},  {8, 1024, 1024, 128, 512, 16, 16, 16}, /* short ones, many: whole */
+        {8, 64, 64, 8, 4096, 8, 8, 8}, /* from 7.5 to 32 tiles for each block: two parts each, of 8 tiles at least */
+        {8, 64, 64, 12, 4096, 12, 12, 12},    {8, 256, 256, 4, 16384, 16, 16, 16},
+        {8, 256, 1024, 8, 8192, 16, 16, 16},  {4, 576, 576, 16, 4096, 8, 8, 8},
+        {8, 64, 64, 30, 1024, 8, 8, 8},       /* of 16: 15 fewer than a round */
+        {8, 64, 64, 34, 1024, 9, 9, 9},       /* 8 more than one */
+        {4, 512, 4096, 33, 4096, 64, 64, 16}, /* 32 tiles: no more */
+        {2, 64, 64, 61, 1024, 8, 4, 4},       /* 7.4 tiles for each, cut for the early ones */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct batch b = {.seqs = cases[i].decodes + 1};
@@ -575,14 +574,15 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
 }
 END_TEST
 
-/* By the rule of few long decodes parts are nearly a round of all blocks, and never more, whatever the numbers of them. */
-START_TEST(few_long_decodes_are_one_round)
+/* Level parts: about two for each block, and those left over of each unit; none longer than half of what a block may have. */
+START_TEST(level_parts_are_about_two_for_each_block)
 {
     static struct batch b;
     uint32_t cut = 0;
     state = (uint64_t)_i + 1;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         make_apart(&b);
+        const bool equal = draw(2);
         const uint32_t decodes = 1 + draw(MAX_SEQS / 4), len = 2048 + draw(20000), rows = 17 + draw(300);
         b.shape.head_dim = 128;
         b.shape.bent = false;
@@ -592,35 +592,35 @@ START_TEST(few_long_decodes_are_one_round)
         b.shape.max_rows = b.shape.max_seq_rows = 4096 + MAX_SEQS;
         b.shape.kv_heads = 1 + draw(draw(2) ? 8 : 32);
         b.seqs = chunk_and_decodes(b.seq, rows, rows + draw(300), decodes, len);
+        for (uint32_t i = 0; !equal && i < b.seqs; i++)
+            if (b.seq[i].rows == 1)
+                b.seq[i].kv_len = 1 + draw(len);
         const struct sm90_totals t = totals_of(&b, b.seqs);
         const struct sm90_rule r = rule_of(&b);
-        if (t.units[SM90_PREFILL] == 0 || r.clusters == b.shape.sms / SM90_CLUSTER)
-            continue; /* decodes alone, or behind prefill */
-        const uint32_t prefill =
-            sm90_cut_prefill(t.units[SM90_PREFILL] * b.shape.kv_heads, sm90_mean_unit(&t), r.clusters).cost;
-        const uint32_t few = sm90_cut_few(&b.shape, &t, prefill);
-        if (few == 0 || (b.shape.sms - r.clusters * SM90_CLUSTER) * SM90_DECODE_BLOCKS <= b.shape.sms)
-            continue; /* cut by another rule, or for no more early blocks than SMs */
+        const uint32_t level = sm90_cut_level(&b.shape, &t, false);
+        if (t.units[SM90_PREFILL] == 0 || level == 0 || r.clusters == b.shape.sms / SM90_CLUSTER)
+            continue; /* decodes alone, or cut by another rule, or behind prefill */
         uint64_t items[SM90_ROLES] = {0, 0}, used[SM90_ROLES] = {0, 0};
         char text[400];
         describe(&b, &r, text, sizeof text);
-        ck_assert_msg(r.tiles[SM90_DECODE] == few && r.last_tiles == few, "%s", text);
+        ck_assert_msg(r.tiles[SM90_DECODE] == level && r.last_tiles == level, "%s", text);
         count(&b, &r, items, used);
-        ck_assert_msg(items[SM90_DECODE] <= SM90_DECODE_BLOCKS * b.shape.sms &&
-                          16 * items[SM90_DECODE] >= 15 * SM90_DECODE_BLOCKS * b.shape.sms,
-                      "%llu parts: %s", (unsigned long long)items[SM90_DECODE], text);
+        const uint64_t blocks = SM90_DECODE_BLOCKS * b.shape.sms, units = t.units[SM90_DECODE] * b.shape.kv_heads;
+        ck_assert_msg(items[SM90_DECODE] <= 2 * blocks + units, "%llu parts: %s",
+                      (unsigned long long)items[SM90_DECODE], text);
+        ck_assert_msg(level >= SM90_LEVEL_PART_LEAST && level <= SM90_LEVEL_MOST / 2, "%s", text);
         cut++;
     }
     ck_assert_msg(cut > ROUNDS / 100, "%u of %d", cut, ROUNDS);
 }
 END_TEST
 
-/* For other heads, with a cap or a window, that was not measured. */
-START_TEST(few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measured)
+/* For other heads, with a cap or a window, they were not measured. */
+START_TEST(parts_are_level_only_where_that_was_measured)
 {
     static const struct {
         uint32_t head_dim, group, window;
-        bool bent, round;
+        bool bent, level;
     } heads[] = {{128, 4, 0, false, true},  {128, 1, 0, false, true}, {64, 4, 0, false, false},
                  {120, 4, 0, false, false}, {128, 4, 0, true, false}, {128, 4, 5000, false, false}};
     for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
@@ -632,8 +632,31 @@ START_TEST(few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measur
         b.shape.bent = heads[i].bent;
         chunk_and_decodes(b.seq, 64, 64, 8, 4096);
         const struct sm90_rule r = rule_of(&b);
-        ck_assert_msg((r.tiles[SM90_DECODE] == 17 && r.last_tiles == 17) == heads[i].round,
+        ck_assert_msg((r.tiles[SM90_DECODE] == 8 && r.last_tiles == 8) == heads[i].level,
                       "case %zu: parts of %u, the last ones' of %u", i, r.tiles[SM90_DECODE], r.last_tiles);
+    }
+}
+END_TEST
+
+/* Prefill's waves on some of the clusters are whole ones, or nearly, where units can be cut for that. */
+START_TEST(prefill_beside_decodes_is_cut_for_the_clusters_that_it_has)
+{
+    static const struct {
+        uint32_t kv_heads, rows, chunk_len, decodes, decode_len, clusters, parts;
+    } cases[] = {
+        {8, 1024, 32768, 22, 32768, 52, 2}, /* 128 units: 5 waves of halves; whole ones would be 3 on 43 clusters */
+        {4, 2048, 16384, 45, 16384, 52, 2},
+        {8, 512, 4096, 33, 4096, 32, 1}, /* decodes have what they can take */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct batch b = {.seqs = cases[i].decodes + 1};
+        b.shape = shape_of(cases[i].kv_heads, 8192);
+        chunk_and_decodes(b.seq, cases[i].rows, cases[i].chunk_len, cases[i].decodes, cases[i].decode_len);
+        const struct sm90_totals t = totals_of(&b, b.seqs);
+        const struct sm90_rule r = rule_of(&b);
+        const uint32_t parts = (t.longest[SM90_PREFILL] + r.tiles[SM90_PREFILL] - 1) / r.tiles[SM90_PREFILL];
+        ck_assert_msg(r.clusters == cases[i].clusters && parts == cases[i].parts,
+                      "case %zu: on %u clusters in %u parts", i, r.clusters, parts);
     }
 }
 END_TEST
@@ -690,8 +713,9 @@ int main(void)
     tcase_add_test(core, the_way_is_what_was_fastest_when_it_was_measured);
     tcase_add_test(core, many_tiles_of_decodes_beside_a_brief_prefill_are_apart);
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
-    tcase_add_loop_test(core, few_long_decodes_are_one_round, 0, 4);
-    tcase_add_test(core, few_long_decodes_are_a_round_of_all_blocks_only_where_that_was_measured);
+    tcase_add_loop_test(core, level_parts_are_about_two_for_each_block, 0, 4);
+    tcase_add_test(core, parts_are_level_only_where_that_was_measured);
+    tcase_add_test(core, prefill_beside_decodes_is_cut_for_the_clusters_that_it_has);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
                         sizeof equal_decodes / sizeof *equal_decodes);
     tcase_add_test(core, one_long_decode_among_short_ones_is_cut);
