@@ -630,7 +630,7 @@ static inline enum attn_gpu_way sm90_choose(const struct sm90_shape *a, const st
 
 /* Places for parts of units that are cut: prefill's units are cut only where there are at most two per cluster, into at most four parts per
  * cluster plus one each. Decode: four parts per unit and six waves, plus eight waves and one part per unit of the last ones, which are
- * cut finer; or eight parts per unit of the last quarter alone, or two and, of that quarter, four; or a round of all blocks. Under a fixed cut, by tokens. */
+ * cut finer; or eight parts per unit of the last quarter alone, or two and, of that quarter, four; or two or four for each of all blocks. Under a fixed cut, by tokens. */
 SM90_BOTH void sm90_slots(const struct attn_gpu_config *c, uint32_t sms, uint64_t slots[SM90_ROLES])
 {
     const uint64_t fixed = c->fixed_split_keys, seqs = (uint64_t)c->kv_heads * c->max_seqs;
