@@ -36,13 +36,17 @@ enum {
     SM90_DECODE_WAVES = 6,      /* of parts, beside prefill, where these are long enough */
     SM90_LAST_WAVES = 8,        /* of the parts of the last decodes */
     SM90_MAX_LAST_PARTS = 8,    /* of a unit of theirs, where the others' are whole */
-    SM90_LEVEL_PARTS = 4,       /* at least, of a unit of theirs, where it is long */
+    SM90_LAST_PARTS = 4,        /* at least, of a unit of theirs, where it is long */
     SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
     SM90_TINY_PART = 3,         /* tiles */
     SM90_LEVEL_LEAST = 15,      /* half tiles of decodes for each block, from which on parts are level, */
     SM90_LEVEL_MOST = 32,       /* tiles up to which they are, */
-    SM90_LEVEL_WHOLE = 160,     /* where units would be whole, */
+    SM90_LEVEL_WHOLE = 160,     /* where units would be whole, of */
+    SM90_WHOLE_MORE = 32,       /* more than so many tiles */
+    SM90_WHOLE_MOST = 64,       /* and so many at most, */
+    SM90_LEVEL_FEW = 2,         /* parts for each block, */
+    SM90_LEVEL_MANY = 4,        /* and of whole units, */
     SM90_LEVEL_PART_LEAST = 8,  /* and of a part */
     SM90_WAVE_TILES = 28,       /* of parts, where two to six waves of them can be had */
     SM90_SHORT_PART = 64,       /* tiles that a block may still be at when a short prefill has ended */
@@ -265,7 +269,7 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
         return;
     const uint64_t all = blocks + late, items = (first_tiles + last_tiles) / best->tiles,
                    rounds = (items + all - 1) / all;
-    const uint32_t level = (longest + SM90_LEVEL_PARTS - 1) / SM90_LEVEL_PARTS;
+    const uint32_t level = (longest + SM90_LAST_PARTS - 1) / SM90_LAST_PARTS;
     if (from < SM90_SOON && 4 * blocks >= 3 * all && 16 * items >= 15 * rounds * all)
         best->last_tiles = best->tiles;
     else if (2 * from < 3 * unit && best->last_tiles > level)
@@ -275,7 +279,7 @@ SM90_BOTH void sm90_cut_last_decodes(uint64_t blocks, uint64_t late, uint64_t fr
 /* Beside prefill, where each of all blocks, early and late, has 7.5 to 32 tiles to do: equal parts, about two for each block and of 8 tiles at
  * least, so that whoever is free takes the next one. A part more costs half a tile, much less than it costs where a block has fewer
  * (SM90_ENDS_BESIDE), and how many units there are does not matter; but whole units that are a round are faster still. Where blocks have more,
- * up to 160 tiles, and units of 33 to 64 would be whole to the last, parts of a fourth of that and 16 tiles at least. As far as it was measured
+ * below 160 tiles, and units of 33 to 64 would be whole to the last, parts of a fourth of that and 16 tiles at least. As far as it was measured
  * (attention_h200_level.txt): heads of 128, no cap, no window. Returns the tiles of a part; 0: cut by the other rules. */
 SM90_BOTH uint32_t sm90_cut_level(const struct sm90_shape *a, const struct sm90_totals *t, bool whole)
 {
@@ -287,7 +291,7 @@ SM90_BOTH uint32_t sm90_cut_level(const struct sm90_shape *a, const struct sm90_
     const bool few = tiles < SM90_LEVEL_MOST * all, equal = 16 * tiles >= 15 * units * t->longest[SM90_DECODE];
     if (few && equal && units <= all && 16 * units >= 15 * all)
         return 0;
-    const uint64_t parts = (few ? 2 : 4) * all, part = (tiles + parts - 1) / parts,
+    const uint64_t parts = (few ? SM90_LEVEL_FEW : SM90_LEVEL_MANY) * all, part = (tiles + parts - 1) / parts,
                    least = few ? SM90_LEVEL_PART_LEAST : 2 * SM90_LEVEL_PART_LEAST;
     return (uint32_t)(part > least ? part : least);
 }
@@ -417,9 +421,11 @@ SM90_BOTH unsigned long long sm90_share_of(const struct sm90_shape *a, const str
     const struct sm90_on on = sm90_on_clusters(a, t, n);
     if (!on.leaves && sm90_decode_load(a, t) < SM90_SHARE_MIN)
         return UINT64_MAX;
-    const bool after = sm90_decode_load(a, t) > sm90_on_clusters(a, t, a->sms / SM90_CLUSTER).prefill;
-    const float late = after && sm90_fills(a->head_dim) ? SM90_RISK * on.prefill : 0;
-    return (unsigned long long)((on.time > late ? on.time : late) * 16) << 16 | n;
+    float time = on.time;
+    if (sm90_fills(a->head_dim) && SM90_RISK * on.prefill > time &&
+        (float)sm90_decode_load(a, t) > sm90_on_clusters(a, t, a->sms / SM90_CLUSTER).prefill)
+        time = SM90_RISK * on.prefill;
+    return (unsigned long long)(time * 16) << 16 | n;
 }
 
 /* Tiles until a step has ended with a kernel for each role, and on how many clusters prefill is then: on those of the share, or on all with
@@ -538,7 +544,7 @@ SM90_BOTH enum attn_gpu_way sm90_way_of(const struct sm90_shape *a, const struct
         return ATTN_WAY_APART;
     if (sm90_fused_anyway(a, prefill, decode) || sm90_too_few_left(a, prefill, decode, clusters))
         return ATTN_WAY_FUSED;
-    /* Beside a brief prefill that leaves no SMs by itself few units are no handicap of the fused kernel (attention_h200_level.txt). */
+    /* Beside a brief prefill few units are no handicap of the fused kernel (512 of 512 with 8 x 4K, attention_h200_level.txt). */
     const bool few = prefill <= SM90_BRIEF && decode <= SM90_BRIEF_TIMES * prefill &&
                      16ull * t->units[SM90_DECODE] * a->kv_heads < 15ull * SM90_DECODE_BLOCKS * a->sms;
     const float fused = sm90_fused_time((float)prefill, (float)decode, few ? 1 : SM90_FUSED_ALONE);
@@ -575,20 +581,20 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
      * leaves. */
     const bool serial = a->policy == ATTN_GPU_SERIAL || (automatic && a->way == ATTN_WAY_SERIAL);
     const bool at_once = t->units[SM90_PREFILL] == 0 || serial;
+    const uint32_t longest = t->longest[SM90_DECODE];
     const uint32_t on = at_once ? a->sms : a->sms - r.clusters * SM90_CLUSTER;
     const uint32_t blocks = on * SM90_DECODE_BLOCKS > a->sms ? on * SM90_DECODE_BLOCKS : a->sms;
     const bool beside = !at_once && blocks > a->sms;
     struct sm90_decode_cut cut =
         sm90_cut_decodes(blocks, (uint64_t)t->units[SM90_DECODE] * a->kv_heads, t->tiles[SM90_DECODE] * a->kv_heads,
-                         t->longest[SM90_DECODE], beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE, at_once);
+                         longest, beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE, at_once);
     if (beside)
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,
-                              t->longest[SM90_DECODE], &cut);
-    const uint32_t longest = t->longest[SM90_DECODE];
-    const bool whole = beside && 2 * longest > SM90_SHORT_PART && longest <= SM90_SHORT_PART && cut.tiles >= longest &&
+                              longest, &cut);
+    const bool whole = beside && longest > SM90_WHOLE_MORE && longest <= SM90_WHOLE_MOST && cut.tiles >= longest &&
                        cut.last_tiles >= longest;
-    const uint32_t level = apart && !at_once && on > 0 ? sm90_cut_level(a, t, whole) : 0;
+    const uint32_t level = apart && !at_once && r.clusters < a->sms / SM90_CLUSTER ? sm90_cut_level(a, t, whole) : 0;
     if (level)
         cut.tiles = cut.last_tiles = level;
     if (at_once || (apart && cut.tiles <= SM90_SHORT_PART)) {
@@ -634,7 +640,7 @@ static inline enum attn_gpu_way sm90_choose(const struct sm90_shape *a, const st
 SM90_BOTH void sm90_slots(const struct attn_gpu_config *c, uint32_t sms, uint64_t slots[SM90_ROLES])
 {
     const uint64_t fixed = c->fixed_split_keys, seqs = (uint64_t)c->kv_heads * c->max_seqs;
-    slots[SM90_PREFILL] = fixed ? 0 : 6 * sms / SM90_CLUSTER;
+    slots[SM90_PREFILL] = fixed ? 0 : (SM90_PREFILL_WAVES + SM90_PREFILL_WAVES / 2) * (sms / SM90_CLUSTER);
     slots[SM90_DECODE] = 5 * seqs + 14ull * SM90_DECODE_BLOCKS * sms;
     if (fixed) {
         const uint64_t by_tokens = c->kv_heads * (c->max_kv_tokens / fixed + c->max_seqs),

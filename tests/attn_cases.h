@@ -57,8 +57,10 @@ static const struct attn_span attn_window_cut[] = {{1, 64, 3000}, {1, 1, 2500}, 
 static const struct attn_span attn_full_chunks[] = {{8, 512, 2000}, {64, 1, 3000}, {0, 0, 0}};
 static const struct attn_span attn_at_32k[] = {{1, 512, 32768}, {20, 1, 16384}, {0, 0, 0}};
 static const struct attn_span attn_at_128k[] = {{1, 1, 131072}, {1, 128, 131072}, {1, 1, 131071}, {0, 0, 0}};
-/* sm90: a few long decodes' parts are a round of all blocks. */
+/* sm90: decodes' parts are level, two for each block; units of 64 tiles in parts that were whole else; prefill in parts on some of the clusters. */
 static const struct attn_span attn_few_long[] = {{1, 64, 64}, {8, 1, 4096}, {0, 0, 0}};
+static const struct attn_span attn_whole_units[] = {{1, 128, 2048}, {67, 1, 4096}, {0, 0, 0}};
+static const struct attn_span attn_parts_beside[] = {{1, 256, 4096}, {10, 1, 4096}, {0, 0, 0}};
 /* Few, but cut and whole units of both roles. */
 static const struct attn_span attn_few[] = {{1, 1, 70}, {1, 40, 1100}, {1, 1, 600}, {1, 70, 130}, {0, 0, 0}};
 static const struct attn_span attn_speculation[] = {{30, 5, 4000}, {10, 2, 3000}, {10, 1, 1000}, {0, 0, 0}};
@@ -122,6 +124,8 @@ static const struct attn_case attn_cases[] = {
     {"context of 128K", 4, 1, 128, 0, 0, 1, attn_at_128k},
     {"context of 128K, 32/8", 32, 8, 128, 0, 0, 1, attn_at_128k},
     {"speculation", 32, 4, 128, 0, 0, 1, attn_speculation},
+    {"whole units, cut", 8, 2, 128, 0, 0, 1, attn_whole_units},
+    {"prefill in parts beside", 32, 8, 128, 0, 0, 1, attn_parts_beside},
 };
 
 enum { ATTN_CASES = sizeof attn_cases / sizeof *attn_cases };
