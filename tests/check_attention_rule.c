@@ -713,6 +713,82 @@ START_TEST(prefill_beside_decodes_is_cut_for_the_clusters_that_it_has)
 }
 END_TEST
 
+/* The rule of level parts at its edges, for the 264 blocks of an H200: totals of one KV head of 8. */
+START_TEST(level_parts_begin_and_end_at_their_limits)
+{
+    static const struct {
+        uint32_t tiles, units, longest;
+        bool whole;
+        uint32_t level;
+    } cases[] = {
+        /* 7.49 and 7.52 tiles for each block; two parts would be of 4. */
+        {247, 10, 30, false, 0},
+        {248, 10, 30, false, 8},
+        {528, 20, 30, false, 8},
+        {529, 20, 30, false, 9},
+        {1055, 20, 60, false, 16},
+        {1056, 20, 60, false, 0},
+        /* Of whole units; four parts would be of 8. */
+        {1056, 20, 60, true, 16},
+        {2112, 40, 60, true, 16},
+        {2113, 40, 60, true, 17},
+        {5279, 100, 64, true, 40},
+        {5280, 100, 64, true, 0},
+        /* 256 equal units are a round, unequal ones are none, nor are 240 or 272. */
+        {512, 32, 16, false, 0},
+        {512, 32, 18, false, 8},
+        {480, 30, 16, false, 8},
+        {544, 34, 16, false, 9},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const struct sm90_shape shape = shape_of(8, 8192);
+        const struct sm90_totals t = {
+            .tiles = {0, cases[i].tiles}, .units = {0, cases[i].units}, .longest = {0, cases[i].longest}};
+        const uint32_t level = sm90_cut_level(&shape, &t, cases[i].whole);
+        ck_assert_msg(level == cases[i].level, "case %zu: parts of %u", i, level);
+    }
+}
+END_TEST
+
+/* 70 long units on 60 clusters: 7 waves of sixths would be less than 4 of thirds, but all parts are four for each of 66 clusters at most. */
+START_TEST(prefill_is_in_four_parts_for_each_of_all_clusters_at_most)
+{
+    const struct sm90_shape shape = shape_of(1, 8192);
+    ck_assert_uint_eq(sm90_cut_prefill(&shape, 70, 3000, 60).parts, 3);
+    ck_assert_uint_eq(sm90_cut_prefill(&shape, 66, 3000, 60).parts, 4);
+}
+END_TEST
+
+/* Places for prefill's parts are few to spare: units a little longer than one part, and than three, are in two and four, where two were
+ * meant. */
+START_TEST(places_for_parts_of_prefill_are_needed)
+{
+    enum { CHUNKS = 33, DECODES = 200 };
+    uint64_t most = 0;
+    for (uint32_t part = 60; part < 400; part += 5) {
+        for (uint32_t decode_len = 1024; decode_len <= 65536; decode_len *= 2) {
+            struct batch b = {.seqs = CHUNKS + DECODES};
+            b.shape = shape_of(4, 64);
+            b.shape.policy = ATTN_GPU_AUTO;
+            b.shape.way = ATTN_WAY_APART;
+            for (uint32_t i = 0; i < CHUNKS; i++)
+                b.seq[i] =
+                    (struct attn_seq){.first_row = 64 * i, .rows = 64, .kv_len = 64 * ((i % 2 ? 3 : 1) * part + 1)};
+            for (uint32_t i = CHUNKS; i < b.seqs; i++)
+                b.seq[i] = (struct attn_seq){.first_row = 64 * CHUNKS + i, .rows = 1, .kv_len = decode_len};
+            b.cfg = (struct attn_gpu_config){
+                .heads = 16, .kv_heads = 4, .max_seqs = b.seqs, .max_rows = 64 * CHUNKS + DECODES};
+            const struct sm90_rule r = rule_of(&b);
+            uint64_t items[SM90_ROLES] = {0, 0}, used[SM90_ROLES] = {0, 0};
+            check_room(&b, &r);
+            count(&b, &r, items, used);
+            most = used[SM90_PREFILL] > most ? used[SM90_PREFILL] : most;
+        }
+    }
+    ck_assert_msg(most > 5 * 66, "%llu places", (unsigned long long)most);
+}
+END_TEST
+
 /* Equal decodes alone, for 264 blocks: parts in tiles as was fastest (tests/bench/results/attention_h200_decodes.txt). */
 static const struct {
     uint32_t kv_heads, seqs, kv_len, part;
@@ -767,6 +843,8 @@ int main(void)
     tcase_add_test(core, the_last_decodes_are_cut_as_was_fastest_when_it_was_measured);
     tcase_add_loop_test(core, level_parts_are_about_two_for_each_block, 0, 4);
     tcase_add_test(core, parts_are_level_only_where_that_was_measured);
+    tcase_add_test(core, level_parts_begin_and_end_at_their_limits);
+    tcase_add_test(core, prefill_is_in_four_parts_for_each_of_all_clusters_at_most);
     tcase_add_test(core, a_prefill_that_is_short_by_a_window_is_apart);
     tcase_add_test(core, prefill_beside_decodes_is_cut_for_the_clusters_that_it_has);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
@@ -781,6 +859,7 @@ int main(void)
     tcase_add_loop_test(limits, lists_have_room_for_level_parts_and_prefill_beside_them, 0, 4);
     tcase_add_loop_test(limits, a_way_is_cut_as_its_policy, 0, 8);
     tcase_add_loop_test(limits, prefill_is_on_some_clusters_only_where_that_ends_sooner, 0, 4);
+    tcase_add_test(limits, places_for_parts_of_prefill_are_needed);
     tcase_add_test(limits, a_sequence_that_breaks_a_rule_is_left_out);
     suite_add_tcase(s, limits);
     SRunner *runner = srunner_create(s);
