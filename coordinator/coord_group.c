@@ -77,7 +77,7 @@ void group_lost(struct engine *e, struct group *g, int64_t now_us, bool permanen
     metrics_add(&c->metrics.groups_lost, 1);
     dissolve(e, g, g->lost_reason, !leaves, now_us);
     replay_prepare(e, g, now_us, served, permanent);
-    char reason[320];
+    char reason[COORD_REASON_BYTES];
     snprintf(reason, sizeof reason, "%s; waiting for a new worker group", g->lost_reason);
     engine_publish(e, reason);
     replay_group_lost(e, g, now_us, served, permanent);
@@ -91,7 +91,7 @@ void group_lost(struct engine *e, struct group *g, int64_t now_us, bool permanen
 uint32_t group_leave(struct engine *e, struct group *g, int64_t now_us)
 {
     struct coord *c = e->coord;
-    char word[COORD_MAX_GROUP_NAME + 16], reason[320];
+    char word[COORD_MAX_GROUP_NAME + 16], reason[COORD_REASON_BYTES];
     bool restart = g->restart, served = g->serving;
     snprintf(g->lost_reason, sizeof g->lost_reason, "the worker group was drained");
     dissolve(e, g, g->lost_reason, restart, now_us);
@@ -329,7 +329,7 @@ static void take_result(struct engine *e, struct rank_conn *conn, const Tandem__
 
 static void take_fault(struct engine *e, struct rank_conn *conn, const Tandem__V1__Fault *f, int64_t now_us)
 {
-    char text[200];
+    char text[STATUS_MESSAGE_MAX];
     text_sanitize(text, sizeof text, f->message, strlen(f->message));
     group_lost(e, conn->group, now_us, f->permanent, "rank %u: %s (%s)", conn->rank, text,
                status_name((enum status_code)f->code));

@@ -51,7 +51,9 @@
 #define COORD_MAX_ANSWERS    64   /* the same */
 #define COORD_MAX_ATTACH     8192 /* Attach calls at a time */
 #define COORD_MAX_EOS_IDS    64
-#define COORD_MAX_NAME       128  /* request_id; served name */
+#define COORD_MAX_NAME       128                       /* request_id; served name */
+#define COORD_LOST_BYTES     (STATUS_MESSAGE_MAX + 64) /* why a group went: a rank's message, whose, and its code */
+#define COORD_REASON_BYTES   (COORD_LOST_BYTES + 128)  /* and what that means for now */
 #define COORD_STEP_RING      64   /* steps that a rank may be behind before no more plans are sent */
 #define COORD_CLOSE_MS       2000 /* a rank that was told to go gets this long to close its stream */
 #define COORD_HELLO_MS       10000
@@ -501,9 +503,9 @@ struct group {
     Tandem__V1__RankMessage *ready;              /* of rank 0; the engine's from the time that it serves */
     uint64_t kv_pages_set; /* by Control.SetKvMemory; 0: nothing; kept for the next group of this name */
     /* when it is gone */
-    bool replays;          /* its requests wait for the next */
-    int64_t wait_until_us; /* for that, new requests too; 0: nobody waits for one, or it is there */
-    char lost_reason[256]; /* why it went last; empty before that */
+    bool replays;                       /* its requests wait for the next */
+    int64_t wait_until_us;              /* for that, new requests too; 0: nobody waits for one, or it is there */
+    char lost_reason[COORD_LOST_BYTES]; /* why it went last; empty before that */
     /* coord_route.c */
     uint64_t routed, moved; /* answers sent to it first; and taken over from another */
 };
@@ -581,7 +583,7 @@ struct engine {
     int64_t stop_until_us;
     bool quit;
     int64_t planned_wake_us, published_us;
-    char lost_reason[256]; /* why the last group went; empty before that */
+    char lost_reason[COORD_LOST_BYTES]; /* why the last group went; empty before that */
 };
 
 struct coord {
@@ -610,8 +612,8 @@ struct coord {
     atomic_int_least64_t alive_us;
     atomic_uint max_live;
     pthread_mutex_t pub_mu;
-    char reason[320];         /* pub_mu: why state is not READY */
-    struct model_facts model; /* pub_mu */
+    char reason[COORD_REASON_BYTES]; /* pub_mu: why state is not READY */
+    struct model_facts model;        /* pub_mu */
     /* counted where they are made and freed */
     atomic_uint live_requests, live_conns, live_control, live_attach;
 };

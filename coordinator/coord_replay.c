@@ -63,7 +63,7 @@ void replay_group_lost(struct engine *e, struct group *g, int64_t now_us, bool s
 
 static void wait_is_over(struct engine *e, struct group *g, int64_t now_us)
 {
-    char reason[400];
+    char reason[COORD_REASON_BYTES];
     snprintf(reason, sizeof reason, "%s; no worker group came within %u ms (--replay-timeout-ms)", g->lost_reason,
              e->coord->opt.replay_timeout_ms);
     g->wait_until_us = 0;

@@ -253,9 +253,12 @@ START_TEST(a_device_that_is_too_small_is_said_with_the_arithmetic)
                   "%s", st.message);
     ck_assert_uint_eq(d.allocs, 0); /* before anything is read */
     device_init(&d, 1000, 900);
-    cfg.kv_bytes = 900 << 20;
-    ck_assert_int_eq(group_create(&g, &cfg, 1, &st), ST_RESOURCE_EXHAUSTED);
+    cfg.kv_bytes = 900 << 20; /* which an empty device would not have either */
+    ck_assert_int_eq(group_create(&g, &cfg, 1, &st), ST_INVALID_ARGUMENT);
     ck_assert_msg(strstr(st.message, "KV cache 900: together "), "%s", st.message);
+    cfg.kv_bytes = 600 << 20;
+    ck_assert_int_eq(group_create(&g, &cfg, 1, &st), ST_RESOURCE_EXHAUSTED);
+    ck_assert_uint_eq(d.allocs, 0);
 }
 END_TEST
 

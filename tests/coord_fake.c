@@ -169,7 +169,7 @@ static bool send_fault(struct fake_rank *r)
 {
     Tandem__V1__RankMessage m = TANDEM__V1__RANK_MESSAGE__INIT;
     Tandem__V1__Fault fault = TANDEM__V1__FAULT__INIT;
-    char text[] = "weights: file is truncated";
+    char text[] = FAKE_FAULT_TEXT;
     fault.code = ST_DATA_LOSS;
     fault.message = text;
     fault.permanent = true;

@@ -41,6 +41,13 @@ struct fake_options {
         .page_bytes = 4096, .token_bytes = 64, .total_pages = 1024, .eos_id = FAKE_NO_STOP                             \
     }
 
+/* As long as the longest of a rank's messages are, and of no use without its end. */
+#define FAKE_FAULT_TEXT                                                                                                \
+    "weights: file is truncated: model-00003-of-00004.safetensors: tensor model.layers.31.mlp.down_proj.weight has "   \
+    "117440512 bytes by its shape, the file ends 4718592 bytes before that; it has 4999802616 bytes, expected "        \
+    "5004521208 by its header; the file of before, model-00002-of-00004.safetensors, has as many as it should; "       \
+    "fetch it again"
+
 enum fake_mood {
     FAKE_WELL,
     FAKE_HOLD,        /* heartbeats go on, plans are not answered */

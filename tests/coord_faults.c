@@ -190,7 +190,7 @@ static const struct loss losses[] = {
     {FAKE_GARBAGE, 1, "rank 1 was lost: its stream was closed", false},
     {FAKE_WRONG_COUNT, 0, "rank 0 was lost: step", false},
     {FAKE_WRONG_TOKEN, 0, "the vocabulary has 2048", false},
-    {FAKE_FAULT, 1, "rank 1: weights: file is truncated (DATA_LOSS)", true},
+    {FAKE_FAULT, 1, "rank 1: " FAKE_FAULT_TEXT " (DATA_LOSS)", true},
 };
 
 START_TEST(log_probabilities_that_do_not_come_end_the_request_only)
@@ -252,7 +252,7 @@ START_TEST(a_lost_rank_ends_the_epoch_and_the_next_group_goes_on)
     const char *args[] = {
         "--heartbeat-interval-ms", "100", "--heartbeat-timeout-ms", "600", "--step-timeout-ms", "1000", NULL};
     struct proc p;
-    char line[512], want[512];
+    char line[1024], want[512];
     struct fake_options o = FAKE_OPTIONS;
     o.step_us = 2000;
     struct fake_group *g = start_ready(&p, &o, args);
@@ -461,7 +461,7 @@ END_TEST
 START_TEST(a_group_that_never_gets_ready_is_no_group)
 {
     struct proc p;
-    char line[512];
+    char line[1024];
     struct fake_options o = FAKE_OPTIONS;
     o.never_ready = true;
     start(&p, NULL);
@@ -470,7 +470,7 @@ START_TEST(a_group_that_never_gets_ready_is_no_group)
     ck_assert(proc_wait_state(&p, STATE(STARTING), WAIT_MS));
     fake_group_mood(g, 0, FAKE_FAULT);
     ck_assert(proc_event(&p, line, sizeof line, WAIT_MS));
-    ck_assert_str_eq(line, "group-lost epoch=1 permanent=1 reason=rank 0: weights: file is truncated (DATA_LOSS)");
+    ck_assert_str_eq(line, "group-lost epoch=1 permanent=1 reason=rank 0: " FAKE_FAULT_TEXT " (DATA_LOSS)");
     ck_assert(proc_wait_state(&p, STATE(STARTING), WAIT_MS));
     finish(&p, g);
 }
@@ -480,7 +480,7 @@ START_TEST(a_rank_that_beats_and_loads_nothing_is_lost)
 {
     const char *args[] = {"--heartbeat-interval-ms", "50", "--load-timeout-ms", "400", NULL};
     struct proc p;
-    char line[512];
+    char line[1024];
     struct fake_options o = FAKE_OPTIONS;
     o.never_ready = true;
     o.loading = _i == 0 ? 0 : 8;

@@ -102,9 +102,9 @@ static enum status_code device_share(uint64_t *out, const struct engine *e, cons
     const uint64_t spare = DEVICE_SPARE_BYTES + (comm_size(cfg->comm) > 1 ? DEVICE_RANKS_BYTES : 0);
     workspace += spare;
     uint64_t need = used + weight_bytes + workspace + cfg->kv_bytes;
-    if (need >= budget)
+    if (need >= budget) /* where nothing else in use would help, another try fails, too */
         return status_set(
-            st, ST_RESOURCE_EXHAUSTED,
+            st, need - used >= budget ? ST_INVALID_ARGUMENT : ST_RESOURCE_EXHAUSTED,
             "%s: %.4g of %llu MiB is %llu MiB; in use already %llu, weights %llu, workspace of %u rows and "
             "%u samples %llu (%llu of it for the driver%s), KV cache %llu: together %llu MiB, %llu too many. "
             "Less is needed with fewer slots or rows a step, a smaller KV cache or more ranks to share the weights",

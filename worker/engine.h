@@ -138,8 +138,9 @@ struct engine_result {
 };
 
 /* NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED (names the architecture, dtype or option), DATA_LOSS (damaged file: names the
- * file and the tensor), RESOURCE_EXHAUSTED (with the arithmetic). Uses comm for rank and size only: nothing is exchanged
- * before engine_connect, so a rank that fails here leaves nobody waiting. */
+ * file and the tensor), RESOURCE_EXHAUSTED (with the arithmetic; INVALID_ARGUMENT where the device would be too small even if
+ * nothing else used it). Uses comm for rank and size only: nothing is exchanged before engine_connect, so a rank that fails here leaves
+ * nobody waiting. */
 STATUS_MUST_CHECK enum status_code engine_create(struct engine **out, const struct engine_config *cfg,
                                                  struct status *st);
 void engine_destroy(struct engine *e); /* NULL is fine */
