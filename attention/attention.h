@@ -18,7 +18,8 @@
  *
  * Two families of back ends, one meaning: struct attn computes on the host at once; struct attn_gpu, below, launches
  * kernels on a stream, with everything that changes from step to step in device memory, so that a captured CUDA graph
- * serves every step.
+ * serves every step. (One graph is right for all; to be as fast as README.md says a caller keeps one for each way, see
+ * attn_gpu_choose.)
  */
 #ifndef TANDEM_ATTENTION_H
 #define TANDEM_ATTENTION_H
@@ -118,11 +119,21 @@ STATUS_MUST_CHECK enum status_code attn_run(struct attn *a, const struct attn_ba
  * they have it reads the plan and tokens 0 .. kv_len - rows - 1, which must thus be written by what stands before the plan on
  * the stream: two sequences of one step may share tokens of earlier steps, not those that one of them adds in it.
  *
+ * out overlaps nothing that is read. A row of q and out that belongs to no sequence is neither read nor written; one that belongs to
+ * two has either's result, or parts of both (the host back end refuses both, INVALID_ARGUMENT).
+ *
  * Streams and graphs: plan and run only launch kernels on step.stream (and, with ATTN_GPU_STREAMS, on an own stream that
  * is forked from it and joined to it): no allocation, no synchronisation, no copy from the host. They may be captured;
  * the arguments are then frozen, the contents of seq and counts are read at each replay. Plans and runs of one struct
- * attn_gpu must follow each other in stream order: it has one plan and one workspace. Create and destroy are not captured;
- * destroy when the GPU has finished, and before the graphs that were captured run again.
+ * attn_gpu must follow each other in stream order: it has one plan and one workspace. A plan's runs are given its step's bounds
+ * and way. Create and destroy are not captured; destroy when the GPU has finished, with the device of the config current; graphs
+ * that were captured must not run after it.
+ *
+ * Threads: plan, run and destroy of one struct attn_gpu by one thread at a time; all else of it by any. Two of them share nothing.
+ *
+ * Limits: those of max_seqs, rows, keys and strides stand at the fields. "sm90" computes head dimensions up to 128 and no
+ * batch_invariant; attn_gpu_pick takes "cuda" for these without a word (attn_gpu_name says which it is), whose prefill does 270 to
+ * 310 TFLOP/s at D 128 where the other does 620 to 720 (README.md).
  */
 
 /* How prefill and decode share the GPU. All but ATTN_GPU_AUTO are there to be compared. */
@@ -152,14 +163,15 @@ struct attn_gpu_config {
     uint32_t heads;        /* H, of this rank */
     uint32_t kv_heads;     /* HK; H is a multiple */
     uint32_t head_dim;     /* D, a multiple of 8 up to 256 */
-    float scale;           /* of q . k, usually 1 / sqrt(D) */
-    float soft_cap;        /* c > 0: scores s = scale * q . k become c * tanh(s / c); 0: none */
+    float scale;           /* of q . k, usually 1 / sqrt(D); 0 and below take the slow kernels of a soft cap */
+    float soft_cap;  /* c > 0: scores s = scale * q . k become c * tanh(s / c), prefill 2.3 times as slow; 0: none */
     uint32_t window; /* keys a row sees at most; 0: all. Layers with another window take another struct attn_gpu */
-    uint64_t token_stride; /* bytes, of K and V alike */
-    uint64_t head_stride;
-    uint32_t max_seqs;      /* of a batch */
-    uint32_t max_rows;      /* T, of a batch */
-    uint32_t max_kv_len;    /* of a sequence */
+    uint64_t token_stride; /* bytes, of K and V alike; D * 2 and more; sm90: below 2^40 */
+    uint64_t head_stride;  /* D * 2 and more; with one KV head not looked at */
+    uint32_t max_seqs;     /* of a batch; 1 to 8192 */
+    /* T, of a batch; max_seqs and more, max_rows * H below 2^31; sm90: (max_rows * G + 256) * (G - 1) below 2^32 */
+    uint32_t max_rows;
+    uint32_t max_kv_len;    /* of a sequence; 1 to 2^31 - 1 */
     uint64_t max_kv_tokens; /* of all sequences of a batch together; 0: max_seqs * max_kv_len */
     /* 0: keys are cut into parts as the batch needs, and a row's result depends on the batch within rounding. Else the cut
      * depends on the sequence's own rows and kv_len alone (parts of so many keys, a multiple of 64, for decodes; chunks
@@ -179,8 +191,8 @@ struct attn_gpu_step {
     const struct attn_seq *seq;
     const uint32_t *counts; /* device memory, [1]: sequences of this step, 0 .. max_seqs */
     /* Bounds of the bucket, host numbers, at most the config's: launches are sized by them. */
-    uint32_t max_seqs;
-    uint32_t max_rows;
+    uint32_t max_seqs;     /* 0: nobody. A plan sets the fault then, a run does nothing */
+    uint32_t max_rows;     /* max_seqs and more */
     uint32_t max_seq_rows; /* rows of one sequence: 1 where all are decodes; max_rows if not known */
     enum attn_gpu_way way; /* of the plan and its runs */
     void *stream;          /* cudaStream_t; NULL is the default stream */
@@ -192,12 +204,13 @@ struct attn_gpu_io {
     void *out;
     uint64_t q_row_stride; /* bytes; at least H * D * 2 */
     uint64_t out_row_stride;
-    uint64_t kv_offset; /* bytes, added to every k and v */
+    uint64_t kv_offset; /* bytes, added to every k and v; sm90: with the last head's offset below 2^35 */
 };
 
 struct attn_gpu;
 
-/* Sets cfg->ops to the first back end, fastest first, whose query accepts cfg; UNIMPLEMENTED when none does. */
+/* Sets cfg->ops to the first back end, fastest first, that can do cfg on cfg->device; UNIMPLEMENTED, with the last one's reason, when
+ * none can; INVALID_ARGUMENT as attn_gpu_create. */
 STATUS_MUST_CHECK enum status_code attn_gpu_pick(struct attn_gpu_config *cfg, struct status *st);
 
 /* INVALID_ARGUMENT names the field; UNIMPLEMENTED: the back end cannot do this on this device; RESOURCE_EXHAUSTED: the
@@ -206,7 +219,10 @@ STATUS_MUST_CHECK enum status_code attn_gpu_create(struct attn_gpu **out, const 
                                                    struct status *st);
 void attn_gpu_destroy(struct attn_gpu *a); /* NULL is fine */
 const char *attn_gpu_name(const struct attn_gpu *a);
-uint64_t attn_gpu_workspace_bytes(const struct attn_gpu *a); /* device memory held */
+/* Device memory held. Most of it are sums of parts, fp32: sm90 has 8 KiB (D up to 64: 4) for each of 5 * HK * max_seqs + 28 * SMs
+ * parts of decodes, 0.37 GB for 1024 sequences of 8 KV heads, and 128 KiB (64) for each of 3 * SMs parts of prefill, 52 MB;
+ * max_kv_tokens counts under fixed_split_keys alone. */
+uint64_t attn_gpu_workspace_bytes(const struct attn_gpu *a);
 
 /* Faults that are not of one sequence. */
 #define ATTN_FAULT_KV_TOKENS 0xfffffff0u /* more keys in all than max_kv_tokens: rows of the last ones may be missing */

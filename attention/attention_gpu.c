@@ -63,13 +63,32 @@ static enum status_code check_maxima(const struct attn_gpu_config *c, struct sta
     return ST_OK;
 }
 
+static enum status_code check_config(const struct attn_gpu_config *c, struct status *st)
+{
+    enum status_code rc = check_shape(c, st);
+    return rc == ST_OK ? check_maxima(c, st) : rc;
+}
+
+enum status_code attn_gpu_pick_of(const struct attn_gpu_ops *const *back_ends, struct attn_gpu_config *cfg,
+                                  struct status *st)
+{
+    enum status_code rc = check_config(cfg, st);
+    if (rc != ST_OK)
+        return rc;
+    rc = status_set(st, ST_UNIMPLEMENTED, "this build has no back end");
+    for (uint32_t i = 0; back_ends[i] && rc == ST_UNIMPLEMENTED; i++) { /* the last one's reason stays */
+        rc = back_ends[i]->query(cfg, st);
+        if (rc == ST_OK)
+            cfg->ops = back_ends[i];
+    }
+    return rc;
+}
+
 enum status_code attn_gpu_create(struct attn_gpu **out, const struct attn_gpu_config *cfg, struct status *st)
 {
     if (!cfg->ops)
         return status_set(st, ST_INVALID_ARGUMENT, "ops: NULL, expected a back end");
-    enum status_code rc = check_shape(cfg, st);
-    if (rc == ST_OK)
-        rc = check_maxima(cfg, st);
+    enum status_code rc = check_config(cfg, st);
     if (rc == ST_OK)
         rc = cfg->ops->query(cfg, st);
     if (rc != ST_OK)
@@ -171,9 +190,7 @@ enum attn_gpu_way attn_gpu_choose(const struct attn_gpu *a, const struct attn_se
 enum status_code attn_gpu_plan(struct attn_gpu *a, const struct attn_gpu_step *step, struct status *st)
 {
     enum status_code rc = check_step(a, step, st);
-    if (rc != ST_OK || step->max_seqs == 0)
-        return rc;
-    return a->cfg.ops->plan(a->state, step, st);
+    return rc == ST_OK ? a->cfg.ops->plan(a->state, step, st) : rc;
 }
 
 static enum status_code check_io(const struct attn_gpu *a, const struct attn_gpu_io *io, struct status *st)

@@ -43,6 +43,7 @@ struct attn_gpu_ops {
     const uint32_t *(*fault)(const void *state);
     uint32_t (*ways)(const void *state); /* NULL: one; else of choose, which gives those below it */
     enum attn_gpu_way (*choose)(const void *state, const struct attn_seq *seq, uint32_t seqs);
+    /* Also of a step whose max_seqs is 0, for its fault; run is not called for one. */
     enum status_code (*plan)(void *state, const struct attn_gpu_step *step, struct status *st);
     enum status_code (*run)(void *state, const struct attn_gpu_step *step, const struct attn_gpu_io *io,
                             struct status *st);
@@ -50,6 +51,10 @@ struct attn_gpu_ops {
 
 /* Back ends that attn_gpu_pick tries, fastest first; ends with NULL. In attention_pick.c, which knows them all. */
 extern const struct attn_gpu_ops *const attn_gpu_back_ends[];
+
+/* attn_gpu_pick among these. */
+enum status_code attn_gpu_pick_of(const struct attn_gpu_ops *const *back_ends, struct attn_gpu_config *cfg,
+                                  struct status *st);
 
 static inline uint32_t attn_elem_bytes(enum attn_dtype d)
 {

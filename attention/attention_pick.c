@@ -11,14 +11,5 @@ const struct attn_gpu_ops *const attn_gpu_back_ends[] = {
 
 enum status_code attn_gpu_pick(struct attn_gpu_config *cfg, struct status *st)
 {
-    for (uint32_t i = 0; attn_gpu_back_ends[i]; i++) {
-        enum status_code rc = attn_gpu_back_ends[i]->query(cfg, st);
-        if (rc == ST_OK) {
-            cfg->ops = attn_gpu_back_ends[i];
-            return ST_OK;
-        }
-        if (rc != ST_UNIMPLEMENTED)
-            return rc;
-    }
-    return ST_UNIMPLEMENTED; /* the last one's reason */
+    return attn_gpu_pick_of(attn_gpu_back_ends, cfg, st);
 }

@@ -58,6 +58,8 @@ cudaError_t sm90_map_template(sm90_map *out, uint32_t head_dim, uint64_t token_s
 cudaError_t sm90_launch_maps(const attn_seq *seq, const uint32_t *counts, uint32_t max_seqs, const sm90_map &from,
                              sm90_map *k_maps, sm90_map *v_maps, cudaStream_t stream)
 {
+    if (max_seqs == 0)
+        return cudaSuccess;
     maps_kernel<<<(max_seqs + MAP_WARPS - 1) / MAP_WARPS, MAP_WARPS * 32, 0, stream>>>(seq, counts, max_seqs, from,
                                                                                        k_maps, v_maps);
     return cudaGetLastError();

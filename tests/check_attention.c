@@ -820,6 +820,8 @@ static struct counted counted;
 
 static enum status_code count_query(const struct attn_gpu_config *cfg, struct status *st)
 {
+    ck_assert_uint_ne(cfg->kv_heads, 0); /* back ends divide by it */
+    ck_assert_uint_ge(cfg->heads, cfg->kv_heads);
     return cfg->device == 7 ? status_set(st, ST_UNIMPLEMENTED, "device 7") : ST_OK;
 }
 
@@ -923,7 +925,7 @@ START_TEST(steps_on_a_gpu_reach_the_back_end)
     step.max_seqs = step.max_rows = step.max_seq_rows = 0; /* nobody */
     ck_assert_int_eq(attn_gpu_plan(a, &step, NULL), ST_OK);
     ck_assert_int_eq(attn_gpu_run(a, &step, &io, NULL), ST_OK);
-    ck_assert_uint_eq(counted.plans, 1);
+    ck_assert_uint_eq(counted.plans, 2); /* the fault is this plan's */
     ck_assert_uint_eq(counted.runs, 2);
     ck_assert_ptr_eq(attn_gpu_fault(a), &counted.plans);
     static const struct {
@@ -1000,6 +1002,14 @@ static void refuse_gpu_config(struct attn_gpu_config cfg, enum status_code code,
     ck_assert_msg(!strncmp(st.message, text, strlen(text)), "'%s' does not begin with '%s'", st.message, text);
     ck_assert_ptr_null(a);
     ck_assert_int_eq(attn_gpu_create(&a, &cfg, NULL), code);
+    if (!cfg.ops || code == ST_RESOURCE_EXHAUSTED) /* not pick's to see */
+        return;
+    static const struct attn_gpu_ops *const only[] = {&count_ops, NULL};
+    cfg.ops = NULL;
+    st = (struct status)STATUS_INIT;
+    ck_assert_int_eq(attn_gpu_pick_of(only, &cfg, &st), code);
+    ck_assert_msg(!strncmp(st.message, text, strlen(text)), "pick: '%s' does not begin with '%s'", st.message, text);
+    ck_assert_ptr_null(cfg.ops);
 }
 
 #define REFUSE_GPU_CONFIG(field, value, text)                                                                          \
@@ -1043,6 +1053,37 @@ START_TEST(wrong_gpu_configs_are_refused)
     refuse_gpu_config(cfg, ST_UNIMPLEMENTED, "device 7");
     cfg.device = 8;
     refuse_gpu_config(cfg, ST_RESOURCE_EXHAUSTED, "device 8");
+}
+END_TEST
+
+static enum status_code cannot_query(const struct attn_gpu_config *cfg, struct status *st)
+{
+    (void)cfg;
+    return status_set(st, ST_UNIMPLEMENTED, "cannot");
+}
+
+static enum status_code broken_query(const struct attn_gpu_config *cfg, struct status *st)
+{
+    (void)cfg;
+    return status_set(st, ST_INTERNAL, "broken");
+}
+
+START_TEST(the_first_back_end_that_can_is_picked)
+{
+    static const struct attn_gpu_ops cannot = {.name = "cannot", .query = cannot_query},
+                                     broken = {.name = "broken", .query = broken_query};
+    const struct attn_gpu_ops *const later[] = {&cannot, &count_ops, &broken, NULL}, *const no[] = {&cannot, NULL},
+                                     *const stops[] = {&cannot, &broken, &count_ops, NULL}, *const none[] = {NULL};
+    struct attn_gpu_config cfg = gpu_good;
+    struct status st = STATUS_INIT;
+    cfg.ops = NULL;
+    ck_assert_int_eq(attn_gpu_pick_of(no, &cfg, &st), ST_UNIMPLEMENTED);
+    ck_assert_str_eq(st.message, "cannot");
+    ck_assert_int_eq(attn_gpu_pick_of(none, &cfg, NULL), ST_UNIMPLEMENTED);
+    ck_assert_int_eq(attn_gpu_pick_of(stops, &cfg, NULL), ST_INTERNAL);
+    ck_assert_ptr_null(cfg.ops);
+    ck_assert_int_eq(attn_gpu_pick_of(later, &cfg, NULL), ST_OK);
+    ck_assert_ptr_eq(cfg.ops, &count_ops);
 }
 END_TEST
 
@@ -1119,6 +1160,7 @@ int main(void)
     tcase_add_test(faults, rows_without_or_with_two_owners_are_refused);
     tcase_add_test(faults, wrong_configs_are_refused);
     tcase_add_test(faults, wrong_gpu_configs_are_refused);
+    tcase_add_test(faults, the_first_back_end_that_can_is_picked);
     tcase_add_test(faults, wrong_gpu_steps_are_refused);
     suite_add_tcase(s, faults);
     tcase_set_timeout(core, 120);

@@ -2,12 +2,19 @@
 """Attention of hybrid batches on a GPU: ours, by every policy, against PyTorch's FlashAttention and cuDNN.
 
     tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--case REGEX] [--only REGEX] [--rounds N]
-                                   [--one-piece] [--power MS] [--once] [--lib FILE] [--build FILE]
+                                   [--one-piece] [--flex] [--power MS] [--once] [--lib FILE] [--build FILE]
 
 Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph over as many
 layers as make 2 GB of distinct KV or more, on the same random token-major KV: 32 layers side by side, or as many as memory
 allows, in as many buffers as that takes (a chunk of 128: 128 buffers); dense is one layer, likewise. Replays take turns.
 Prints a table; writes attention.csv and attention.svg to DIR. Needs PyTorch with NumPy; needs no model and no network.
+Quantiles are of the rounds, linear between two of them: with few, p10 and p90 are near the least and the greatest. The plan,
+once per step in a server, is not in the graphs (bench_attention_gpu has it in them, and times it alone).
+
+"apart" is auto with one graph for all batches (ATTN_WAY_APART), as a caller has it who does not choose a way.
+
+With --flex PyTorch's FlexAttention is a contender for decodes, compiled for each shape: seconds for each, so not for sweeps. Needs
+Triton and a C compiler.
 
 KV is in pages, as tandem's pool has it: 2 MiB each, made one by one and mapped in that order into one range. The range is kept
 and only grows; a batch takes its front. With --one-piece KV is what torch.empty returns.
@@ -115,8 +122,9 @@ def check_sizes():
 
 BF16 = 1
 SETS = ("alone", "small", "layout", "paper", "mixed", "sweep")
-OURS = ("auto", "fused")  # one call for both sides: what is compared with the best serial pair
-POLICIES = {"fused": 1, "serial": 2, "streams": 3, "auto": 0}
+OURS = ("auto", "apart", "fused")  # one call for both sides: what is compared with the best serial pair
+POLICIES = {"fused": 1, "serial": 2, "streams": 3, "auto": 0, "apart": 0}
+ALWAYS_APART = 0
 
 
 def build(path):
@@ -362,7 +370,7 @@ class Ours:
         self.seq = torch.frombuffer(bytearray(raw), dtype=torch.uint8).cuda()
         self.count = torch.tensor([len(seqs)], dtype=torch.int32, device="cuda")
         self.out = torch.full_like(batch.q, float("nan"))
-        way = lib.c.attn_gpu_choose(self.handle, raw, len(seqs))
+        way = ALWAYS_APART if policy == "apart" else lib.c.attn_gpu_choose(self.handle, raw, len(seqs))
         self.step = Step(self.seq.data_ptr(), self.count.data_ptr(), len(seqs), row, max(s.rows for s in seqs), way)
 
     def on_stream(self):
@@ -383,17 +391,28 @@ class Ours:
         self.lib.c.attn_gpu_destroy(self.handle)
 
 
+def compiled_flex(torch):
+    """FlexAttention, compiled once for each shape that it gets."""
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
 class Torch:
-    """PyTorch's FlashAttention ("fa2") or cuDNN on one side. Decodes of equal length are one call; cuDNN has no lower-right
+    """PyTorch's FlashAttention ("fa2"), cuDNN or, for decodes, FlexAttention on one side. Decodes of equal length are one call; cuDNN has no lower-right
     causal mask here: chunks with a context run without one (a little more work, and not the right result)."""
 
     def __init__(self, batch, kind, side):
         self.batch, self.kind, self.side = batch, kind, side
+        self.flex = compiled_flex(batch.torch) if kind == "flex" else None
         self.right = kind == "fa2" or side == "decode" or all(c == n for c, n in batch.chunks)
         self.out = batch.torch.empty_like(batch.q)
 
     def attend(self, q, k, v, causal):
         aten = self.batch.torch.ops.aten
+        if self.flex:
+            return self.flex(q, k, v, scale=D ** -0.5, enable_gqa=True)
         if self.kind == "fa2":
             return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=D ** -0.5)[0]
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, causal and self.right, False,
@@ -449,21 +468,27 @@ ORDER = random.Random(1)  # of contenders, another one in each round of each bat
 
 
 def share_of(sorted_times, share):
-    return sorted_times[min(len(sorted_times) - 1, int(share * (len(sorted_times) - 1) + 0.5))]
+    """A quantile, linear between two of the times."""
+    at = share * (len(sorted_times) - 1)
+    below = int(at)
+    above = min(below + 1, len(sorted_times) - 1)
+    return sorted_times[below] + (at - below) * (sorted_times[above] - sorted_times[below])
 
 
-def contenders_of(lib, batch, only):
+def contenders_of(lib, batch, only, flex=False):
     """{name: what makes it}; names "<back end> <policy>" and "<contender> <side>"."""
     contenders = {}
     for name, ops in lib.back_ends:
         if len(batch.sides()) == 2:
-            for policy in ("auto", "fused", "serial", "streams"):
+            for policy in ("auto", "fused", "serial", "streams", "apart"):
                 contenders[f"{name} {policy}"] = lambda o=ops, p=policy: Ours(lib, o, p, batch)
         for side in batch.sides():
             contenders[f"{name} {side}"] = lambda o=ops, s=side: Ours(lib, o, "auto", batch, s)
     for kind in ("fa2", "cudnn"):
         for side in batch.sides():
             contenders[f"{kind} {side}"] = lambda k=kind, s=side: Torch(batch, k, s)
+    if flex and batch.decodes:
+        contenders["flex decode"] = lambda: Torch(batch, "flex", "decode")
     return {n: make for n, make in contenders.items() if only.search(n)}
 
 
@@ -544,7 +569,7 @@ def computing(ours, first, end):
 
 def compare(lib, plain):
     """They all compute the same."""
-    ours = [plain[f"{n} {p}"] for n, _ in lib.back_ends for p in ("fused", "auto", "serial", "streams", "prefill", "decode")
+    ours = [plain[f"{n} {p}"] for n, _ in lib.back_ends for p in ("fused", "auto", "serial", "streams", "apart", "prefill", "decode")
             if f"{n} {p}" in plain]
     for name, x in plain.items():
         if isinstance(x, Torch) and x.right:
@@ -567,10 +592,10 @@ def compare(lib, plain):
                 sys.exit(f"{name}: differs from another of ours by {error:.3g}")
 
 
-def measure(torch, lib, batch, only, rounds, meter, power_ms):
+def measure(torch, contenders, lib, batch, rounds, meter, power_ms):
     """{name: (median, p10, p90, whether it computes what is asked)} in us per layer, and {name: draw's} with a meter."""
     graphs, times, alive, plain = {}, {}, [], {}
-    for name, make in contenders_of(lib, batch, only).items():
+    for name, make in contenders.items():
         try:
             x = make()
             alive.append(x)
@@ -741,6 +766,7 @@ def main():
     ap.add_argument("--case", type=regex, default="", metavar="REGEX", help="only cases whose name has a match")
     ap.add_argument("--only", type=regex, default="", metavar="REGEX", help="only contenders whose name has a match")
     ap.add_argument("--one-piece", action="store_true", help="KV of torch.empty, not of pages")
+    ap.add_argument("--flex", action="store_true", help="FlexAttention for decodes, too, compiled for each shape")
     ap.add_argument("--power", type=float, default=0, metavar="MS", help="then replay each for so long: watts, clock, energy")
     ap.add_argument("--once", action="store_true", help="time nothing, run each once, for a profiler")
     ap.add_argument("--lib", help="a library made with --build")
@@ -785,9 +811,10 @@ def main():
             batch = Batch(torch, h, hk, chunks, decodes, layers, pages)
             if args.once:
                 print(name, flush=True)
-                once(torch, contenders_of(lib, batch, args.only))
+                once(torch, contenders_of(lib, batch, args.only, args.flex))
                 continue
-            got, drawn = measure(torch, lib, batch, args.only, args.rounds, meter, args.power)
+            contenders = contenders_of(lib, batch, args.only, args.flex)
+            got, drawn = measure(torch, contenders, lib, batch, args.rounds, meter, args.power)
             rows, pair = rows_of(batch, got, lib.back_ends)
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as e:
             print(f"{name}: {str(e).splitlines()[0][:120]}", flush=True)

@@ -37,7 +37,29 @@ void check_faults(const problem *p, const attn_gpu_ops *ops, launches how, uint3
     plan_and_run(&r, p);
     if (result(&r, p), fault_of(&r) != ATTN_FAULT_SEQS)
         fail(p, "faults", "too many sequences are not reported");
+    r.step.max_seqs = 0; /* a bucket of nobody */
+    plan_and_run(&r, p);
+    if (result(&r, p), fault_of(&r) != ATTN_FAULT_SEQS)
+        fail(p, "faults", "sequences where there may be none are not reported");
+    set_batch(p, p->seq.data(), 0);
+    plan_and_run(&r, p);
+    if (result(&r, p), fault_of(&r))
+        fail(p, "faults", "a step of nobody has the fault of the one before");
     stop(&r);
+}
+
+/* What no back end may see, attn_gpu_pick refuses before it asks one. */
+void check_pick(const problem *p)
+{
+    attn_gpu_config cfg = p->cfg;
+    if (attn_gpu_pick(&cfg, NULL) != ST_OK || !cfg.ops)
+        fail(p, "pick", "no back end");
+    cfg.kv_heads = 0;
+    if (attn_gpu_pick(&cfg, NULL) != ST_INVALID_ARGUMENT)
+        fail(p, "pick", "no KV heads are not refused");
+    cfg.kv_heads = p->cfg.heads + 1;
+    if (attn_gpu_pick(&cfg, NULL) != ST_INVALID_ARGUMENT)
+        fail(p, "pick", "more KV heads than heads are not refused");
 }
 
 /* Rows that were written are right; those of sequences that found no room are as they were. */

@@ -230,6 +230,7 @@ void check_back_end(const attn_gpu_ops *ops, const options &o)
         problem p;
         attn_case c = {"faults", 4, 2, 64, 0, 0, 0, attn_group_spans};
         make(&p, &c, ATTN_BF16);
+        check_pick(&p);
         check_faults(&p, ops, ATTN_GPU_AUTO, FIXED_KEYS);
         for (const launches &how : launches_of(ops))
             check_faults(&p, ops, how, 0);
