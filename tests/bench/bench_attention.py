@@ -2,7 +2,7 @@
 """Attention of hybrid batches on a GPU: ours, by every policy, against PyTorch's FlashAttention and cuDNN.
 
     tests/bench/bench_attention.py [--out DIR] [--seconds N] [--set NAME,...] [--case REGEX] [--only REGEX] [--rounds N]
-                                   [--one-piece] [--flex] [--power MS] [--once] [--lib FILE] [--build FILE]
+                                   [--one-piece] [--flex] [--flashinfer] [--power MS] [--once] [--lib FILE] [--build FILE]
 
 Builds the back ends with nvcc (or takes --lib), then measures in one process: every contender is a CUDA graph over as many
 layers as make 2 GB of distinct KV or more, on the same random token-major KV: 32 layers side by side, or as many as memory
@@ -15,6 +15,13 @@ once per step in a server, is not in the graphs (bench_attention_gpu has it in t
 
 With --flex PyTorch's FlexAttention is a contender for decodes, compiled for each shape: seconds for each, so not for sweeps. Needs
 Triton and a C compiler.
+
+With --flashinfer the package of that name is a contender: "prefill" by its FlashAttention-3 kernel, "decode" by its batch wrapper,
+with tensor cores where a group has more than one head, by the back end that it takes by itself and ("flashinfer-fa2") by the older one,
+"pod" and "batch" (BatchAttention, persistent) for both sides at once, pod for one chunk only. KV is one layer by itself then, for all
+contenders, as some of its strides are 32 bits; pages are of 16 tokens (8 where lengths want it), in order. Its pod clears a counter
+outside of the stream that a graph is made of, and a graph of it computes nothing the second time: so pod is no graph, but launches that
+wait for the GPU while the host makes them.
 
 KV is in pages, as tandem's pool has it: 2 MiB each, made one by one and mapped in that order into one range. The range is kept
 and only grows; a batch takes its front. With --one-piece KV is what torch.empty returns.
@@ -453,7 +460,100 @@ class Torch:
         pass
 
 
+class FlashInfer(Torch):
+    """FlashInfer on one side, or on both ("pod", "batch"). Plans are made once, outside of what is timed, as ours."""
+
+    def __init__(self, batch, side, backend="auto"):
+        import flashinfer
+        torch, self.batch, self.side, self.right = batch.torch, batch, side, True
+        self.eager = side == "pod"
+        self.flashinfer = flashinfer
+        self.page = math.gcd(16, *[n for _, n in batch.chunks], *batch.decodes)
+        self.out = torch.empty_like(batch.q)
+        self.work = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+        heads, layout = (batch.heads, batch.kv_heads, D, self.page), "NHD"
+        bf16 = torch.bfloat16
+        if side in ("decode", "pod"):
+            if side == "pod" and len(batch.chunks) != 1:
+                raise ValueError("FlashInfer's pod takes one chunk")
+            first = len(batch.chunks)
+            pages = self.pages_of(batch.starts[first:], batch.decodes)
+            last = torch.full((len(batch.decodes),), self.page, dtype=torch.int32, device="cuda")
+            if side == "pod":
+                self.wrapper = flashinfer.PODWithPagedKVCacheWrapper(self.work, layout)
+            else:
+                self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                    self.work, layout, use_tensor_cores=batch.heads > batch.kv_heads, backend=backend)
+            self.wrapper.plan(*pages, last, *heads, q_data_type=bf16, kv_data_type=bf16)
+        elif side == "batch":
+            lengths = [n for _, n in batch.chunks] + batch.decodes
+            rows = [0]
+            for n in [c for c, _ in batch.chunks] + [1] * len(batch.decodes):
+                rows.append(rows[-1] + n)
+            self.lse = torch.empty(batch.rows, batch.heads, dtype=torch.float32, device="cuda")
+            self.wrapper = flashinfer.BatchAttention(layout)
+            self.wrapper.plan(self.ints(rows), *self.pages_of(batch.starts, lengths), self.ints(lengths), *heads[:2], D, D,
+                              self.page, causal=True, q_data_type=bf16, kv_data_type=bf16)
+
+    def ints(self, values):
+        return self.batch.torch.tensor(values, dtype=self.batch.torch.int32, device="cuda")
+
+    def pages_of(self, starts, lengths):
+        """(where each sequence's page numbers begin, page numbers)"""
+        begin, pages = [0], []
+        for start, n in zip(starts, lengths):
+            pages += range(start // self.page, (start + n) // self.page)
+            begin.append(len(pages))
+        return self.ints(begin), self.ints(pages)
+
+    def layer(self, l):
+        b = self.batch
+        buffer, l = b.at(l)
+        k, v = b.kv[buffer][:, l, 0], b.kv[buffer][:, l, 1]
+        paged = tuple(x.unflatten(0, (-1, self.page)) for x in (k, v))
+        p = b.prefill_rows
+        if self.side == "decode":
+            self.wrapper.run(b.q[p:], paged, out=self.out[p:])
+        elif self.side == "batch":
+            self.wrapper.run(b.q, paged, out=self.out, lse=self.lse)
+        elif self.side == "pod":
+            n = b.chunks[0][1]
+            self.parts = self.wrapper.run(b.q[:p], k[:n], v[:n], b.q[p:], paged, causal_p=True)
+        else:
+            row = 0
+            for (rows, n), start in zip(b.chunks, b.starts):
+                self.parts = (row, rows, self.flashinfer.single_prefill_with_kv_cache(
+                    b.q[row:row + rows], k[start:start + n], v[start:start + n], causal=True, backend="fa3"))
+                row += rows
+
+    def result(self):
+        b = self.batch
+        if self.side == "decode":
+            return b.prefill_rows, b.rows - b.prefill_rows, self.out[b.prefill_rows:]
+        if self.side == "batch":
+            return 0, b.rows, self.out
+        if self.side == "pod":
+            return 0, b.rows, b.torch.cat(self.parts)
+        return self.parts
+
+
 # ---- measuring ----
+
+class Queued:
+    """What stands for a graph where there can be none: launches, made while the GPU waits."""
+
+    HOLD_CYCLES = 400_000  # for each layer: 200 us
+
+    def __init__(self, torch, layer, layers):
+        self.torch, self.layer, self.layers = torch, layer, layers
+
+    def hold(self):
+        self.torch.cuda._sleep(self.HOLD_CYCLES * self.layers)
+
+    def replay(self):
+        for l in range(self.layers):
+            self.layer(l)
+
 
 def capture(torch, fn):
     fn()
@@ -475,7 +575,7 @@ def share_of(sorted_times, share):
     return sorted_times[below] + (at - below) * (sorted_times[above] - sorted_times[below])
 
 
-def contenders_of(lib, batch, only, flex=False):
+def contenders_of(lib, batch, only, flex=False, flashinfer=False):
     """{name: what makes it}; names "<back end> <policy>" and "<contender> <side>"."""
     contenders = {}
     for name, ops in lib.back_ends:
@@ -489,6 +589,11 @@ def contenders_of(lib, batch, only, flex=False):
             contenders[f"{kind} {side}"] = lambda k=kind, s=side: Torch(batch, k, s)
     if flex and batch.decodes:
         contenders["flex decode"] = lambda: Torch(batch, "flex", "decode")
+    if flashinfer:
+        for side in batch.sides() + (["pod", "batch"] if len(batch.sides()) == 2 else []):
+            contenders[f"flashinfer {side}"] = lambda s=side: FlashInfer(batch, s)
+        if batch.decodes and batch.heads > batch.kv_heads:
+            contenders["flashinfer-fa2 decode"] = lambda: FlashInfer(batch, "decode", "fa2")
     return {n: make for n, make in contenders.items() if only.search(n)}
 
 
@@ -601,11 +706,14 @@ def measure(torch, contenders, lib, batch, rounds, meter, power_ms):
             alive.append(x)
             if isinstance(x, Ours):
                 x.plan()
-            graphs[name] = capture(torch, lambda: [x.layer(l) for l in range(batch.used)])
+            if getattr(x, "eager", False):
+                graphs[name] = Queued(torch, x.layer, batch.used)
+            else:
+                graphs[name] = capture(torch, lambda: [x.layer(l) for l in range(batch.used)])
             x.layer(0)
             torch.cuda.synchronize()
             plain[name] = x
-        except RuntimeError as e:
+        except (RuntimeError, ValueError, ImportError) as e:
             print(f"  {name}: {str(e).splitlines()[0][:110]}", flush=True)
     compare(lib, plain)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -613,6 +721,8 @@ def measure(torch, contenders, lib, batch, rounds, meter, power_ms):
     for r in range(rounds + 2):
         ORDER.shuffle(turns)  # what a GPU at its power limit does depends on what came before
         for name in turns:
+            if isinstance(graphs[name], Queued):
+                graphs[name].hold()
             events[0].record()
             graphs[name].replay()
             events[1].record()
@@ -767,6 +877,7 @@ def main():
     ap.add_argument("--only", type=regex, default="", metavar="REGEX", help="only contenders whose name has a match")
     ap.add_argument("--one-piece", action="store_true", help="KV of torch.empty, not of pages")
     ap.add_argument("--flex", action="store_true", help="FlexAttention for decodes, too, compiled for each shape")
+    ap.add_argument("--flashinfer", action="store_true", help="FlashInfer, too, where it is installed; KV is one layer by itself then")
     ap.add_argument("--power", type=float, default=0, metavar="MS", help="then replay each for so long: watts, clock, energy")
     ap.add_argument("--once", action="store_true", help="time nothing, run each once, for a profiler")
     ap.add_argument("--lib", help="a library made with --build")
@@ -808,12 +919,12 @@ def main():
         batch = None
         torch.cuda.empty_cache()
         try:
-            batch = Batch(torch, h, hk, chunks, decodes, layers, pages)
+            batch = Batch(torch, h, hk, chunks, decodes, 1 if args.flashinfer else layers, pages)
             if args.once:
                 print(name, flush=True)
-                once(torch, contenders_of(lib, batch, args.only, args.flex))
+                once(torch, contenders_of(lib, batch, args.only, args.flex, args.flashinfer))
                 continue
-            contenders = contenders_of(lib, batch, args.only, args.flex)
+            contenders = contenders_of(lib, batch, args.only, args.flex, args.flashinfer)
             got, drawn = measure(torch, contenders, lib, batch, args.rounds, meter, args.power)
             rows, pair = rows_of(batch, got, lib.back_ends)
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as e:
