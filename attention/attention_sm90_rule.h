@@ -40,8 +40,7 @@ enum {
     SM90_SOON = 10,             /* tiles: a prefill that lets all SMs go before it matters */
     SM90_LONG_PART = 16,        /* tiles */
     SM90_TINY_PART = 3,         /* tiles */
-    SM90_ROUNDS = 4,            /* of decode's blocks, that parts are, */
-    SM90_FINE_ROUNDS = 12,      /* and where that leaves many of them idle */
+    SM90_FINE_ROUNDS = 12,      /* of decode's blocks, that parts are, where four leave many of them idle */
     SM90_LEVEL_LEAST = 15,      /* half tiles of decodes for each block, from which on parts are level, */
     SM90_LEVEL_MOST = 32,       /* tiles up to which they are, */
     SM90_LEVEL_WHOLE = 160,     /* where units would be whole, of */
@@ -213,37 +212,49 @@ struct sm90_decode_cut {
 /* Decodes alone, or few of them: the longest unit in as many parts as make the last block be done soonest, if all the work
  * were such units and blocks took parts in rounds. Parts are counted where units are equally long: a few more than blocks are a round more.
  * at_once: so do all blocks begin. Then tiny parts that fill all of them cost a tile more: the next launch finds no room (attention_h200_decodes.txt).
- * Equal units that are one round and a part of one, or of whose last round an eighth to two thirds is there, may be cut into more rounds: too
- * few blocks read there. Where there are more, memory is busy, and where there are fewer, it is soon over: rounds are longer than they look
- * (attention_h200_balanced.txt). Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer
- * than twice the bounded number of items; in more rounds units are equal, and items what they are counted as. */
+ * Slots are enough: a unit that is cut has fewer than 2 * tiles / (tiles of a part) parts, all have fewer than twice the bounded number of
+ * items. */
 SM90_BOTH struct sm90_decode_cut sm90_cut_decodes(uint64_t blocks, uint64_t units, uint64_t tiles, uint32_t longest,
                                                   uint32_t ends, bool at_once)
 {
     struct sm90_decode_cut best = {longest, longest, UINT64_MAX};
     const bool equal = 16 * tiles >= 15 * units * longest;
-    uint64_t best_items = 0;
     for (uint32_t k = 1; k <= SM90_MAX_DECODE_PARTS; k++) {
         const uint32_t each = (longest + k - 1) / k;
         const uint64_t items = equal ? units * ((longest + each - 1) / each) : (tiles + each - 1) / each;
-        if (k > 1 && each < SM90_MIN_DECODE_TILES)
+        if (k > 1 && (each < SM90_MIN_DECODE_TILES || items > 4 * blocks))
             break;
-        if (k > 1 && items > SM90_ROUNDS * blocks) {
-            const uint64_t last = best_items % blocks;
-            const bool idle = best_items < 2 * blocks || (8 * last >= blocks && 3 * last < 2 * blocks);
-            if (!equal || !idle || each < SM90_LONG_PART || items > SM90_FINE_ROUNDS * blocks)
-                break;
-        }
         const uint64_t full = at_once && each <= SM90_TINY_PART && items <= blocks && 4 * items > 3 * blocks;
         const uint64_t cost = (items + blocks - 1) / blocks * (each + (k == 1 ? 1 : 2) * ends) + full;
         if (cost < best.cost) {
             best.tiles = best.last_tiles = each;
             best.cost = cost;
-            if (k == 1 || items <= SM90_ROUNDS * blocks)
-                best_items = items;
         }
     }
     return best;
+}
+
+/* Decodes that have all blocks, equal ones: where the best cut above is one round and a part of one, or an eighth to two thirds of a last one, too
+ * few blocks read for long, and more rounds of long parts are better. Where the last one is fuller memory is busy, and where it is emptier
+ * soon over (attention_h200_balanced.txt, leases AF and AG). Slots are enough: units are equal, so items are what they are counted as. */
+SM90_BOTH void sm90_cut_finer(uint64_t blocks, uint64_t units, uint64_t tiles, uint32_t longest,
+                              struct sm90_decode_cut *cut)
+{
+    const uint64_t items = units * ((longest + cut->tiles - 1) / cut->tiles), last = items % blocks;
+    const bool idle = items < 2 * blocks || (8 * last >= blocks && 3 * last < 2 * blocks);
+    if (!idle || 16 * tiles < 15 * units * longest)
+        return;
+    for (uint32_t k = 2; k <= SM90_MAX_DECODE_PARTS; k++) {
+        const uint32_t each = (longest + k - 1) / k;
+        const uint64_t finer = units * ((longest + each - 1) / each);
+        if (each < SM90_LONG_PART || finer > SM90_FINE_ROUNDS * blocks)
+            break;
+        const uint64_t cost = (finer + blocks - 1) / blocks * (each + 2 * SM90_ENDS_ALONE);
+        if (cost < cut->cost) {
+            cut->tiles = cut->last_tiles = each;
+            cut->cost = cost;
+        }
+    }
 }
 
 /* The same where prefill has some SMs for itself: `blocks` begin at once, `late` ones when it has ended, at `from`, in tiles. Whoever is
@@ -601,6 +612,9 @@ SM90_BOTH struct sm90_rule sm90_rule_of(const struct sm90_shape *a, const struct
     struct sm90_decode_cut cut =
         sm90_cut_decodes(blocks, (uint64_t)t->units[SM90_DECODE] * a->kv_heads, t->tiles[SM90_DECODE] * a->kv_heads,
                          longest, beside ? SM90_ENDS_BESIDE : SM90_ENDS_ALONE, at_once);
+    if (at_once)
+        sm90_cut_finer(blocks, (uint64_t)t->units[SM90_DECODE] * a->kv_heads, t->tiles[SM90_DECODE] * a->kv_heads,
+                       longest, &cut);
     if (beside)
         sm90_cut_last_decodes(blocks, SM90_DECODE_BLOCKS * a->sms - blocks, prefill,
                               (t->tiles[SM90_DECODE] - t->last_tiles) * a->kv_heads, t->last_tiles * a->kv_heads,

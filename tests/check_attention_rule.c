@@ -591,21 +591,22 @@ START_TEST(the_last_decodes_are_cut_as_was_fastest_when_it_was_measured)
         uint32_t kv_heads, rows, chunk_len, decodes, decode_len, tiles, most, least; /* of the last ones' parts */
     } cases[] = {
         {2, 512, 4096, 128, 2048, 32, 8, 1}, /* late blocks would take all that is left, whole */
-        {2, 128, 4096, 128, 2048, 32, 8, 1},    {4, 128, 4096, 64, 2048, 32, 8, 1},
+        {2, 128, 4096, 128, 2048, 32, 8, 1},     {4, 128, 4096, 64, 2048, 32, 8, 1},
         {8, 128, 128, 32, 1024, 16, 16, 16}, /* all blocks are there soon, and whole units fill a round */
-        {4, 128, 128, 64, 2048, 32, 32, 32},    {8, 1024, 1024, 128, 512, 16, 16, 16}, /* short ones, many: whole */
+        {4, 128, 128, 64, 2048, 32, 32, 32},     {8, 1024, 1024, 128, 512, 16, 16, 16}, /* short ones, many: whole */
         {8, 64, 64, 8, 4096, 8, 8, 8}, /* from 7.5 to 32 tiles for each block: two parts each, of 8 tiles at least */
-        {8, 64, 64, 12, 4096, 12, 12, 12},      {8, 256, 256, 4, 16384, 16, 16, 16},
-        {8, 256, 1024, 8, 8192, 16, 16, 16},    {4, 576, 576, 16, 4096, 8, 8, 8},
+        {8, 64, 64, 12, 4096, 12, 12, 12},       {8, 256, 256, 4, 16384, 16, 16, 16},
+        {8, 256, 1024, 8, 8192, 16, 16, 16},     {4, 576, 576, 16, 4096, 8, 8, 8},
         {8, 64, 64, 30, 1024, 8, 8, 8},       /* of 16: 24 fewer than a round */
         {8, 64, 64, 34, 1024, 9, 9, 9},       /* 8 more than one */
         {4, 512, 4096, 33, 4096, 64, 16, 16}, /* 32 tiles: no more; the last ones' are finer */
         {2, 128, 2048, 67, 4096, 16, 16, 16}, /* of 64, and would be whole to the last: four parts for each block */
-        {2, 2048, 4096, 135, 4096, 17, 17, 17}, {8, 64, 64, 64, 2048, 32, 32, 32}, /* of 32 they stay whole, */
-        {2, 64, 64, 250, 4096, 31, 31, 31},    /* below 160 tiles; no more are cut, */
-        {8, 2048, 4096, 45, 4096, 64, 64, 64}, /* nor where prefill has more than half of the SMs, */
-        {8, 1024, 2048, 8, 4096, 32, 32, 32},  /* behind prefill */
-        {2, 64, 64, 61, 1024, 8, 4, 4},        /* 7.4 tiles for each, cut for the early ones */
+        {2, 2048, 4096, 135, 4096, 17, 17, 17},  {8, 64, 64, 64, 2048, 32, 32, 32}, /* of 32 they stay whole, */
+        {2, 64, 64, 250, 4096, 31, 31, 31},      /* below 160 tiles; no more are cut, */
+        {8, 2048, 4096, 45, 4096, 64, 64, 64},   /* nor where prefill has more than half of the SMs, */
+        {8, 1024, 2048, 8, 4096, 32, 32, 32},    /* behind prefill */
+        {2, 64, 64, 61, 1024, 8, 4, 4},          /* 7.4 tiles for each, cut for the early ones */
+        {4, 2048, 32768, 60, 16384, 46, 16, 16}, /* equal ones beside prefill get no finer rounds */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct batch b = {.seqs = cases[i].decodes + 1};
@@ -793,17 +794,33 @@ END_TEST
 static const struct {
     uint32_t kv_heads, seqs, kv_len, part;
 } equal_decodes[] = {
-    {2, 45, 4096, 13},  /* 450 parts: 5 a unit; with 3, 270, some blocks had two and most one */
-    {1, 45, 8192, 26},  /* 225 */
-    {2, 24, 1024, 4},   /* 192 */
-    {2, 24, 2048, 7},   /* 240 of 7 beat 192 of 8: long enough for one more block to pay */
-    {2, 16, 1024, 3},   /* 192 of 3 beat 256 of 2: blocks are left for the next launch */
-    {8, 8, 512, 3},     /* the same */
-    {8, 16, 256, 4},    /* 128, whole, beat 256 of 2 */
-    {1, 8, 4096, 3},    /* 176 of 3 beat 256 of 2 */
-    {2, 33, 2048, 8},   /* 264 */
-    {1, 33, 2048, 4},   /* 264; 231 of 5 are as fast */
-    {8, 33, 16384, 256} /* 264, whole */
+    {2, 45, 4096, 13},   /* 450 parts: 5 a unit; with 3, 270, some blocks had two and most one */
+    {1, 45, 8192, 26},   /* 225 */
+    {2, 24, 1024, 4},    /* 192 */
+    {2, 24, 2048, 7},    /* 240 of 7 beat 192 of 8: long enough for one more block to pay */
+    {2, 16, 1024, 3},    /* 192 of 3 beat 256 of 2: blocks are left for the next launch */
+    {8, 8, 512, 3},      /* the same */
+    {8, 16, 256, 4},     /* 128, whole, beat 256 of 2 */
+    {1, 8, 4096, 3},     /* 176 of 3 beat 256 of 2 */
+    {2, 33, 2048, 8},    /* 264 */
+    {1, 33, 2048, 4},    /* 264; 231 of 5 are as fast */
+    {8, 33, 16384, 256}, /* 264, whole */
+    /* Few rounds whose last one leaves blocks idle: more of them (attention_h200_balanced.txt, leases AF and AG) */
+    {4, 54, 16384, 43},   /* 216 whole: 1296 in five rounds */
+    {4, 80, 12288, 48},   /* 3.64 rounds */
+    {4, 220, 12288, 64},  /* 3.33 */
+    {8, 180, 4096, 32},   /* 5.45 */
+    {32, 9, 8192, 16},    /* of 16 tiles at least */
+    {32, 9, 3840, 20},    /* which 15 are not */
+    {4, 106, 32768, 171}, /* of 64 they would be 12.8 rounds */
+    {4, 135, 8192, 128},  /* 2.05, 4.09, 2.73 and 2.67: of others it was slower, or as fast */
+    {8, 135, 4096, 64},
+    {4, 90, 16384, 128},
+    {32, 22, 8192, 128},
+    {3, 187, 8192, 32}, /* 2 and an eighth: the first that is; 2 and 32 of 264 */
+    {4, 140, 8192, 128},
+    {19, 37, 8192, 43}, /* one fewer than 2 and two thirds: the last; that is 22 above */
+    {16, 29, 8192, 26}  /* 1.76: one round and a part of one, however large */
 };
 
 START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
@@ -818,6 +835,22 @@ START_TEST(decodes_alone_are_cut_for_the_blocks_that_there_are)
     ck_assert_msg((part < whole ? part : whole) == equal_decodes[_i].part,
                   "%u decodes of %u by %u KV heads: parts of %u", b.seqs, equal_decodes[_i].kv_len,
                   equal_decodes[_i].kv_heads, part);
+}
+END_TEST
+
+/* Finer rounds are counted from equal units: others keep their cut. */
+START_TEST(unequal_decodes_are_not_cut_finer)
+{
+    struct batch b = {.seqs = 58};
+    b.shape = shape_of(4, 1);
+    for (uint32_t i = 0; i < b.seqs; i++)
+        b.seq[i] =
+            (struct attn_seq){.first_row = i, .rows = 1, .kv_len = i % 4 != 2 ? 16384 : 12288}; /* more than 15 of 16 */
+    struct sm90_rule r = rule_of(&b);
+    ck_assert_uint_eq(r.tiles[SM90_DECODE], 29);
+    b.seq[1].kv_len -= 4096; /* fewer */
+    r = rule_of(&b);
+    ck_assert_uint_eq(r.tiles[SM90_DECODE], 256);
 }
 END_TEST
 
@@ -849,6 +882,7 @@ int main(void)
     tcase_add_test(core, prefill_beside_decodes_is_cut_for_the_clusters_that_it_has);
     tcase_add_loop_test(core, decodes_alone_are_cut_for_the_blocks_that_there_are, 0,
                         sizeof equal_decodes / sizeof *equal_decodes);
+    tcase_add_test(core, unequal_decodes_are_not_cut_finer);
     tcase_add_test(core, one_long_decode_among_short_ones_is_cut);
     tcase_add_loop_test(core, a_fixed_cut_depends_on_the_length_alone, 0, 4);
     tcase_add_loop_test(core, a_way_is_for_both_roles, 0, 4);
